@@ -1,0 +1,86 @@
+"""Federated learning: train one model on data that stays where it is.
+
+    from potluck import FedAvg, Task, TwoNN, datasets, partitions, rounds
+
+    data = partitions.shards(datasets.mnist(), clients=100, seed=0)
+    task = Task(model=TwoNN, data=data)
+    for round in rounds(FedAvg(client_lr=0.1), task, cohort=0.1, num_rounds=50):
+        print(round.number, round.metrics)
+
+Names are imported when they are first used, so that `import potluck` needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from potluck.algorithms import Average, FedAvg, fed_sgd
+    from potluck.core import Poisson, PotluckError
+    from potluck.simulation import Loop, Round, Workers, rounds
+    from potluck.tasks import (
+        CNN,
+        FederatedData,
+        LogisticRegression,
+        Task,
+        TwoNN,
+        datasets,
+        evaluate,
+        federated_evaluation,
+        own_data,
+        partitions,
+    )
+
+_HOMES = {
+    "potluck.algorithms": ("Average", "FedAvg", "fed_sgd"),
+    "potluck.core": ("Poisson", "PotluckError"),
+    "potluck.simulation": ("Loop", "Round", "Workers", "rounds"),
+    "potluck.tasks": (
+        "CNN",
+        "FederatedData",
+        "LogisticRegression",
+        "Task",
+        "TwoNN",
+        "datasets",
+        "evaluate",
+        "federated_evaluation",
+        "own_data",
+        "partitions",
+    ),
+}
+
+__all__ = [
+    "CNN",
+    "Average",
+    "FedAvg",
+    "FederatedData",
+    "LogisticRegression",
+    "Loop",
+    "Poisson",
+    "PotluckError",
+    "Round",
+    "Task",
+    "TwoNN",
+    "Workers",
+    "datasets",
+    "evaluate",
+    "fed_sgd",
+    "federated_evaluation",
+    "own_data",
+    "partitions",
+    "rounds",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'potluck' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,81 @@
+"""The weighted mean of updates as a stream: one running sum, whatever the cohort.
+
+    sum ← 0, total ← 0
+    for each update (Δ, weight) in any order:  sum ← sum + weight · Δ;  total ← total + weight
+    mean = sum / total
+
+The sum is kept in 64-bit fixed point (multiples of 2⁻³⁰), and integer addition is associative:
+any order, any grouping into partial sums and any number of workers give the same bits, and two
+partial sums merge exactly. A mean is off by at most 2⁻³¹ · clients / total, far below float32.
+
+The price is a range: |weight · Δ| summed over a cohort must stay below 2³³ in every coordinate.
+A sum that might leave it is refused, never wrapped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.core.errors import DivergedError
+from potluck.core.update import Vector
+
+_SCALE = float(2**30)
+_LIMIT = float(2**62)
+
+
+class FixedPointMean:
+    """A running weighted sum of vectors. Holds one sum; `add` keeps no reference."""
+
+    def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None) -> None:
+        """Start at zero. `buffer` [dim], if given, holds the sum (shared memory, say)."""
+        self.sum: NDArray[np.int64] = np.empty(dim, np.int64) if buffer is None else buffer
+        self._scratch = np.empty(dim, np.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to zero, in place."""
+        self.sum.fill(0)
+        self.total = 0.0
+        self.bound = 0.0  # no coordinate of the sum is larger than this
+
+    def add(self, vector: Vector, weight: float) -> None:
+        """Add `weight · vector`, with weight > 0.
+
+        Raises:
+            DivergedError: values that are not finite, or too large to be summed. The sum is then
+                as it was.
+        """
+        if not (math.isfinite(weight) and weight > 0.0):
+            raise ValueError(f"weight must be positive and finite, got weight={weight!r}.")
+        scratch = self._scratch
+        np.multiply(vector, weight * _SCALE, out=scratch, dtype=np.float64)
+        largest = max(float(scratch.max(initial=0.0)), -float(scratch.min(initial=0.0)))
+        if not self.bound + largest < _LIMIT:  # also refuses NaN
+            raise DivergedError(
+                "an update must be finite and small enough to be summed, "
+                f"got a largest entry of {largest / (weight * _SCALE):g} with weight={weight:g}. "
+                "Lower the client learning rate."
+            )
+        np.rint(scratch, out=scratch)
+        np.add(self.sum, scratch, out=self.sum, casting="unsafe", dtype=np.int64)
+        self.bound += largest
+        self.total += weight
+
+    def merge(self, other: FixedPointMean) -> None:
+        """Add another partial sum: exact, in any order."""
+        if not self.bound + other.bound < _LIMIT:
+            raise DivergedError(
+                "updates must be small enough to be summed. Lower the client learning rate."
+            )
+        self.sum += other.sum
+        self.bound += other.bound
+        self.total += other.total
+
+    def mean(self) -> Vector:
+        """The weighted mean so far, as float32; zeros when nothing was added."""
+        if self.total == 0.0:
+            return np.zeros(len(self.sum), np.float32)
+        return (self.sum / (_SCALE * self.total)).astype(np.float32)

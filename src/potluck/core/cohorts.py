@@ -1,0 +1,75 @@
+"""Which clients take part in a round.
+
+Three rules: a fraction C of the population (the paper's: m = max(C·K, 1), so C = 0 means one
+client), a fixed count m, or `Poisson(rate)`, in which every client flips its own coin; only the
+last gives the amplification by sampling that differential privacy accounts for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.core.seeds import stream
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Every client takes part with probability `rate` (0 < rate ≤ 1), independently.
+
+    A cohort may be empty; then the round leaves the model as it is.
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.rate <= 1.0:
+            raise ValueError(
+                f"a Poisson cohort needs a rate above 0 and at most 1, got rate={self.rate!r}. "
+                "Give the probability that one client takes part."
+            )
+
+
+def cohort_size(population: int, cohort: float | int) -> int:
+    """How many clients a fraction (float) or a count (int) of the population is.
+
+    Raises:
+        ValueError: a fraction outside [0, 1], a count outside [1, population].
+    """
+    if isinstance(cohort, bool):
+        raise TypeError(f"cohort must be a number, got cohort={cohort!r}. Give 0.1 or 10.")
+    if isinstance(cohort, int):
+        if cohort > population:
+            raise ValueError(
+                f"cohort must be at most the population ({population}), got cohort={cohort}. "
+                "Lower it, or partition the data among more clients."
+            )
+        if cohort < 1:
+            raise ValueError(
+                f"cohort must be at least 1 when it is a count, got cohort={cohort}. "
+                "For the paper's C = 0 (one client) write 0.0."
+            )
+        return cohort
+    if not 0.0 <= cohort <= 1.0:
+        raise ValueError(
+            f"cohort must be a fraction from 0.0 to 1.0, got cohort={cohort!r}. "
+            "For a count of clients give an integer."
+        )
+    return max(round(cohort * population), 1)
+
+
+def sample_cohort(
+    population: int, cohort: float | int | Poisson, *, seed: int, round: int
+) -> NDArray[np.int64]:
+    """The clients of one round, as sorted indices into the population."""
+    if population < 1:
+        raise ValueError(f"population must be at least 1, got population={population}.")
+    random = stream(seed, "cohort", round)
+    if isinstance(cohort, Poisson):
+        size = int(random.binomial(population, cohort.rate))
+    else:
+        size = cohort_size(population, cohort)
+    # Given its size, a Poisson cohort is uniform: one draw instead of one coin per client.
+    return np.sort(random.choice(population, size, replace=False, shuffle=False))

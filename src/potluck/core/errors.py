@@ -1,0 +1,54 @@
+"""Every error that Potluck raises on purpose.
+
+    PotluckError
+    ├── DataError          a data file, client or label that cannot be used
+    │   ├── ChecksumError  a file that is not the one that was published
+    │   └── DownloadError  no host gave the file
+    ├── ConfigError        an experiment file that cannot be used
+    ├── RunError           a run directory that cannot be opened, written or continued
+    ├── TrainingError      local training failed at a named client and round
+    │   └── DivergedError  its loss or weights are no longer finite
+    └── WorkerError        a worker process died or failed
+
+A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError` and
+`ConfigError` are `ValueError`s too. Each message says what was expected, what was got
+(name = value) and what to do.
+"""
+
+from __future__ import annotations
+
+
+class PotluckError(Exception):
+    """The root: catch it to catch everything that Potluck raises on purpose."""
+
+
+class DataError(PotluckError, ValueError):
+    """A data file, client or label that cannot be used."""
+
+
+class ChecksumError(DataError):
+    """A file that is not the one that was published."""
+
+
+class DownloadError(DataError):
+    """No host gave the file."""
+
+
+class ConfigError(PotluckError, ValueError):
+    """An experiment file that cannot be used."""
+
+
+class RunError(PotluckError):
+    """A run directory that cannot be opened, written or continued."""
+
+
+class TrainingError(PotluckError):
+    """Local training failed; the message names the client and the round."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the weights of a client are no longer finite."""
+
+
+class WorkerError(PotluckError):
+    """A worker process died or failed."""

@@ -1,0 +1,26 @@
+"""Federated training on one machine: rounds, executors and run directories."""
+
+from potluck.simulation.build import build_algorithm, build_data, build_task
+from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
+from potluck.simulation.rounds import Round, make_executor, rounds
+from potluck.simulation.runs import RunRecord, read_run, read_weights, train
+from potluck.simulation.workers import Workers, available_cores
+
+__all__ = [
+    "CohortResult",
+    "Executor",
+    "Failure",
+    "Loop",
+    "Round",
+    "RunRecord",
+    "Workers",
+    "available_cores",
+    "build_algorithm",
+    "build_data",
+    "build_task",
+    "make_executor",
+    "read_run",
+    "read_weights",
+    "rounds",
+    "train",
+]

@@ -1,0 +1,113 @@
+"""From a checked experiment to the objects that it names."""
+
+from __future__ import annotations
+
+from potluck.algorithms import Average, FedAvg
+from potluck.core import ConfigError
+from potluck.experiment import Experiment
+from potluck.tasks import (
+    CNN,
+    Dataset,
+    FederatedData,
+    LogisticRegression,
+    Task,
+    TwoNN,
+    cross_entropy,
+    datasets,
+    mean_squared_error,
+    own_data,
+    partitions,
+)
+
+_MODELS = {"2nn": TwoNN, "cnn": CNN, "logistic": LogisticRegression}
+
+
+def build_data(experiment: Experiment) -> FederatedData:
+    """Load the data set of an experiment and divide it among its clients."""
+    task, partition = experiment.task, experiment.partition
+    if task.data in ("folder", "table"):
+        if partition.kind != "own":
+            raise ConfigError(
+                f"partition.kind must be 'own' with task.data = {task.data!r}, which comes divided "
+                f"already, got partition.kind = {partition.kind!r}."
+            )
+        assert task.path is not None  # checked when the experiment was read
+        if task.data == "folder":
+            return own_data.from_folder(task.path, target_column=task.target_column)
+        return own_data.from_table(
+            task.path, client_column=task.client_column, target_column=task.target_column
+        )
+    return _partition(experiment, _dataset(experiment))
+
+
+def build_task(experiment: Experiment, data: FederatedData) -> Task:
+    """The task of an experiment over data that `build_data` gave."""
+    shape = data.train.inputs.shape[1:]
+    if experiment.task.model == "cnn" and len(shape) != 3:
+        raise ConfigError(
+            "task.model = 'cnn' needs images [channels, height, width], "
+            f"got inputs of shape={shape}. Use '2nn' or 'logistic'."
+        )
+    model = _MODELS[experiment.task.model]
+    if data.num_classes == 0:
+        return Task(
+            model=lambda: model(shape, 1), data=data, loss=mean_squared_error, metrics={}
+        )
+    return Task(model=lambda: model(shape, data.num_classes), data=data, loss=cross_entropy)
+
+
+def build_algorithm(experiment: Experiment) -> FedAvg:
+    """The algorithm of an experiment."""
+    section = experiment.algorithm
+    server = Average(server_lr=section.server.server_lr)
+    if section.name == "fedsgd":
+        if section.local_epochs != 1 or section.batch_size not in ("full", 10):
+            raise ConfigError(
+                "algorithm.name = 'fedsgd' means local_epochs = 1 and batch_size = 'full', got "
+                f"local_epochs = {section.local_epochs}, batch_size = {section.batch_size!r}. "
+                "Leave both out, or use 'fedavg'."
+            )
+        epochs, batch_size = 1, None
+    else:
+        epochs = section.local_epochs
+        batch_size = None if section.batch_size == "full" else section.batch_size
+    return FedAvg(
+        client_lr=section.client_lr,
+        local_epochs=epochs,
+        batch_size=batch_size,
+        client_lr_decay=section.client_lr_decay,
+        server=server,
+    )
+
+
+def _dataset(experiment: Experiment) -> Dataset:
+    match experiment.task.data:
+        case "mnist":
+            return datasets.mnist(writers=experiment.partition.kind == "writer")
+        case "wisdm":
+            return datasets.wisdm()
+        case _:
+            return datasets.digits()
+
+
+def _partition(experiment: Experiment, dataset: Dataset) -> FederatedData:
+    section = experiment.partition
+    clients, seed = section.clients, section.seed
+    match section.kind:
+        case "iid":
+            return partitions.iid(dataset, clients=clients, seed=seed)
+        case "shards":
+            return partitions.shards(
+                dataset, clients=clients, shards_per_client=section.shards_per_client, seed=seed
+            )
+        case "dirichlet":
+            return partitions.dirichlet(dataset, clients=clients, alpha=section.alpha, seed=seed)
+        case "unbalanced":
+            return partitions.unbalanced(dataset, clients=clients, sigma=section.sigma, seed=seed)
+        case "writer" | "user":
+            return partitions.by_group(dataset)
+        case "own":
+            raise ConfigError(
+                f"task.data = {experiment.task.data!r} does not come divided. "
+                "Use partition.kind = 'iid', 'shards', 'dirichlet' or 'unbalanced'."
+            )

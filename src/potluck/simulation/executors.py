@@ -1,0 +1,153 @@
+"""What runs a cohort: the interface, and the plain loop that is the oracle of all others.
+
+An executor trains every client of a cohort and returns one weighted mean. Which executor runs
+never changes cohorts, batches or initial weights, and the mean is exact in any order, so two
+executors whose kernels round alike give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.algorithms import Algorithm
+from potluck.core import DivergedError, FixedPointMean, Update, Vector
+from potluck.tasks import Evaluator, Task, TorchRuntime, batches_of, means
+
+
+class Failure(NamedTuple):
+    """A client that gave no update, and why."""
+
+    client: int
+    name: str
+    reason: str
+    diverged: bool = False
+
+
+class CohortResult(NamedTuple):
+    """What local training of one cohort gave."""
+
+    aggregate: Vector  # [dim], the weighted mean of the updates; zeros if there were none
+    loss: float  # the weighted mean of the clients' training losses; NaN if there were none
+    num_examples: float  # the total weight
+    num_steps: int
+    failures: tuple[Failure, ...]
+
+
+class Executor(Protocol):
+    """Trains cohorts and evaluates models; has a lifetime."""
+
+    def train(
+        self,
+        algorithm: Algorithm,
+        weights: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+    ) -> CohortResult:
+        """Local training of one cohort from the same weights."""
+        ...
+
+    def evaluate(self, weights: Vector) -> dict[str, float]:
+        """Central evaluation on the task's test examples."""
+        ...
+
+    def close(self) -> None:
+        """Give back whatever it holds. May be called twice."""
+        ...
+
+
+class Loop:
+    """One client after another, in this process."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._runtime = TorchRuntime(task)
+        self._evaluator = Evaluator(task)
+        self._mean = FixedPointMean(self._runtime.spec.dim)
+
+    def train(
+        self,
+        algorithm: Algorithm,
+        weights: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+    ) -> CohortResult:
+        """Local training of one cohort from the same weights."""
+        self._mean.reset()
+        outcomes = [
+            train_client(
+                self._task, self._runtime, self._mean, algorithm, weights, int(client), seed, round
+            )
+            for client in cohort
+        ]
+        return summarise(self._mean, outcomes)
+
+    def evaluate(self, weights: Vector) -> dict[str, float]:
+        """Central evaluation on the task's test examples."""
+        self._evaluator.load(weights)
+        return means([self._evaluator.sums(b) for b in batches_of(self._task.data.test)])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Outcome(NamedTuple):
+    """What is kept of one client's update once it is in the sum."""
+
+    client: int
+    weight: float
+    loss: float
+    num_steps: int
+    failure: Failure | None = None
+
+
+def train_client(
+    task: Task,
+    runtime: TorchRuntime,
+    mean: FixedPointMean,
+    algorithm: Algorithm,
+    weights: Vector,
+    client: int,
+    seed: int,
+    round: int,
+) -> Outcome:
+    """Train one client and add its update to the mean. A failure is returned, not raised."""
+    examples = task.data.client(client)
+    runtime.take(examples)
+    try:
+        update: Update = algorithm.client_update(
+            runtime, weights, examples.num_examples, seed=seed, round=round, client=client
+        )
+        if not np.isfinite(update.loss):
+            raise DivergedError(
+                f"the training loss must be finite, got loss={update.loss}. "
+                "Lower the client learning rate, or look at this client's data."
+            )
+        mean.add(update.delta, update.weight)
+    except Exception as error:
+        reason = str(error) if isinstance(error, DivergedError) else f"{type(error).__name__}: {error}"
+        failure = Failure(
+            client, task.data.clients[client], reason, isinstance(error, DivergedError)
+        )
+        return Outcome(client, 0.0, 0.0, 0, failure)
+    return Outcome(client, update.weight, update.loss, update.num_steps)
+
+
+def summarise(mean: FixedPointMean, outcomes: list[Outcome]) -> CohortResult:
+    """The result of a cohort, the same in whatever order its clients were trained."""
+    outcomes = sorted(outcomes)
+    total = mean.total
+    loss = sum(o.weight * o.loss for o in outcomes) / total if total > 0 else float("nan")
+    return CohortResult(
+        aggregate=mean.mean(),
+        loss=loss,
+        num_examples=total,
+        num_steps=sum(o.num_steps for o in outcomes),
+        failures=tuple(o.failure for o in outcomes if o.failure is not None),
+    )

@@ -1,0 +1,162 @@
+"""The rounds of federated training, as a generator: the loop belongs to the caller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.algorithms import Algorithm
+from potluck.core import DivergedError, Poisson, TrainingError, Vector, sample_cohort
+from potluck.core.cohorts import cohort_size
+from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
+from potluck.simulation.workers import Workers
+from potluck.tasks import Task
+
+ExecutorName: TypeAlias = Literal["loop", "workers"]
+
+
+class Round(NamedTuple):
+    """What one round gave. Round 0 is the initial model."""
+
+    number: int
+    weights: Vector  # [dim], the model after this round
+    cohort: NDArray[np.int64]  # sorted client numbers
+    loss: float  # the cohort's mean training loss
+    metrics: dict[str, float] | None  # central evaluation; None if not evaluated in this round
+    num_examples: int  # of the cohort
+    uplink_bytes: int  # of this round, float32 vectors
+    downlink_bytes: int
+    seconds: float  # wall time, evaluation included
+    failures: tuple[Failure, ...]
+    state: Any  # the server state after this round
+
+
+def rounds(
+    algorithm: Algorithm,
+    task: Task,
+    *,
+    cohort: float | int | Poisson = 0.1,
+    num_rounds: int | None = None,
+    seed: int = 0,
+    executor: Executor | ExecutorName = "loop",
+    evaluate_every: int = 1,
+    skip_failures: bool = False,
+    resume: tuple[int, Any] | None = None,
+) -> Iterator[Round]:
+    """Train, and yield every round as it is done, from round 0, the initial model.
+
+    Args:
+        cohort: the fraction C of all clients (0.0 means one), their number, or `Poisson(rate)`.
+        num_rounds: stop after this round; without it, until the caller stops.
+        seed: of every random stream of the run.
+        executor: "loop", "workers", or an executor of the caller's, which stays open.
+        evaluate_every: evaluate after every so many rounds, and after the last.
+        skip_failures: leave clients that fail out of the round instead of stopping there.
+        resume: (round, state) of an earlier round, to go on from the round after it.
+
+    Raises:
+        DivergedError: a client's loss or weights are no longer finite; client and round are named.
+        TrainingError: local training of a client failed otherwise.
+    """
+    population = task.data.num_clients
+    if not isinstance(cohort, Poisson):
+        cohort_size(population, cohort)
+    if evaluate_every < 1:
+        raise ValueError(
+            f"evaluate_every must be at least 1, got evaluate_every={evaluate_every}. "
+            "Use 1 to evaluate after every round."
+        )
+    return _rounds(
+        algorithm,
+        task,
+        cohort,
+        num_rounds,
+        seed,
+        executor,
+        evaluate_every,
+        skip_failures,
+        resume,
+    )
+
+
+def _rounds(
+    algorithm: Algorithm,
+    task: Task,
+    cohort: float | int | Poisson,
+    num_rounds: int | None,
+    seed: int,
+    executor: Executor | ExecutorName,
+    evaluate_every: int,
+    skip_failures: bool,
+    resume: tuple[int, Any] | None,
+) -> Iterator[Round]:
+    started = time.perf_counter()
+    own = isinstance(executor, str)
+    runner = make_executor(executor, task) if isinstance(executor, str) else executor
+    try:
+        if resume is None:
+            number, state = 0, algorithm.server_init(task.initial_weights(seed))
+            metrics = runner.evaluate(state.weights)
+            yield _round(0, state, np.empty(0, np.int64), None, metrics, started)
+        else:
+            number, state = resume
+        while num_rounds is None or number < num_rounds:
+            started = time.perf_counter()
+            number += 1
+            clients = sample_cohort(task.data.num_clients, cohort, seed=seed, round=number)
+            result = runner.train(algorithm, state.weights, clients, seed=seed, round=number)
+            if result.failures and not skip_failures:
+                raise _failed(result.failures, number)
+            if result.num_examples > 0:
+                state = algorithm.server_update(state, result.aggregate)
+            due = number % evaluate_every == 0 or number == num_rounds
+            metrics = runner.evaluate(state.weights) if due else None
+            yield _round(number, state, clients, result, metrics, started)
+    finally:
+        if own:
+            runner.close()
+
+
+def make_executor(name: str, task: Task, num_workers: int | None = None) -> Executor:
+    """An executor by its name; the caller closes it."""
+    if name == "loop":
+        return Loop(task)
+    if name == "workers":
+        return Workers(task, num_workers)
+    raise ValueError(f"executor must be 'loop' or 'workers', got executor={name!r}.")
+
+
+def _round(
+    number: int,
+    state: Any,
+    cohort: NDArray[np.int64],
+    result: CohortResult | None,
+    metrics: dict[str, float] | None,
+    started: float,
+) -> Round:
+    failures = () if result is None else result.failures
+    vector_bytes = 4 * len(state.weights)
+    return Round(
+        number=number,
+        weights=state.weights,
+        cohort=cohort,
+        loss=float("nan") if result is None else result.loss,
+        metrics=metrics,
+        num_examples=0 if result is None else int(result.num_examples),
+        uplink_bytes=vector_bytes * (len(cohort) - len(failures)),
+        downlink_bytes=vector_bytes * len(cohort),
+        seconds=time.perf_counter() - started,
+        failures=failures,
+        state=state,
+    )
+
+
+def _failed(failures: tuple[Failure, ...], round: int) -> TrainingError:
+    first = failures[0]
+    more = f" ({len(failures) - 1} more clients of this round failed too.)" * (len(failures) > 1)
+    kind = DivergedError if first.diverged else TrainingError
+    return kind(f"client {first.name!r} (number {first.client}), round {round}: {first.reason}{more}")

@@ -1,0 +1,400 @@
+"""A run is a directory: what was asked, what every round gave, and where to go on.
+
+    manifest.json            experiment, seed, versions, machine, commit, checksums
+    rounds.jsonl             a line a round, from round 0; never a clock time
+    timings.jsonl            the wall time of every round
+    checkpoint.safetensors   the server state after some round; replaced as a whole
+    final.safetensors        the weights after the last round, once there is one
+
+A line of `rounds.jsonl` follows from the experiment and the seed alone. A run that was killed is
+continued from its checkpoint: the lines after it are dropped and made again, the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from potluck.algorithms import FedAvg, ServerState
+from potluck.core import RunError, Vector
+from potluck.experiment import Experiment
+from potluck.simulation.build import build_algorithm, build_data, build_task
+from potluck.simulation.rounds import Round, make_executor, rounds
+from potluck.tasks import FederatedData, Task, spec_of
+
+_CHECKPOINT_SECONDS = 15.0
+_PREFIX = "optimizer."
+# What may differ between the run that was started and the one that continues it.
+_FREE = {"run": {"rounds", "executor", "workers", "stop_at_target", "target"}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run directory as read: for reports."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    rounds: list[dict[str, Any]]
+    seconds: list[float]  # of every round; of the latest attempt where one was repeated
+    is_finished: bool
+
+
+def train(
+    experiment: Experiment,
+    directory: Path | str,
+    *,
+    seed: int | None = None,
+    data: FederatedData | None = None,
+) -> Iterator[Round]:
+    """Start or continue a run in a directory, and yield every round that is new.
+
+    However the caller or the process stops, the same call continues, and the directory ends with
+    the same bytes in `rounds.jsonl` and `final.safetensors` as if it had never stopped.
+
+    Args:
+        seed: instead of the experiment's.
+        data: the partition, if the caller has built it already.
+
+    Raises:
+        RunError: the directory cannot be written, is in use, or holds another experiment.
+        DivergedError, TrainingError: as `rounds`; the checkpoint is then of the last good round.
+    """
+    seed = experiment.run.seed if seed is None else seed
+    data = build_data(experiment) if data is None else data
+    task = build_task(experiment, data)
+    algorithm = build_algorithm(experiment)
+    run = _Run(Path(directory), _manifest(experiment, seed, task))
+    with run.locked():
+        yield from run.train(experiment, algorithm, task, seed)
+
+
+def read_run(directory: Path | str) -> RunRecord:
+    """Read a run directory, finished or not.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = Path(directory)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        lines = [json.loads(line) for line in _whole_lines(path / "rounds.jsonl")]
+        timings = [json.loads(line) for line in _whole_lines(path / "timings.jsonl")]
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"a run directory must hold manifest.json and rounds.jsonl, got {str(path)!r} "
+            f"({error}). Name a directory that `potluck train` made."
+        ) from None
+    seconds = {int(t["round"]): float(t["seconds"]) for t in timings}
+    return RunRecord(
+        directory=path,
+        manifest=manifest,
+        rounds=lines,
+        seconds=[seconds.get(int(line["round"]), 0.0) for line in lines],
+        is_finished=(path / "final.safetensors").exists(),
+    )
+
+
+def read_weights(directory: Path | str) -> Vector:
+    """The final weights of a finished run, or those of its checkpoint: [dim]."""
+    path = Path(directory)
+    final = path / "final.safetensors"
+    tensors, _ = _read_tensors(final if final.exists() else path / "checkpoint.safetensors")
+    return tensors["weights"]
+
+
+class _Run:
+    """An open run directory: the one writer of its files."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self._manifest = manifest
+        self._rounds: IO[str] | None = None
+        self._timings: IO[str] | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process alone."""
+        with _disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = (self.directory / ".lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"a run directory must have one writer, got {str(self.directory)!r} in use. "
+                    "Wait for the other process, or name another directory."
+                ) from None
+            yield
+
+    def train(
+        self, experiment: Experiment, algorithm: FedAvg, task: Task, seed: int
+    ) -> Iterator[Round]:
+        run = experiment.run
+        start = self._open()
+        best = self._best_so_far()
+        if start is not None and (start[0] >= run.rounds or self._reached(run, best)):
+            self._finish(start)
+            self._close()
+            return
+        executor = make_executor(run.executor, task, run.workers)
+        last: tuple[int, ServerState] | None = start
+        saved = time.monotonic()
+        unsaved = False
+        try:
+            for round in rounds(
+                algorithm,
+                task,
+                cohort=run.cohort,
+                num_rounds=run.rounds,
+                seed=seed,
+                executor=executor,
+                evaluate_every=run.evaluate_every,
+                skip_failures=run.skip_failures,
+                resume=start,
+            ):
+                self._append(round)
+                last, unsaved = (round.number, round.state), True
+                if round.number == 0 or time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                    self._checkpoint(last)
+                    saved, unsaved = time.monotonic(), False
+                yield round
+                best = max(best, (round.metrics or {}).get("accuracy", 0.0))
+                if self._reached(run, best):
+                    break
+            assert last is not None
+            self._checkpoint(last)
+            unsaved = False
+            self._finish(last)
+        finally:
+            executor.close()
+            if unsaved and last is not None:
+                self._checkpoint(last)
+            self._close()
+
+    @staticmethod
+    def _reached(run: Any, best: float) -> bool:
+        return run.stop_at_target and run.target is not None and best >= run.target
+
+    def _best_so_far(self) -> float:
+        lines = [json.loads(line) for line in _whole_lines(self.directory / "rounds.jsonl")]
+        return max([(line["metrics"] or {}).get("accuracy", 0.0) for line in lines], default=0.0)
+
+    def _open(self) -> tuple[int, ServerState] | None:
+        """Check the manifest and open the logs where the checkpoint ends."""
+        path = self.directory / "manifest.json"
+        with _disk_errors(self.directory):
+            if path.exists():
+                self._compare(path)
+            else:
+                _write_whole(path, json.dumps(self._manifest, indent=1).encode() + b"\n")
+            start = self._read_checkpoint()
+            kept = 0 if start is None else start[0] + 1
+            log = self.directory / "rounds.jsonl"
+            lines = _whole_lines(log)
+            if len(lines) < kept:
+                raise RunError(
+                    f"{log} must hold the {kept} rounds before its checkpoint, "
+                    f"got {len(lines)}. Remove the directory and start again."
+                )
+            _write_whole(log, "".join(line + "\n" for line in lines[:kept]).encode())
+            self._rounds = log.open("a")
+            self._timings = (self.directory / "timings.jsonl").open("a")
+        return start
+
+    def _compare(self, path: Path) -> None:
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path} is not readable: {error}. Remove the directory.") from None
+        for key in ("experiment", "seed", "data_digest", "spec_digest"):
+            difference = _difference(key, old.get(key), self._manifest[key])
+            if difference is not None:
+                name, was, now = difference
+                raise RunError(
+                    f"{self.directory} holds another run: {name} was {was!r} there and is {now!r} "
+                    "here. Name another directory, or remove this one."
+                )
+
+    def _read_checkpoint(self) -> tuple[int, ServerState] | None:
+        path = self.directory / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        tensors, info = _read_tensors(path)
+        optimizer = {
+            name.removeprefix(_PREFIX): value
+            for name, value in tensors.items()
+            if name.startswith(_PREFIX)
+        }
+        return int(info["round"]), ServerState(tensors["weights"], optimizer)
+
+    def _append(self, round: Round) -> None:
+        line = {
+            "round": round.number,
+            "loss": None if round.number == 0 else round.loss,
+            "metrics": round.metrics,
+            "num_clients": len(round.cohort),
+            "num_examples": round.num_examples,
+            "uplink_bytes": round.uplink_bytes,
+            "downlink_bytes": round.downlink_bytes,
+            "failures": [failure._asdict() for failure in round.failures],
+        }
+        with _disk_errors(self.directory):
+            for file, content in (
+                (self._rounds, line),
+                (self._timings, {"round": round.number, "seconds": round.seconds}),
+            ):
+                assert file is not None
+                file.write(json.dumps(content) + "\n")
+                file.flush()
+
+    def _checkpoint(self, last: tuple[int, ServerState]) -> None:
+        number, state = last
+        tensors = {"weights": state.weights}
+        tensors |= {_PREFIX + name: value for name, value in state.optimizer.items()}
+        assert self._rounds is not None
+        with _disk_errors(self.directory):
+            os.fsync(self._rounds.fileno())  # a checkpoint never runs ahead of its log
+            _write_whole(
+                self.directory / "checkpoint.safetensors", save(tensors, {"round": str(number)})
+            )
+
+    def _finish(self, last: tuple[int, ServerState]) -> None:
+        number, state = last
+        content = save({"weights": state.weights}, {"round": str(number)})
+        with _disk_errors(self.directory):
+            _write_whole(self.directory / "final.safetensors", content)
+
+    def _close(self) -> None:
+        for file in (self._rounds, self._timings):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+def _manifest(experiment: Experiment, seed: int, task: Task) -> dict[str, Any]:
+    spec = spec_of(task.module())
+    return {
+        "name": experiment.name,
+        "experiment": experiment.model_dump(mode="json"),
+        "seed": seed,
+        "num_clients": task.data.num_clients,
+        "dim": spec.dim,
+        "spec_digest": spec.digest(),
+        "data_digest": task.data.digest(),
+        "data_checksums": dict(task.data.checksums),
+        "versions": {
+            "potluck": metadata.version("potluck"),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": metadata.version("torch"),
+        },
+        "machine": _machine(),
+        "commit": _commit(),
+    }
+
+
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {sys.platform}"
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, if this is one; with a + if it has changes."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return described.stdout.strip()
+    return None
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """The first key that differs and is not free to."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        before, after = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
+        for key in [*after, *(key for key in before if key not in after)]:
+            if name.startswith("experiment.") and key in _FREE.get(name.split(".")[1], ()):
+                continue
+            if name == "experiment.run" and key == "seed":
+                continue  # compared on its own
+            found = _difference(f"{name}.{key}", before.get(key), after.get(key))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (name.removeprefix("experiment."), old, new)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The complete lines of a log; a last line cut short by a kill is not one."""
+    if not path.exists():
+        return []
+    return path.read_text().split("\n")[:-1]
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} must be a safetensors file: {error}. Remove it.") from None
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Replace a file at once: a reader or a crash sees the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "has no space left" if error.errno == errno.ENOSPC else f"failed ({error.strerror})"
+        raise RunError(
+            f"a run directory must be writable, but writing to {str(directory)!r} {what}. "
+            "Make room or name another directory, then run the same command: "
+            "it continues from the last checkpoint."
+        ) from None

@@ -1,0 +1,132 @@
+"""A data set, and a data set divided among clients.
+
+`Dataset` is what a loader returns: training and test examples in two pairs of arrays.
+`FederatedData` is the same after a partition: the training examples of all clients packed
+into one array, so that client k owns the rows `offsets[k]:offsets[k + 1]`. Packing costs one
+copy at the start; afterwards a client's examples are a view, and a worker process shares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.core import DataError
+
+Array = NDArray[Any]
+
+
+class Examples(NamedTuple):
+    """Examples in order: `inputs[i]` belongs to `targets[i]`."""
+
+    inputs: Array  # [examples, ...]
+    targets: Array  # [examples] or [examples, ...]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Training and test examples as they were published, not yet divided.
+
+    `groups[i]` names the natural owner of training example i (a writer, a user) where the data
+    set knows it; `test_groups` likewise for the test examples.
+    """
+
+    name: str
+    train: Examples
+    test: Examples
+    num_classes: int
+    groups: Array | None = None  # [train examples]
+    test_groups: Array | None = None  # [test examples]
+    checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FederatedData:
+    """One data set divided among clients.
+
+    Client k owns the rows `offsets[k]:offsets[k + 1]` of `train`, and, where clients have test
+    examples of their own, the rows `test_offsets[k]:test_offsets[k + 1]` of `test`.
+    """
+
+    name: str
+    train: Examples
+    offsets: NDArray[np.int64]  # [clients + 1]
+    test: Examples
+    clients: tuple[str, ...]  # names, in order
+    num_classes: int
+    test_offsets: NDArray[np.int64] | None = None  # [clients + 1]
+    checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.clients)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:  # [clients]
+        """How many training examples each client has."""
+        return np.diff(self.offsets)
+
+    def client(self, index: int) -> Examples:
+        """The training examples of client `index`: views, not copies."""
+        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Examples(self.train.inputs[rows], self.train.targets[rows])
+
+    def client_test(self, index: int) -> Examples:
+        """The test examples of client `index`, or its training examples if it has none."""
+        if self.test_offsets is None:
+            return self.client(index)
+        rows = slice(int(self.test_offsets[index]), int(self.test_offsets[index + 1]))
+        return Examples(self.test.inputs[rows], self.test.targets[rows])
+
+    def digest(self) -> str:
+        """A checksum over what every client owns; equal digests mean equal partitions."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.offsets, *self.train, *self.test):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def divide(
+    dataset: Dataset, parts: Sequence[NDArray[np.int64]], clients: Sequence[str] | None = None
+) -> FederatedData:
+    """Give the training rows `parts[k]` to client k and pack them.
+
+    Args:
+        parts: row numbers of `dataset.train`, one array a client, in the client's order.
+        clients: their names; numbers from 0 if not given.
+
+    Raises:
+        DataError: a client without examples.
+    """
+    names = tuple(str(k) for k in range(len(parts))) if clients is None else tuple(clients)
+    for name, part in zip(names, parts, strict=True):
+        if len(part) == 0:
+            raise DataError(
+                f"every client must have at least one example, got client={name!r} with 0. "
+                "Use fewer clients or another partition."
+            )
+    order = np.concatenate(parts)
+    sizes = np.array([len(part) for part in parts], dtype=np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    return FederatedData(
+        name=dataset.name,
+        train=Examples(
+            np.ascontiguousarray(dataset.train.inputs[order]),
+            np.ascontiguousarray(dataset.train.targets[order]),
+        ),
+        offsets=offsets,
+        test=dataset.test,
+        clients=names,
+        num_classes=dataset.num_classes,
+        checksums=dataset.checksums,
+    )

@@ -1,0 +1,124 @@
+"""Evaluation: of one model on a test set (central), or on every client's own (federated)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from potluck.core import Vector
+from potluck.tasks.data import Examples
+from potluck.tasks.task import Task, bind, spec_of
+
+EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
+
+
+class Evaluator:
+    """One module in evaluation mode, for any number of models."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._module = task.module().eval()
+        self._vector = torch.empty(spec_of(self._module).dim, dtype=torch.float32)
+        bind(self._module, self._vector)
+
+    def load(self, weights: Vector) -> None:
+        """Evaluate this model from now on."""
+        self._vector.numpy()[...] = weights
+
+    def sums(self, examples: Examples) -> dict[str, NDArray[np.float64]]:
+        """Of one batch: name to [sum, count], the loss among them."""
+        with torch.inference_mode():
+            outputs, targets = self._outputs(examples)
+            loss = float(self._task.loss(outputs, targets))
+            sums = {"loss": np.array([loss * len(targets), len(targets)])}
+            for name, metric in self._task.metrics.items():
+                values = metric(outputs, targets).double()
+                counts = ~values.isnan()
+                sums[name] = np.array([float(values.nansum()), float(counts.sum())])
+        return sums
+
+    def per_example(self, examples: Examples) -> dict[str, NDArray[np.float64]]:
+        """Of one batch: name of a metric to [examples, 2], a sum and a count for each."""
+        with torch.inference_mode():
+            outputs, targets = self._outputs(examples)
+            result: dict[str, NDArray[np.float64]] = {}
+            for name, metric in self._task.metrics.items():
+                values = metric(outputs, targets).double().flatten(1 if outputs.dim() else 0)
+                values = values.reshape(len(targets), -1)
+                counts = (~values.isnan()).sum(1).double()
+                result[name] = torch.stack([values.nansum(1), counts], dim=1).numpy()
+        return result
+
+    def _outputs(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.from_numpy(np.array(examples.inputs))
+        return self._module(inputs), torch.from_numpy(np.array(examples.targets))
+
+
+def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Examples]:
+    """The examples in order, in batches of `size`: views."""
+    return [
+        Examples(examples.inputs[i : i + size], examples.targets[i : i + size])
+        for i in range(0, examples.num_examples, size)
+    ]
+
+
+def means(sums: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
+    """The sums of all batches, in order, to the means over all that counts."""
+    total = {name: np.sum([batch[name] for batch in sums], axis=0) for name in sums[0]}
+    return {name: float(pair[0] / max(pair[1], 1.0)) for name, pair in total.items()}
+
+
+def evaluate(task: Task, weights: Vector, examples: Examples | None = None) -> dict[str, float]:
+    """Central evaluation: the mean loss and metrics of a model, on the task's test examples if
+    no others are given."""
+    evaluator = Evaluator(task)
+    evaluator.load(weights)
+    return means([evaluator.sums(b) for b in batches_of(examples or task.data.test)])
+
+
+class FederatedMetric(NamedTuple):
+    """One metric over all clients."""
+
+    per_client: NDArray[np.float64]  # [clients], NaN where a client has nothing that counts
+    mean: float  # every client counts the same
+    weighted_mean: float  # every example counts the same
+    worst_decile: float  # the mean over the worst tenth of the clients
+
+
+def federated_evaluation(task: Task, weights: Vector) -> Mapping[str, FederatedMetric]:
+    """Evaluate a model on every client's own test examples (its training ones if it has none).
+
+    Each metric is taken to be better the larger it is.
+    """
+    data = task.data
+    own = data.test_offsets is not None
+    examples = data.test if own else data.train
+    offsets = data.test_offsets if data.test_offsets is not None else data.offsets
+    evaluator = Evaluator(task)
+    evaluator.load(weights)
+    parts = [evaluator.per_example(batch) for batch in batches_of(examples)]
+    result: dict[str, FederatedMetric] = {}
+    for name in task.metrics:
+        pairs = np.concatenate([part[name] for part in parts])  # [examples, 2]
+        running = np.concatenate([np.zeros((1, 2)), np.cumsum(pairs, axis=0)])
+        sums = running[offsets[1:]] - running[offsets[:-1]]  # [clients, 2]
+        result[name] = _summary(sums)
+    return result
+
+
+def _summary(sums: NDArray[np.float64]) -> FederatedMetric:
+    counted = sums[:, 1] > 0
+    per_client = np.full(len(sums), np.nan)
+    per_client[counted] = sums[counted, 0] / sums[counted, 1]
+    ordered = np.sort(per_client[counted])
+    worst = ordered[: max(1, len(ordered) // 10)]
+    return FederatedMetric(
+        per_client=per_client,
+        mean=float(ordered.mean()),
+        weighted_mean=float(sums[:, 0].sum() / sums[:, 1].sum()),
+        worst_decile=float(worst.mean()),
+    )

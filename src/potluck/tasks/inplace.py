@@ -1,0 +1,115 @@
+"""Linear layers that take their SGD step while gradients flow through them.
+
+For a linear layer y = W x + b the gradient of a batch of B examples is a product of two thin
+matrices, ∇W = gᵀ x with g = ∂ℓ/∂y [B, out] and x [B, in]. A plain step writes it out, reads it
+back and adds it to W. Here the backward pass adds the product to W directly, as one rank-B update
+
+    W ← W − lr · gᵀ x
+
+after it has computed what flows on to the layers before. The gradient is never written, which for
+large layers and small batches saves most of the memory traffic of a step.
+
+This is exact only for a layer that is called once in a forward pass and whose weights nothing
+else reads (no penalty on them, no tying). `probe` finds out which layers those are by running one
+batch; every other layer keeps the plain step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SMALLEST = 65_536  # weights; below it the plain step is as fast
+
+
+class InPlaceLinears:
+    """The linear layers of one module that update themselves, once `probe` has chosen them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.lr = 0.0
+        self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
+        self._calls: dict[nn.Linear, int] = {
+            layer: 0
+            for layer in module.modules()
+            if type(layer) is nn.Linear
+            and layer.weight.requires_grad
+            and layer.weight.numel() >= _SMALLEST
+        }
+
+    def probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> set[nn.Parameter]:
+        """Choose the layers by one forward and backward pass at rate 0; return their parameters,
+        which from now on need no step. The values of parameters may be lost.
+
+        Args:
+            forward: runs the model on a batch and returns its loss.
+        """
+        self.lr = 0.0
+        for layer in self._calls:
+            self._replace(layer)
+        try:
+            loss = forward()
+            inputs = [p for layer in self._calls for p in layer.parameters()]
+            found = torch.autograd.grad(loss, [*inputs, self.token], allow_unused=True)
+            read_elsewhere = {
+                id(p) for p, g in zip(inputs, found, strict=False) if g is not None
+            }
+        except Exception:
+            read_elsewhere = {id(p) for layer in self._calls for p in layer.parameters()}
+        for layer, calls in list(self._calls.items()):
+            if calls != 1 or any(id(p) in read_elsewhere for p in layer.parameters()):
+                self._restore(layer)
+        return {p for layer in self._calls for p in layer.parameters()}
+
+    def start(self, lr: float) -> None:
+        """Before the forward pass of a step at rate `lr`."""
+        self.lr = lr
+        for layer in self._calls:
+            self._calls[layer] = 0
+
+    def called_twice(self) -> bool:
+        """After a forward pass: whether its backward pass would not be exact."""
+        return any(calls > 1 for calls in self._calls.values())
+
+    def restore_all(self) -> None:
+        """Back to plain layers."""
+        for layer in list(self._calls):
+            self._restore(layer)
+
+    def _replace(self, layer: nn.Linear) -> None:
+        self._calls[layer] = 0
+
+        def forward(inputs: Tensor) -> Tensor:
+            self._calls[layer] += 1
+            return _LinearStep.apply(inputs, layer.weight, layer.bias, self.token, self)
+
+        layer.forward = forward
+
+    def _restore(self, layer: nn.Linear) -> None:
+        del layer.forward  # the class's own shows again
+        del self._calls[layer]
+
+
+class _LinearStep(torch.autograd.Function):
+    """y = x Wᵀ + b, whose backward pass is also the SGD step of W and b."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, owner: Any
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias, ctx.owner = weight.detach(), bias, owner
+        return nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (inputs,) = ctx.saved_tensors
+        weight, lr = ctx.weight, ctx.owner.lr
+        onward = gradient @ weight if ctx.needs_input_grad[0] else None
+        rows = gradient.flatten(0, -2)  # [batch, out]
+        weight.addmm_(rows.t(), inputs.flatten(0, -2), alpha=-lr)
+        if ctx.bias is not None:
+            ctx.bias.detach().add_(rows.sum(0), alpha=-lr)
+        return onward, None, None, None, None

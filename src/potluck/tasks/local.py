@@ -1,0 +1,95 @@
+"""Local training in PyTorch: the runtime that the simulator and devices with PyTorch share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+
+from potluck.core import Spec, Vector
+from potluck.tasks.data import Examples
+from potluck.tasks.inplace import InPlaceLinears
+from potluck.tasks.task import Task, bind, spec_of
+
+
+class TorchRuntime:
+    """One module, its weights in one vector, and local steps that change them in place.
+
+    It serves one client after another: `take` gives it a client's examples, and an algorithm's
+    `client_update` drives the rest. A step is `FedAvg.local_step` without its copies.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.module = task.module().train()
+        self.spec: Spec = spec_of(self.module)
+        self._vector = torch.empty(self.spec.dim, dtype=torch.float32)
+        bind(self.module, self._vector)
+        self._weights: Vector = self._vector.numpy()
+        self._loss = task.loss
+        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self._linears = InPlaceLinears(self.module)
+        self._probed = False
+        self._losses: list[Tensor] = []
+
+    def take(self, examples: Examples) -> None:
+        """Use these examples from the next `begin` on."""
+        self._examples = examples
+
+    def begin(self, received: Vector, order: NDArray[np.int64], seed: int) -> None:
+        """Load the received weights and put the examples in order, so that batches are slices."""
+        self._inputs = torch.from_numpy(self._examples.inputs.take(order, axis=0))
+        self._targets = torch.from_numpy(self._examples.targets.take(order, axis=0))
+        self._losses.clear()
+        if not self._probed:
+            self._weights[...] = received
+            self._probe()
+        self._weights[...] = received
+        torch.manual_seed(seed)
+
+    def step(self, batch: slice, lr: float) -> None:
+        """w ← w − lr · ∇ℓ(w; batch), in place."""
+        self._linears.start(lr)
+        loss = self._forward(batch)
+        if self._linears.called_twice():  # unlike in the probe: it depends on the data
+            self._linears.restore_all()
+            self._plain = self._parameters
+            loss = self._forward(batch)
+        gradients = torch.autograd.grad(
+            loss, [*self._plain, self._linears.token], allow_unused=True
+        )
+        with torch.no_grad():
+            for parameter, gradient in zip(self._plain, gradients, strict=False):
+                if gradient is not None:
+                    parameter.add_(gradient, alpha=-lr)
+        self._losses.append(loss.detach())
+
+    def end(self) -> tuple[Vector, float]:
+        """The local weights (a view, until the next `begin`) and the mean loss."""
+        return self._weights, float(torch.stack(self._losses).mean())
+
+    def _forward(self, batch: slice) -> Tensor:
+        return self._loss(self.module(self._inputs[batch]), self._targets[batch])
+
+    def _probe(self) -> None:
+        done = self._linears.probe(self.module, lambda: self._forward(slice(0, 2)))
+        self._plain = [p for p in self._parameters if p not in done]
+        self._probed = True
+
+
+def pure_loss(task: Task) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The task's loss as a pure function of (weights [dim], inputs, targets).
+
+    Unlike a runtime's step it has no state, so it can be differentiated, vectorised over clients
+    (`torch.func.vmap`) and exported.
+    """
+    module = task.module().train()
+    spec = spec_of(module)
+
+    def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return task.loss(functional_call(module, spec.unflatten(weights), (inputs,)), targets)
+
+    return loss

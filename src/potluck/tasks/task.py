@@ -1,0 +1,82 @@
+"""A task: model, loss, metrics and data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from potluck.core import Spec, Vector, derive_seed
+from potluck.tasks.data import FederatedData
+from potluck.tasks.metrics import Loss, Metric, accuracy, cross_entropy
+
+
+def _accuracy() -> dict[str, Metric]:
+    return {"accuracy": accuracy}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be learned, from which data, and how it is judged.
+
+    Args:
+        model: a callable without arguments that makes the module (a class, a lambda), so that
+            initial weights follow from the seed of a run; or a module, whose present weights are
+            then the initial ones.
+        data: the examples of all clients.
+        loss: (outputs, targets) to the batch's mean loss.
+        metrics: name to (outputs, targets) to values; see `potluck.tasks.metrics`.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    data: FederatedData
+    loss: Loss = cross_entropy
+    metrics: Mapping[str, Metric] = field(default_factory=_accuracy)
+
+    def module(self) -> nn.Module:
+        """A new module, of which the caller may do what it likes."""
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model)
+        return self.model()
+
+    def initial_weights(self, seed: int) -> Vector:
+        """The model of round 0, which depends on the seed alone. Global randomness is kept."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "weights"))
+            module = self.module()
+        return spec_of(module).flatten(
+            {name: tensor.detach().numpy() for name, tensor in averaged_tensors(module)}
+        )
+
+
+def averaged_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What a model's vector holds: its parameters, then its floating-point buffers."""
+    tensors: list[tuple[str, torch.Tensor]] = list(module.named_parameters())
+    tensors += [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
+    return tensors
+
+
+def spec_of(module: nn.Module) -> Spec:
+    """The names and shapes inside the vector of a module.
+
+    Raises:
+        TypeError: a parameter that is not float32.
+    """
+    tensors = averaged_tensors(module)
+    for name, tensor in tensors:
+        if tensor.dtype != torch.float32:
+            raise TypeError(
+                f"every parameter must be float32, got {name} of dtype={tensor.dtype}. "
+                "Call .float() on the model."
+            )
+    return Spec.of(tensors)
+
+
+def bind(module: nn.Module, vector: torch.Tensor) -> None:
+    """Make the module's tensors views of `vector` [dim], which from then on is the model."""
+    views = spec_of(module).unflatten(vector)
+    for name, tensor in averaged_tensors(module):
+        tensor.data = views[name]

@@ -142,11 +142,12 @@ def _override(content: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
     *path, last = key.strip().split(".")
-    table = content
+    table: dict[str, Any] = content
     for part in path:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"{part} is not a table, got override={override!r}.")
+        inner: Any = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{part} must be a table, got override={override!r}.")
+        table = cast("dict[str, Any]", inner)
     table[last] = value
 
 
@@ -180,7 +181,8 @@ def _sentence(key: str, details: list[Any]) -> str:
         for part in path:
             section = section.model_fields[part].annotation
         fields = sorted(cast("dict[str, Any]", section.model_fields))
-        near = difflib.get_close_matches(last, fields, n=1, cutoff=0.4)
+        near = [field for field in fields if last in field.split("_")]
+        near += difflib.get_close_matches(last, fields, n=1)
         hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else "remove it."
         return f"unknown key {key}: {hint} Known here: {', '.join(fields)}."
     if kind == "missing":

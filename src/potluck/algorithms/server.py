@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
+
 from potluck.core import Vector
 
 OptimizerState: TypeAlias = Mapping[str, Vector]
@@ -53,4 +55,4 @@ class Average:
         """Move all the way to the mean, or `server_lr` of the way."""
         if self.server_lr == 1.0:
             return state, weights + aggregate
-        return state, weights + self.server_lr * aggregate
+        return state, weights + np.multiply(aggregate, self.server_lr, dtype=np.float32)

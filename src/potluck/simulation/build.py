@@ -50,9 +50,7 @@ def build_task(experiment: Experiment, data: FederatedData) -> Task:
         )
     model = _MODELS[experiment.task.model]
     if data.num_classes == 0:
-        return Task(
-            model=lambda: model(shape, 1), data=data, loss=mean_squared_error, metrics={}
-        )
+        return Task(model=lambda: model(shape, 1), data=data, loss=mean_squared_error, metrics={})
     return Task(model=lambda: model(shape, data.num_classes), data=data, loss=cross_entropy)
 
 

@@ -7,9 +7,12 @@ executors whose kernels round alike give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
@@ -61,10 +64,17 @@ class Executor(Protocol):
 
 
 class Loop:
-    """One client after another, in this process."""
+    """One client after another, in this process.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: as for every executor.
+        num_threads: of PyTorch's kernels during training. With 1 the results are, bit for bit,
+            those of `Workers` on any number of cores; large models run faster with more.
+    """
+
+    def __init__(self, task: Task, num_threads: int = 1) -> None:
         self._task = task
+        self._num_threads = num_threads
         self._runtime = TorchRuntime(task)
         self._evaluator = Evaluator(task)
         self._mean = FixedPointMean(self._runtime.spec.dim)
@@ -80,12 +90,13 @@ class Loop:
     ) -> CohortResult:
         """Local training of one cohort from the same weights."""
         self._mean.reset()
-        outcomes = [
-            train_client(
-                self._task, self._runtime, self._mean, algorithm, weights, int(client), seed, round
-            )
-            for client in cohort
-        ]
+        with torch.random.fork_rng(devices=[]), _kernel_threads(self._num_threads):
+            outcomes = [
+                train_client(
+                    self._task, self._runtime, self._mean, algorithm, weights, int(k), seed, round
+                )
+                for k in cohort
+            ]
         return summarise(self._mean, outcomes)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
@@ -95,6 +106,16 @@ class Loop:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+@contextmanager
+def _kernel_threads(num_threads: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Outcome(NamedTuple):
@@ -131,7 +152,9 @@ def train_client(
             )
         mean.add(update.delta, update.weight)
     except Exception as error:
-        reason = str(error) if isinstance(error, DivergedError) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error) if isinstance(error, DivergedError) else f"{type(error).__name__}: {error}"
+        )
         failure = Failure(
             client, task.data.clients[client], reason, isinstance(error, DivergedError)
         )

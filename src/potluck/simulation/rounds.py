@@ -159,4 +159,6 @@ def _failed(failures: tuple[Failure, ...], round: int) -> TrainingError:
     first = failures[0]
     more = f" ({len(failures) - 1} more clients of this round failed too.)" * (len(failures) > 1)
     kind = DivergedError if first.diverged else TrainingError
-    return kind(f"client {first.name!r} (number {first.client}), round {round}: {first.reason}{more}")
+    return kind(
+        f"client {first.name!r} (number {first.client}), round {round}: {first.reason}{more}"
+    )

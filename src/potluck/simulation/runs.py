@@ -17,17 +17,13 @@ import errno
 import fcntl
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -35,13 +31,12 @@ from potluck.algorithms import FedAvg, ServerState
 from potluck.core import RunError, Vector
 from potluck.experiment import Experiment
 from potluck.simulation.build import build_algorithm, build_data, build_task
+from potluck.simulation.manifest import difference, make_manifest
 from potluck.simulation.rounds import Round, make_executor, rounds
-from potluck.tasks import FederatedData, Task, spec_of
+from potluck.tasks import FederatedData, Task
 
 _CHECKPOINT_SECONDS = 15.0
 _PREFIX = "optimizer."
-# What may differ between the run that was started and the one that continues it.
-_FREE = {"run": {"rounds", "executor", "workers", "stop_at_target", "target"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +74,7 @@ def train(
     data = build_data(experiment) if data is None else data
     task = build_task(experiment, data)
     algorithm = build_algorithm(experiment)
-    run = _Run(Path(directory), _manifest(experiment, seed, task))
+    run = _Run(Path(directory), make_manifest(experiment, seed, task))
     with run.locked():
         yield from run.train(experiment, algorithm, task, seed)
 
@@ -124,11 +119,11 @@ class _Run:
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self._manifest = manifest
-        self._rounds: IO[str] | None = None
-        self._timings: IO[str] | None = None
+        self._rounds: FileIO | None = None
+        self._timings: FileIO | None = None
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         """Hold the directory for this process alone."""
         with _disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -184,17 +179,20 @@ class _Run:
             self._finish(last)
         finally:
             executor.close()
-            if unsaved and last is not None:
-                self._checkpoint(last)
-            self._close()
+            try:
+                if unsaved and last is not None:
+                    self._checkpoint(last)
+            finally:
+                self._close()
 
     @staticmethod
     def _reached(run: Any, best: float) -> bool:
         return run.stop_at_target and run.target is not None and best >= run.target
 
     def _best_so_far(self) -> float:
-        lines = [json.loads(line) for line in _whole_lines(self.directory / "rounds.jsonl")]
-        return max([(line["metrics"] or {}).get("accuracy", 0.0) for line in lines], default=0.0)
+        lines = _whole_lines(self.directory / "rounds.jsonl")
+        metrics: list[dict[str, float]] = [json.loads(line)["metrics"] or {} for line in lines]
+        return max([m.get("accuracy", 0.0) for m in metrics], default=0.0)
 
     def _open(self) -> tuple[int, ServerState] | None:
         """Check the manifest and open the logs where the checkpoint ends."""
@@ -214,8 +212,9 @@ class _Run:
                     f"got {len(lines)}. Remove the directory and start again."
                 )
             _write_whole(log, "".join(line + "\n" for line in lines[:kept]).encode())
-            self._rounds = log.open("a")
-            self._timings = (self.directory / "timings.jsonl").open("a")
+            # Without buffers: what was not written for want of space is not tried again at close.
+            self._rounds = FileIO(log, "a")
+            self._timings = FileIO(self.directory / "timings.jsonl", "a")
         return start
 
     def _compare(self, path: Path) -> None:
@@ -223,14 +222,13 @@ class _Run:
             old = json.loads(path.read_text())
         except ValueError as error:
             raise RunError(f"{path} is not readable: {error}. Remove the directory.") from None
-        for key in ("experiment", "seed", "data_digest", "spec_digest"):
-            difference = _difference(key, old.get(key), self._manifest[key])
-            if difference is not None:
-                name, was, now = difference
-                raise RunError(
-                    f"{self.directory} holds another run: {name} was {was!r} there and is {now!r} "
-                    "here. Name another directory, or remove this one."
-                )
+        found = difference(old, self._manifest)
+        if found is not None:
+            name, was, now = found
+            raise RunError(
+                f"{self.directory} holds another run: {name} was {was!r} there and is {now!r} "
+                "here. Name another directory, or remove this one."
+            )
 
     def _read_checkpoint(self) -> tuple[int, ServerState] | None:
         path = self.directory / "checkpoint.safetensors"
@@ -245,7 +243,7 @@ class _Run:
         return int(info["round"]), ServerState(tensors["weights"], optimizer)
 
     def _append(self, round: Round) -> None:
-        line = {
+        summary = {
             "round": round.number,
             "loss": None if round.number == 0 else round.loss,
             "metrics": round.metrics,
@@ -257,12 +255,13 @@ class _Run:
         }
         with _disk_errors(self.directory):
             for file, content in (
-                (self._rounds, line),
+                (self._rounds, summary),
                 (self._timings, {"round": round.number, "seconds": round.seconds}),
             ):
                 assert file is not None
-                file.write(json.dumps(content) + "\n")
-                file.flush()
+                line = json.dumps(content).encode() + b"\n"
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _checkpoint(self, last: tuple[int, ServerState]) -> None:
         number, state = last
@@ -284,71 +283,7 @@ class _Run:
     def _close(self) -> None:
         for file in (self._rounds, self._timings):
             if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-
-
-def _manifest(experiment: Experiment, seed: int, task: Task) -> dict[str, Any]:
-    spec = spec_of(task.module())
-    return {
-        "name": experiment.name,
-        "experiment": experiment.model_dump(mode="json"),
-        "seed": seed,
-        "num_clients": task.data.num_clients,
-        "dim": spec.dim,
-        "spec_digest": spec.digest(),
-        "data_digest": task.data.digest(),
-        "data_checksums": dict(task.data.checksums),
-        "versions": {
-            "potluck": metadata.version("potluck"),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": metadata.version("torch"),
-        },
-        "machine": _machine(),
-        "commit": _commit(),
-    }
-
-
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores, {sys.platform}"
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, if this is one; with a + if it has changes."""
-    here = Path(__file__).parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return described.stdout.strip()
-    return None
-
-
-def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
-    """The first key that differs and is not free to."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        before, after = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
-        for key in [*after, *(key for key in before if key not in after)]:
-            if name.startswith("experiment.") and key in _FREE.get(name.split(".")[1], ()):
-                continue
-            if name == "experiment.run" and key == "seed":
-                continue  # compared on its own
-            found = _difference(f"{name}.{key}", before.get(key), after.get(key))
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (name.removeprefix("experiment."), old, new)
+                file.close()
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -360,8 +295,9 @@ def _whole_lines(path: Path) -> list[str]:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        opened: Any = safe_open(path, framework="numpy")
+        with opened as file:
+            tensors: dict[str, Vector] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} must be a safetensors file: {error}. Remove it.") from None
@@ -388,7 +324,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def _disk_errors(directory: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -15,6 +15,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ class Workers:
         )
         process.start()
         theirs.close()
-        return _Worker(process, ours, np.frombuffer(partial, np.int64))
+        return _Worker(process, ours, _int64(partial))
 
     def _ask(self, weights: Vector, request: tuple[Any, ...]) -> list[Any]:
         """Send one request to all workers and wait for all replies."""
@@ -140,8 +141,9 @@ class Workers:
                     assert isinstance(pipe, Connection)
                     replies[waiting.pop(pipe)] = pipe.recv()
         except (EOFError, OSError):
-            codes = [worker.process.exitcode for worker in self._workers]
+            processes = [worker.process for worker in self._workers]
             self.close()
+            codes = [process.exitcode for process in processes]
             raise WorkerError(
                 f"worker processes must live as long as the run, got exit codes {codes} "
                 "(-9: killed, often for want of memory). Use fewer workers, or executor='loop'."
@@ -150,6 +152,10 @@ class Workers:
         if failed:
             raise WorkerError(failed[0])
         return [replies[i] for i in range(len(self._workers))]
+
+
+def _int64(memory: Any) -> NDArray[np.int64]:
+    return np.frombuffer(memory, np.int64)
 
 
 def available_cores() -> int:
@@ -178,13 +184,13 @@ def _serve(
     torch.set_num_threads(1)
     weights: Vector = np.frombuffer(shared.weights, np.float32)
     runtime, evaluator = TorchRuntime(task), Evaluator(task)
-    mean = FixedPointMean(len(weights), np.frombuffer(partial, np.int64))
+    mean = FixedPointMean(len(weights), _int64(partial))
     batches = batches_of(task.data.test)
 
-    def jobs(count: int) -> Any:
+    def jobs(count: int) -> Iterator[int]:
         while os.getppid() == parent:
             with shared.next_job.get_lock():
-                job = shared.next_job.value
+                job = int(shared.next_job.value)
                 shared.next_job.value = job + 1
             if job >= count:
                 return

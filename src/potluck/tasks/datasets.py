@@ -106,9 +106,9 @@ def wisdm() -> Dataset:
     """WISDM 1.1: what 36 people did while a phone in their pocket felt it, six classes.
 
     5,418 windows of ten seconds; inputs are float32 [n, 43]; targets index `WISDM_CLASSES`;
-    groups are the users. The last 20 % of each user's windows, in the published order, are that
-    user's test examples. Users did the activities in turn, mostly walking and jogging first, so
-    the test set is mostly the others, some of them new for their user.
+    groups are the users. Of each user's windows of one activity the last 20 %, in the published
+    order, are that user's test examples. (The last 20 % of all of a user's windows would be
+    mostly activities that are not in the rest: users did them in turn.)
 
     Features are standardised with the mean and the deviation of the training windows. A missing
     value ("?", a peak that was not found: 615 of 232,974) becomes the training mean, which is 0
@@ -119,8 +119,8 @@ def wisdm() -> Dataset:
     """
     windows = read_wisdm(fetch(_WISDM))
     is_test = np.zeros(len(windows.users), np.bool_)
-    for user in np.unique(windows.users):
-        rows = np.flatnonzero(windows.users == user)
+    for user, activity in np.unique(np.stack([windows.users, windows.targets], 1), axis=0):
+        rows = np.flatnonzero((windows.users == user) & (windows.targets == activity))
         is_test[rows[len(rows) - num_test(len(rows), _WISDM_TEST_FRACTION) :]] = True
     inputs = _standardised(windows.features, ~is_test)
     return Dataset(

@@ -47,8 +47,7 @@ class Evaluator:
             outputs, targets = self._outputs(examples)
             result: dict[str, NDArray[np.float64]] = {}
             for name, metric in self._task.metrics.items():
-                values = metric(outputs, targets).double().flatten(1 if outputs.dim() else 0)
-                values = values.reshape(len(targets), -1)
+                values = metric(outputs, targets).double().reshape(len(targets), -1)
                 counts = (~values.isnan()).sum(1).double()
                 result[name] = torch.stack([values.nansum(1), counts], dim=1).numpy()
         return result

@@ -16,8 +16,9 @@ batch; every other layer keeps the plain step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,13 @@ class InPlaceLinears:
             loss = forward()
             inputs = [p for layer in self._calls for p in layer.parameters()]
             found = torch.autograd.grad(loss, [*inputs, self.token], allow_unused=True)
-            read_elsewhere = {
-                id(p) for p, g in zip(inputs, found, strict=False) if g is not None
-            }
+            read_elsewhere = {id(p) for p, g in zip(inputs, found, strict=False) if _is_there(g)}
         except Exception:
             read_elsewhere = {id(p) for layer in self._calls for p in layer.parameters()}
+        uses = Counter(id(p) for layer in self._calls for p in layer.parameters())
+        tied = {parameter for parameter, times in uses.items() if times > 1}
         for layer, calls in list(self._calls.items()):
-            if calls != 1 or any(id(p) in read_elsewhere for p in layer.parameters()):
+            if calls != 1 or any(id(p) in tied | read_elsewhere for p in layer.parameters()):
                 self._restore(layer)
         return {p for layer in self._calls for p in layer.parameters()}
 
@@ -83,13 +84,18 @@ class InPlaceLinears:
 
         def forward(inputs: Tensor) -> Tensor:
             self._calls[layer] += 1
-            return _LinearStep.apply(inputs, layer.weight, layer.bias, self.token, self)
+            step = cast("Callable[..., Tensor]", _LinearStep.apply)
+            return step(inputs, layer.weight, layer.bias, self.token, self)
 
-        layer.forward = forward
+        layer.forward = forward  # type: ignore[assignment]
 
     def _restore(self, layer: nn.Linear) -> None:
         del layer.forward  # the class's own shows again
         del self._calls[layer]
+
+
+def _is_there(gradient: Tensor | None) -> bool:
+    return gradient is not None  # with `allow_unused`, which PyTorch's annotations leave out
 
 
 class _LinearStep(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,9 +59,8 @@ class TorchRuntime:
             self._linears.restore_all()
             self._plain = self._parameters
             loss = self._forward(batch)
-        gradients = torch.autograd.grad(
-            loss, [*self._plain, self._linears.token], allow_unused=True
-        )
+        inputs = [*self._plain, self._linears.token]
+        gradients: Any = torch.autograd.grad(loss, inputs, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(self._plain, gradients, strict=False):
                 if gradient is not None:

@@ -23,7 +23,7 @@ from potluck.tasks.data import Array, Dataset, Examples, FederatedData, divide
 Rows = NDArray[np.int64]
 
 
-def iid(dataset: Dataset, clients: int, seed: int) -> FederatedData:
+def iid(dataset: Dataset, clients: int, *, seed: int) -> FederatedData:
     """Shuffle the training examples and deal them evenly.
 
     Where they do not divide evenly the first clients get one more, as `numpy.array_split` does.

@@ -29,10 +29,10 @@ class Located(NamedTuple):
 def read_npz(path: Path) -> tuple[Array, Array]:
     """The arrays `inputs` and `targets` of an `.npz` file; pickled objects are refused."""
     try:
-        arrays: Any = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            raise ValueError("a single array, as numpy.save writes it")
-        with arrays:
+        with path.open("rb") as stream:
+            arrays: Any = np.load(stream, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("a single array, as numpy.save writes it")
             if not {"inputs", "targets"} <= set(arrays.files):
                 raise DataError(
                     f"{path} must hold arrays called inputs and targets, "
@@ -95,6 +95,8 @@ def split_columns(
     for located in tables.values():
         check_column(located, target_column)
         _check_same_columns(located, first)
+        if len(located.table) == 0:
+            raise DataError(f"{located.where} must have at least one example, got 0. Leave it out.")
     features = [column for column in first.table.columns if column != target_column]
     if not features:
         raise DataError(
@@ -162,7 +164,7 @@ def _targets(columns: Mapping[str, Located]) -> dict[str, Array]:
                 f"every example must have a target, got none in column {column.name!r}, row "
                 f"{int(missing[0])} of {where}. Fill it in, or remove the row."
             )
-    kinds = {key: _kind(column) for key, (column, _) in columns.items() if len(column) > 0}
+    kinds = {key: _kind(column) for key, (column, _) in columns.items()}
     found = set(kinds.values())
     if found <= set("iub"):
         return {key: column.to_numpy(np.int64) for key, (column, _) in columns.items()}
@@ -172,7 +174,8 @@ def _targets(columns: Mapping[str, Located]) -> dict[str, Array]:
         texts = {key: column.to_numpy(np.str_) for key, (column, _) in columns.items()}
         classes = np.unique(np.concatenate(list(texts.values())))
         return {key: np.searchsorted(classes, text) for key, text in texts.items()}
-    odd = next(key for key, kind in kinds.items() if kind in ("text", "other"))
+    unfit = [key for key, kind in kinds.items() if kind in ("other", "text")]
+    odd = min(unfit, key=lambda key: kinds[key])  # "other" before "text"
     column, where = columns[odd]
     raise DataError(
         f"targets must be all numbers or all text, got column {column.name!r} of {where} with "

@@ -37,10 +37,11 @@ class Task:
     metrics: Mapping[str, Metric] = field(default_factory=_accuracy)
 
     def module(self) -> nn.Module:
-        """A new module, of which the caller may do what it likes."""
+        """A new module, of which the caller may do what it likes. Global randomness is kept."""
         if isinstance(self.model, nn.Module):
             return copy.deepcopy(self.model)
-        return self.model()
+        with torch.random.fork_rng(devices=[]):
+            return self.model()
 
     def initial_weights(self, seed: int) -> Vector:
         """The model of round 0, which depends on the seed alone. Global randomness is kept."""

@@ -1,0 +1,373 @@
+"""The command line: `potluck train`, `report`, `data` and `init`.
+
+Heavy imports (PyTorch, matplotlib, Rich) stay inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import shlex
+import sys
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from potluck.experiment import Experiment
+    from potluck.simulation import Round
+    from potluck.simulation.report import Cost
+    from potluck.tasks import FederatedData
+
+P = ParamSpec("P")
+
+_RUN_FILES = (
+    "manifest.json",
+    "rounds.jsonl",
+    "timings.jsonl",
+    "checkpoint.safetensors",
+    "final.safetensors",
+    "partition.png",
+)
+
+ExperimentFile = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT.toml", help="`potluck init` writes one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a value of the file: run.rounds=20. Repeatable."
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+app = typer.Typer(
+    help="Federated learning: train one model on data that stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(
+    help="List, get and describe data sets.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="potluck")
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn an error into one line on stderr and exit status 1, unless `debug` is set."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        from potluck.core import PotluckError
+
+        try:
+            function(*args, **kwargs)
+        except (PotluckError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            if kwargs.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            typer.echo(f"error: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"potluck {metadata.version('potluck')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+@_command
+def train(
+    file: ExperimentFile,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="How many runs, with the file's seed and the ones after it."
+        ),
+    ] = 1,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Runs go to DIR/<name>/seed-<seed>/.")
+    ] = Path("runs"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start again from round 0 instead of continuing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train as an experiment file says.
+
+    A run that was stopped, in whatever way, continues when the same command is given again.
+    """
+    try:
+        _train(file, overrides or [], seeds, out, fresh)
+    except KeyboardInterrupt:
+        again = _command_line(file, overrides or [], seeds, out)
+        typer.echo(f"\nstopped; the finished rounds are kept. Continue with\n  {again}", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+@_command
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")
+    ],
+    target: Annotated[
+        float | None,
+        typer.Option(metavar="SCORE", help="Count rounds to this instead of the runs' own target."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PREFIX", help="Write PREFIX.md, PREFIX.png and PREFIX.svg too."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Tell what runs cost: rounds and bytes to a target, and wall time.
+
+    Rounds are counted as the paper counts them: the test accuracy is made monotone (best so
+    far), and its crossing of the target is interpolated. Seeds of one experiment are averaged.
+    """
+    from potluck.simulation import read_run
+    from potluck.simulation.report import HEADER, draw, markdown, measure, notes, table
+    from potluck.terminal import show_table
+
+    records = [read_run(directory) for directory in _run_directories(paths)]
+    for record in records:
+        if not record.rounds:
+            typer.echo(f"left out, for it has no rounds yet: {record.directory}", err=True)
+    costs = [measure(record, target) for record in records if record.rounds]
+    rows = table(costs)
+    show_table(HEADER, rows, keys=2)
+    for note in notes(costs):
+        typer.echo(f"\n{note}")
+    if out is not None:
+        if out.suffix in (".md", ".png", ".svg"):
+            out = out.with_suffix("")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures = [out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".svg")]
+        text = out.with_name(f"{out.name}.md")
+        text.write_text("\n".join([markdown(HEADER, rows), *notes(costs)]).rstrip() + "\n")
+        draw(costs, pictures)
+        typer.echo(f"written: {', '.join(map(str, [text, *pictures]))}", err=True)
+
+
+@data_app.command("list")
+@_command
+def list_data(debug: Debug = False) -> None:
+    """List the data sets, and whether they are here."""
+    from potluck.simulation.report import format_bytes
+    from potluck.tasks.files import catalogue
+    from potluck.terminal import show_table
+
+    show_table(
+        ("name", "what", "download", "here", "terms"),
+        [
+            (
+                entry.name,
+                entry.what,
+                format_bytes(entry.num_bytes) if entry.num_files else "none",
+                "yes" if entry.present else "no",
+                entry.terms,
+            )
+            for entry in catalogue()
+        ],
+    )
+    typer.echo("Your own data: task.data = 'folder' or 'table' in an experiment (`potluck init`).")
+
+
+@data_app.command("get")
+@_command
+def get_data(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="See `potluck data list`.")],
+    debug: Debug = False,
+) -> None:
+    """Get and check the files of a data set.
+
+    Files that are here already (POTLUCK_DATA, or the cache) are checked, not downloaded.
+    """
+    from potluck.tasks.files import fetch_all
+
+    paths = fetch_all(name)
+    for path in paths:
+        typer.echo(path)
+    if not paths:
+        typer.echo(f"{name} comes with an installed package: there is nothing to download.")
+
+
+@data_app.command("describe")
+@_command
+def describe_data(
+    file: ExperimentFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw it too, into a .png, .svg or .pdf file."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Describe how an experiment divides its data."""
+    from potluck.experiment import load_experiment
+    from potluck.simulation import build_data
+    from potluck.tasks.describe import describe, draw
+    from potluck.terminal import show_pairs
+
+    data = build_data(load_experiment(file, overrides or []))
+    show_pairs(describe(data).rows())
+    if out is not None:
+        draw(data, out)
+        typer.echo(f"written: {out}", err=True)
+
+
+@app.command()
+@_command
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE")] = Path("experiment.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented experiment file, ready to train."""
+    from potluck.template import TEMPLATE
+
+    if file.exists() and not force:
+        raise ValueError(
+            f"FILE must not exist yet, got {str(file)!r}. Name another, or add --force."
+        )
+    file.write_text(TEMPLATE.replace("FILE", shlex.quote(str(file))), encoding="utf-8")
+    typer.echo(f"written: {file}\nNext:    potluck train {shlex.quote(str(file))}")
+
+
+def _train(file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: bool) -> None:
+    from potluck.experiment import load_experiment
+    from potluck.simulation import build_data
+    from potluck.simulation.report import HEADER, notes, table
+    from potluck.tasks.describe import describe
+    from potluck.terminal import outcome, show_pairs, show_table, summary
+
+    experiment = load_experiment(file, overrides)
+    data = build_data(experiment)
+    show_pairs([*summary(experiment), *describe(data).rows()])
+    costs: list[Cost] = []
+    for seed in range(experiment.run.seed, experiment.run.seed + seeds):
+        directory = out / experiment.name / f"seed-{seed}"
+        if fresh:
+            _discard(directory)
+        costs.append(_train_one(experiment, data, seed, directory))
+        typer.echo()
+        show_pairs(outcome(costs[-1]))
+    if seeds > 1:
+        typer.echo()
+        show_table(HEADER, table(costs), keys=2)
+        for note in notes(costs):
+            typer.echo(f"\n{note}")
+    where = shlex.quote(str(out / experiment.name))
+    typer.echo(f"\nFor tables and curves: potluck report {where} --out {where}")
+
+
+def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory: Path) -> Cost:
+    from rich.console import Console
+
+    from potluck.simulation import read_run, train
+    from potluck.simulation.report import measure
+    from potluck.tasks.describe import draw
+    from potluck.terminal import with_bar, with_lines
+
+    history: list[dict[str, Any]] = []
+    if (directory / "manifest.json").exists():
+        history = read_run(directory).rounds
+    verb = "continuing" if history else "training"
+    typer.echo(f"\n{verb} with seed {seed} in {directory}")
+    console, num_rounds = Console(), experiment.run.rounds
+    rounds = cast("Generator[Round]", train(experiment, directory, seed=seed, data=data))
+    shown = (
+        with_bar(rounds, num_rounds, history, console)
+        if console.is_terminal
+        else with_lines(rounds, num_rounds, history, sys.stdout)
+    )
+    picture = directory / "partition.png"
+    idle = True
+    with closing(rounds), closing(shown):
+        for _ in shown:
+            idle = False
+            if not picture.exists():  # not before round 0: the directory may be another run's
+                draw(data, picture)
+    if idle:
+        typer.echo("nothing to do: this run has finished")
+    return measure(read_run(directory), experiment.run.target)
+
+
+def _discard(directory: Path) -> None:
+    """Remove what makes a directory a run, and nothing else, unless somebody is writing it."""
+    if not (directory / "manifest.json").exists():
+        return
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"--fresh needs a run that nobody is writing, got {str(directory)!r} in use. "
+                "Wait for the other process, or name another directory with --out."
+            ) from None
+        for name in _RUN_FILES:
+            (directory / name).unlink(missing_ok=True)
+
+
+def _run_directories(paths: Iterable[Path]) -> list[Path]:
+    """The run directories that are, or lie below, these paths; each once."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        below = sorted(file.parent for file in path.rglob("rounds.jsonl"))
+        if not below:
+            raise ValueError(
+                f"RUN must be a run directory or a folder that holds some, got {str(path)!r}. "
+                "Name what `potluck train` printed as its run."
+            )
+        found.update(dict.fromkeys(below))
+    return list(found)
+
+
+def _command_line(file: Path, overrides: Sequence[str], seeds: int, out: Path) -> str:
+    """The command that continues a run: the one that started it, less --fresh."""
+    words = ["potluck", "train", str(file)]
+    for override in overrides:
+        words += ["--set", override]
+    if seeds > 1:
+        words += ["--seeds", str(seeds)]
+    if out != Path("runs"):
+        words += ["--out", str(out)]
+    return shlex.join(words)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"this command needs {error.name}. Install it with: pip install 'potluck[sim]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__

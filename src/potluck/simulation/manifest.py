@@ -1,0 +1,96 @@
+"""The manifest of a run: what was asked, of which data, by which code, on which machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from potluck.experiment import Experiment
+from potluck.tasks import Task, spec_of
+
+# What may differ between the run that was started and the one that continues it.
+_FREE = (
+    "run.rounds",
+    "run.executor",
+    "run.workers",
+    "run.stop_at_target",
+    "run.target",
+    "run.seed",
+)
+
+
+def make_manifest(experiment: Experiment, seed: int, task: Task) -> dict[str, Any]:
+    """The manifest of a run that starts now."""
+    spec = spec_of(task.module())
+    return {
+        "name": experiment.name,
+        "experiment": experiment.model_dump(mode="json"),
+        "seed": seed,
+        "num_clients": task.data.num_clients,
+        "dim": spec.dim,
+        "spec_digest": spec.digest(),
+        "data_digest": task.data.digest(),
+        "data_checksums": dict(task.data.checksums),
+        "versions": {
+            "potluck": metadata.version("potluck"),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": metadata.version("torch"),
+        },
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first thing that makes two manifests different runs: name, old and new value."""
+    for key in ("experiment", "seed", "data_digest", "spec_digest"):
+        found = _difference(key, old.get(key), new[key])
+        if found is not None:
+            return found
+    return None
+
+
+def machine() -> str:
+    """The processor, its cores and the system."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {sys.platform}"
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with a + if it has changes; None outside one."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return described.stdout.strip()
+    return None
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        before, after = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
+        for key in [*after, *(key for key in before if key not in after)]:
+            inner = f"{name}.{key}".removeprefix("experiment.")
+            found = None if inner in _FREE else _difference(inner, before.get(key), after.get(key))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (name, cast("Any", old), new)

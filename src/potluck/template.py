@@ -1,0 +1,49 @@
+"""The commented experiment file that `potluck init` writes."""
+
+TEMPLATE = """\
+# A Potluck experiment. Train it with    potluck train FILE
+# A line that is commented out shows a key with its default, or one that this experiment
+# does not need.
+
+name = "my-experiment"        # runs go to runs/<name>/seed-<seed>/
+
+[task]
+data = "digits"               # digits (needs no download), mnist, wisdm, folder or table
+model = "2nn"                 # logistic, 2nn or cnn (cnn: images only)
+# path = "my-data"            # folder: one .npz, .csv or .parquet a client; table: one file
+# client_column = "client"    # table: who owns a row
+# target_column = "target"    # folder and table: what is to be predicted
+
+[partition]                   # how the training examples are divided among clients
+kind = "iid"                  # iid: shuffled and dealt; shards: sorted by label, a few blocks
+                              # each; dirichlet: label mixtures; unbalanced: iid, unequal sizes;
+                              # writer (mnist) and user (wisdm): natural owners;
+                              # own: folder and table come divided
+clients = 100
+# shards_per_client = 2       # shards only; fewer is more skewed
+# alpha = 0.5                 # dirichlet only; smaller is more skewed
+# sigma = 1.0                 # unbalanced only; larger is more unequal
+# seed = 0                    # of the division; the run has its own seed
+
+[algorithm]
+name = "fedavg"               # fedavg, or fedsgd: one step on all of a client's examples
+client_lr = 0.2               # the local learning rate; tune it first
+local_epochs = 5              # E: passes over a client's examples in a round
+batch_size = 10               # B: examples a local step, or "full"
+# client_lr_decay = 1.0       # times client_lr after every round; at most 1
+
+# [algorithm.server]
+# name = "average"            # what the server does with the mean update
+# server_lr = 1.0
+
+[run]
+rounds = 200                  # at most
+cohort = 0.1                  # clients in a round: a fraction (0.1; 0.0 is one client) or a count
+target = 0.95                 # test accuracy to count the rounds to
+stop_at_target = true
+# seed = 0                    # of weights, cohorts and batches; --seeds 3 runs 0, 1 and 2
+# evaluate_every = 1          # rounds
+# executor = "workers"        # workers: a process per core; loop: one process
+# workers = 2                 # number of processes; all cores if left out
+# skip_failures = false       # true: leave a client that fails out of its round and go on
+"""

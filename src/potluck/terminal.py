@@ -1,0 +1,236 @@
+"""What the commands show: the progress of a run, its outcome, and tables.
+
+In a terminal, progress is a live bar and tables are drawn; elsewhere, plain lines and Markdown.
+Progress takes an iterator of rounds and passes it on, so that the loop stays the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+import typer
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from potluck.experiment import Experiment
+from potluck.simulation import Round
+from potluck.simulation.report import (
+    Cost,
+    format_bytes,
+    format_on_grid,
+    format_rounds,
+    format_seconds,
+    markdown,
+)
+
+_LINE_SECONDS = 1.0  # at most one line in this time
+
+
+class Tally(NamedTuple):
+    """What is known after some round of a run."""
+
+    number: int = 0
+    loss: float | None = None  # the cohort's training loss
+    metrics: dict[str, float] | None = None  # the latest
+    uplink_bytes: int = 0  # of all rounds
+    failures: int = 0
+
+    @classmethod
+    def of(cls, lines: Sequence[Mapping[str, Any]]) -> Tally:
+        """The tally of lines of `rounds.jsonl`."""
+        if not lines:
+            return cls()
+        return cls(
+            number=lines[-1]["round"],
+            loss=lines[-1]["loss"],
+            metrics=next((line["metrics"] for line in reversed(lines) if line["metrics"]), None),
+            uplink_bytes=sum(line["uplink_bytes"] for line in lines),
+            failures=sum(len(line["failures"]) for line in lines),
+        )
+
+    def after(self, round: Round) -> Tally:
+        """The tally one round later."""
+        return Tally(
+            number=round.number,
+            loss=None if round.number == 0 else round.loss,
+            metrics=round.metrics or self.metrics,
+            uplink_bytes=self.uplink_bytes + round.uplink_bytes,
+            failures=self.failures + len(round.failures),
+        )
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.metrics is not None:
+            metric = "accuracy" if "accuracy" in self.metrics else "loss"
+            name = "accuracy" if metric == "accuracy" else "test loss"
+            parts.append(f"{name} {self.metrics[metric]:.4f}")
+        parts.append(f"up {format_bytes(self.uplink_bytes)}")
+        if self.failures:
+            parts.append(f"{self.failures} failed")
+        return "  ".join(parts)
+
+
+def with_bar(
+    rounds: Iterable[Round],
+    num_rounds: int,
+    history: Sequence[Mapping[str, Any]],
+    console: Console,
+) -> Generator[Round]:
+    """Pass rounds on under a live bar.
+
+    Args:
+        history: the lines of `rounds.jsonl` before this attempt.
+    """
+    columns = (
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+    )
+    tally = Tally.of(history)
+    with Progress(*columns, console=console, expand=True, speed_estimate_period=120) as progress:
+        task = progress.add_task(str(tally), total=num_rounds, completed=tally.number)
+        for round, tally in _tallied(rounds, history):
+            progress.update(task, completed=tally.number, description=str(tally))
+            yield round
+
+
+def with_lines(
+    rounds: Iterable[Round],
+    num_rounds: int,
+    history: Sequence[Mapping[str, Any]],
+    out: TextIO,
+    clock: Callable[[], float] = time.monotonic,
+) -> Generator[Round]:
+    """Pass rounds on and write a line after an evaluated one: the first and the last, and
+    between them at most one a second.
+
+    Args:
+        history: the lines of `rounds.jsonl` before this attempt.
+    """
+    printed = -math.inf
+    pending: str | None = None
+    recent: deque[float] = deque(maxlen=20)  # seconds of a round; the first of all is no measure
+    for round, tally in _tallied(rounds, history):
+        now = clock()
+        recent += [round.seconds] * (round.number > 1)
+        if round.metrics is not None:
+            pending = f"round {round.number:>{len(str(num_rounds))}}/{num_rounds}  {tally}"
+            if now - printed >= _LINE_SECONDS:
+                left = _time_left(recent, num_rounds - round.number)
+                _write(out, pending + left)
+                printed, pending = now, None
+        yield round
+    if pending is not None:
+        _write(out, pending)
+
+
+def summary(experiment: Experiment) -> list[tuple[str, str]]:
+    """What is trained, as names and values; the data are described elsewhere."""
+    algorithm = experiment.algorithm
+    settings = f"client_lr {algorithm.client_lr:g}"
+    if algorithm.name == "fedavg":
+        settings += f", local_epochs {algorithm.local_epochs}, batch_size {algorithm.batch_size}"
+    return [
+        ("experiment", experiment.name),
+        ("algorithm", f"{algorithm.name}, {settings}"),
+        ("model", experiment.task.model),
+        ("partition", experiment.partition.kind),
+    ]
+
+
+def outcome(cost: Cost) -> list[tuple[str, str]]:
+    """What a run gave, as names and values."""
+    uplink, downlink = (format_bytes(number) for number in cost.bytes)
+    pairs = [
+        ("rounds", str(cost.rounds)),
+        (
+            cost.metric,
+            f"best {cost.best:.4f} in round {cost.best_round}, final {cost.final:.4f}",
+        ),
+        ("uplink, downlink", f"{uplink}, {downlink}"),
+        ("wall time", format_seconds(cost.seconds)),
+        ("run", str(cost.directory)),
+    ]
+    if cost.target is not None:
+        grid = "" if cost.to_target is None else f" (on the paper's grid {format_on_grid(cost)})"
+        pairs.insert(2, (f"rounds to {cost.target:g}", format_rounds(cost) + grid))
+    if cost.bytes_to_target is not None:
+        up, down = (format_bytes(number) for number in cost.bytes_to_target)
+        pairs.insert(3, (f"uplink, downlink to {cost.target:g}", f"{up}, {down}"))
+    return pairs
+
+
+def show_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int | None = None
+) -> None:
+    """Print a table for eyes in a terminal, and in Markdown elsewhere.
+
+    Args:
+        keys: split a table that is wider than the terminal into several, each of which starts
+            with this many columns; without it, cells are wrapped.
+    """
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        typer.echo(markdown(header, rows), nl=False)
+        return
+    parts: list[Sequence[int]] = [range(len(header))]
+    if keys is not None:
+        widths = [max(map(cell_len, column)) + 3 for column in zip(header, *rows, strict=True)]
+        parts = _split(widths, console.width - 1, keys)
+    for part in parts:
+        shown = Table(*(header[i] for i in part), box=box.SIMPLE_HEAD, header_style="bold")
+        for row in rows:
+            shown.add_row(*(row[i] for i in part))
+        console.print(shown)
+
+
+def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _tallied(
+    rounds: Iterable[Round], history: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Round, Tally]]:
+    """Each round with the tally after it."""
+    tally: Tally | None = None
+    for round in rounds:
+        if tally is None:  # a killed run repeats the rounds after its last checkpoint
+            tally = Tally.of([line for line in history if line["round"] < round.number])
+        tally = tally.after(round)
+        yield round, tally
+
+
+def _split(widths: Sequence[int], room: int, keys: int) -> list[Sequence[int]]:
+    """Columns in groups that fit, each after the key columns."""
+    lead = list(range(keys))
+    groups: list[Sequence[int]] = [lead]
+    for column in range(keys, len(widths)):
+        if sum(widths[i] for i in groups[-1]) + widths[column] > room and len(groups[-1]) > keys:
+            groups.append(lead)
+        groups[-1] = [*groups[-1], column]
+    return groups
+
+
+def _write(out: TextIO, line: str) -> None:
+    out.write(line + "\n")
+    out.flush()
+
+
+def _time_left(recent: Collection[float], rounds: int) -> str:
+    if not recent or rounds == 0:
+        return ""
+    seconds = sum(recent) / len(recent) * rounds
+    return f"  about {format_seconds(seconds) if seconds >= 60 else f'{seconds:.0f} s'} left"

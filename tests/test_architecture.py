@@ -1,0 +1,68 @@
+"""Imports point down: the table of the packages, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "potluck"
+
+MAY_IMPORT = {
+    "core": set(),
+    "algorithms": {"core"},
+    "privacy": {"core"},
+    "tasks": {"core"},
+    "protocol": {"core"},
+    "experiment": {"core"},
+    "simulation": {"tasks", "algorithms", "privacy", "core", "experiment"},
+    "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment"},
+    "device": {"tasks", "protocol", "algorithms", "privacy", "core"},
+}
+TOP = {"cli", "terminal", "progress", "template", "__init__"}  # may import everything
+
+
+def imports_of(path: Path) -> set[str]:
+    """The packages of ours that a file imports, in whatever place."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names = [node.module or ""]
+            if node.module == "potluck":
+                names = [f"potluck.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("potluck.")}
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
+)
+def test_imports_point_down(path):
+    place = path.relative_to(SOURCE)
+    assert len(place.parts) <= 2, "two levels of folders at most"
+    home = place.parts[0].removesuffix(".py")
+    if home in TOP:
+        return
+    assert imports_of(path) <= MAY_IMPORT[home] | {home}
+
+
+def test_every_package_is_in_the_table():
+    packages = {p.stem for p in SOURCE.iterdir() if p.name not in ("py.typed", "__pycache__")}
+    assert packages <= set(MAY_IMPORT) | TOP
+
+
+def test_nothing_unpickles_or_evaluates():
+    words = ("pickle", "marshal", "torch.load", "yaml", "eval(", "exec(", "allow_pickle=True")
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load"), path
+                assert not called.startswith(("pickle.", "marshal.", "yaml.")), path
+        source = path.read_text()
+        assert "import pickle" not in source and "import marshal" not in source, path
+        assert words[-1] not in source, path

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment"},
     "device": {"tasks", "protocol", "algorithms", "privacy", "core"},
 }
-TOP = {"cli", "terminal", "progress", "template", "__init__"}  # may import everything
+TOP = {"cli", "terminal", "progress", "template", "__init__", "__main__"}  # may import everything
 
 
 def imports_of(path: Path) -> set[str]:
@@ -56,13 +56,13 @@ def test_every_package_is_in_the_table():
 
 
 def test_nothing_unpickles_or_evaluates():
-    words = ("pickle", "marshal", "torch.load", "yaml", "eval(", "exec(", "allow_pickle=True")
     for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "torch.load"), path
-                assert not called.startswith(("pickle.", "marshal.", "yaml.")), path
-        source = path.read_text()
-        assert "import pickle" not in source and "import marshal" not in source, path
-        assert words[-1] not in source, path
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        called = {ast.unparse(call.func) for call in calls}
+        assert not called & {"eval", "exec", "torch.load", "pickle.load", "pickle.loads"}, path
+        modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert not modules & {"pickle", "marshal", "shelve", "yaml"}, path
+        for keyword in (keyword for call in calls for keyword in call.keywords):
+            if keyword.arg == "allow_pickle":
+                assert ast.unparse(keyword.value) == "False", path

@@ -91,7 +91,8 @@ def test_a_fraction_is_max_of_c_times_k_and_one(population, cohort, size):
     clients = sample_cohort(population, cohort, seed=0, round=1)
     assert len(clients) == size
     assert len(set(clients.tolist())) == size
-    assert 0 <= clients.min() and clients.max() < population
+    assert clients.min() >= 0
+    assert clients.max() < population
 
 
 def test_every_client_is_sampled_equally_often():

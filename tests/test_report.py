@@ -17,6 +17,7 @@ from potluck.simulation.report import (
     format_seconds,
     group,
     markdown,
+    mean_of_best,
     measure,
     notes,
     on_paper_grid,
@@ -254,6 +255,21 @@ def test_bytes_are_decimal(number, text):
 )
 def test_wall_times_are_readable(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_the_mean_curve_goes_on_with_the_best_of_a_run_that_reached_its_target():
+    reached = measure(record({1: 0.8, 2: 1.0}))
+    longer = measure(record({1: 0.6, 2: 0.5, 3: 0.9}, seed=1))
+    # Round 2: (1.0 + 0.6) / 2, the best so far; round 3: (1.0 + 0.9) / 2.
+    means = mean_of_best([reached, longer])
+    assert [number for number, _ in means] == [1, 2, 3]
+    assert [score for _, score in means] == pytest.approx([0.7, 0.8, 0.95])
+
+
+def test_the_mean_curve_ends_with_a_run_that_did_not_reach_its_target():
+    short = measure(record({1: 0.8, 2: 0.7}))
+    longer = measure(record({1: 0.6, 2: 0.5, 3: 0.9}, seed=1))
+    assert mean_of_best([short, longer]) == [(1, pytest.approx(0.7)), (2, pytest.approx(0.7))]
 
 
 def test_the_same_runs_draw_the_same_bytes(tmp_path):

@@ -83,7 +83,7 @@ def test_a_caller_that_stops_leaves_a_run_that_continues(undisturbed, tmp_path):
         if round.number == 4:
             break
     assert not (tmp_path / "run" / "final.safetensors").exists()
-    assert [r.number for r in train(experiment(), tmp_path / "run")][0] == 5
+    assert next(r.number for r in train(experiment(), tmp_path / "run")) == 5
     assert files(tmp_path / "run") == files(undisturbed)
 
 
@@ -172,7 +172,8 @@ def test_a_run_has_one_writer(tmp_path):
 def test_early_stop_at_the_target(tmp_path):
     results = list(train(experiment(run__target=0.3, run__rounds=200), tmp_path / "run"))
     reached = [r.metrics["accuracy"] >= 0.3 for r in results]
-    assert reached[-1] and not any(reached[:-1])
+    assert reached[-1]
+    assert not any(reached[:-1])
     assert read_run(tmp_path / "run").is_finished
     assert list(train(experiment(run__target=0.3, run__rounds=200), tmp_path / "run")) == []
 

@@ -178,6 +178,22 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def mean_of_best(runs: Sequence[Cost]) -> list[tuple[int, float]]:
+    """The mean of the seeds' best scores so far.
+
+    A run that reached its target keeps its best after its end. Where one ends that has not, the
+    mean ends too: with fewer seeds it would jump.
+    """
+    sign = 1.0 if runs[0].metric == "accuracy" else -1.0
+    curves = [best_so_far([(n, sign * score) for n, score in run.curve]) for run in runs]
+    short = [run.curve[-1][0] for run in runs if run.to_target is None]
+    end = min(short, default=max(curve[-1][0] for curve in curves))
+    numbers = sorted({n for curve in curves for n, _ in curve if n <= end})
+    columns = [[_at(curve, n) for curve in curves] for n in numbers]
+    means = [sign * statistics.fmean(column) for column in columns]
+    return list(zip(numbers, means, strict=True))
+
+
 def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
     """Draw score against rounds into each of `paths`; their suffixes (.png, .svg) are the formats.
 
@@ -200,7 +216,7 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
         style = ("-", "--", ":")[i // len(_COLOURS) % 3]
         for run in runs:
             axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=0.7, alpha=0.35)
-        numbers, scores = zip(*_mean_of_best(runs), strict=True)
+        numbers, scores = zip(*mean_of_best(runs), strict=True)
         label = _legend(name, runs)
         axes.plot(numbers, scores, style, color=colour, linewidth=2.0, label=label)
     metrics = sorted({run.metric for runs in groups for run in runs})
@@ -353,20 +369,6 @@ def _traffic(uplink: float, downlink: float) -> str:
     if up.split()[1] == down.split()[1]:
         up = up.split()[0]
     return f"{up} / {down}"
-
-
-def _mean_of_best(runs: Sequence[Cost]) -> list[tuple[int, float]]:
-    """Over the seeds. One that stopped at its target keeps its best; where one ended without,
-    the mean ends: with fewer seeds it would jump.
-    """
-    sign = 1.0 if runs[0].metric == "accuracy" else -1.0
-    curves = [best_so_far([(n, sign * score) for n, score in run.curve]) for run in runs]
-    short = [run.curve[-1][0] for run in runs if run.to_target is None]
-    end = min(short, default=max(curve[-1][0] for curve in curves))
-    numbers = sorted({n for curve in curves for n, _ in curve if n <= end})
-    columns = [[_at(curve, n) for curve in curves] for n in numbers]
-    means = [sign * statistics.fmean(column) for column in columns]
-    return list(zip(numbers, means, strict=True))
 
 
 def _at(curve: Curve, number: int) -> float:

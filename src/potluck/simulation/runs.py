@@ -148,6 +148,7 @@ class _Run:
             self._finish(start)
             self._close()
             return
+        (self.directory / "final.safetensors").unlink(missing_ok=True)
         executor = make_executor(run.executor, task, run.workers)
         last: tuple[int, ServerState] | None = start
         saved = time.monotonic()
@@ -227,8 +228,12 @@ class _Run:
             name, was, now = found
             raise RunError(
                 f"{self.directory} holds another run: {name} was {was!r} there and is {now!r} "
-                "here. Name another directory, or remove this one."
+                "here. Name another directory (--out), give the experiment another name, or start "
+                "again (--fresh)."
             )
+        if old["experiment"] != self._manifest["experiment"]:  # more rounds, another target
+            old["experiment"] = self._manifest["experiment"]
+            _write_whole(path, json.dumps(old, indent=1).encode() + b"\n")
 
     def _read_checkpoint(self) -> tuple[int, ServerState] | None:
         path = self.directory / "checkpoint.safetensors"
@@ -328,9 +333,12 @@ def _disk_errors(directory: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        what = "has no space left" if error.errno == errno.ENOSPC else f"failed ({error.strerror})"
+        if error.errno == errno.ENOSPC:
+            raise RunError(
+                f"a run directory must be writable, got no space left in {str(directory)!r}. "
+                "Make room, then run the same command: it continues from the last checkpoint."
+            ) from None
         raise RunError(
-            f"a run directory must be writable, but writing to {str(directory)!r} {what}. "
-            "Make room or name another directory, then run the same command: "
-            "it continues from the last checkpoint."
+            f"a run directory must be writable, got {error.strerror!r} in {str(directory)!r}. "
+            "Name another directory (--out), or change its permissions."
         ) from None

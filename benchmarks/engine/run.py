@@ -1,0 +1,202 @@
+"""The engine against a plain hand-written PyTorch loop, in one run, taking turns.
+
+    python benchmarks/engine/run.py [--rounds 20] [--out benchmarks/engine/results.json]
+
+CNN: MNIST's shape, 100 clients × 600 examples, C = 0.1, E = 1, B = 10. Logistic regression: 1,000
+clients × 60, C = 0.1, E = 1, B = 10. Evaluation is left out on both sides. The contenders take
+turns round by round, so that a change in the machine's speed meets all of them, and all must end
+with the same model. Random inputs: only time is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bare import cnn, logistic_regression, train_round
+
+from potluck import CNN, FedAvg, LogisticRegression, Loop, Task, Workers
+from potluck.core import sample_cohort, stream
+from potluck.simulation import available_cores
+from potluck.simulation.manifest import commit, machine
+from potluck.tasks import Examples, FederatedData
+
+SEED = 1
+LR = 0.05
+
+
+def random_data(num_clients: int, size: int) -> FederatedData:
+    """Images of noise, of MNIST's shape, `size` for each client."""
+    random = np.random.default_rng(0)
+    n = num_clients * size
+    train = Examples(random.random((n, 1, 28, 28), np.float32), random.integers(0, 10, n))
+    return FederatedData(
+        name="noise",
+        train=train,
+        test=Examples(train.inputs[:100], train.targets[:100]),
+        offsets=np.arange(0, n + 1, size),
+        clients=tuple(map(str, range(num_clients))),
+        num_classes=10,
+    )
+
+
+class Bare:
+    """The hand-written loop, with the threads PyTorch takes by itself."""
+
+    def __init__(self, task: Task, model: torch.nn.Module, num_threads: int) -> None:
+        data = task.data
+        self.clients = [
+            (torch.from_numpy(x), torch.from_numpy(y))
+            for x, y in (data.client(k) for k in range(data.num_clients))
+        ]
+        self.model, self.num_threads = model, num_threads
+        start = torch.from_numpy(task.initial_weights(SEED))
+        values = start.split([p.numel() for p in model.parameters()])
+        self.weights = {
+            name: value.view_as(parameter).clone()
+            for (name, parameter), value in zip(model.named_parameters(), values, strict=True)
+        }
+
+    def round(self, number: int, cohort: np.ndarray) -> None:
+        torch.set_num_threads(self.num_threads)
+
+        def shuffle(client: int, size: int) -> torch.Tensor:
+            return torch.from_numpy(stream(SEED, "batches", number, client).permutation(size))
+
+        self.weights = train_round(
+            self.model, self.weights, self.clients, cohort.tolist(), shuffle,
+            epochs=1, batch_size=10, lr=LR,
+        )  # fmt: skip
+
+    def vector(self) -> np.ndarray:
+        return torch.cat([value.flatten() for value in self.weights.values()]).numpy()
+
+
+class Engine:
+    """An executor of ours, driven by the same algorithm lines as everywhere."""
+
+    def __init__(self, task: Task, executor: Any) -> None:
+        self.executor, self.algorithm = executor, FedAvg(client_lr=LR)
+        self.state = self.algorithm.server_init(task.initial_weights(SEED))
+
+    def round(self, number: int, cohort: np.ndarray) -> None:
+        result = self.executor.train(
+            self.algorithm, self.state.weights, cohort, seed=SEED, round=number
+        )
+        assert not result.failures, result.failures
+        self.state = self.algorithm.server_update(self.state, result.aggregate)
+
+    def vector(self) -> np.ndarray:
+        return self.state.weights
+
+
+def compare(
+    task: Task, contenders: dict[str, Callable[[], Any]], num_rounds: int
+) -> dict[str, Any]:
+    """Seconds of every round of every contender, in turns, after one round to warm up."""
+    started: dict[str, float] = {}
+    ready: dict[str, Any] = {}
+    for name, make in contenders.items():
+        before = time.perf_counter()
+        ready[name] = make()
+        started[name] = time.perf_counter() - before
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for number in range(1, num_rounds + 2):
+        cohort = sample_cohort(task.data.num_clients, 0.1, seed=SEED, round=number)
+        for name, contender in ready.items():
+            before = time.perf_counter()
+            contender.round(number, cohort)
+            seconds[name].append(time.perf_counter() - before)
+    base = ready["bare loop"].vector()
+    moved = float(np.abs(base - task.initial_weights(SEED)).max())
+    result: dict[str, Any] = {}
+    bare = seconds["bare loop"][1:]
+    for name, contender in ready.items():
+        mine = seconds[name][1:]
+        result[name] = {
+            "seconds": round(sum(mine), 3),
+            "start_seconds": round(started[name], 3),
+            "speed": round(sum(bare) / sum(mine), 3),
+            "speed_median_of_rounds": round(
+                statistics.median(b / m for b, m in zip(bare, mine, strict=True)), 3
+            ),
+            "difference_from_bare": float(np.abs(contender.vector() - base).max()) / moved,
+        }
+        if isinstance(contender, Engine):
+            contender.executor.close()
+    return result
+
+
+def import_seconds() -> float:
+    """Of `import potluck` in a new interpreter: the best of five, inside the process."""
+    program = "import time; t = time.perf_counter(); import potluck; print(time.perf_counter() - t)"
+    runs = [
+        float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                             check=True).stdout)
+        for _ in range(5)
+    ]  # fmt: skip
+    return round(min(runs), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
+    arguments = parser.parse_args()
+    cores = available_cores()
+    threads = torch.get_num_threads()
+
+    images = random_data(100, 600)
+    task = Task(model=CNN, data=images)
+    plain = Task(model=cnn, data=images)
+    conv = compare(
+        task,
+        {
+            "bare loop": lambda: Bare(task, cnn(), threads),
+            "bare loop, 1 thread": lambda: Bare(task, cnn(), 1),
+            "loop": lambda: Engine(task, Loop(task, num_threads=threads)),
+            "loop, 1 thread": lambda: Engine(task, Loop(task)),
+            "workers": lambda: Engine(task, Workers(task)),
+            "workers, the bare loop's model": lambda: Engine(task, Workers(plain)),
+        },
+        arguments.rounds,
+    )
+    print(json.dumps(conv, indent=1))
+    small = random_data(1000, 60)
+    task = Task(model=LogisticRegression, data=small)
+    logistic = compare(
+        task,
+        {
+            "bare loop": lambda: Bare(task, logistic_regression(), 1),
+            "loop": lambda: Engine(task, Loop(task)),
+            "workers": lambda: Engine(task, Workers(task)),
+        },
+        100,
+    )
+    print(json.dumps(logistic, indent=1))
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "cores": cores,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "seed": SEED,
+        f"cnn, {arguments.rounds} rounds": conv,
+        "logistic regression, 1,000 clients, 100 rounds": logistic,
+        "import_seconds": import_seconds(),
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

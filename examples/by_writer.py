@@ -54,7 +54,7 @@ print(f"{data.num_clients} clients with {sizes.min()} to {sizes.max()} training 
 shape = data.train.inputs.shape[1:]
 task = Task(model=lambda: TwoNN(shape), data=data)
 algorithm = FedAvg(client_lr=0.2, local_epochs=2)
-for round in rounds(algorithm, task, cohort=cohort, num_rounds=12, evaluate_every=4):
+for round in rounds(algorithm, task, cohort=cohort, num_rounds=10, evaluate_every=5):
     if round.metrics:
         print(f"round {round.number:2}: test accuracy {round.metrics['accuracy']:.3f}")
 accuracy = federated_evaluation(task, round.weights)["accuracy"]

@@ -117,6 +117,15 @@ def test_seeds_make_a_run_each_and_a_table(folder):
     assert weights[0] != weights[1]
 
 
+def test_the_final_model_is_judged_on_every_clients_own_examples(folder):
+    result = potluck("train", "tiny.toml", "--per-client")
+    assert result.exit_code == 0
+    assert re.search(
+        r"accuracy per client +mean 0\.\d{4}, weighted mean 0\.\d{4}, worst decile 0\.\d{4}",
+        result.output,
+    )
+
+
 def test_fresh_starts_again_and_keeps_foreign_files(folder):
     potluck("train", "tiny.toml", "--set", "run.rounds=2")
     run = folder / "runs/tiny/seed-0"

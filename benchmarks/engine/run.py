@@ -163,9 +163,7 @@ def main() -> None:
         task,
         {
             "bare loop": lambda: Bare(task, cnn(), threads),
-            "bare loop, 1 thread": lambda: Bare(task, cnn(), 1),
             "loop": lambda: Engine(task, Loop(task, num_threads=threads)),
-            "loop, 1 thread": lambda: Engine(task, Loop(task)),
             "workers": lambda: Engine(task, Workers(task)),
             "workers, the bare loop's model": lambda: Engine(task, Workers(plain)),
         },

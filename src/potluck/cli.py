@@ -122,6 +122,14 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start again from round 0 instead of continuing.")
     ] = False,
+    per_client: Annotated[
+        bool,
+        typer.Option(
+            "--per-client",
+            help="Judge the final model on every client's own test examples too, or on its "
+            "training examples where it has no others.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train as an experiment file says.
@@ -129,7 +137,7 @@ def train(
     A run that was stopped, in whatever way, continues when the same command is given again.
     """
     try:
-        _train(file, overrides or [], seeds, out, fresh)
+        _train(file, overrides or [], seeds, out, fresh, per_client)
     except KeyboardInterrupt:
         again = _command_line(file, overrides or [], seeds, out)
         typer.echo(f"\nstopped; the finished rounds are kept. Continue with\n  {again}", err=True)
@@ -314,12 +322,15 @@ def demo(
     typer.echo(f"\npicture: {out / 'demo.png'}   runs: potluck report {shlex.quote(str(out))}")
 
 
-def _train(file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: bool) -> None:
+def _train(
+    file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: bool, per_client: bool
+) -> None:
     from potluck.experiment import load_experiment
-    from potluck.simulation import build_data
+    from potluck.simulation import build_data, build_task, read_weights
     from potluck.simulation.report import HEADER, notes, table
+    from potluck.tasks import federated_evaluation
     from potluck.tasks.describe import describe
-    from potluck.terminal import outcome, show_pairs, show_table, summary
+    from potluck.terminal import outcome, per_client_rows, show_pairs, show_table, summary
 
     experiment = load_experiment(file, overrides)
     data = build_data(experiment)
@@ -332,6 +343,9 @@ def _train(file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: b
         costs.append(_train_one(experiment, data, seed, directory))
         typer.echo()
         show_pairs(outcome(costs[-1]))
+        if per_client:
+            task = build_task(experiment, data)
+            show_pairs(per_client_rows(federated_evaluation(task, read_weights(directory))))
     if seeds > 1:
         typer.echo()
         show_table(HEADER, table(costs), keys=2)

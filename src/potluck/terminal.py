@@ -29,6 +29,7 @@ from potluck.simulation.report import (
     format_seconds,
     markdown,
 )
+from potluck.tasks import FederatedMetric
 
 _LINE_SECONDS = 1.0  # at most one line in this time
 
@@ -168,6 +169,18 @@ def outcome(cost: Cost) -> list[tuple[str, str]]:
         up, down = (format_bytes(number) for number in cost.bytes_to_target)
         pairs.insert(3, (f"uplink, downlink to {cost.target:g}", f"{up}, {down}"))
     return pairs
+
+
+def per_client_rows(metrics: Mapping[str, FederatedMetric]) -> list[tuple[str, str]]:
+    """A federated evaluation, as names and values."""
+    return [
+        (
+            f"{name} per client",
+            f"mean {metric.mean:.4f}, weighted mean {metric.weighted_mean:.4f}, "
+            f"worst decile {metric.worst_decile:.4f}",
+        )
+        for name, metric in metrics.items()
+    ] or [("per client", "this task has a loss only, which is not judged per client")]
 
 
 def show_table(

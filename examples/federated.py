@@ -1,6 +1,6 @@
 """Federated training: examples stay with 100 clients, and their models are averaged.
 
-Every client has examples of about two digits. In a round ten clients train the model on their
+Most clients have examples of two digits only. In a round ten clients train the model on their
 own examples, and the average of the ten models is the next one. Compare with `centralized.py`:
 `diff examples/centralized.py examples/federated.py` shows all that changes.
 """

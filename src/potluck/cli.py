@@ -6,10 +6,8 @@ Heavy imports (PyTorch, matplotlib, Rich) stay inside the commands, so that `--h
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import shlex
-import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from importlib import metadata
@@ -25,15 +23,6 @@ if TYPE_CHECKING:
     from potluck.tasks import FederatedData
 
 P = ParamSpec("P")
-
-_RUN_FILES = (
-    "manifest.json",
-    "rounds.jsonl",
-    "timings.jsonl",
-    "checkpoint.safetensors",
-    "final.safetensors",
-    "partition.png",
-)
 
 ExperimentFile = Annotated[
     Path, typer.Argument(metavar="EXPERIMENT.toml", help="`potluck init` writes one.")
@@ -287,14 +276,11 @@ def demo(
     FedSGD and FedAvg train the same model over 100 clients that share scikit-learn's digits, IID
     and two-shard, until it reaches 95 % on the test digits, three seeds each.
     """
-    from rich.console import Console
-
     from potluck.simulation import demo as demonstration
-    from potluck.simulation import read_run, train
+    from potluck.simulation import discard_run, read_run, train
     from potluck.simulation.report import markdown, measure
-    from potluck.terminal import show_table, with_bar, with_lines
+    from potluck.terminal import show_table, with_progress
 
-    console = Console()
     typer.echo("FedSGD against FedAvg: digits, 100 clients, 10 a round, to 95 % test accuracy\n")
     results: dict[tuple[str, str], list[Cost]] = {}
     for setting in demonstration.settings():
@@ -303,15 +289,9 @@ def demo(
         results[key] = []
         for seed in demonstration.SEEDS:
             directory = out / setting.experiment.name / f"seed-{seed}"
-            _discard(directory)
+            discard_run(directory)
             rounds = train(setting.experiment, directory, seed=seed)
-            limit = setting.experiment.run.rounds
-            shown = (
-                with_bar(rounds, limit, [], console)
-                if console.is_terminal
-                else with_lines(rounds, limit, [], sys.stdout)
-            )
-            for _ in shown:
+            for _ in with_progress(rounds, setting.experiment.run.rounds, []):
                 pass
             results[key].append(measure(read_run(directory)))
     rows = demonstration.table(results)
@@ -326,7 +306,7 @@ def _train(
     file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: bool, per_client: bool
 ) -> None:
     from potluck.experiment import load_experiment
-    from potluck.simulation import build_data, build_task, read_weights
+    from potluck.simulation import build_data, build_task, discard_run, read_weights
     from potluck.simulation.report import HEADER, notes, table
     from potluck.tasks import federated_evaluation
     from potluck.tasks.describe import describe
@@ -339,7 +319,7 @@ def _train(
     for seed in range(experiment.run.seed, experiment.run.seed + seeds):
         directory = out / experiment.name / f"seed-{seed}"
         if fresh:
-            _discard(directory)
+            discard_run(directory)
         costs.append(_train_one(experiment, data, seed, directory))
         typer.echo()
         show_pairs(outcome(costs[-1]))
@@ -356,25 +336,18 @@ def _train(
 
 
 def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory: Path) -> Cost:
-    from rich.console import Console
-
     from potluck.simulation import read_run, train
     from potluck.simulation.report import measure
     from potluck.tasks.describe import draw
-    from potluck.terminal import with_bar, with_lines
+    from potluck.terminal import with_progress
 
     history: list[dict[str, Any]] = []
     if (directory / "manifest.json").exists():
         history = read_run(directory).rounds
     verb = "continuing" if history else "training"
     typer.echo(f"\n{verb} with seed {seed} in {directory}")
-    console, num_rounds = Console(), experiment.run.rounds
     rounds = cast("Generator[Round]", train(experiment, directory, seed=seed, data=data))
-    shown = (
-        with_bar(rounds, num_rounds, history, console)
-        if console.is_terminal
-        else with_lines(rounds, num_rounds, history, sys.stdout)
-    )
+    shown = with_progress(rounds, experiment.run.rounds, history)
     picture = directory / "partition.png"
     idle = True
     with closing(rounds), closing(shown):
@@ -385,22 +358,6 @@ def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory
     if idle:
         typer.echo("nothing to do: this run has finished")
     return measure(read_run(directory), experiment.run.target)
-
-
-def _discard(directory: Path) -> None:
-    """Remove what makes a directory a run, and nothing else, unless somebody is writing it."""
-    if not (directory / "manifest.json").exists():
-        return
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"--fresh needs a run that nobody is writing, got {str(directory)!r} in use. "
-                "Wait for the other process, or name another directory with --out."
-            ) from None
-        for name in _RUN_FILES:
-            (directory / name).unlink(missing_ok=True)
 
 
 def _run_directories(paths: Iterable[Path]) -> list[Path]:

@@ -7,6 +7,7 @@ Progress takes an iterator of rounds and passes it on, so that the loop stays th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -78,6 +79,20 @@ class Tally(NamedTuple):
         if self.failures:
             parts.append(f"{self.failures} failed")
         return "  ".join(parts)
+
+
+def with_progress(
+    rounds: Iterable[Round], num_rounds: int, history: Sequence[Mapping[str, Any]]
+) -> Generator[Round]:
+    """Pass rounds on under a live bar in a terminal, and with plain lines elsewhere.
+
+    Args:
+        history: the lines of `rounds.jsonl` before this attempt.
+    """
+    console = Console()
+    if console.is_terminal:
+        return with_bar(rounds, num_rounds, history, console)
+    return with_lines(rounds, num_rounds, history, sys.stdout)
 
 
 def with_bar(

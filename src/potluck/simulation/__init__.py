@@ -3,7 +3,7 @@
 from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
 from potluck.simulation.rounds import Round, make_executor, rounds
-from potluck.simulation.runs import RunRecord, read_run, read_weights, train
+from potluck.simulation.runs import RunRecord, discard_run, read_run, read_weights, train
 from potluck.simulation.workers import Workers, available_cores
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "build_algorithm",
     "build_data",
     "build_task",
+    "discard_run",
     "make_executor",
     "read_run",
     "read_weights",

@@ -37,6 +37,14 @@ from potluck.tasks import FederatedData, Task
 
 _CHECKPOINT_SECONDS = 15.0
 _PREFIX = "optimizer."
+_FILES = (
+    "manifest.json",
+    "rounds.jsonl",
+    "timings.jsonl",
+    "checkpoint.safetensors",
+    "final.safetensors",
+    "partition.png",  # drawn by the command line
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +83,7 @@ def train(
     task = build_task(experiment, data)
     algorithm = build_algorithm(experiment)
     run = _Run(Path(directory), make_manifest(experiment, seed, task))
-    with run.locked():
+    with _locked(run.directory):
         yield from run.train(experiment, algorithm, task, seed)
 
 
@@ -113,6 +121,19 @@ def read_weights(directory: Path | str) -> Vector:
     return tensors["weights"]
 
 
+def discard_run(directory: Path | str) -> None:
+    """Remove the files of a run, and nothing else, so that it can be started again.
+
+    Raises:
+        RunError: another process is writing it.
+    """
+    path = Path(directory)
+    if (path / "manifest.json").exists():
+        with _locked(path), _disk_errors(path):
+            for name in _FILES:
+                (path / name).unlink(missing_ok=True)
+
+
 class _Run:
     """An open run directory: the one writer of its files."""
 
@@ -121,22 +142,6 @@ class _Run:
         self._manifest = manifest
         self._rounds: FileIO | None = None
         self._timings: FileIO | None = None
-
-    @contextlib.contextmanager
-    def locked(self) -> Generator[None]:
-        """Hold the directory for this process alone."""
-        with _disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = (self.directory / ".lock").open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"a run directory must have one writer, got {str(self.directory)!r} in use. "
-                    "Wait for the other process, or name another directory."
-                ) from None
-            yield
 
     def train(
         self, experiment: Experiment, algorithm: FedAvg, task: Task, seed: int
@@ -326,6 +331,23 @@ def _write_whole(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Hold a run directory for this process alone."""
+    with _disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"a run directory must have one writer, got {str(directory)!r} in use. "
+                "Wait for the other process, or name another directory (--out)."
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

@@ -12,6 +12,6 @@ data = partitions.shards(datasets.digits(), clients=100, seed=0)
 task = Task(model=lambda: TwoNN(input_shape=(1, 8, 8)), data=data)
 # Five passes of each client over its own, before their models are averaged.
 algorithm = FedAvg(client_lr=0.3, local_epochs=5, batch_size=10)
-for round in rounds(algorithm, task, cohort=10, num_rounds=40, evaluate_every=10):
+for round in rounds(algorithm, task, cohort=10, num_rounds=30, evaluate_every=10):
     if round.metrics:
         print(f"round {round.number:2}: accuracy {round.metrics['accuracy']:.3f}")

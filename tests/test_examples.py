@@ -14,6 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional
+
+from potluck import FedAvg, Task, TwoNN, datasets, partitions, rounds
+from potluck.core import derive_seed, stream
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -47,14 +52,32 @@ def test_every_example_is_tested_here():
 
 def test_centralized(tmp_path):
     lines = run("centralized.py", tmp_path).splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"round {n:2}" for n in range(0, 41, 10)]
+    assert [line.split(":")[0] for line in lines] == [f"round {n:2}" for n in range(0, 31, 10)]
     assert accuracies(lines[-1])[0] >= 0.96
+
+
+def test_federated_averaging_with_one_client_is_sgd_as_centralized_says():
+    data = partitions.iid(datasets.digits(), clients=1, seed=0)
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    *_, last = rounds(FedAvg(client_lr=0.3, batch_size=10), task, cohort=1, num_rounds=2)
+    torch.manual_seed(derive_seed(0, "weights"))
+    model = TwoNN((1, 8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    inputs, targets = map(torch.from_numpy, data.train)
+    for epoch in (1, 2):
+        order = torch.from_numpy(stream(0, "batches", epoch).permutation(len(inputs)))
+        for batch in order.split(10):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs[batch]), targets[batch]).backward()
+            optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(torch.from_numpy(last.weights), expected, rtol=0, atol=1e-5)
 
 
 def test_federated(tmp_path):
     lines = run("federated.py", tmp_path).splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"round {n:2}" for n in range(0, 41, 10)]
-    assert accuracies(lines[-1])[0] >= 0.90
+    assert [line.split(":")[0] for line in lines] == [f"round {n:2}" for n in range(0, 31, 10)]
+    assert accuracies(lines[-1])[0] >= 0.88
 
 
 def test_own_data(tmp_path):

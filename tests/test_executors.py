@@ -17,11 +17,12 @@ from potluck.tasks import evaluate, federated_evaluation
 
 
 class Dropped(nn.Module):
-    """A model that draws random numbers while it trains, and has averaged buffers."""
+    """A model that draws random numbers while it trains, with averaged buffers and a counter that
+    its steps depend on."""
 
     def __init__(self):
         super().__init__()
-        self.norm = nn.BatchNorm1d(64)
+        self.norm = nn.BatchNorm1d(64, momentum=None)
         self.layers = nn.Sequential(
             nn.Linear(64, 30), nn.ReLU(), nn.Dropout(0.5), nn.Linear(30, 10)
         )

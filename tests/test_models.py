@@ -174,7 +174,7 @@ BATCHES = [slice(0, 10), slice(10, 20), slice(18, 23), slice(0, 23)]
     [
         (Wide, 2),
         (CalledTwice, 0),
-        (SometimesTwice, 0),
+        (SometimesTwice, 2),
         (Tied, 0),
         (ReadDirectly, 1),
         (Frozen, 1),

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = ("pip", "make", "git")  # they install, which tests do not
 MNIST = ("data get mnist", "experiments/mnist-")  # downloads, or hours
@@ -35,13 +37,6 @@ def blocks(*languages: str) -> list[Block]:
     return [block for block in BLOCKS if block.language in languages]
 
 
-def run(command: list[str], folder: Path) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # tests share the cores
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that stands for the root of a clone; commands follow each other in it."""
@@ -58,7 +53,14 @@ def test_every_block_is_of_a_kind_that_is_run_or_is_printed_output():
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.name)
 def test_python(block, tmp_path):
-    printed = run([sys.executable, "-W", "error", "-c", block.text], tmp_path)
+    printed = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block.text],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # tests share the cores
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
     following = BLOCKS[BLOCKS.index(block) + 1]
     assert following.language == "text", "show what the program prints"
     number = re.compile(r"\d\.\d+")
@@ -68,14 +70,18 @@ def test_python(block, tmp_path):
 
 
 @pytest.mark.parametrize("block", blocks("bash", "console"), ids=lambda block: block.name)
-def test_commands(block, clone):
+def test_commands(block, clone, monkeypatch):
+    monkeypatch.chdir(clone)
     ran = 0
     for line in block.text.splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         if not words or words[0] in ELSEWHERE or any(part in line for part in MNIST):
             continue
-        assert words[0] == "potluck", f"this test does not know {words[0]}"
-        run([*entry_point(), *words[1:]], clone)
+        (script,) = entry_points(group="console_scripts", name=words[0])
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as left:
+            script.load()()
+        assert left.value.code == 0, line
         ran += 1
     if ran == 0:
         pytest.skip("installs, or needs MNIST")
@@ -86,14 +92,7 @@ def test_the_program_is_at_most_twelve_lines():
         assert len([line for line in block.text.splitlines() if line.strip()]) <= 12
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_links_lead_somewhere(target):
-    if target == "docs/img/demo.png" and not (ROOT / "docs" / "img").exists():
-        pytest.skip("made by `make demo`")
-    assert (ROOT / target).exists()
-
-
-def entry_point() -> list[str]:
-    """The `potluck` of this interpreter."""
-    script = Path(sys.executable).with_name("potluck")
-    return [str(script)] if script.exists() else [sys.executable, "-m", "potluck"]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -8,7 +8,7 @@ The sum is kept in 64-bit fixed point (multiples of 2⁻³⁰), and integer addi
 any order, any grouping into partial sums and any number of workers give the same bits, and two
 partial sums merge exactly. A mean is off by at most 2⁻³¹ · clients / total, far below float32.
 
-The price is a range: |weight · Δ| summed over a cohort must stay below 2³³ in every coordinate.
+The price is a range: the largest entry of |weight · Δ|, summed over a cohort, must stay below 2³².
 A sum that might leave it is refused, never wrapped.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from potluck.algorithms import Average, FedAvg
 from potluck.core import ConfigError
 from potluck.experiment import Experiment
@@ -50,8 +52,8 @@ def build_task(experiment: Experiment, data: FederatedData) -> Task:
         )
     model = _MODELS[experiment.task.model]
     if data.num_classes == 0:
-        return Task(model=lambda: model(shape, 1), data=data, loss=mean_squared_error, metrics={})
-    return Task(model=lambda: model(shape, data.num_classes), data=data, loss=cross_entropy)
+        return Task(model=partial(model, shape, 1), data=data, loss=mean_squared_error, metrics={})
+    return Task(model=partial(model, shape, data.num_classes), data=data, loss=cross_entropy)
 
 
 def build_algorithm(experiment: Experiment) -> FedAvg:

@@ -102,7 +102,8 @@ class Loop:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
         self._evaluator.load(weights)
-        return means([self._evaluator.sums(b) for b in batches_of(self._task.data.test)])
+        with _kernel_threads(self._num_threads):
+            return means([self._evaluator.sums(b) for b in batches_of(self._task.data.test)])
 
     def close(self) -> None:
         """Nothing is held."""

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -255,7 +256,7 @@ class _Run:
     def _append(self, round: Round) -> None:
         summary = {
             "round": round.number,
-            "loss": None if round.number == 0 else round.loss,
+            "loss": round.loss if math.isfinite(round.loss) else None,  # JSON has no NaN
             "metrics": round.metrics,
             "num_clients": len(round.cohort),
             "num_examples": round.num_examples,

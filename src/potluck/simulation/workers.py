@@ -15,9 +15,11 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
+from pickle import PicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +123,16 @@ class Workers:
             args=(self._task, self._shared, partial, theirs, inherited, os.getpid()),
             daemon=True,
         )
-        process.start()
+        try:
+            with warnings.catch_warnings():
+                # Python ≥ 3.12 warns of a fork beside threads; the workers use none of theirs.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+        except (AttributeError, PicklingError) as error:
+            raise WorkerError(
+                "where processes cannot be forked, the task must be made of named functions and "
+                f"classes of a module, got {error}. Move them into one, or use executor='loop'."
+            ) from None
         theirs.close()
         return _Worker(process, ours, _int64(partial))
 

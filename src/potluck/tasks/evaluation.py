@@ -66,9 +66,12 @@ def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Example
 
 
 def means(sums: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
-    """The sums of all batches, in order, to the means over all that counts."""
+    """The sums of all batches, in order, to the means over all that counts; NaN if nothing does."""
     total = {name: np.sum([batch[name] for batch in sums], axis=0) for name in sums[0]}
-    return {name: float(pair[0] / max(pair[1], 1.0)) for name, pair in total.items()}
+    return {
+        name: float(pair[0] / pair[1]) if pair[1] > 0 else float("nan")
+        for name, pair in total.items()
+    }
 
 
 def evaluate(task: Task, weights: Vector, examples: Examples | None = None) -> dict[str, float]:
@@ -113,6 +116,8 @@ def _summary(sums: NDArray[np.float64]) -> FederatedMetric:
     counted = sums[:, 1] > 0
     per_client = np.full(len(sums), np.nan)
     per_client[counted] = sums[counted, 0] / sums[counted, 1]
+    if not counted.any():
+        return FederatedMetric(per_client, float("nan"), float("nan"), float("nan"))
     ordered = np.sort(per_client[counted])
     worst = ordered[: max(1, len(ordered) // 10)]
     return FederatedMetric(

@@ -17,7 +17,8 @@ batch; every other layer keeps the plain step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -74,10 +75,17 @@ class InPlaceLinears:
         """After a forward pass: whether its backward pass would not be exact."""
         return any(calls > 1 for calls in self._calls.values())
 
-    def restore_all(self) -> None:
-        """Back to plain layers."""
-        for layer in list(self._calls):
+    @contextmanager
+    def plain(self) -> Generator[None]:
+        """Within it the layers are plain ones."""
+        layers = list(self._calls)
+        for layer in layers:
             self._restore(layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                self._replace(layer)
 
     def _replace(self, layer: nn.Linear) -> None:
         self._calls[layer] = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,21 @@ class TorchRuntime:
     def __init__(self, task: Task) -> None:
         self.module = task.module().train()
         self.spec: Spec = spec_of(self.module)
-        self._vector = torch.empty(self.spec.dim, dtype=torch.float32)
+        self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
         bind(self.module, self._vector)
         self._weights: Vector = self._vector.numpy()
         self._loss = task.loss
+        self._losses: list[Tensor] = []
+        self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
+        self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._linears = InPlaceLinears(self.module)
-        self._probed = False
-        self._losses: list[Tensor] = []
+        # The same examples for every process, so that all step alike.
+        first = task.data.client(0)
+        self._load(Examples(first.inputs[:2], first.targets[:2]), np.arange(len(first.inputs[:2])))
+        with torch.random.fork_rng(devices=[]):
+            done = self._linears.probe(self.module, lambda: self._forward(slice(0, 2)))
+        self._others = [p for p in self._parameters if p not in done]
 
     def take(self, examples: Examples) -> None:
         """Use these examples from the next `begin` on."""
@@ -42,13 +49,11 @@ class TorchRuntime:
 
     def begin(self, received: Vector, order: NDArray[np.int64], seed: int) -> None:
         """Load the received weights and put the examples in order, so that batches are slices."""
-        self._inputs = torch.from_numpy(self._examples.inputs.take(order, axis=0))
-        self._targets = torch.from_numpy(self._examples.targets.take(order, axis=0))
+        self._load(self._examples, order)
         self._losses.clear()
-        if not self._probed:
-            self._weights[...] = received
-            self._probe()
         self._weights[...] = received
+        for counter, start in zip(self._counters, self._counters_at_start, strict=True):
+            counter.copy_(start)
         torch.manual_seed(seed)
 
     def step(self, batch: slice, lr: float) -> None:
@@ -56,28 +61,30 @@ class TorchRuntime:
         self._linears.start(lr)
         loss = self._forward(batch)
         if self._linears.called_twice():  # unlike in the probe: it depends on the data
-            self._linears.restore_all()
-            self._plain = self._parameters
-            loss = self._forward(batch)
-        inputs = [*self._plain, self._linears.token]
-        gradients: Any = torch.autograd.grad(loss, inputs, allow_unused=True)
-        with torch.no_grad():
-            for parameter, gradient in zip(self._plain, gradients, strict=False):
-                if gradient is not None:
-                    parameter.add_(gradient, alpha=-lr)
+            with self._linears.plain():
+                loss = self._forward(batch)
+                self._descend(loss, self._parameters, lr)
+        else:
+            self._descend(loss, [*self._others, self._linears.token], lr)
         self._losses.append(loss.detach())
 
     def end(self) -> tuple[Vector, float]:
         """The local weights (a view, until the next `begin`) and the mean loss."""
         return self._weights, float(torch.stack(self._losses).mean())
 
+    def _load(self, examples: Examples, order: NDArray[np.int64]) -> None:
+        self._inputs = torch.from_numpy(examples.inputs.take(order, axis=0))
+        self._targets = torch.from_numpy(examples.targets.take(order, axis=0))
+
     def _forward(self, batch: slice) -> Tensor:
         return self._loss(self.module(self._inputs[batch]), self._targets[batch])
 
-    def _probe(self) -> None:
-        done = self._linears.probe(self.module, lambda: self._forward(slice(0, 2)))
-        self._plain = [p for p in self._parameters if p not in done]
-        self._probed = True
+    def _descend(self, loss: Tensor, tensors: Sequence[Tensor], lr: float) -> None:
+        gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)
+        with torch.no_grad():
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                if gradient is not None:
+                    tensor.add_(gradient, alpha=-lr)
 
 
 def pure_loss(task: Task) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

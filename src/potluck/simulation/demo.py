@@ -27,7 +27,7 @@ _SETTINGS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("iid", "FedSGD"): {"name": "fedsgd", "client_lr": 0.6813},
     ("two-shard", "FedSGD"): {"name": "fedsgd", "client_lr": 0.4642},
     ("iid", "FedAvg"): {"local_epochs": 20, "batch_size": "full", "client_lr": 0.6813},
-    ("two-shard", "FedAvg"): {"local_epochs": 20, "batch_size": "full", "client_lr": 0.3162},
+    ("two-shard", "FedAvg"): {"local_epochs": 20, "batch_size": "full", "client_lr": 0.4642},
 }
 _COLOURS = {"FedSGD": "#D55E00", "FedAvg": "#0072B2"}
 

@@ -117,6 +117,10 @@ def compare(
             before = time.perf_counter()
             contender.round(number, cohort)
             seconds[name].append(time.perf_counter() - before)
+        if number % 5 == 1:
+            print(
+                number - 1, {name: round(sum(s[1:]), 1) for name, s in seconds.items()}, flush=True
+            )
     base = ready["bare loop"].vector()
     moved = float(np.abs(base - task.initial_weights(SEED)).max())
     result: dict[str, Any] = {}
@@ -151,6 +155,7 @@ def import_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--logistic-rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     arguments = parser.parse_args()
     cores = available_cores()
@@ -158,14 +163,12 @@ def main() -> None:
 
     images = random_data(100, 600)
     task = Task(model=CNN, data=images)
-    plain = Task(model=cnn, data=images)
     conv = compare(
         task,
         {
             "bare loop": lambda: Bare(task, cnn(), threads),
             "loop": lambda: Engine(task, Loop(task, num_threads=threads)),
             "workers": lambda: Engine(task, Workers(task)),
-            "workers, the bare loop's model": lambda: Engine(task, Workers(plain)),
         },
         arguments.rounds,
     )
@@ -179,7 +182,7 @@ def main() -> None:
             "loop": lambda: Engine(task, Loop(task)),
             "workers": lambda: Engine(task, Workers(task)),
         },
-        100,
+        arguments.logistic_rounds,
     )
     print(json.dumps(logistic, indent=1))
     result = {
@@ -190,7 +193,7 @@ def main() -> None:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "seed": SEED,
         f"cnn, {arguments.rounds} rounds": conv,
-        "logistic regression, 1,000 clients, 100 rounds": logistic,
+        f"logistic regression, 1,000 clients, {arguments.logistic_rounds} rounds": logistic,
         "import_seconds": import_seconds(),
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """The engine against a plain hand-written PyTorch loop, in one run, taking turns.
 
-    python benchmarks/engine/run.py [--rounds 20] [--out benchmarks/engine/results.json]
+    python benchmarks/engine/run.py [--rounds 20] [--examples 600] [--logistic-rounds 100]
 
 CNN: MNIST's shape, 100 clients × 600 examples, C = 0.1, E = 1, B = 10. Logistic regression: 1,000
 clients × 60, C = 0.1, E = 1, B = 10. Evaluation is left out on both sides. The contenders take
@@ -155,48 +155,57 @@ def import_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--examples", type=int, default=600, help="of a client of the CNN")
     parser.add_argument("--logistic-rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     arguments = parser.parse_args()
     cores = available_cores()
     threads = torch.get_num_threads()
 
-    images = random_data(100, 600)
-    task = Task(model=CNN, data=images)
-    conv = compare(
-        task,
-        {
-            "bare loop": lambda: Bare(task, cnn(), threads),
-            "loop": lambda: Engine(task, Loop(task, num_threads=threads)),
-            "workers": lambda: Engine(task, Workers(task)),
-        },
-        arguments.rounds,
-    )
-    print(json.dumps(conv, indent=1))
-    small = random_data(1000, 60)
-    task = Task(model=LogisticRegression, data=small)
-    logistic = compare(
-        task,
-        {
-            "bare loop": lambda: Bare(task, logistic_regression(), 1),
-            "loop": lambda: Engine(task, Loop(task)),
-            "workers": lambda: Engine(task, Workers(task)),
-        },
-        arguments.logistic_rounds,
-    )
-    print(json.dumps(logistic, indent=1))
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": machine(),
         "cores": cores,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "seed": SEED,
-        f"cnn, {arguments.rounds} rounds": conv,
-        f"logistic regression, 1,000 clients, {arguments.logistic_rounds} rounds": logistic,
         "import_seconds": import_seconds(),
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def measured(name: str, part: dict[str, Any]) -> None:
+        """Write what there is, so that a run that is stopped leaves its finished parts."""
+        result[name] = part
+        print(name, json.dumps(part, indent=1), flush=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    small = random_data(1000, 60)
+    logistic = Task(model=LogisticRegression, data=small)
+    measured(
+        f"logistic regression, 1,000 clients, {arguments.logistic_rounds} rounds",
+        compare(
+            logistic,
+            {
+                "bare loop": lambda: Bare(logistic, logistic_regression(), 1),
+                "loop": lambda: Engine(logistic, Loop(logistic)),
+                "workers": lambda: Engine(logistic, Workers(logistic)),
+            },
+            arguments.logistic_rounds,
+        ),
+    )
+    images = random_data(100, arguments.examples)
+    conv = Task(model=CNN, data=images)
+    measured(
+        f"cnn, {arguments.examples} examples a client, {arguments.rounds} rounds",
+        compare(
+            conv,
+            {
+                "bare loop": lambda: Bare(conv, cnn(), threads),
+                "loop": lambda: Engine(conv, Loop(conv, num_threads=threads)),
+                "workers": lambda: Engine(conv, Workers(conv)),
+            },
+            arguments.rounds,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -44,10 +44,12 @@ INTRODUCTION = """\
 # MNIST beside the paper
 
 Plain FedAvg, 100 clients, C = 0.1, evaluated on the 10,000 test images after every round; rounds
-are counted as the paper counts them (the curve made monotone, the crossing interpolated). Made by
-`make results`; each run's manifest and rounds lie beside this file, and
-`potluck report results/mnist` reads them. The learning rates are those that the paper's figures
-show (2NN 0.1; CNN 0.215 IID, 0.1 two-shard); none was tuned on these runs.
+are counted as the paper counts them (the curve made monotone, the crossing interpolated). Each
+run's manifest and rounds lie beside this file, and `potluck report results/mnist` reads them.
+`make results` makes what is missing; the runs of commit aa64806b55c9 were started by a few lines
+that call `potluck.simulation.train` on the same experiments, as `potluck train` does, before that
+command was there. The learning rates are those that the paper's figures show (2NN 0.1; CNN 0.215
+IID, 0.1 two-shard); none was tuned on these runs.
 
 """
 

@@ -32,6 +32,11 @@ class Examples(NamedTuple):
         return len(self.inputs)
 
 
+def lengths(inputs: Array, padding: int) -> NDArray[np.int64]:
+    """How many steps of each sequence [examples, steps] are before its padding: [examples]."""
+    return (inputs != padding).sum(axis=1, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
     """Training and test examples as they were published, not yet divided.

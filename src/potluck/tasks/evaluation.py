@@ -55,8 +55,8 @@ class Evaluator:
 
     def _outputs(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = np.array(examples.inputs)
-        if self._task.padding is not None:
-            inputs = inputs[:, : max(int(lengths(inputs, self._task.padding).max()), 1)]
+        if self._task.data.padding is not None:
+            inputs = inputs[:, : max(int(lengths(inputs, self._task.data.padding).max()), 1)]
         return self._module(torch.from_numpy(inputs)), torch.from_numpy(np.array(examples.targets))
 
 
@@ -72,8 +72,8 @@ def evaluation_batches(task: Task, examples: Examples | None = None) -> list[Exa
     """The examples of a central evaluation (the task's test examples) in batches; sequences in
     order of length, so that little is padded."""
     examples = examples or task.data.test
-    if task.padding is not None:
-        order = np.argsort(lengths(examples.inputs, task.padding), kind="stable")
+    if task.data.padding is not None:
+        order = np.argsort(lengths(examples.inputs, task.data.padding), kind="stable")
         examples = Examples(examples.inputs[order], examples.targets[order])
     return batches_of(examples)
 

@@ -31,8 +31,8 @@ class TorchRuntime:
         bind(self.module, self._vector)
         self._weights: Vector = self._vector.numpy()
         self._loss = task.loss
-        self._padding = task.padding
-        self._by_length = task.padding is not None and task.batches == "by length"
+        self._padding = task.data.padding
+        self._by_length = task.data.padding is not None and task.batches == "by length"
         self._losses: list[Tensor] = []
         self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
         self._counters_at_start = [counter.clone() for counter in self._counters]

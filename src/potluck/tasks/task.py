@@ -30,17 +30,15 @@ class Task:
         data: the examples of all clients.
         loss: (outputs, targets) to the batch's mean loss.
         metrics: name to (outputs, targets) to values; see `potluck.tasks.metrics`.
-        padding: for sequences, the symbol that fills inputs [examples, steps] at their end. Steps
-            that are padding in a whole batch are then left out of it.
-        batches: for sequences, "by length" puts sequences of similar length into one batch, so
-            that little is padded; "random" draws batches as for other data.
+        batches: for sequences (data that have a padding symbol), "by length" puts sequences of
+            similar length into one batch, so that little is padded; "random" draws batches as for
+            other data.
     """
 
     model: nn.Module | Callable[[], nn.Module]
     data: FederatedData
     loss: Loss = cross_entropy
     metrics: Mapping[str, Metric] = field(default_factory=_accuracy)
-    padding: int | None = None
     batches: Literal["by length", "random"] = "by length"
 
     def module(self) -> nn.Module:

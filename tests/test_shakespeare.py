@@ -163,8 +163,10 @@ by William Shakespeare
   NOTICE. WITH ITS OWN
     RULES>>
     notice or not.
-  COOK. The last line.
-   THREE. blanks open nothing.
+  COOK. Almost the last line.
+   THREE. blanks open nothing,
+    so this is the cook's,
+    and so is this.
 COOK. Nor does the margin.
   COOK.And a blank must follow.
   WAITER. Only
@@ -207,7 +209,9 @@ def test_the_clean_rule_by_hand(tmp_path: Path) -> None:
             "Stir.",
             "  And stir again.",
             "After an empty line.",
-            "The last line.",
+            "Almost the last line.",
+            "so this is the cook's,",
+            "and so is this.",
         ],
         "THE TRAGEDY OF TWO COOKS / Second Cook": [
             "Too much!",

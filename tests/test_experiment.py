@@ -6,7 +6,7 @@ import pytest
 
 from potluck.core import ConfigError
 from potluck.experiment import load_experiment
-from potluck.simulation import build_algorithm, build_data
+from potluck.simulation import build_algorithm, build_data, build_task
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
 
@@ -111,5 +111,62 @@ def test_data_that_come_divided_need_the_own_partition(written):
         load_experiment(written(GOOD), ["task.data=folder"])
     with pytest.raises(ConfigError, match=r"partition\.kind must be 'own'"):
         build_data(load_experiment(written(GOOD), ["task.data=folder", "task.path=x"]))
-    with pytest.raises(ConfigError, match="does not come divided"):
-        build_data(load_experiment(written(GOOD), ["partition.kind=own"]))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "kinds"),
+    [
+        ("digits", "own", "'iid', 'shards', 'dirichlet' or 'unbalanced'"),
+        ("digits", "writer", "'iid', 'shards', 'dirichlet' or 'unbalanced'"),
+        ("mnist", "user", "'iid', 'shards', 'dirichlet', 'unbalanced' or 'writer'"),
+        ("wisdm", "writer", "'iid', 'shards', 'dirichlet', 'unbalanced' or 'user'"),
+        ("shakespeare", "module", "'iid', 'unbalanced' or 'role'"),
+        ("shakespeare", "shards", "'iid', 'unbalanced' or 'role'"),
+        ("pythonlib", "role", "'iid', 'unbalanced' or 'module'"),
+        ("pythonlib", "dirichlet", "'iid', 'unbalanced' or 'module'"),
+    ],
+)
+def test_a_partition_that_does_not_fit_the_data_is_refused(written, data, kind, kinds):
+    experiment = load_experiment(written(GOOD), [f"task.data={data}", f"partition.kind={kind}"])
+    with pytest.raises(ConfigError) as caught:
+        build_data(experiment)
+    assert str(caught.value) == (
+        f"partition.kind must be {kinds} with task.data = '{data}', got partition.kind = '{kind}'. "
+        "Change one of the two."
+    )
+
+
+def test_a_variant_is_of_shakespeare_only(written):
+    for variant in ("paper", "clean"):
+        with pytest.raises(ConfigError, match=r"task\.variant must be left out .*= 'digits'\. Rem"):
+            build_data(load_experiment(written(GOOD), [f"task.variant={variant}"]))
+    with pytest.raises(ConfigError, match=r"task\.variant must be one of 'clean', 'paper', got"):
+        load_experiment(written(GOOD), ["task.data=shakespeare", "task.variant=dirty"])
+
+
+def test_the_standard_library_by_module_and_iid(written):
+    overrides = ["task.data=pythonlib", "partition.kind=module"]
+    data = build_data(load_experiment(written(GOOD), overrides))
+    assert "json" in data.clients
+    assert data.test_offsets is not None
+    iid = build_data(load_experiment(written(GOOD), ["task.data=pythonlib"]))
+    assert iid.num_clients == 10
+    assert iid.train.num_examples == data.train.num_examples
+
+
+@pytest.mark.parametrize(
+    ("more", "clients", "characters"),
+    [([], 1_144, 3_566_303), (["task.variant=paper"], 1_146, 3_570_710)],
+)
+def test_shakespeare_by_role_in_both_variants(written, published, more, clients, characters):
+    published("shakespeare")
+    overrides = ["task.data=shakespeare", "partition.kind=role", *more]
+    data = build_data(load_experiment(written(GOOD), overrides))
+    assert data.num_clients == clients
+    assert (data.train.targets != data.padding).sum() == characters
+
+
+def test_text_needs_a_model_of_sequences(written):
+    experiment = load_experiment(written(GOOD), ["task.data=pythonlib"])
+    with pytest.raises(ConfigError, match=r"a model of sequences .*got task\.model = '2nn'"):
+        build_task(experiment, build_data(experiment))

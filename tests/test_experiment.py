@@ -7,6 +7,7 @@ import pytest
 from potluck.core import ConfigError
 from potluck.experiment import load_experiment
 from potluck.simulation import build_algorithm, build_data, build_task
+from potluck.tasks import PerStep
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
 
@@ -62,7 +63,7 @@ def test_every_experiment_of_the_repository_is_valid(path):
         ("run.rounds=many", "run.rounds must be an integer, got run.rounds = 'many'."),
         ("run.cohort=1.5", "run.cohort must be an integer or at most 1.0, got run.cohort = 1.5."),
         ("run.cohort=-1", "at least 1"),
-        ("task.model=3nn", "task.model must be one of '2nn', 'cnn', 'logistic', got"),
+        ("task.model=3nn", "task.model must be one of '2nn', 'cnn', 'logistic', 'char-l"),
         ("algorithm.client_lr=0.0", "algorithm.client_lr must be above 0"),
         ("algorithm.batch_size=none", "algorithm.batch_size must be an integer or one of 'full'"),
         ("name='a b'", "name must be letters"),
@@ -166,7 +167,30 @@ def test_shakespeare_by_role_in_both_variants(written, published, more, clients,
     assert (data.train.targets != data.padding).sum() == characters
 
 
-def test_text_needs_a_model_of_sequences(written):
-    experiment = load_experiment(written(GOOD), ["task.data=pythonlib"])
-    with pytest.raises(ConfigError, match=r"a model of sequences .*got task\.model = '2nn'"):
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.data=pythonlib"], r"with text .*got task\.model = '2nn' with"),
+        (["task.model=char-lstm"], r"with text .*got task\.model = 'char-lstm'"),
+    ],
+)
+def test_text_and_models_of_sequences_belong_together(written, overrides, message):
+    experiment = load_experiment(written(GOOD), overrides)
+    with pytest.raises(ConfigError, match=message):
         build_task(experiment, build_data(experiment))
+
+
+def test_keys_of_language_models_are_refused_elsewhere(written):
+    for override in ("task.hidden=16", "task.loss=per-step", "task.batches=random"):
+        with pytest.raises(ConfigError, match=r"must be left out unless task\.model is a language"):
+            build_data(load_experiment(written(GOOD), [override]))
+
+
+def test_a_language_model_is_built_as_it_is_described(written):
+    overrides = ["task.data=pythonlib", "partition.kind=module", "task.model=char-lstm-peephole"]
+    overrides += ["task.loss=per-step", "task.batches=random", "task.hidden=16"]
+    experiment = load_experiment(written(GOOD), overrides)
+    task = build_task(experiment, build_data(experiment))
+    assert task.loss == PerStep(padding=257)
+    assert task.batches == "random"
+    assert task.module().lstm1.peepholes.shape == (3, 16)

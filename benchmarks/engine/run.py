@@ -5,9 +5,10 @@
 
 CNN: MNIST's shape, 100 clients × 600 examples, C = 0.1, E = 1, B = 10. Logistic regression: 1,000
 clients × 60, C = 0.1, E = 1, B = 10. Character LSTM: 100 clients × 40 lines of 8 to 79
-characters, C = 0.1, E = 1, B = 10, in batches of similar length for all contenders. Evaluation is left out on both sides. The contenders take
-turns round by round, so that a change in the machine's speed meets all of them, and all must end
-with the same model. Random inputs: only time is measured.
+characters, C = 0.1, E = 1, B = 10, in batches of similar length for all contenders. Evaluation is
+left out on both sides. The contenders take turns round by round, so that a change in the machine's
+speed meets all of them, and all must end with the same model. Random inputs: only time is
+measured.
 """
 
 from __future__ import annotations

@@ -26,9 +26,15 @@ class TaskSection(_Section):
     """[task]: the data set and the model."""
 
     data: Literal["mnist", "digits", "wisdm", "shakespeare", "pythonlib", "folder", "table"]
-    model: Literal["2nn", "cnn", "logistic"]
+    model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
     variant: Literal["clean", "paper"] | None = None
     """For data = "shakespeare"; None is clean."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """For the LSTMs: the width of a layer; None is the paper's 256."""
+    loss: Literal["per-character", "per-step"] | None = None
+    """For text: what the loss is averaged over, the real characters (the default) or all steps."""
+    batches: Literal["by-length", "random"] | None = None
+    """For text: None is by-length."""
     path: str | None = None
     """For data = "folder" and "table": where they are, relative to the experiment file."""
     client_column: str = "client"

@@ -9,9 +9,14 @@ from potluck.core import ConfigError
 from potluck.experiment import Experiment
 from potluck.tasks import (
     CNN,
+    CharacterAccuracy,
+    CharLSTM,
     Dataset,
     FederatedData,
     LogisticRegression,
+    PeepholeCharLSTM,
+    PerCharacter,
+    PerStep,
     Task,
     TwoNN,
     cross_entropy,
@@ -22,6 +27,7 @@ from potluck.tasks import (
 )
 
 _MODELS = {"2nn": TwoNN, "cnn": CNN, "logistic": LogisticRegression}
+_LANGUAGE_MODELS = {"char-lstm": CharLSTM, "char-lstm-peephole": PeepholeCharLSTM}
 _LABELLED = ("iid", "shards", "dirichlet", "unbalanced")
 _KINDS = {  # the partitions that fit each data set
     "digits": _LABELLED,
@@ -55,12 +61,9 @@ def build_data(experiment: Experiment) -> FederatedData:
 
 def build_task(experiment: Experiment, data: FederatedData) -> Task:
     """The task of an experiment over data that `build_data` gave."""
+    if data.padding is not None or experiment.task.model in _LANGUAGE_MODELS:
+        return _language_task(experiment, data)
     shape = data.train.inputs.shape[1:]
-    if data.padding is not None:
-        raise ConfigError(
-            f"task.model must be a model of sequences with task.data = {experiment.task.data!r}, "
-            f"got task.model = {experiment.task.model!r}, which gives one label for each example."
-        )
     if experiment.task.model == "cnn" and len(shape) != 3:
         raise ConfigError(
             "task.model = 'cnn' needs images [channels, height, width], "
@@ -96,6 +99,25 @@ def build_algorithm(experiment: Experiment) -> FedAvg:
     )
 
 
+def _language_task(experiment: Experiment, data: FederatedData) -> Task:
+    section = experiment.task
+    if data.padding is None or section.model not in _LANGUAGE_MODELS:
+        raise ConfigError(
+            f"task.model must be one of {', '.join(map(repr, _LANGUAGE_MODELS))} with text and "
+            f"another one with other data, got task.model = {section.model!r} with "
+            f"task.data = {section.data!r}. Change one of the two."
+        )
+    model = partial(_LANGUAGE_MODELS[section.model], data.num_classes, hidden=section.hidden or 256)
+    loss = PerStep if section.loss == "per-step" else PerCharacter
+    return Task(
+        model=model,
+        data=data,
+        loss=loss(padding=data.padding),
+        metrics={"accuracy": CharacterAccuracy(padding=data.padding)},
+        batches="random" if section.batches == "random" else "by length",
+    )
+
+
 def _check_fit(experiment: Experiment) -> None:
     task, kind = experiment.task, experiment.partition.kind
     if kind not in _KINDS[task.data]:
@@ -110,6 +132,13 @@ def _check_fit(experiment: Experiment) -> None:
             "task.variant must be left out unless task.data = 'shakespeare', got "
             f"task.variant = {task.variant!r} with task.data = {task.data!r}. Remove it."
         )
+    for name in ("hidden", "loss", "batches"):
+        if getattr(task, name) is not None and task.model not in _LANGUAGE_MODELS:
+            raise ConfigError(
+                f"task.{name} must be left out unless task.model is a language model, got "
+                f"task.{name} = {getattr(task, name)!r} with task.model = {task.model!r}. "
+                "Remove it."
+            )
 
 
 def _dataset(experiment: Experiment) -> Dataset:

@@ -68,7 +68,9 @@ def test_adagrad_by_hand():
     first = np.array([3 / (np.sqrt(10) + 1), 0, np.sqrt(63) / 9])
     np.testing.assert_allclose(state["v"], [25, 4, 64], rtol=1e-6)
     np.testing.assert_allclose(weights[1], first, rtol=1e-6)
-    np.testing.assert_allclose(weights[2], first + [np.sqrt(15) / 6, -np.sqrt(3) / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        weights[2], first + np.array([np.sqrt(15) / 6, -np.sqrt(3) / 3, 0]), rtol=1e-6
+    )
 
 
 def test_adam_by_hand():

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from potluck import FedAvg, Loop, Poisson, Task, TwoNN, Workers, datasets, partitions, rounds
+from potluck import (
+    FedAvg,
+    Loop,
+    Poisson,
+    Task,
+    TwoNN,
+    Workers,
+    datasets,
+    partitions,
+    rounds,
+    schedules,
+)
 from potluck.core import DivergedError, TrainingError, WorkerError
 from potluck.simulation import make_executor
 from potluck.tasks import evaluate, federated_evaluation
@@ -41,7 +52,9 @@ def task(request, data):
     return Task(model=request.param, data=data)
 
 
-ALGORITHM = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14, client_lr_decay=0.9)
+ALGORITHM = FedAvg(
+    client_lr=0.1, local_epochs=2, batch_size=14, client_schedule=schedules.Exponential(0.9)
+)
 
 
 def history(task, executor, **kwargs):

@@ -4,6 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from potluck import (
+    Adagrad,
+    Adam,
+    Average,
+    FedAvg,
+    FedProx,
+    Momentum,
+    Nesterov,
+    Scaffold,
+    Yogi,
+    fed_sgd,
+    schedules,
+)
 from potluck.core import ConfigError
 from potluck.experiment import load_experiment
 from potluck.simulation import build_algorithm, build_data, build_task
@@ -71,7 +84,52 @@ def test_every_experiment_of_the_repository_is_valid(path):
         ("run.skip_failures=1", "run.skip_failures must be true or false"),
         ("rounds", "an override must look like run.rounds=20, got 'rounds'"),
         ("name.x=1", "name must be a table"),
-        ("algorithm.server.name=adam", "algorithm.server.name must be one of 'average'"),
+        (
+            "algorithm.server.name=adamw",
+            "algorithm.server.name must be one of 'average', 'momentum', 'nesterov', 'adagrad', "
+            "'adam', 'yogi', got algorithm.server.name = 'adamw'.",
+        ),
+        ("algorithm.name=scafold", "algorithm.name must be one of 'fedavg', 'fedsgd', 'fedprox'"),
+        (
+            "algorithm.mu=0.1",
+            "unknown key algorithm.mu with algorithm.name = 'fedavg': remove it, or use "
+            "algorithm.name = 'fedprox'. Known here: batch_size, client_lr",
+        ),
+        ("algorithm.name=fedprox", "algorithm.mu is missing with algorithm.name = 'fedprox'"),
+        ("algorithm={name='fedprox',client_lr=1,mu=-1}", "algorithm.mu must be at least 0"),
+        (
+            "algorithm.server={name='adam',server_lr=1,beta_1=1}",
+            "unknown key algorithm.server.beta_1: did you mean "
+            "algorithm.server.beta1? Known here: beta1, beta2, name, server_lr, tau.",
+        ),
+        (
+            "algorithm.server.tau=1.0",
+            "unknown key algorithm.server.tau with algorithm.server.name = 'average': remove it, "
+            "or use algorithm.server.name = 'adagrad' or 'adam' or 'yogi'.",
+        ),
+        ("algorithm.server.name=yogi", "algorithm.server.server_lr is missing"),
+        (
+            "algorithm.server=adam",
+            "algorithm.server must be a table, got algorithm.server = 'adam'",
+        ),
+        (
+            "algorithm.server={name='momentum',momentum=1.0}",
+            "algorithm.server.momentum must be below 1.0 with algorithm.server.name = 'momentum'",
+        ),
+        ("algorithm.client_schedule={}", "algorithm.client_schedule.name is missing: it must be"),
+        ("algorithm.client_schedule={name=3}", "got algorithm.client_schedule.name = 3."),
+        (
+            "algorithm.client_schedule={name='cosine',round=5}",
+            "unknown key algorithm.client_schedule.round: did you mean "
+            "algorithm.client_schedule.rounds?",
+        ),
+        (
+            "algorithm.server_schedule={name='warmup',rounds=5,then={name='step',every=0}}",
+            "algorithm.server_schedule.then.every must be at least 1 with "
+            "algorithm.server_schedule.then.name = 'step', got "
+            "algorithm.server_schedule.then.every = 0.",
+        ),
+        ("algorithm.clip_norm=0", "algorithm.clip_norm must be above 0.0"),
     ],
 )
 def test_what_is_wrong_is_named(written, override, message):
@@ -194,3 +252,54 @@ def test_a_language_model_is_built_as_it_is_described(written):
     assert task.loss == PerStep(padding=257)
     assert task.batches == "random"
     assert task.module().lstm1.peepholes.shape == (3, 16)
+
+
+BUILT = [
+    ("algorithm.server.name=momentum", Momentum()),
+    (
+        "algorithm.server={name='nesterov',momentum=0.5,server_lr=2}",
+        Nesterov(server_lr=2, momentum=0.5),
+    ),
+    ("algorithm.server={name='adagrad',server_lr=0.1}", Adagrad(server_lr=0.1)),
+    ("algorithm.server={name='adam',server_lr=0.1,tau=0.01}", Adam(server_lr=0.1, tau=0.01)),
+    ("algorithm.server={name='yogi',server_lr=0.1,beta2=0.9}", Yogi(server_lr=0.1, beta2=0.9)),
+    ("algorithm.server.server_lr=0.5", Average(server_lr=0.5)),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BUILT, ids=lambda x: type(x).__name__)
+def test_a_server_is_what_its_table_names(written, override, expected):
+    assert build_algorithm(load_experiment(written(GOOD), [override])).server == expected
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("{name='constant'}", schedules.Constant()),
+        ("{name='exponential',decay=0.9}", schedules.Exponential(0.9)),
+        ("{name='step',every=3,factor=0.5}", schedules.Step(3, 0.5)),
+        ("{name='linear',rounds=3}", schedules.Linear(3)),
+        ("{name='cosine',rounds=3,floor=0.1}", schedules.Cosine(3, 0.1)),
+        ("{name='warmup',rounds=3}", schedules.Warmup(3)),
+        (
+            "{name='warmup',rounds=3,then={name='cosine',rounds=9}}",
+            schedules.Warmup(3, then=schedules.Cosine(9)),
+        ),
+    ],
+)
+def test_a_schedule_is_what_its_table_names(written, table, expected):
+    for side in ("client", "server"):
+        experiment = load_experiment(written(GOOD), [f"algorithm.{side}_schedule={table}"])
+        assert getattr(build_algorithm(experiment), f"{side}_schedule") == expected
+
+
+def test_an_algorithm_is_what_its_table_names(written):
+    def built(*overrides):
+        return build_algorithm(load_experiment(written(GOOD), overrides))
+
+    full = {"client_lr": 0.1, "batch_size": None}
+    assert built() == FedAvg(**full)
+    assert built("algorithm.clip_norm=2") == FedAvg(**full, clip_norm=2)
+    assert built("algorithm.name=fedprox", "algorithm.mu=0.5") == FedProx(**full, mu=0.5)
+    assert built("algorithm.name=scaffold") == Scaffold(**full)
+    assert built("algorithm.name=fedsgd") == fed_sgd(client_lr=0.1)

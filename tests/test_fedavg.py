@@ -3,40 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from potluck import FedAvg, Loop, Task, TwoNN, fed_sgd, partitions, rounds
+from potluck import FedAvg, Loop, Task, TwoNN, fed_sgd, partitions, rounds, schedules
 from potluck.algorithms import Average
-from potluck.tasks import Examples, FederatedData, TorchRuntime, accuracy, mean_squared_error
+from potluck.tasks import Examples, TorchRuntime, accuracy
 from potluck.tasks.local import pure_loss
-
-
-class Slope(nn.Module):
-    """y = w x, from w = 1."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(()))
-
-    def forward(self, inputs):
-        return self.w * inputs
-
-
-def slope_task(*clients):
-    """One client for each list of (x, y)."""
-    rows = [row for client in clients for row in client]
-    examples = Examples(
-        np.array([x for x, _ in rows], np.float32), np.array([y for _, y in rows], np.float32)
-    )
-    data = FederatedData(
-        name="by hand",
-        train=examples,
-        test=examples,
-        offsets=np.cumsum([0, *map(len, clients)]),
-        clients=tuple(str(k) for k in range(len(clients))),
-        num_classes=0,
-    )
-    return Task(model=Slope, data=data, loss=mean_squared_error, metrics={})
+from slope import slope_task
 
 
 def last(algorithm, task, num_rounds, **kwargs):
@@ -66,7 +38,7 @@ def test_two_local_epochs_by_hand():
 
 def test_the_client_rate_decays_by_rounds():
     # (1, 2) again, rate 0.1 then 0.05: 1 → 1.2 → 1.2 + 0.05·2·0.8 = 1.28
-    algorithm = FedAvg(client_lr=0.1, client_lr_decay=0.5)
+    algorithm = FedAvg(client_lr=0.1, client_schedule=schedules.Exponential(0.5))
     assert last(algorithm, slope_task([(1, 2)]), 2).weights[0] == pytest.approx(1.28, rel=1e-6)
 
 
@@ -162,7 +134,7 @@ def test_a_cohort_is_all_that_moves_the_model():
         ({"client_lr": float("nan")}, "client_lr=nan"),
         ({"client_lr": 0.1, "local_epochs": 0}, "local_epochs=0"),
         ({"client_lr": 0.1, "batch_size": 0}, "batch_size=0"),
-        ({"client_lr": 0.1, "client_lr_decay": 1.5}, "client_lr_decay=1.5"),
+        ({"client_lr": 0.1, "clip_norm": 0.0}, "clip_norm=0.0"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(arguments, message):

@@ -107,13 +107,32 @@ for round in runs.train(check_experiment(json.loads(sys.argv[1]), "test"), sys.a
 def test_kill_9_at_20_random_times_changes_nothing(undisturbed, tmp_path, executor):
     content = json.loads(json.dumps(CONTENT))
     content["run"]["executor"] = executor
-    command = [sys.executable, "-c", PROGRAM, json.dumps(content), str(tmp_path / "run")]
+    unfinished = kill_at_random_times(content, tmp_path / "run", kills=20)
+    assert unfinished >= 5, "the kills came too late to test anything"
+    assert files(tmp_path / "run") == files(undisturbed)
+
+
+@pytest.mark.parametrize("executor", ["loop", "workers"])
+def test_kill_9_loses_no_state_of_a_client(tmp_path, executor):
+    content = json.loads(json.dumps(CONTENT))
+    content["algorithm"] |= {"name": "scaffold", "server": {"name": "momentum"}}
+    list(train(check_experiment(content, "test"), tmp_path / "undisturbed"))
+    content["run"]["executor"] = executor
+    unfinished = kill_at_random_times(content, tmp_path / "run", kills=4)
+    assert unfinished >= 1, "the kills came too late to test anything"
+    assert files(tmp_path / "run") == files(tmp_path / "undisturbed")
+
+
+def kill_at_random_times(content, run, kills):
+    """Start a run again and again, kill it each time, then let it finish; how many of the kills
+    came before its end."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(content), str(run)]
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed of the kills: {seed}")
     dice = random.Random(seed)
-    log = tmp_path / "run" / "rounds.jsonl"
-    kills = unfinished = 0
-    while kills < 20:
+    log = run / "rounds.jsonl"
+    unfinished = 0
+    for _ in range(kills):
         # Let it get some rounds further, then kill it within what about one round takes.
         lines = log.read_bytes().count(b"\n") if log.exists() else 0
         process = subprocess.Popen(command)
@@ -126,11 +145,9 @@ def test_kill_9_at_20_random_times_changes_nothing(undisturbed, tmp_path, execut
         time.sleep(dice.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-        unfinished += not (tmp_path / "run" / "final.safetensors").exists()
+        unfinished += not (run / "final.safetensors").exists()
     subprocess.run(command, check=True)
-    assert unfinished >= 5, "the kills came too late to test anything"
-    assert files(tmp_path / "run") == files(undisturbed)
+    return unfinished
 
 
 def test_a_torn_last_line_is_made_again(undisturbed, tmp_path):

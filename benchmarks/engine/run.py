@@ -123,7 +123,7 @@ class Engine:
             self.algorithm, self.state.weights, cohort, seed=SEED, round=number
         )
         assert not result.failures, result.failures
-        self.state = self.algorithm.server_update(self.state, result.aggregate)
+        self.state = self.algorithm.server_update(self.state, result.aggregate, round=number)
 
     def vector(self) -> np.ndarray:
         return self.state.weights

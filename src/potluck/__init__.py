@@ -16,7 +16,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potluck.algorithms import Average, FedAvg, fed_sgd
+    from potluck.algorithms import (
+        Adagrad,
+        Adam,
+        Average,
+        FedAvg,
+        FedProx,
+        Momentum,
+        Nesterov,
+        Scaffold,
+        Yogi,
+        fed_sgd,
+        schedules,
+    )
     from potluck.core import Poisson, PotluckError
     from potluck.simulation import Loop, Round, Workers, rounds
     from potluck.tasks import (
@@ -33,7 +45,19 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "potluck.algorithms": ("Average", "FedAvg", "fed_sgd"),
+    "potluck.algorithms": (
+        "Adagrad",
+        "Adam",
+        "Average",
+        "FedAvg",
+        "FedProx",
+        "Momentum",
+        "Nesterov",
+        "Scaffold",
+        "Yogi",
+        "fed_sgd",
+        "schedules",
+    ),
     "potluck.core": ("Poisson", "PotluckError"),
     "potluck.simulation": ("Loop", "Round", "Workers", "rounds"),
     "potluck.tasks": (
@@ -52,17 +76,24 @@ _HOMES = {
 
 __all__ = [
     "CNN",
+    "Adagrad",
+    "Adam",
     "Average",
     "FedAvg",
+    "FedProx",
     "FederatedData",
     "LogisticRegression",
     "Loop",
+    "Momentum",
+    "Nesterov",
     "Poisson",
     "PotluckError",
     "Round",
+    "Scaffold",
     "Task",
     "TwoNN",
     "Workers",
+    "Yogi",
     "datasets",
     "evaluate",
     "fed_sgd",
@@ -70,6 +101,7 @@ __all__ = [
     "own_data",
     "partitions",
     "rounds",
+    "schedules",
 ]
 
 

@@ -7,19 +7,35 @@ commented example.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from potluck.core import ConfigError
+from potluck.explain import explain
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _named(default: str | None = None) -> Discriminator:
+    """Tells the sections of a union apart by their `name`."""
+
+    def name_of(value: Any) -> str | None:
+        if isinstance(value, dict):
+            given = cast("dict[str, Any]", value).get("name", default)
+            return None if given is None else str(given)
+        return getattr(value, "name", None)
+
+    return Discriminator(name_of)
+
+
+_Positive: TypeAlias = Annotated[float, Field(gt=0)]
+_Count: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 class TaskSection(_Section):
@@ -56,22 +72,158 @@ class PartitionSection(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class ServerSection(_Section):
+class AverageSection(_Section):
     """[algorithm.server]: what the server does with the aggregate."""
 
     name: Literal["average"] = "average"
-    server_lr: Annotated[float, Field(gt=0)] = 1.0
+    server_lr: _Positive = 1.0
 
 
-class AlgorithmSection(_Section):
-    """[algorithm]: federated averaging, or federated SGD (E = 1, B = ∞)."""
+class MomentumSection(_Section):
+    """FedAvgM, plain or looking ahead."""
 
-    name: Literal["fedavg", "fedsgd"] = "fedavg"
-    client_lr: Annotated[float, Field(gt=0)]
-    local_epochs: Annotated[int, Field(ge=1)] = 1
-    batch_size: Annotated[int, Field(ge=1)] | Literal["full"] = 10
-    client_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    server: ServerSection = ServerSection()
+    name: Literal["momentum", "nesterov"]
+    server_lr: _Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class AdagradSection(_Section):
+    """FedAdagrad."""
+
+    name: Literal["adagrad"]
+    server_lr: _Positive
+    tau: _Positive = 1e-3
+
+
+class AdaptiveSection(_Section):
+    """FedAdam and FedYogi."""
+
+    name: Literal["adam", "yogi"]
+    server_lr: _Positive
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, le=1)] = 0.99
+    tau: _Positive = 1e-3
+
+
+ServerSection: TypeAlias = Annotated[
+    Annotated[AverageSection, Tag("average")]
+    | Annotated[MomentumSection, Tag("momentum")]
+    | Annotated[MomentumSection, Tag("nesterov")]
+    | Annotated[AdagradSection, Tag("adagrad")]
+    | Annotated[AdaptiveSection, Tag("adam")]
+    | Annotated[AdaptiveSection, Tag("yogi")],
+    _named("average"),
+]
+
+
+class ConstantSection(_Section):
+    """A schedule: the factor on a rate in each round; here always 1."""
+
+    name: Literal["constant"]
+
+
+class ExponentialSection(_Section):
+    """Times `decay` after every round."""
+
+    name: Literal["exponential"]
+    decay: Annotated[float, Field(gt=0, le=1)]
+
+
+class StepSection(_Section):
+    """Times `factor` after every `every` rounds."""
+
+    name: Literal["step"]
+    every: _Count
+    factor: Annotated[float, Field(gt=0, le=1)]
+
+
+class RampSection(_Section):
+    """Down to `floor` after `rounds` rounds, in a straight line or along a cosine."""
+
+    name: Literal["linear", "cosine"]
+    rounds: _Count
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+_AfterWarmup: TypeAlias = Annotated[
+    Annotated[ConstantSection, Tag("constant")]
+    | Annotated[ExponentialSection, Tag("exponential")]
+    | Annotated[StepSection, Tag("step")]
+    | Annotated[RampSection, Tag("linear")]
+    | Annotated[RampSection, Tag("cosine")],
+    _named(),
+]
+
+
+class WarmupSection(_Section):
+    """Up to 1 in the first `rounds` rounds, then another schedule."""
+
+    name: Literal["warmup"]
+    rounds: _Count
+    then: _AfterWarmup = ConstantSection(name="constant")
+
+
+ScheduleSection: TypeAlias = Annotated[
+    Annotated[ConstantSection, Tag("constant")]
+    | Annotated[ExponentialSection, Tag("exponential")]
+    | Annotated[StepSection, Tag("step")]
+    | Annotated[RampSection, Tag("linear")]
+    | Annotated[RampSection, Tag("cosine")]
+    | Annotated[WarmupSection, Tag("warmup")],
+    _named(),
+]
+
+
+class _RoundsSection(_Section):
+    """What every [algorithm] has."""
+
+    client_lr: _Positive
+    clip_norm: _Positive | None = None
+    client_schedule: ScheduleSection | None = None
+    server: ServerSection = AverageSection()
+    server_schedule: ScheduleSection | None = None
+
+
+class FedAvgSection(_RoundsSection):
+    """[algorithm]: federated averaging."""
+
+    name: Literal["fedavg"] = "fedavg"
+    local_epochs: _Count = 1
+    batch_size: _Count | Literal["full"] = 10
+
+
+class FedSgdSection(_RoundsSection):
+    """Federated SGD: E = 1, B = ∞."""
+
+    name: Literal["fedsgd"]
+    local_epochs: Literal[1] = 1
+    batch_size: Literal["full"] = "full"
+
+
+class FedProxSection(_RoundsSection):
+    """FedProx."""
+
+    name: Literal["fedprox"]
+    mu: Annotated[float, Field(ge=0)]
+    local_epochs: _Count = 1
+    batch_size: _Count | Literal["full"] = 10
+
+
+class ScaffoldSection(_RoundsSection):
+    """SCAFFOLD."""
+
+    name: Literal["scaffold"]
+    local_epochs: _Count = 1
+    batch_size: _Count | Literal["full"] = 10
+
+
+AlgorithmSection: TypeAlias = Annotated[
+    Annotated[FedAvgSection, Tag("fedavg")]
+    | Annotated[FedSgdSection, Tag("fedsgd")]
+    | Annotated[FedProxSection, Tag("fedprox")]
+    | Annotated[ScaffoldSection, Tag("scaffold")],
+    _named("fedavg"),
+]
 
 
 class RunSection(_Section):
@@ -125,7 +277,7 @@ def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from None
+        raise ConfigError(f"{origin}: {explain(error, Experiment)}") from None
 
 
 def _with_absolute_path(experiment: Experiment, folder: Path) -> Experiment:
@@ -159,63 +311,3 @@ def _override(content: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{part} must be a table, got override={override!r}.")
         table = cast("dict[str, Any]", inner)
     table[last] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """All that is wrong, one sentence each."""
-    seen: dict[str, list[Any]] = {}
-    for detail in error.errors():
-        # For a union pydantic reports every member that did not match: group them by key.
-        path = [str(part) for part in detail["loc"]]
-        known = _known_prefix(path)
-        seen.setdefault(".".join(known), []).append(detail)
-    return " ".join(_sentence(key, details) for key, details in seen.items())
-
-
-def _known_prefix(path: list[str]) -> list[str]:
-    section: Any = Experiment
-    for depth, part in enumerate(path):
-        fields = getattr(section, "model_fields", None)
-        if fields is None:
-            return path[:depth]
-        section = fields[part].annotation if part in fields else None
-    return path
-
-
-def _sentence(key: str, details: list[Any]) -> str:
-    detail = details[0]
-    kind, value = detail["type"], detail["input"]
-    if kind == "extra_forbidden":
-        *path, last = key.split(".")
-        section: Any = Experiment
-        for part in path:
-            section = section.model_fields[part].annotation
-        fields = sorted(cast("dict[str, Any]", section.model_fields))
-        near = [field for field in fields if last in field.split("_")]
-        near += difflib.get_close_matches(last, fields, n=1)
-        hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else "remove it."
-        return f"unknown key {key}: {hint} Known here: {', '.join(fields)}."
-    if kind == "missing":
-        return f"{key} is missing: give it a value."
-    expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
-    return f"{key} must be {expected}, got {key} = {value!r}."
-
-
-_KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "greater_than": lambda c: f"above {c['gt']}",
-    "greater_than_equal": lambda c: f"at least {c['ge']}",
-    "less_than": lambda c: f"below {c['lt']}",
-    "less_than_equal": lambda c: f"at most {c['le']}",
-    "literal_error": lambda c: f"one of {c['expected']}".replace(" or ", ", "),
-    "string_pattern_mismatch": lambda c: "letters, digits, dots, dashes and underscores",
-    "int_type": lambda c: "an integer",
-    "float_type": lambda c: "a number",
-    "bool_type": lambda c: "true or false",
-    "string_type": lambda c: "a string",
-    "model_type": lambda c: "a table",
-}
-
-
-def _expected(detail: dict[str, Any]) -> str:
-    explain = _KINDS.get(detail["type"])
-    return explain(detail.get("ctx", {})) if explain else str(detail["msg"])

@@ -33,15 +33,33 @@ clients = 100
 # seed = 0                    # of the division; the run has its own seed
 
 [algorithm]
-name = "fedavg"               # fedavg, or fedsgd: one step on all of a client's examples
+name = "fedavg"               # fedavg; fedsgd: one step on all of a client's examples;
+                              # fedprox: clients stay near the model; scaffold: clients correct
+                              # their drift, at twice the bytes
 client_lr = 0.2               # the local learning rate; tune it first
 local_epochs = 5              # E: passes over a client's examples in a round
 batch_size = 10               # B: examples a local step, or "full"
-# client_lr_decay = 1.0       # times client_lr after every round; at most 1
+# clip_norm = 1.0             # the largest norm of a local step's gradient; none if left out
+# mu = 0.01                   # fedprox only, which needs it: how near
 
-# [algorithm.server]
-# name = "average"            # what the server does with the mean update
-# server_lr = 1.0
+# [algorithm.server]          # what the server does with the mean update
+# name = "average"            # average; momentum or nesterov (FedAvgM); adagrad, adam or yogi
+# server_lr = 1.0             # adagrad, adam and yogi need it: start with 0.01
+# momentum = 0.9              # momentum and nesterov only
+# beta1 = 0.9                 # adam and yogi only
+# beta2 = 0.99                # adam and yogi only
+# tau = 0.001                 # adagrad, adam and yogi only: smaller updates move in proportion
+
+# [algorithm.client_schedule] # a factor on client_lr in each round; constant if left out
+# name = "cosine"             # cosine or linear: rounds, floor; exponential: decay;
+                              # step: every, factor; warmup: rounds, then
+# rounds = 200
+# floor = 0.0
+
+# [algorithm.server_schedule] # the same for the server's rate
+# name = "warmup"
+# rounds = 5
+# then = { name = "exponential", decay = 0.99 }
 
 [run]
 rounds = 200                  # at most

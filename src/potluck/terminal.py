@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import typer
 from rich import box
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from potluck.experiment import Experiment
+from potluck.experiment import AlgorithmSection, AverageSection, Experiment, ScheduleSection
 from potluck.simulation import Round
 from potluck.simulation.report import (
     Cost,
@@ -152,16 +152,43 @@ def with_lines(
 
 def summary(experiment: Experiment) -> list[tuple[str, str]]:
     """What is trained, as names and values; the data are described elsewhere."""
-    algorithm = experiment.algorithm
-    settings = f"client_lr {algorithm.client_lr:g}"
-    if algorithm.name == "fedavg":
-        settings += f", local_epochs {algorithm.local_epochs}, batch_size {algorithm.batch_size}"
     return [
         ("experiment", experiment.name),
-        ("algorithm", f"{algorithm.name}, {settings}"),
+        *_algorithm_rows(experiment.algorithm),
         ("model", experiment.task.model),
         ("partition", experiment.partition.kind),
     ]
+
+
+def _algorithm_rows(algorithm: AlgorithmSection) -> list[tuple[str, str]]:
+    """The algorithm, and what was chosen beyond its defaults."""
+    settings = f"client_lr {algorithm.client_lr:g}"
+    if algorithm.name != "fedsgd":
+        settings += f", local_epochs {algorithm.local_epochs}, batch_size {algorithm.batch_size}"
+    if algorithm.name == "fedprox":
+        settings += f", mu {algorithm.mu:g}"
+    if algorithm.clip_norm is not None:
+        settings += f", clip_norm {algorithm.clip_norm:g}"
+    rows = [("algorithm", f"{algorithm.name}, {settings}")]
+    if algorithm.server != AverageSection():
+        rows.append(("server", _named_settings(algorithm.server.model_dump())))
+    for name in ("client_schedule", "server_schedule"):
+        schedule: ScheduleSection | None = getattr(algorithm, name)
+        if schedule is not None:
+            rows.append((name, _named_settings(schedule.model_dump())))
+    return rows
+
+
+def _named_settings(settings: Mapping[str, Any]) -> str:
+    """adam, server_lr 0.01, …; a schedule after a warm-up comes last."""
+    parts = [
+        f"{key} {_named_settings(cast('dict[str, Any]', value))}"
+        if isinstance(value, dict)
+        else f"{key} {value:g}"
+        for key, value in settings.items()
+        if key != "name"
+    ]
+    return ", ".join([str(settings["name"]), *parts])
 
 
 def outcome(cost: Cost) -> list[tuple[str, str]]:

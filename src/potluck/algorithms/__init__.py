@@ -1,16 +1,35 @@
-"""Federated algorithms, one paper per file, each two pure halves."""
+"""Federated algorithms and server optimizers, one paper per file, in two pure halves."""
 
-from potluck.algorithms.fedavg import FedAvg, ServerState, fed_sgd
+from potluck.algorithms import schedules
+from potluck.algorithms.fedadagrad import Adagrad
+from potluck.algorithms.fedadam import Adam
+from potluck.algorithms.fedavg import FedAvg, fed_sgd
+from potluck.algorithms.fedavgm import Momentum, Nesterov
+from potluck.algorithms.fedprox import FedProx
+from potluck.algorithms.fedyogi import Yogi
+from potluck.algorithms.local import LocalTraining
 from potluck.algorithms.runtime import Algorithm, Runtime
-from potluck.algorithms.server import Average, OptimizerState, ServerOptimizer
+from potluck.algorithms.scaffold import Scaffold
+from potluck.algorithms.schedules import Schedule
+from potluck.algorithms.server import Average, OptimizerState, ServerOptimizer, ServerState
 
 __all__ = [
+    "Adagrad",
+    "Adam",
     "Algorithm",
     "Average",
     "FedAvg",
+    "FedProx",
+    "LocalTraining",
+    "Momentum",
+    "Nesterov",
     "OptimizerState",
     "Runtime",
+    "Scaffold",
+    "Schedule",
     "ServerOptimizer",
     "ServerState",
+    "Yogi",
     "fed_sgd",
+    "schedules",
 ]

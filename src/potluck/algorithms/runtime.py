@@ -1,4 +1,4 @@
-"""What an algorithm's client half needs of whatever runs it: the runtime.
+"""What an algorithm and whatever runs it need of each other.
 
 A runtime owns one model and executes local steps on it. The simulator and a device with PyTorch
 use `potluck.tasks.TorchRuntime`; another (ONNX Runtime, say) can follow without a change to any
@@ -7,12 +7,12 @@ algorithm.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.core import Vector
+from potluck.core import Correction, Update, Vector
 
 
 class Runtime(Protocol):
@@ -23,15 +23,25 @@ class Runtime(Protocol):
         should share a batch with others of their length; None where batches are random."""
         ...
 
-    def begin(self, received: Vector, order: NDArray[np.int64], seed: int) -> None:
+    def begin(
+        self,
+        received: Vector,
+        order: NDArray[np.int64],
+        seed: int,
+        correction: Correction = ...,
+    ) -> None:
         """Start from the `received` weights with the examples in this `order`.
 
-        `seed` is for what the model itself draws (dropout).
+        `seed` is for what the model itself draws (dropout). Every step until the next `begin`
+        applies the `correction`; the one without arguments changes no bit.
         """
         ...
 
     def step(self, batch: slice, lr: float) -> None:
-        """One local step, w ← w − lr · ∇ℓ(w; batch), on rows of the ordered examples."""
+        """One local step, w ← w − lr · g(w; batch), on rows of the ordered examples.
+
+        g is ∇ℓ, corrected.
+        """
         ...
 
     def end(self) -> tuple[Vector, float]:
@@ -45,23 +55,42 @@ class Runtime(Protocol):
 class Algorithm(Protocol):
     """What an executor, a server or a device needs of an algorithm: its two halves."""
 
+    vectors: ClassVar[int]
+    """How many model-sized vectors travel to a client in a round, and as many back."""
+    client_vectors: ClassVar[int]
+    """How many model-sized vectors a client keeps from one round to its next."""
+
+    def broadcast(self, state: Any) -> Vector:
+        """What every client of a round receives: [vectors · dim]."""
+        ...
+
     def client_update(
         self,
         runtime: Runtime,
         received: Vector,
         num_examples: int,
         *,
+        state: Vector | None,
         seed: int,
         round: int,
         client: int,
-    ) -> Any:
-        """The client half: local training, from the received weights to an `Update`."""
+    ) -> Update:
+        """The client half: local training, from what was received to an `Update`.
+
+        `state` is what this client kept of its last round: [client_vectors · dim], or None in
+        its first and for algorithms whose clients keep nothing.
+        """
         ...
 
     def server_init(self, weights: Vector) -> Any:
         """The server half before round 1: weights to `ServerState`."""
         ...
 
-    def server_update(self, state: Any, aggregate: Vector) -> Any:
-        """The server half after a round: the aggregate moves the `ServerState`."""
+    def server_update(
+        self, state: Any, aggregate: Vector, *, round: int, participation: float
+    ) -> Any:
+        """The server half after a round: the aggregate moves the `ServerState`.
+
+        `participation` is the part of the population whose updates are in the aggregate.
+        """
         ...

@@ -3,19 +3,30 @@
 The aggregate is the weighted mean Δ of the cohort's updates; −Δ plays the part of a gradient
 (Reddi et al. 2021). A server optimizer is two pure functions over vectors, and its state is a
 dictionary of named vectors, so that a checkpoint can hold any of them.
+
+`Average` is here; the others have a file for each paper: `fedavgm`, `fedadagrad`, `fedadam`,
+`fedyogi`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from potluck.algorithms.ranges import check_above
 from potluck.core import Vector
 
-OptimizerState: TypeAlias = Mapping[str, Vector]
+OptimizerState: TypeAlias = Mapping[str, Vector]  # by name, each [dim]
+
+
+class ServerState(NamedTuple):
+    """All that a server carries from one round to the next."""
+
+    weights: Vector  # [dim]
+    optimizer: OptimizerState  # the server optimizer's vectors, and the algorithm's own
 
 
 class ServerOptimizer(Protocol):
@@ -26,9 +37,12 @@ class ServerOptimizer(Protocol):
         ...
 
     def step(
-        self, state: OptimizerState, weights: Vector, aggregate: Vector
+        self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
-        """The next state and the next weights; the arguments are left as they are."""
+        """The next state and the next weights; the arguments are left as they are.
+
+        `scale` multiplies the server's rate in this round.
+        """
         ...
 
 
@@ -39,20 +53,22 @@ class Average:
     server_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.server_lr > 0.0:
-            raise ValueError(
-                f"server_lr must be above 0, got server_lr={self.server_lr!r}. "
-                "Use 1.0 for plain averaging."
-            )
+        check_above("server_lr", self.server_lr, 0.0, "Use 1.0 for plain averaging.")
 
     def init(self, weights: Vector) -> OptimizerState:
         """No state."""
         return {}
 
     def step(
-        self, state: OptimizerState, weights: Vector, aggregate: Vector
+        self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
         """Move all the way to the mean, or `server_lr` of the way."""
-        if self.server_lr == 1.0:
+        rate = float(self.server_lr * scale)
+        if rate == 1.0:
             return state, weights + aggregate
-        return state, weights + np.multiply(aggregate, self.server_lr, dtype=np.float32)
+        return state, weights + scaled(rate, aggregate)
+
+
+def scaled(factor: float, vector: Vector) -> Vector:
+    """factor · vector, in float32 whatever kind of number the factor is."""
+    return np.multiply(vector, factor, dtype=np.float32)

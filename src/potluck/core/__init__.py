@@ -2,6 +2,7 @@
 
 from potluck.core.averaging import FixedPointMean
 from potluck.core.cohorts import Poisson, sample_cohort
+from potluck.core.correction import Correction
 from potluck.core.errors import (
     ChecksumError,
     ConfigError,
@@ -20,6 +21,7 @@ from potluck.core.update import Update, Vector
 __all__ = [
     "ChecksumError",
     "ConfigError",
+    "Correction",
     "DataError",
     "DivergedError",
     "DownloadError",

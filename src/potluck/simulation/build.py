@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
-from potluck.algorithms import Average, FedAvg
+from potluck.algorithms import (
+    Adagrad,
+    Adam,
+    Average,
+    FedAvg,
+    FedProx,
+    Momentum,
+    Nesterov,
+    Scaffold,
+    Schedule,
+    ServerOptimizer,
+    Yogi,
+    schedules,
+)
 from potluck.core import ConfigError
-from potluck.experiment import Experiment
+from potluck.experiment import Experiment, ScheduleSection, ServerSection
 from potluck.tasks import (
     CNN,
     CharacterAccuracy,
@@ -37,6 +52,22 @@ _KINDS = {  # the partitions that fit each data set
     "pythonlib": ("iid", "unbalanced", "module"),
     "folder": ("own",),  # these two come divided
     "table": ("own",),
+}
+# The keys of a section are the arguments of what it names.
+_SERVERS: Mapping[str, Callable[..., ServerOptimizer]] = {
+    "average": Average,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adagrad": Adagrad,
+    "adam": Adam,
+    "yogi": Yogi,
+}
+_SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
+    "constant": schedules.Constant,
+    "exponential": schedules.Exponential,
+    "step": schedules.Step,
+    "linear": schedules.Linear,
+    "cosine": schedules.Cosine,
 }
 
 
@@ -75,28 +106,37 @@ def build_task(experiment: Experiment, data: FederatedData) -> Task:
     return Task(model=partial(model, shape, data.num_classes), data=data, loss=cross_entropy)
 
 
-def build_algorithm(experiment: Experiment) -> FedAvg:
+def build_algorithm(experiment: Experiment) -> FedAvg | FedProx | Scaffold:
     """The algorithm of an experiment."""
     section = experiment.algorithm
-    server = Average(server_lr=section.server.server_lr)
-    if section.name == "fedsgd":
-        if section.local_epochs != 1 or section.batch_size not in ("full", 10):
-            raise ConfigError(
-                "algorithm.name = 'fedsgd' means local_epochs = 1 and batch_size = 'full', got "
-                f"local_epochs = {section.local_epochs}, batch_size = {section.batch_size!r}. "
-                "Leave both out, or use 'fedavg'."
-            )
-        epochs, batch_size = 1, None
-    else:
-        epochs = section.local_epochs
-        batch_size = None if section.batch_size == "full" else section.batch_size
-    return FedAvg(
-        client_lr=section.client_lr,
-        local_epochs=epochs,
-        batch_size=batch_size,
-        client_lr_decay=section.client_lr_decay,
-        server=server,
-    )
+    shared: dict[str, Any] = {
+        "client_lr": section.client_lr,
+        "local_epochs": section.local_epochs,
+        "batch_size": None if section.batch_size == "full" else section.batch_size,
+        "clip_norm": section.clip_norm,
+        "client_schedule": _schedule(section.client_schedule),
+        "server": _server(section.server),
+        "server_schedule": _schedule(section.server_schedule),
+    }
+    match section.name:
+        case "fedavg" | "fedsgd":
+            return FedAvg(**shared)
+        case "fedprox":
+            return FedProx(mu=section.mu, **shared)
+        case "scaffold":
+            return Scaffold(**shared)
+
+
+def _server(section: ServerSection) -> ServerOptimizer:
+    return _SERVERS[section.name](**section.model_dump(exclude={"name"}))
+
+
+def _schedule(section: ScheduleSection | None) -> Schedule:
+    if section is None:
+        return schedules.Constant()
+    if section.name == "warmup":
+        return schedules.Warmup(section.rounds, then=_schedule(section.then))
+    return _SCHEDULES[section.name](**section.model_dump(exclude={"name"}))
 
 
 def _language_task(experiment: Experiment, data: FederatedData) -> Task:

@@ -7,8 +7,9 @@ executors whose kernels round alike give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,11 +33,15 @@ class Failure(NamedTuple):
 class CohortResult(NamedTuple):
     """What local training of one cohort gave."""
 
-    aggregate: Vector  # [dim], the weighted mean of the updates; zeros if there were none
+    aggregate: Vector  # [vectors · dim], the weighted mean of the updates; zeros if there were none
     loss: float  # the weighted mean of the clients' training losses; NaN if there were none
-    num_examples: float  # the total weight
+    num_examples: int  # of the clients that gave an update
     num_steps: int
     failures: tuple[Failure, ...]
+    states: Mapping[int, Vector]  # by client, what those that gave an update keep from now on
+
+
+NO_STATES: Mapping[int, Vector] = MappingProxyType({})
 
 
 class Executor(Protocol):
@@ -45,13 +50,17 @@ class Executor(Protocol):
     def train(
         self,
         algorithm: Algorithm,
-        weights: Vector,
+        received: Vector,
         cohort: NDArray[np.int64],
         *,
         seed: int,
         round: int,
+        states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
-        """Local training of one cohort from the same weights."""
+        """Local training of one cohort, each client of which received the same.
+
+        `states` holds, by client, what clients kept of their last round; it is not changed.
+        """
         ...
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
@@ -83,22 +92,36 @@ class Loop:
     def train(
         self,
         algorithm: Algorithm,
-        weights: Vector,
+        received: Vector,
         cohort: NDArray[np.int64],
         *,
         seed: int,
         round: int,
+        states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
-        """Local training of one cohort from the same weights."""
+        """Local training of one cohort, each client of which received the same."""
+        if len(self._mean.sum) != len(received):
+            self._mean = FixedPointMean(len(received))
         self._mean.reset()
+        kept: dict[int, Vector] = {}
+        outcomes: list[Outcome] = []
         with torch.random.fork_rng(devices=[]), _kernel_threads(self._num_threads):
-            outcomes = [
-                train_client(
-                    self._task, self._runtime, self._mean, algorithm, weights, int(k), seed, round
+            for client in map(int, cohort):
+                outcome, state = train_client(
+                    self._task,
+                    self._runtime,
+                    self._mean,
+                    algorithm,
+                    received,
+                    client,
+                    states.get(client),
+                    seed,
+                    round,
                 )
-                for k in cohort
-            ]
-        return summarise(self._mean, outcomes)
+                outcomes.append(outcome)
+                if state is not None:
+                    kept[client] = state
+        return summarise(self._mean, outcomes, kept)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
@@ -126,6 +149,7 @@ class Outcome(NamedTuple):
     client: int
     weight: float
     loss: float
+    num_examples: int
     num_steps: int
     failure: Failure | None = None
 
@@ -135,23 +159,29 @@ def train_client(
     runtime: TorchRuntime,
     mean: FixedPointMean,
     algorithm: Algorithm,
-    weights: Vector,
+    received: Vector,
     client: int,
+    state: Vector | None,
     seed: int,
     round: int,
-) -> Outcome:
-    """Train one client and add its update to the mean. A failure is returned, not raised."""
+) -> tuple[Outcome, Vector | None]:
+    """Train one client and add its update to the mean; also what the client keeps.
+
+    A failure is returned, not raised; a client that failed keeps nothing new.
+    """
     examples = task.data.client(client)
     runtime.take(examples)
     try:
-        update: Update = algorithm.client_update(
-            runtime, weights, examples.num_examples, seed=seed, round=round, client=client
+        update = algorithm.client_update(
+            runtime,
+            received,
+            examples.num_examples,
+            state=state,
+            seed=seed,
+            round=round,
+            client=client,
         )
-        if not np.isfinite(update.loss):
-            raise DivergedError(
-                f"the training loss must be finite, got loss={update.loss}. "
-                "Lower the client learning rate, or look at this client's data."
-            )
+        _check_finite(update)
         mean.add(update.delta, update.weight)
     except Exception as error:
         reason = (
@@ -160,11 +190,27 @@ def train_client(
         failure = Failure(
             client, task.data.clients[client], reason, isinstance(error, DivergedError)
         )
-        return Outcome(client, 0.0, 0.0, 0, failure)
-    return Outcome(client, update.weight, update.loss, update.num_steps)
+        return Outcome(client, 0.0, 0.0, 0, 0, failure), None
+    outcome = Outcome(client, update.weight, update.loss, examples.num_examples, update.num_steps)
+    return outcome, update.state
 
 
-def summarise(mean: FixedPointMean, outcomes: list[Outcome]) -> CohortResult:
+def _check_finite(update: Update) -> None:
+    if not np.isfinite(update.loss):
+        raise DivergedError(
+            f"the training loss must be finite, got loss={update.loss}. "
+            "Lower the client learning rate, or look at this client's data."
+        )
+    if update.state is not None and not np.isfinite(update.state).all():
+        raise DivergedError(
+            "what a client keeps must be finite, got a state that is not. "
+            "Lower the client learning rate."
+        )
+
+
+def summarise(
+    mean: FixedPointMean, outcomes: list[Outcome], states: Mapping[int, Vector]
+) -> CohortResult:
     """The result of a cohort, the same in whatever order its clients were trained."""
     outcomes = sorted(outcomes)
     total = mean.total
@@ -172,7 +218,8 @@ def summarise(mean: FixedPointMean, outcomes: list[Outcome]) -> CohortResult:
     return CohortResult(
         aggregate=mean.mean(),
         loss=loss,
-        num_examples=total,
+        num_examples=sum(o.num_examples for o in outcomes),
         num_steps=sum(o.num_steps for o in outcomes),
         failures=tuple(o.failure for o in outcomes if o.failure is not None),
+        states={o.client: states[o.client] for o in outcomes if o.client in states},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
 ExecutorName: TypeAlias = Literal["loop", "workers"]
+ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
 class Round(NamedTuple):
@@ -33,6 +34,7 @@ class Round(NamedTuple):
     seconds: float  # wall time, evaluation included
     failures: tuple[Failure, ...]
     state: Any  # the server state after this round
+    client_states: ClientStates  # of every client that took part so far, if the algorithm has any
 
 
 def rounds(
@@ -45,7 +47,7 @@ def rounds(
     executor: Executor | ExecutorName = "loop",
     evaluate_every: int = 1,
     skip_failures: bool = False,
-    resume: tuple[int, Any] | None = None,
+    resume: tuple[int, Any] | tuple[int, Any, ClientStates] | None = None,
 ) -> Iterator[Round]:
     """Train, and yield every round as it is done, from round 0, the initial model.
 
@@ -56,7 +58,8 @@ def rounds(
         executor: "loop", "workers", or an executor of the caller's, which stays open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
-        resume: (round, state) of an earlier round, to go on from the round after it.
+        resume: (number, state, client_states) of an earlier round, to go on from the round after
+            it; the last may be left out where clients keep nothing.
 
     Raises:
         DivergedError: a client's loss or weights are no longer finite; client and round are named.
@@ -70,6 +73,13 @@ def rounds(
             f"evaluate_every must be at least 1, got evaluate_every={evaluate_every}. "
             "Use 1 to evaluate after every round."
         )
+    if resume is not None and len(resume) == 2:
+        if algorithm.client_vectors > 0:
+            raise ValueError(
+                "resume must be (number, state, client_states) for an algorithm whose clients keep "
+                f"a state, got {len(resume)} values. Take all three from the same round."
+            )
+        resume = (*resume, {})
     return _rounds(
         algorithm,
         task,
@@ -92,7 +102,7 @@ def _rounds(
     executor: Executor | ExecutorName,
     evaluate_every: int,
     skip_failures: bool,
-    resume: tuple[int, Any] | None,
+    resume: tuple[int, Any, ClientStates] | None,
 ) -> Iterator[Round]:
     started = time.perf_counter()
     own = isinstance(executor, str)
@@ -100,22 +110,39 @@ def _rounds(
     try:
         if resume is None:
             number, state = 0, algorithm.server_init(task.initial_weights(seed))
+            kept: ClientStates = {}
             metrics = runner.evaluate(state.weights)
-            yield _round(0, state, np.empty(0, np.int64), None, metrics, started)
+            nobody = np.empty(0, np.int64)
+            yield _round(algorithm, 0, state, kept, nobody, None, metrics, started)
         else:
-            number, state = resume
+            number, state, kept = resume
         while num_rounds is None or number < num_rounds:
             started = time.perf_counter()
             number += 1
             clients = sample_cohort(task.data.num_clients, cohort, seed=seed, round=number)
-            result = runner.train(algorithm, state.weights, clients, seed=seed, round=number)
+            result = runner.train(
+                algorithm,
+                algorithm.broadcast(state),
+                clients,
+                seed=seed,
+                round=number,
+                states=kept,
+            )
             if result.failures and not skip_failures:
                 raise _failed(result.failures, number)
-            if result.num_examples > 0:
-                state = algorithm.server_update(state, result.aggregate)
+            num_updates = len(clients) - len(result.failures)
+            if num_updates > 0:
+                state = algorithm.server_update(
+                    state,
+                    result.aggregate,
+                    round=number,
+                    participation=num_updates / task.data.num_clients,
+                )
+            if result.states:
+                kept = {**kept, **result.states}  # earlier rounds keep what they had
             due = number % evaluate_every == 0 or number == num_rounds
             metrics = runner.evaluate(state.weights) if due else None
-            yield _round(number, state, clients, result, metrics, started)
+            yield _round(algorithm, number, state, kept, clients, result, metrics, started)
     finally:
         if own:
             runner.close()
@@ -131,27 +158,30 @@ def make_executor(name: str, task: Task, num_workers: int | None = None) -> Exec
 
 
 def _round(
+    algorithm: Algorithm,
     number: int,
     state: Any,
+    client_states: ClientStates,
     cohort: NDArray[np.int64],
     result: CohortResult | None,
     metrics: dict[str, float] | None,
     started: float,
 ) -> Round:
     failures = () if result is None else result.failures
-    vector_bytes = 4 * len(state.weights)
+    bytes_each_way = 4 * algorithm.vectors * len(state.weights)
     return Round(
         number=number,
         weights=state.weights,
         cohort=cohort,
         loss=float("nan") if result is None else result.loss,
         metrics=metrics,
-        num_examples=0 if result is None else int(result.num_examples),
-        uplink_bytes=vector_bytes * (len(cohort) - len(failures)),
-        downlink_bytes=vector_bytes * len(cohort),
+        num_examples=0 if result is None else result.num_examples,
+        uplink_bytes=bytes_each_way * (len(cohort) - len(failures)),
+        downlink_bytes=bytes_each_way * len(cohort),
         seconds=time.perf_counter() - started,
         failures=failures,
         state=state,
+        client_states=client_states,
     )
 
 

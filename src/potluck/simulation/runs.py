@@ -3,7 +3,8 @@
     manifest.json            experiment, seed, versions, machine, commit, checksums
     rounds.jsonl             a line a round, from round 0; never a clock time
     timings.jsonl            the wall time of every round
-    checkpoint.safetensors   the server state after some round; replaced as a whole
+    checkpoint.safetensors   the server state after some round, and what the clients keep;
+                             replaced as a whole
     final.safetensors        the weights after the last round, once there is one
 
 A line of `rounds.jsonl` follows from the experiment and the seed alone. A run that was killed is
@@ -23,21 +24,22 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from potluck.algorithms import FedAvg, ServerState
+from potluck.algorithms import Algorithm, ServerState
 from potluck.core import RunError, Vector
 from potluck.experiment import Experiment
 from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.manifest import difference, make_manifest
-from potluck.simulation.rounds import Round, make_executor, rounds
+from potluck.simulation.rounds import ClientStates, Round, make_executor, rounds
 from potluck.tasks import FederatedData, Task
 
-_CHECKPOINT_SECONDS = 15.0
-_PREFIX = "optimizer."
+_CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
+_OPTIMIZER = "optimizer."
+_CLIENT = "client."
 _FILES = (
     "manifest.json",
     "rounds.jsonl",
@@ -135,6 +137,14 @@ def discard_run(directory: Path | str) -> None:
                 (path / name).unlink(missing_ok=True)
 
 
+class _Position(NamedTuple):
+    """Where a run goes on: what `rounds` resumes from."""
+
+    number: int
+    state: ServerState
+    client_states: ClientStates
+
+
 class _Run:
     """An open run directory: the one writer of its files."""
 
@@ -145,19 +155,19 @@ class _Run:
         self._timings: FileIO | None = None
 
     def train(
-        self, experiment: Experiment, algorithm: FedAvg, task: Task, seed: int
+        self, experiment: Experiment, algorithm: Algorithm, task: Task, seed: int
     ) -> Iterator[Round]:
         run = experiment.run
         start = self._open()
         best = self._best_so_far()
-        if start is not None and (start[0] >= run.rounds or self._reached(run, best)):
+        if start is not None and (start.number >= run.rounds or self._reached(run, best)):
             self._finish(start)
             self._close()
             return
         (self.directory / "final.safetensors").unlink(missing_ok=True)
         executor = make_executor(run.executor, task, run.workers)
-        last: tuple[int, ServerState] | None = start
-        saved = time.monotonic()
+        last: _Position | None = start
+        due = time.monotonic() + _CHECKPOINT_SECONDS
         unsaved = False
         try:
             for round in rounds(
@@ -172,10 +182,11 @@ class _Run:
                 resume=start,
             ):
                 self._append(round)
-                last, unsaved = (round.number, round.state), True
-                if round.number == 0 or time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                    self._checkpoint(last)
-                    saved, unsaved = time.monotonic(), False
+                last = _Position(round.number, round.state, round.client_states)
+                unsaved = True
+                if round.number == 0 or time.monotonic() > due:
+                    due = self._checkpoint(last)
+                    unsaved = False
                 yield round
                 best = max(best, (round.metrics or {}).get("accuracy", 0.0))
                 if self._reached(run, best):
@@ -201,7 +212,7 @@ class _Run:
         metrics: list[dict[str, float]] = [json.loads(line)["metrics"] or {} for line in lines]
         return max([m.get("accuracy", 0.0) for m in metrics], default=0.0)
 
-    def _open(self) -> tuple[int, ServerState] | None:
+    def _open(self) -> _Position | None:
         """Check the manifest and open the logs where the checkpoint ends."""
         path = self.directory / "manifest.json"
         with _disk_errors(self.directory):
@@ -210,7 +221,7 @@ class _Run:
             else:
                 _write_whole(path, json.dumps(self._manifest, indent=1).encode() + b"\n")
             start = self._read_checkpoint()
-            kept = 0 if start is None else start[0] + 1
+            kept = 0 if start is None else start.number + 1
             log = self.directory / "rounds.jsonl"
             lines = _whole_lines(log)
             if len(lines) < kept:
@@ -241,17 +252,14 @@ class _Run:
             old["experiment"] = self._manifest["experiment"]
             _write_whole(path, json.dumps(old, indent=1).encode() + b"\n")
 
-    def _read_checkpoint(self) -> tuple[int, ServerState] | None:
+    def _read_checkpoint(self) -> _Position | None:
         path = self.directory / "checkpoint.safetensors"
         if not path.exists():
             return None
         tensors, info = _read_tensors(path)
-        optimizer = {
-            name.removeprefix(_PREFIX): value
-            for name, value in tensors.items()
-            if name.startswith(_PREFIX)
-        }
-        return int(info["round"]), ServerState(tensors["weights"], optimizer)
+        state = ServerState(tensors["weights"], _named(tensors, _OPTIMIZER))
+        clients = {int(number): vector for number, vector in _named(tensors, _CLIENT).items()}
+        return _Position(int(info["round"]), state, clients)
 
     def _append(self, round: Round) -> None:
         summary = {
@@ -274,20 +282,22 @@ class _Run:
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _checkpoint(self, last: tuple[int, ServerState]) -> None:
-        number, state = last
-        tensors = {"weights": state.weights}
-        tensors |= {_PREFIX + name: value for name, value in state.optimizer.items()}
+    def _checkpoint(self, last: _Position) -> float:
+        """Save, and tell when to save again."""
+        started = time.monotonic()
+        tensors = {"weights": last.state.weights}
+        tensors |= {_OPTIMIZER + name: value for name, value in last.state.optimizer.items()}
+        tensors |= {f"{_CLIENT}{client}": value for client, value in last.client_states.items()}
+        content = save(tensors, {"round": str(last.number)})
         assert self._rounds is not None
         with _disk_errors(self.directory):
             os.fsync(self._rounds.fileno())  # a checkpoint never runs ahead of its log
-            _write_whole(
-                self.directory / "checkpoint.safetensors", save(tensors, {"round": str(number)})
-            )
+            _write_whole(self.directory / "checkpoint.safetensors", content)
+        now = time.monotonic()
+        return now + max(_CHECKPOINT_SECONDS, 9.0 * (now - started))
 
-    def _finish(self, last: tuple[int, ServerState]) -> None:
-        number, state = last
-        content = save({"weights": state.weights}, {"round": str(number)})
+    def _finish(self, last: _Position) -> None:
+        content = save({"weights": last.state.weights}, {"round": str(last.number)})
         with _disk_errors(self.directory):
             _write_whole(self.directory / "final.safetensors", content)
 
@@ -302,6 +312,15 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return path.read_text().split("\n")[:-1]
+
+
+def _named(tensors: Mapping[str, Vector], prefix: str) -> dict[str, Vector]:
+    """The tensors whose names start with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): vector
+        for name, vector in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:

@@ -6,6 +6,11 @@ the update to its own partial sum in shared memory; once a round the parent adds
 worker. The weights and the sums lie in shared memory and the client data are shared with the
 parent, so that a round sends a few bytes through a pipe. Since sums are exact in any order, it
 does not matter which worker took which client.
+
+Where an algorithm's clients keep a state, the parent lays those of the cohort out in a file that
+the workers share (`Slots`), and takes the new ones from there. The room for what travels is that
+of one model, until an algorithm that sends more is trained: then the processes are started again
+with more.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from pickle import PicklingError
@@ -28,21 +33,29 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
-from potluck.simulation.executors import CohortResult, Outcome, summarise, train_client
+from potluck.simulation.executors import (
+    NO_STATES,
+    CohortResult,
+    Outcome,
+    summarise,
+    train_client,
+)
+from potluck.simulation.slots import Slots
 from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
 
 
 class _Shared(NamedTuple):
     """Memory that the parent and all workers see."""
 
-    weights: Any  # float32 [dim]
+    received: Any  # float32 [vectors · dim]
     next_job: Any  # int64, the number of jobs taken so far
+    slots: Slots | None  # the states of the cohort's clients, by job; none until some are needed
 
 
 class _Worker(NamedTuple):
     process: Any
     pipe: Connection
-    sum: NDArray[np.int64]  # [dim], its partial sum
+    sum: NDArray[np.int64]  # [vectors · dim], its partial sum
 
 
 class Workers:
@@ -61,39 +74,46 @@ class Workers:
             )
         self._task = task
         self._dim = spec_of(task.module()).dim
-        context = _context()
-        self._shared = _Shared(
-            context.RawArray(ctypes.c_float, self._dim), context.Value(ctypes.c_int64, 0)
-        )
-        self._weights: Vector = np.frombuffer(self._shared.weights, np.float32)
+        self._num_workers = num_workers or available_cores()
         self._workers: list[_Worker] = []
-        for _ in range(num_workers or available_cores()):
-            self._workers.append(self._start(context))
+        self._start(vectors=1, slots=None)
 
     def train(
         self,
         algorithm: Algorithm,
-        weights: Vector,
+        received: Vector,
         cohort: NDArray[np.int64],
         *,
         seed: int,
         round: int,
+        states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
-        """Local training of one cohort from the same weights.
+        """Local training of one cohort, each client of which received the same.
 
         Raises:
             WorkerError: a worker process died. The executor is closed.
         """
+        self._make_room(algorithm)
         largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
-        replies = self._ask(weights, ("train", algorithm, largest_first, seed, round))
-        mean = FixedPointMean(self._dim)
+        has_state = [int(client) in states for client in largest_first]
+        slots = self._shared.slots
+        for job, client in enumerate(map(int, largest_first)):
+            if has_state[job] and slots is not None:
+                slots.write(job, states[client])
+        request = ("train", algorithm, len(received), largest_first, has_state, seed, round)
+        replies = self._ask(received, request)
+        mean = FixedPointMean(len(received))
         outcomes: list[Outcome] = []
-        for worker, (total, bound, trained) in zip(self._workers, replies, strict=True):
+        kept: dict[int, Vector] = {}
+        length = algorithm.client_vectors * self._dim
+        for worker, (total, bound, trained, jobs) in zip(self._workers, replies, strict=True):
             partial = FixedPointMean.__new__(FixedPointMean)
-            partial.sum, partial.total, partial.bound = worker.sum, total, bound
+            partial.sum, partial.total, partial.bound = worker.sum[: len(received)], total, bound
             mean.merge(partial)
             outcomes += trained
-        return summarise(mean, outcomes)
+            if slots is not None:
+                kept |= {int(largest_first[job]): slots.read(job, length) for job in jobs}
+        return summarise(mean, outcomes, kept)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches shared out."""
@@ -111,16 +131,40 @@ class Workers:
                 worker.process.kill()
                 worker.process.join()
         self._workers = []
+        if self._shared.slots is not None:
+            self._shared.slots.close()
+            self._shared = self._shared._replace(slots=None)
 
-    def _start(self, context: ForkContext | SpawnContext) -> _Worker:
-        partial = context.RawArray(ctypes.c_int64, self._dim)
+    def _start(self, vectors: int, slots: Slots | None) -> None:
+        context = _context()
+        self._vectors = vectors
+        self._shared = _Shared(
+            context.RawArray(ctypes.c_float, vectors * self._dim),
+            context.Value(ctypes.c_int64, 0),
+            slots,
+        )
+        self._received: Vector = np.frombuffer(self._shared.received, np.float32)
+        for _ in range(self._num_workers):
+            self._workers.append(self._start_one(context))
+
+    def _make_room(self, algorithm: Algorithm) -> None:
+        """Start again with more room, if this algorithm needs it."""
+        stateful = algorithm.client_vectors > 0 or self._shared.slots is not None
+        vectors = max(algorithm.vectors, self._vectors)
+        grown = vectors > self._vectors or stateful != (self._shared.slots is not None)
+        if self._workers and grown:
+            self.close()
+            self._start(vectors, Slots() if stateful else None)
+
+    def _start_one(self, context: ForkContext | SpawnContext) -> _Worker:
+        partial = context.RawArray(ctypes.c_int64, self._vectors * self._dim)
         ours, theirs = context.Pipe()
         inherited = [worker.pipe for worker in self._workers] + [ours]
         if isinstance(context, SpawnContext):
             inherited = []  # a spawned process inherits nothing
         process = context.Process(
             target=_serve,
-            args=(self._task, self._shared, partial, theirs, inherited, os.getpid()),
+            args=(self._task, self._dim, self._shared, partial, theirs, inherited, os.getpid()),
             daemon=True,
         )
         try:
@@ -136,11 +180,11 @@ class Workers:
         theirs.close()
         return _Worker(process, ours, _int64(partial))
 
-    def _ask(self, weights: Vector, request: tuple[Any, ...]) -> list[Any]:
+    def _ask(self, received: Vector, request: tuple[Any, ...]) -> list[Any]:
         """Send one request to all workers and wait for all replies."""
         if not self._workers:
             raise WorkerError("the workers were closed. Make a new executor.")
-        self._weights[...] = weights
+        self._received[: len(received)] = received
         self._shared.next_job.value = 0
         replies: dict[int, Any] = {}
         try:
@@ -182,6 +226,7 @@ def _context() -> ForkContext | SpawnContext:
 
 def _serve(
     task: Task,
+    dim: int,
     shared: _Shared,
     partial: Any,
     pipe: Connection,
@@ -193,9 +238,9 @@ def _serve(
         connection.close()  # or the death of the parent would go unnoticed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
-    weights: Vector = np.frombuffer(shared.weights, np.float32)
+    received: Vector = np.frombuffer(shared.received, np.float32)
     runtime, evaluator = TorchRuntime(task), Evaluator(task)
-    mean = FixedPointMean(len(weights), _int64(partial))
+    mean = FixedPointMean(dim, _int64(partial)[:dim])
     batches = evaluation_batches(task)
 
     def jobs(count: int) -> Iterator[int]:
@@ -207,25 +252,52 @@ def _serve(
                 return
             yield job
 
+    def train(
+        algorithm: Algorithm,
+        length: int,
+        cohort: NDArray[np.int64],
+        has_state: list[bool],
+        seed: int,
+        round: int,
+    ) -> tuple[float, float, list[Outcome], list[int]]:
+        nonlocal mean
+        if len(mean.sum) != length:
+            mean = FixedPointMean(length, _int64(partial)[:length])
+        mean.reset()
+        outcomes: list[Outcome] = []
+        written: list[int] = []
+        for job in jobs(len(cohort)):
+            state = None
+            if shared.slots is not None and has_state[job]:
+                state = shared.slots.read(job, algorithm.client_vectors * dim)
+            outcome, state = train_client(
+                task,
+                runtime,
+                mean,
+                algorithm,
+                received[:length],
+                int(cohort[job]),
+                state,
+                seed,
+                round,
+            )
+            outcomes.append(outcome)
+            if shared.slots is not None and state is not None:
+                shared.slots.write(job, state)
+                written.append(job)
+        return mean.total, mean.bound, outcomes, written
+
+    def evaluate() -> list[tuple[int, Any]]:
+        evaluator.load(received[:dim])
+        return [(job, evaluator.sums(batches[job])) for job in jobs(len(batches))]
+
     while True:
         try:
             verb, *arguments = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            if verb == "train":
-                algorithm, cohort, seed, round = arguments
-                mean.reset()
-                trained = [
-                    train_client(
-                        task, runtime, mean, algorithm, weights, int(cohort[job]), seed, round
-                    )
-                    for job in jobs(len(cohort))
-                ]
-                reply: Any = (mean.total, mean.bound, trained)
-            else:
-                evaluator.load(weights)
-                reply = [(job, evaluator.sums(batches[job])) for job in jobs(len(batches))]
+            reply: Any = train(*arguments) if verb == "train" else evaluate()
         except Exception as error:
             reply = f"a worker failed: {type(error).__name__}: {error}"
         try:

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
-from potluck.core import Spec, Vector
+from potluck.core import Correction, Spec, Vector
+from potluck.tasks.correction import CorrectedStep
 from potluck.tasks.data import Examples, lengths
 from potluck.tasks.inplace import InPlaceLinears
 from potluck.tasks.task import Task, bind, spec_of
+
+_NO_CORRECTION = Correction()
 
 
 class TorchRuntime:
@@ -44,6 +47,8 @@ class TorchRuntime:
         with torch.random.fork_rng(devices=[]):
             done = self._linears.probe(self.module, lambda: self._forward(slice(0, 2)))
         self._others = [p for p in self._parameters if p not in done]
+        self._corrected = CorrectedStep(self.module, self._vector)
+        self._is_corrected = False
 
     def take(self, examples: Examples) -> None:
         """Use these examples from the next `begin` on."""
@@ -55,17 +60,30 @@ class TorchRuntime:
             return None
         return lengths(self._examples.inputs, self._padding)
 
-    def begin(self, received: Vector, order: NDArray[np.int64], seed: int) -> None:
+    def begin(
+        self,
+        received: Vector,
+        order: NDArray[np.int64],
+        seed: int,
+        correction: Correction = _NO_CORRECTION,
+    ) -> None:
         """Load the received weights and put the examples in order, so that batches are slices."""
         self._load(self._examples, order)
         self._losses.clear()
         self._weights[...] = received
         for counter, start in zip(self._counters, self._counters_at_start, strict=True):
             counter.copy_(start)
+        self._is_corrected = self._corrected.begin(correction)
         torch.manual_seed(seed)
 
     def step(self, batch: slice, lr: float) -> None:
-        """w ← w − lr · ∇ℓ(w; batch), in place."""
+        """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place."""
+        if self._is_corrected:
+            with self._linears.plain():  # gradients must be seen whole before they are applied
+                loss = self._forward(batch)
+                self._corrected.descend(loss, lr)
+            self._losses.append(loss.detach())
+            return
         self._linears.start(lr)
         loss = self._forward(batch)
         if self._linears.called_twice():  # unlike in the probe: it depends on the data

@@ -18,8 +18,9 @@ from potluck import (
     rounds,
     schedules,
 )
+from potluck.core import WorkerError
 from potluck.experiment import check_experiment
-from potluck.simulation import train
+from potluck.simulation import make_executor, train
 from potluck.tasks import LogisticRegression, TorchRuntime
 from slope import slope_task
 
@@ -166,6 +167,39 @@ def test_one_executor_serves_algorithms_of_different_sizes(task):
             assert states(shared[-1]) == states(history(ALGORITHMS[name], task, num_rounds=2)[-1])
     finally:
         workers.close()
+
+
+def test_a_schedule_that_cannot_travel_is_named_and_the_workers_live_on(task):
+    workers = Workers(task, 2)
+    try:
+        with pytest.raises(WorkerError, match=r"potluck\.schedules, or executor='loop'"):
+            history(FedAvg(client_lr=0.1, client_schedule=lambda t: 1 / t), task, workers)
+        assert len(history(ALGORITHMS["scaffold"], task, workers)) == 6
+    finally:
+        workers.close()
+
+
+@every_executor
+def test_an_executor_leaves_the_states_that_it_is_given(executor, task):
+    algorithm = ALGORITHMS["scaffold"]
+    *_, last = history(algorithm, task, cohort=1.0, num_rounds=2)
+    given = dict(last.client_states)
+    before = {client: state.copy() for client, state in given.items()}
+    runner = make_executor(executor, task, 2)
+    try:
+        result = runner.train(
+            algorithm,
+            algorithm.broadcast(last.state),
+            np.array([2, 5]),
+            seed=0,
+            round=3,
+            states=given,
+        )
+    finally:
+        runner.close()
+    assert set(result.states) == {2, 5}
+    assert not np.array_equal(result.states[2], before[2])
+    assert all(np.array_equal(given[client], before[client]) for client in before)
 
 
 TABLES = [

@@ -1,5 +1,6 @@
 """Experiment files: strict, and helpful where they are wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,15 @@ def test_an_algorithm_is_what_its_table_names(written):
     assert built("algorithm.name=fedprox", "algorithm.mu=0.5") == FedProx(**full, mu=0.5)
     assert built("algorithm.name=scaffold") == Scaffold(**full)
     assert built("algorithm.name=fedsgd") == fed_sgd(client_lr=0.1)
+
+
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "algorithms").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_tables_that_pages_of_algorithms_show_are_valid(written, page):
+    head, rest = GOOD.split("[algorithm]")
+    run = rest[rest.index("[run]") :]
+    for shown in re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        algorithm = "" if shown.startswith("[algorithm]") else "[algorithm]\nclient_lr = 0.1\n"
+        build_algorithm(load_experiment(written(f"{head}{algorithm}{shown}{run}")))

@@ -60,6 +60,9 @@ class FedAvg(LocalTraining):
     server: ServerOptimizer = field(default_factory=Average)
     server_schedule: Schedule = field(default_factory=Constant)
 
+    def __post_init__(self) -> None:
+        self.check()
+
     def broadcast(self, state: ServerState) -> Vector:
         """The weights w."""
         return state.weights

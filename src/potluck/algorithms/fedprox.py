@@ -57,7 +57,7 @@ class FedProx(LocalTraining):
     server_schedule: Schedule = field(default_factory=Constant)
 
     def __post_init__(self) -> None:
-        LocalTraining.__post_init__(self)
+        self.check()
         check_at_least("mu", self.mu, 0.0, "Use 0.0 for FedAvg; start with 0.01.")
 
     def broadcast(self, state: ServerState) -> Vector:

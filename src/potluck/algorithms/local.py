@@ -34,7 +34,8 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTraining:
-    """The hyperparameters of local training; an algorithm adds its two halves.
+    """The hyperparameters of local training; an algorithm adds its two halves, and calls `check`
+    when it is made.
 
     Args:
         client_lr: η > 0, the learning rate of a local step.
@@ -51,7 +52,12 @@ class LocalTraining:
     client_schedule: Schedule = field(default_factory=Constant)
     clip_norm: float | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse hyperparameters of local training that are out of range.
+
+        Raises:
+            ValueError: one is; it is named.
+        """
         check_above("client_lr", self.client_lr, 0.0, "Start with 0.1.")
         if self.local_epochs < 1:
             raise ValueError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from potluck.algorithms import Algorithm
 from potluck.core import DivergedError, Poisson, TrainingError, Vector, sample_cohort
 from potluck.core.cohorts import cohort_size
-from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
+from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
@@ -34,7 +34,7 @@ class Round(NamedTuple):
     seconds: float  # wall time, evaluation included
     failures: tuple[Failure, ...]
     state: Any  # the server state after this round
-    client_states: ClientStates  # of every client that took part so far, if the algorithm has any
+    client_states: ClientStates = NO_STATES  # of all clients seen so far, if they keep any
 
 
 def rounds(

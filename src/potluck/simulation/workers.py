@@ -52,6 +52,26 @@ class _Shared(NamedTuple):
     slots: Slots | None  # the states of the cohort's clients, by job; none until some are needed
 
 
+class _Training(NamedTuple):
+    """What the workers are asked in a round; None asks them to evaluate."""
+
+    algorithm: Algorithm
+    length: int  # of what was received, and of an update
+    cohort: NDArray[np.int64]  # by job
+    has_state: list[bool]  # by job
+    seed: int
+    round: int
+
+
+class _Trained(NamedTuple):
+    """What a worker answers; its sum is in shared memory."""
+
+    total: float
+    bound: float
+    outcomes: list[Outcome]
+    written: list[int]  # the jobs whose slots hold a new state
+
+
 class _Worker(NamedTuple):
     process: Any
     pipe: Connection
@@ -100,24 +120,23 @@ class Workers:
         for job, client in enumerate(map(int, largest_first)):
             if has_state[job] and slots is not None:
                 slots.write(job, states[client])
-        request = ("train", algorithm, len(received), largest_first, has_state, seed, round)
-        replies = self._ask(received, request)
+        request = _Training(algorithm, len(received), largest_first, has_state, seed, round)
+        replies: list[_Trained] = self._ask(received, request)
         mean = FixedPointMean(len(received))
-        outcomes: list[Outcome] = []
         kept: dict[int, Vector] = {}
         length = algorithm.client_vectors * self._dim
-        for worker, (total, bound, trained, jobs) in zip(self._workers, replies, strict=True):
+        for worker, reply in zip(self._workers, replies, strict=True):
             partial = FixedPointMean.__new__(FixedPointMean)
-            partial.sum, partial.total, partial.bound = worker.sum[: len(received)], total, bound
+            partial.sum = worker.sum[: len(received)]
+            partial.total, partial.bound = reply.total, reply.bound
             mean.merge(partial)
-            outcomes += trained
             if slots is not None:
-                kept |= {int(largest_first[job]): slots.read(job, length) for job in jobs}
-        return summarise(mean, outcomes, kept)
+                kept |= {int(largest_first[job]): slots.read(job, length) for job in reply.written}
+        return summarise(mean, [o for reply in replies for o in reply.outcomes], kept)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches shared out."""
-        replies = self._ask(weights, ("evaluate",))
+        replies = self._ask(weights, None)
         numbered = sorted((pair for reply in replies for pair in reply), key=lambda pair: pair[0])
         return means([sums for _, sums in numbered])
 
@@ -180,7 +199,7 @@ class Workers:
         theirs.close()
         return _Worker(process, ours, _int64(partial))
 
-    def _ask(self, received: Vector, request: tuple[Any, ...]) -> list[Any]:
+    def _ask(self, received: Vector, request: _Training | None) -> list[Any]:
         """Send one request to all workers and wait for all replies."""
         if not self._workers:
             raise WorkerError("the workers were closed. Make a new executor.")
@@ -195,6 +214,11 @@ class Workers:
                 for pipe in wait(list(waiting)):
                     assert isinstance(pipe, Connection)
                     replies[waiting.pop(pipe)] = pipe.recv()
+        except (AttributeError, PicklingError) as error:  # nobody has been asked yet
+            raise WorkerError(
+                "an algorithm must be made of named functions and classes of a module to reach the "
+                f"workers, got {error}. Take a schedule of potluck.schedules, or executor='loop'."
+            ) from None
         except (EOFError, OSError):
             processes = [worker.process for worker in self._workers]
             self.close()
@@ -238,69 +262,77 @@ def _serve(
         connection.close()  # or the death of the parent would go unnoticed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
-    received: Vector = np.frombuffer(shared.received, np.float32)
-    runtime, evaluator = TorchRuntime(task), Evaluator(task)
-    mean = FixedPointMean(dim, _int64(partial)[:dim])
-    batches = evaluation_batches(task)
-
-    def jobs(count: int) -> Iterator[int]:
-        while os.getppid() == parent:
-            with shared.next_job.get_lock():
-                job = int(shared.next_job.value)
-                shared.next_job.value = job + 1
-            if job >= count:
-                return
-            yield job
-
-    def train(
-        algorithm: Algorithm,
-        length: int,
-        cohort: NDArray[np.int64],
-        has_state: list[bool],
-        seed: int,
-        round: int,
-    ) -> tuple[float, float, list[Outcome], list[int]]:
-        nonlocal mean
-        if len(mean.sum) != length:
-            mean = FixedPointMean(length, _int64(partial)[:length])
-        mean.reset()
-        outcomes: list[Outcome] = []
-        written: list[int] = []
-        for job in jobs(len(cohort)):
-            state = None
-            if shared.slots is not None and has_state[job]:
-                state = shared.slots.read(job, algorithm.client_vectors * dim)
-            outcome, state = train_client(
-                task,
-                runtime,
-                mean,
-                algorithm,
-                received[:length],
-                int(cohort[job]),
-                state,
-                seed,
-                round,
-            )
-            outcomes.append(outcome)
-            if shared.slots is not None and state is not None:
-                shared.slots.write(job, state)
-                written.append(job)
-        return mean.total, mean.bound, outcomes, written
-
-    def evaluate() -> list[tuple[int, Any]]:
-        evaluator.load(received[:dim])
-        return [(job, evaluator.sums(batches[job])) for job in jobs(len(batches))]
-
+    labour = _Labour(task, dim, shared, _int64(partial), parent)
     while True:
         try:
-            verb, *arguments = pipe.recv()
+            request = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            reply: Any = train(*arguments) if verb == "train" else evaluate()
+            reply: Any = labour.evaluate() if request is None else labour.train(request)
         except Exception as error:
             reply = f"a worker failed: {type(error).__name__}: {error}"
         try:
             pipe.send(reply)
         except OSError:
             return
+
+
+class _Labour:
+    """What a worker does when it is asked."""
+
+    def __init__(
+        self, task: Task, dim: int, shared: _Shared, partial: NDArray[np.int64], parent: int
+    ) -> None:
+        self._task, self._dim, self._shared, self._parent = task, dim, shared, parent
+        self._received: Vector = np.frombuffer(shared.received, np.float32)
+        self._partial = partial
+        self._mean = FixedPointMean(dim, partial[:dim])
+        self._runtime, self._evaluator = TorchRuntime(task), Evaluator(task)
+        self._batches = evaluation_batches(task)
+
+    def train(self, request: _Training) -> _Trained:
+        """Train clients until there are no more, and add their updates to the partial sum."""
+        if len(self._mean.sum) != request.length:
+            self._mean = FixedPointMean(request.length, self._partial[: request.length])
+        self._mean.reset()
+        outcomes: list[Outcome] = []
+        written: list[int] = []
+        for job in self._jobs(len(request.cohort)):
+            outcome, state = train_client(
+                self._task,
+                self._runtime,
+                self._mean,
+                request.algorithm,
+                self._received[: request.length],
+                int(request.cohort[job]),
+                self._state_of(request, job),
+                request.seed,
+                request.round,
+            )
+            outcomes.append(outcome)
+            if state is not None and self._shared.slots is not None:
+                self._shared.slots.write(job, state)
+                written.append(job)
+        return _Trained(self._mean.total, self._mean.bound, outcomes, written)
+
+    def evaluate(self) -> list[tuple[int, Any]]:
+        """Evaluate batches until there are no more."""
+        self._evaluator.load(self._received[: self._dim])
+        jobs = self._jobs(len(self._batches))
+        return [(job, self._evaluator.sums(self._batches[job])) for job in jobs]
+
+    def _state_of(self, request: _Training, job: int) -> Vector | None:
+        if self._shared.slots is None or not request.has_state[job]:
+            return None
+        return self._shared.slots.read(job, request.algorithm.client_vectors * self._dim)
+
+    def _jobs(self, count: int) -> Iterator[int]:
+        """Take the next job of all workers, while there are any and the parent lives."""
+        while os.getppid() == self._parent:
+            with self._shared.next_job.get_lock():
+                job = int(self._shared.next_job.value)
+                self._shared.next_job.value = job + 1
+            if job >= count:
+                return
+            yield job

@@ -186,19 +186,19 @@ def _encode_quantised(vector: Vector, codec: Codec, random: np.random.Generator)
     return body
 
 
-def _encode_rows(values: Any, codec: Codec, random: np.random.Generator) -> bytes:
+def _encode_rows(values: Vector, codec: Codec, random: np.random.Generator) -> bytes:
     """Blocks of one length: float32 [blocks, entries] → their bytes."""
     blocks, entries = values.shape
     rows = np.zeros((blocks, _block_bytes(codec, entries)), np.uint8)
     largest = _LARGEST[codec]
-    scales = (np.abs(values).max(axis=1, keepdims=True, initial=0) / largest).astype("<f4")
+    magnitudes = np.abs(values).max(axis=1, keepdims=True, initial=0)
+    scales = (magnitudes / largest).astype("<f4")
     # Rounded up, the largest of all scales times `largest` would be infinite.
     np.minimum(scales, np.nextafter(np.finfo(np.float32).max / largest, np.float32(0)), out=scales)
     rows[:, :4] = scales.view(np.uint8)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
-    np.minimum(inverse, np.finfo(np.float32).max, out=inverse)  # of a scale that is subnormal
-    steps: Any = values * inverse
+    inverse = np.zeros_like(scales)
+    np.divide(np.float32(1), scales, out=inverse, where=scales > 1e-38)  # else 0: it may overflow
+    steps = values * inverse
     steps += random.random(values.shape, np.float32)
     np.floor(steps, out=steps)
     np.clip(steps, -largest, largest, out=steps)

@@ -8,7 +8,8 @@
     ├── RunError           a run directory that cannot be opened, written or continued
     ├── TrainingError      local training failed at a named client and round
     │   └── DivergedError  its loss or weights are no longer finite
-    └── WorkerError        a worker process died or failed
+    ├── WorkerError        a worker process died or failed
+    └── ProtocolError      bytes from the network that are refused, with a code
 
 A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError` and
 `ConfigError` are `ValueError`s too. Each message says what was expected, what was got
@@ -52,3 +53,17 @@ class DivergedError(TrainingError):
 
 class WorkerError(PotluckError):
     """A worker process died or failed."""
+
+
+class ProtocolError(PotluckError):
+    """Bytes from the network that are refused.
+
+    `code` is a word of a fixed vocabulary, for programs; the message is for people.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)  # both in `args`, so that it survives pickling
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[1])

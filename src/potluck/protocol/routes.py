@@ -1,0 +1,90 @@
+"""Every path of the protocol, as data: what server, device, documents and tests share."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple, TypeAlias
+
+from potluck.protocol.messages import (
+    MAX_REQUEST_BYTES,
+    VERSION,
+    Accepted,
+    Assignment,
+    CheckIn,
+    Enrol,
+    Enrolled,
+    Evaluation,
+    Failed,
+    Finished,
+    Lease,
+    Message,
+    Progress,
+    Report,
+    Upload,
+    Wait,
+)
+from potluck.protocol.strict_json import MAX_INTEGER, refuse
+
+CHUNK_BYTES = 4 * 2**20
+"""Of an upload, but for the last chunk."""
+LONG_POLL_SECONDS = 30
+"""How long a server may hold a check-in before it answers."""
+
+Caller: TypeAlias = Literal["newcomer", "device"]
+"""Who may call: the holder of a token and the key it enrols, or an enrolled device of the run."""
+
+_OFFSET = re.compile(rb"offset=(0|[1-9][0-9]{0,15})")
+
+
+class Route(NamedTuple):
+    """One method on one path. `None` as request: no body; `"bytes"`: a part of a vector."""
+
+    method: str
+    path: str
+    caller: Caller
+    request: type[Message] | Literal["bytes"] | None
+    answers: tuple[type[Message], ...] | Literal["bytes"]
+    max_bytes: int
+    """Of the request's body."""
+
+
+def _post(
+    name: str,
+    request: type[Message],
+    *answers: type[Message],
+    caller: Caller = "device",
+    max_bytes: int = MAX_REQUEST_BYTES,
+) -> Route:
+    return Route("POST", f"/v{VERSION}/{name}", caller, request, answers, max_bytes)
+
+
+ROUTES: tuple[Route, ...] = (
+    _post("enrol", Enrol, Enrolled, caller="newcomer", max_bytes=4096),
+    _post("check-in", CheckIn, Assignment, Wait, Finished, max_bytes=4096),
+    Route("GET", f"/v{VERSION}/models/{{sha256}}", "device", None, "bytes", 0),
+    _post("progress", Progress, Lease, max_bytes=4096),
+    _post("report", Report, Upload, Accepted),
+    Route("GET", f"/v{VERSION}/uploads/{{upload}}", "device", None, (Upload, Accepted), 0),
+    Route(
+        "PUT",
+        f"/v{VERSION}/uploads/{{upload}}?offset={{offset}}",
+        "device",
+        "bytes",
+        (Upload, Accepted),
+        CHUNK_BYTES,
+    ),
+    _post("evaluation", Evaluation, Accepted),
+    _post("failure", Failed, Wait, max_bytes=4096),
+)
+
+
+def parse_offset(query: bytes) -> int:
+    """The offset in the query of a chunk, which must be nothing but that.
+
+    Raises:
+        ProtocolError: "malformed".
+    """
+    match = _OFFSET.fullmatch(query)
+    if match is None or int(match[1]) > MAX_INTEGER:
+        refuse(f"the query of a chunk must be offset=N, got {query[:40]!r}")
+    return int(match[1])

@@ -65,7 +65,7 @@ def _place(model: type[BaseModel], loc: list[str]) -> _Place:
         section, members = None, _members((field.annotation, *field.metadata))
         if None in members:
             section = members[None]
-        elif members:
+        if members:
             union, tag = {name: m for name, m in members.items() if name is not None}, None
     return _Place(path, around, union, tag)
 

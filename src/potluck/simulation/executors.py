@@ -90,7 +90,7 @@ class Loop:
     ) -> CohortResult:
         """Local training of one cohort from the same weights."""
         self._mean.reset()
-        with torch.random.fork_rng(devices=[]), _kernel_threads(self._num_threads):
+        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
             outcomes = [
                 train_client(
                     self._task, self._runtime, self._mean, algorithm, weights, int(k), seed, round
@@ -102,7 +102,7 @@ class Loop:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
         self._evaluator.load(weights)
-        with _kernel_threads(self._num_threads):
+        with kernel_threads(self._num_threads):
             return means([self._evaluator.sums(b) for b in batches_of(self._task.data.test)])
 
     def close(self) -> None:
@@ -110,7 +110,8 @@ class Loop:
 
 
 @contextmanager
-def _kernel_threads(num_threads: int) -> Generator[None]:
+def kernel_threads(num_threads: int) -> Generator[None]:
+    """Within it, PyTorch's kernels use so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

@@ -42,8 +42,10 @@ _HELD = (
 )
 
 # What leaves the numbers of a run as they are, or only says when it stops.
-_NOT_THE_EXPERIMENT = ("seed", "rounds", "target", "stop_at_target", "executor", "workers")
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+_NOT_THE_EXPERIMENT = (
+    "seed", "rounds", "target", "stop_at_target", "executor", "workers", "evaluate_train",
+)  # fmt: skip
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
 class Cost(NamedTuple):
@@ -212,8 +214,8 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
             textcoords="offset points", color="0.4", va="center", fontsize="small",
         )  # fmt: skip
     for i, (name, runs) in enumerate(zip(_labels(groups), groups, strict=True)):
-        colour = _COLOURS[i % len(_COLOURS)]
-        style = ("-", "--", ":")[i // len(_COLOURS) % 3]
+        colour = COLOURS[i % len(COLOURS)]
+        style = ("-", "--", ":")[i // len(COLOURS) % 3]
         for run in runs:
             axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=0.7, alpha=0.35)
         numbers, scores = zip(*mean_of_best(runs), strict=True)

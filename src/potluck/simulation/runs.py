@@ -34,6 +34,7 @@ from potluck.experiment import Experiment
 from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.manifest import difference, make_manifest
 from potluck.simulation.rounds import Round, make_executor, rounds
+from potluck.simulation.train_loss import WithTrainLoss
 from potluck.tasks import FederatedData, Task
 
 _CHECKPOINT_SECONDS = 15.0
@@ -156,6 +157,8 @@ class _Run:
             return
         (self.directory / "final.safetensors").unlink(missing_ok=True)
         executor = make_executor(run.executor, task, run.workers)
+        if run.evaluate_train is not None:
+            executor = WithTrainLoss(executor, task, run.evaluate_train)
         last: tuple[int, ServerState] | None = start
         saved = time.monotonic()
         unsaved = False

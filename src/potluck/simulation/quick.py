@@ -1,0 +1,73 @@
+"""Miniatures of the paper's tables and figures, in a minute or two and without a download.
+
+The same commands and the same lines, over scikit-learn's digits instead of MNIST: 100 clients that
+have 14 or 15 examples each. They show that the machinery works and which way an effect goes; the
+paper's numbers do not apply.
+"""
+
+from __future__ import annotations
+
+from potluck.simulation.paper import Cell, cell
+
+SEEDS = (1, 2)
+_FILE = "digits-quickstart"  # what every miniature is made of
+_TARGET = 0.9
+_ROUNDS = 150
+_RATES = {("2NN", True): 0.3, ("2NN", False): 0.5, ("CNN", True): 0.2, ("CNN", False): 0.4}
+
+# A language model over clients of its own is one more line in each of these.
+_TABLE2 = (("cnn", ((1, None), (5, None), (1, 10), (5, 10))),)
+_MANY_EPOCHS = {
+    "figure3": ("2nn", ((1, 10), (5, 10), (20, 10), (50, 10))),
+    "figure8": ("cnn", ((1, 10), (5, 10), (20, 10))),
+}
+
+
+def cells(what: str) -> list[Cell]:
+    """The miniature of a table, or of a figure that is drawn from runs."""
+    match what:
+        case "table1":
+            fractions = (0.0, 0.1, 0.5)
+            return [
+                _cell("2nn", division, 1, batch, fraction)
+                for division in ("iid", "two-shard")
+                for batch in (None, 10)
+                for fraction in fractions
+            ]
+        case "table4":
+            return _grid("2nn", ((1, None), (1, 10), (10, 10)))
+        case "figure3" | "figure8":
+            return [_with_train_loss(made) for made in _grid(*_MANY_EPOCHS[what])]
+        case _:
+            return [made for model, settings in _TABLE2 for made in _grid(model, settings)]
+
+
+def _grid(model: str, settings: tuple[tuple[int, int | None], ...]) -> list[Cell]:
+    return [
+        _cell(model, division, epochs, batch, 0.1)
+        for division in ("iid", "two-shard")
+        for epochs, batch in settings
+    ]
+
+
+def _cell(model: str, division: str, epochs: int, batch: int | None, fraction: float) -> Cell:
+    made = cell("quick", model, division, epochs, batch, fraction, None, file=_FILE)
+    changes = (
+        f"name={made.name}",
+        f"task.model={model}",
+        f"partition.kind={'iid' if division == 'iid' else 'shards'}",
+        f"algorithm.client_lr={_RATES[made.model, batch is not None]}",
+        f"algorithm.local_epochs={epochs}",
+        f"algorithm.batch_size={batch or 'full'}",
+        f"run.rounds={_ROUNDS}",
+        f"run.cohort={fraction:.1f}",
+        f"run.target={_TARGET}",
+        "run.executor=loop",
+    )
+    return made._replace(target=_TARGET, overrides=changes)
+
+
+def _with_train_loss(made: Cell) -> Cell:
+    name = f"{made.name}-train-loss"
+    changes = ("run.rounds=10", "run.stop_at_target=false", "run.evaluate_train=500")
+    return made._replace(name=name, overrides=(*made.overrides, f"name={name}", *changes))

@@ -39,3 +39,10 @@ def mnist(published: Callable[[str], list[Path]]) -> Dataset:
 def wisdm(published: Callable[[str], list[Path]]) -> Dataset:
     published("wisdm")
     return datasets.wisdm()
+
+
+@pytest.fixture(scope="session")
+def shakespeare(published: Callable[[str], list[Path]]) -> Dataset:
+    """The clean variant."""
+    published("shakespeare")
+    return datasets.shakespeare()

@@ -236,7 +236,7 @@ def test_init_writes_an_experiment_that_is_valid(folder):
 
 def test_the_template_shows_every_key_and_comments_out_only_defaults():
     opened = re.sub(r"^# (?=\[|[a-z_]+ = )", "", TEMPLATE, flags=re.MULTILINE)
-    no_default = {"path", "workers", "evaluate_train"}
+    no_default = {"batches", "evaluate_train", "hidden", "loss", "path", "variant", "workers"}
 
     def compare(section: Any, values: dict[str, Any], active: dict[str, Any]) -> None:
         assert set(values) == set(section.model_fields)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from potluck.tasks.data import Dataset, Examples, FederatedData, divide
-from potluck.tasks.describe import describe, draw
+from potluck.tasks.describe import Spread, describe, draw
 from potluck.tasks.partitions import by_group, iid, shards
+from potluck.tasks.text import line_corpus
 
 
 def hand_made() -> FederatedData:
@@ -28,8 +29,10 @@ def with_targets(targets: np.ndarray, num_classes: int, clients: int = 4) -> Fed
 
 def test_a_partition_is_summarised_by_hand() -> None:
     summary = describe(hand_made())
-    assert (summary.clients, summary.examples, summary.test_examples) == (3, 9, 9)
-    assert (summary.smallest, summary.median, summary.mean, summary.largest) == (2, 3, 3, 4)
+    assert (summary.clients, summary.test_examples) == (3, 9)
+    assert summary.examples == Spread(total=9, smallest=2, median=3, mean=3, largest=4)
+    assert summary.characters is None
+    assert summary.test_characters is None
     assert summary.classes_per_client == 1
     assert summary.num_classes == 3
     # Overall 4/9 and 5/9. The distances: 5/9 of (1, 0), 4/9 of (0, 1), 1/18 of (1/2, 1/2).
@@ -72,6 +75,35 @@ def test_without_one_label_for_each_example_there_is_no_skew(targets: np.ndarray
     assert "classes" not in dict(summary.rows())
 
 
+def lines_of_three_clients() -> FederatedData:
+    clients = {"b": [b"four", b"sixsix", b"x"], "a": [b"", b"", b"", b""], "c": [b"abc"]}
+    return by_group(line_corpus("made", clients, checksums={}))
+
+
+def test_text_is_summarised_in_characters_by_hand() -> None:
+    summary = describe(lines_of_three_clients())
+    # Each line has a newline. a: 3 lines of 1 and a test line of 1. b: 5 + 7 and 2. c: 4, no test.
+    assert summary.examples == Spread(total=6, smallest=1, median=2, mean=2, largest=3)
+    assert summary.characters == Spread(
+        total=19, smallest=3, median=4, mean=pytest.approx(19 / 3), largest=12
+    )
+    assert summary.test_characters == 3
+    rows = dict(summary.rows())
+    assert rows["training characters"] == "19"
+    assert rows["characters per client, likewise"] == "3 / 4 / 6.3 / 12"
+    assert rows["test characters"] == "3"
+    assert rows["input"] == "80 int16"
+    assert not any("label" in name or "classes" in name for name in rows)
+
+
+def test_shakespeare_is_summarised(shakespeare: Dataset) -> None:
+    rows = dict(describe(by_group(shakespeare)).rows())
+    assert rows["clients"] == "1,144"
+    assert rows["per client: min / median / mean / max"] == "2 / 24 / 74.4 / 1,248"
+    assert rows["training characters"] == "3,566,303"
+    assert rows["test examples"] == "20,837, each client's own"
+
+
 def test_wisdm_by_user_has_tests_of_its_own(wisdm: Dataset) -> None:
     summary = describe(by_group(wisdm))
     assert dict(summary.rows())["test examples"] == "1,019, each client's own"
@@ -84,6 +116,7 @@ def test_wisdm_by_user_has_tests_of_its_own(wisdm: Dataset) -> None:
         (hand_made(), "small.png"),
         (with_targets(np.arange(300) % 100, 100, clients=150), "many.png"),
         (with_targets(np.linspace(0, 1, 12, dtype=np.float32), 0), "regression.svg"),
+        (lines_of_three_clients(), "text.png"),
         (with_targets(np.zeros(1, np.int64), 1, clients=1), "one.svg"),
     ],
 )

@@ -253,14 +253,17 @@ def test_the_catalogue_lists_every_data_set_and_whether_it_is_present(
     own_folder: Path, cache: Path
 ) -> None:
     entries = {entry.name: entry for entry in catalogue()}
-    assert list(entries) == ["digits", "mnist", "qmnist", "shakespeare", "wisdm"]
+    assert list(entries) == [
+        "digits", "mnist", "pythonlib", "qmnist", "shakespeare", "wisdm",
+    ]  # fmt: skip
     assert entries["mnist"].num_files == 4
     assert entries["mnist"].num_bytes == 11_594_722
-    assert [name for name, entry in entries.items() if entry.present] == ["digits"]
+    assert [name for name, entry in entries.items() if entry.present] == ["digits", "pythonlib"]
     assert all(entry.what and entry.terms for entry in entries.values())
     (own_folder / "wisdm").mkdir()
     (own_folder / "wisdm" / "WISDM_ar_v1.1_transformed.arff").write_bytes(bytes(1_197_772))
-    assert [entry.name for entry in catalogue() if entry.present] == ["digits", "wisdm"]
+    present = [entry.name for entry in catalogue() if entry.present]
+    assert present == ["digits", "pythonlib", "wisdm"]
 
 
 def test_every_registered_file_has_hosts_and_an_md5() -> None:
@@ -272,8 +275,9 @@ def test_every_registered_file_has_hosts_and_an_md5() -> None:
         assert checksums(path) == {path: file.md5}
 
 
-def test_digits_need_no_file() -> None:
-    assert fetch_all("digits") == []
+@pytest.mark.parametrize("name", ["digits", "pythonlib"])
+def test_what_is_installed_needs_no_file(name: str) -> None:
+    assert fetch_all(name) == []
 
 
 def test_unknown_names_are_refused() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from potluck.simulation import build_algorithm, build_data, paper, quick
+from potluck.simulation import build_algorithm, paper, quick
 from potluck.simulation.paper import Cell
 from potluck.simulation.reproduce import Grid, load_cell
 
@@ -18,7 +18,7 @@ PAPER = {
     cell.name: cell for what in WHATS for cell in paper.cells(what) if cell.file.startswith(FILED)
 }
 QUICK = {cell.name: cell for what in WHATS for cell in quick.cells(what)}
-KINDS = {"iid": {"iid"}, "two-shard": {"shards"}, "role": {"role"}}
+KINDS = {"iid": {"iid"}, "two-shard": {"shards"}, "role": {"role"}, "module": {"module"}}
 
 
 def check(cell: Cell) -> None:
@@ -97,8 +97,7 @@ def test_cells_of_one_figure_differ_in_local_epochs_alone():
 def test_a_miniature_needs_no_download():
     for cell in QUICK.values():
         experiment = load_cell(Grid(cells=[cell], experiments=EXPERIMENTS), cell)
-        assert experiment.task.data == "digits"
-    assert build_data(experiment).num_clients == 100
+        assert experiment.task.data in ("digits", "pythonlib")
 
 
 def test_what_is_no_table_is_refused():

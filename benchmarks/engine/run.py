@@ -1,11 +1,14 @@
 """The engine against a plain hand-written PyTorch loop, in one run, taking turns.
 
     python benchmarks/engine/run.py [--rounds 20] [--examples 600] [--logistic-rounds 100]
+                                    [--lstm-rounds 10]
 
 CNN: MNIST's shape, 100 clients × 600 examples, C = 0.1, E = 1, B = 10. Logistic regression: 1,000
-clients × 60, C = 0.1, E = 1, B = 10. Evaluation is left out on both sides. The contenders take
-turns round by round, so that a change in the machine's speed meets all of them, and all must end
-with the same model. Random inputs: only time is measured.
+clients × 60, C = 0.1, E = 1, B = 10. Character LSTM: 100 clients × 40 lines of 8 to 79
+characters, C = 0.1, E = 1, B = 10, in batches of similar length for all contenders. Evaluation is
+left out on both sides. The contenders take turns round by round, so that a change in the machine's
+speed meets all of them, and all must end with the same model. Random inputs: only time is
+measured.
 """
 
 from __future__ import annotations
@@ -21,15 +24,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bare
 import numpy as np
 import torch
-from bare import cnn, logistic_regression, train_round
 
 from potluck import CNN, FedAvg, LogisticRegression, Loop, Task, Workers
 from potluck.core import sample_cohort, stream
 from potluck.simulation import available_cores
 from potluck.simulation.manifest import commit, machine
-from potluck.tasks import Examples, FederatedData
+from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
+from potluck.tasks.data import lengths
 
 SEED = 1
 LR = 0.05
@@ -50,6 +54,27 @@ def random_data(num_clients: int, size: int) -> FederatedData:
     )
 
 
+def random_lines(num_clients: int, size: int) -> FederatedData:
+    """Lines of random characters, as long as a play's; `size` for each client."""
+    random = np.random.default_rng(0)
+    n = num_clients * size
+    length = np.clip(np.rint(random.normal(43, 12, n)), 8, 79).astype(np.int64)
+    symbols = random.integers(32, 127, (n, 81))
+    padded = np.arange(80) >= length[:, None]
+    train = Examples(
+        *(np.where(padded, bare.PADDING, part) for part in (symbols[:, :-1], symbols[:, 1:]))
+    )
+    return FederatedData(
+        name="lines of noise",
+        train=train,
+        test=Examples(train.inputs[:100], train.targets[:100]),
+        offsets=np.arange(0, n + 1, size),
+        clients=tuple(map(str, range(num_clients))),
+        num_classes=258,
+        padding=bare.PADDING,
+    )
+
+
 class Bare:
     """The hand-written loop, with the threads PyTorch takes by itself."""
 
@@ -60,6 +85,7 @@ class Bare:
             for x, y in (data.client(k) for k in range(data.num_clients))
         ]
         self.model, self.num_threads = model, num_threads
+        self.padding = data.padding
         start = torch.from_numpy(task.initial_weights(SEED))
         values = start.split([p.numel() for p in model.parameters()])
         self.weights = {
@@ -71,11 +97,14 @@ class Bare:
         torch.set_num_threads(self.num_threads)
 
         def shuffle(client: int, size: int) -> torch.Tensor:
-            return torch.from_numpy(stream(SEED, "batches", number, client).permutation(size))
+            random = stream(SEED, "batches", number, client)
+            inputs = self.clients[client][0].numpy()
+            by_length = None if self.padding is None else lengths(inputs, self.padding)
+            return torch.from_numpy(FedAvg(client_lr=LR).order(size, by_length, random))
 
-        self.weights = train_round(
+        self.weights = bare.train_round(
             self.model, self.weights, self.clients, cohort.tolist(), shuffle,
-            epochs=1, batch_size=10, lr=LR,
+            epochs=1, batch_size=10, lr=LR, is_text=self.padding is not None,
         )  # fmt: skip
 
     def vector(self) -> np.ndarray:
@@ -157,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--examples", type=int, default=600, help="of a client of the CNN")
     parser.add_argument("--logistic-rounds", type=int, default=100)
+    parser.add_argument("--lstm-rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     arguments = parser.parse_args()
     cores = available_cores()
@@ -185,7 +215,7 @@ def main() -> None:
         compare(
             logistic,
             {
-                "bare loop": lambda: Bare(logistic, logistic_regression(), 1),
+                "bare loop": lambda: Bare(logistic, bare.logistic_regression(), 1),
                 "loop": lambda: Engine(logistic, Loop(logistic)),
                 "workers": lambda: Engine(logistic, Workers(logistic)),
             },
@@ -199,11 +229,30 @@ def main() -> None:
         compare(
             conv,
             {
-                "bare loop": lambda: Bare(conv, cnn(), threads),
+                "bare loop": lambda: Bare(conv, bare.cnn(), threads),
                 "loop": lambda: Engine(conv, Loop(conv, num_threads=threads)),
                 "workers": lambda: Engine(conv, Workers(conv)),
             },
             arguments.rounds,
+        ),
+    )
+    text = Task(
+        model=CharLSTM,
+        data=random_lines(100, 40),
+        loss=PerCharacter(padding=bare.PADDING),
+        metrics={},
+    )
+    measured(
+        f"character lstm, 40 lines a client, {arguments.lstm_rounds} rounds",
+        compare(
+            text,
+            {
+                "bare loop": lambda: Bare(text, bare.CharLSTM(), 1),
+                "loop": lambda: Engine(text, Loop(text)),
+                "workers, 1": lambda: Engine(text, Workers(text, 1)),
+                "workers, 2": lambda: Engine(text, Workers(text, 2)),
+            },
+            arguments.lstm_rounds,
         ),
     )
 

@@ -201,7 +201,9 @@ def get_data(
     for path in paths:
         typer.echo(path)
     if not paths:
-        typer.echo(f"{name} comes with an installed package: there is nothing to download.")
+        typer.echo(
+            f"{name} comes with Python or an installed package: there is nothing to download."
+        )
 
 
 @data_app.command("describe")

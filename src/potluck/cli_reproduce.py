@@ -78,7 +78,7 @@ def reproduce(
         float | None, typer.Option(min=0.0, metavar="H", help="Stop after so many hours.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A miniature on digits, in a minute or two.")
+        bool, typer.Option("--quick", help="A miniature on embedded data, in a minute or two.")
     ] = False,
     debug: Debug = False,
 ) -> None:

@@ -25,8 +25,16 @@ class _Section(BaseModel):
 class TaskSection(_Section):
     """[task]: the data set and the model."""
 
-    data: Literal["mnist", "digits", "wisdm", "folder", "table"]
-    model: Literal["2nn", "cnn", "logistic"]
+    data: Literal["mnist", "digits", "wisdm", "shakespeare", "pythonlib", "folder", "table"]
+    model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
+    variant: Literal["clean", "paper"] | None = None
+    """For data = "shakespeare"; None is clean."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """For the LSTMs: the width of a layer; None is the paper's 256."""
+    loss: Literal["per-character", "per-step"] | None = None
+    """For text: what the loss is averaged over, the real characters (the default) or all steps."""
+    batches: Literal["by-length", "random"] | None = None
+    """For text: None is by-length."""
     path: str | None = None
     """For data = "folder" and "table": where they are, relative to the experiment file."""
     client_column: str = "client"
@@ -38,7 +46,9 @@ class TaskSection(_Section):
 class PartitionSection(_Section):
     """[partition]: how one data set becomes many clients."""
 
-    kind: Literal["iid", "shards", "dirichlet", "writer", "user", "unbalanced", "own"]
+    kind: Literal[
+        "iid", "shards", "dirichlet", "unbalanced", "writer", "user", "role", "module", "own"
+    ]
     clients: Annotated[int, Field(ge=1)] = 100
     shards_per_client: Annotated[int, Field(ge=1)] = 2
     alpha: Annotated[float, Field(gt=0)] = 0.5

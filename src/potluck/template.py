@@ -8,8 +8,14 @@ TEMPLATE = """\
 name = "my-experiment"        # runs go to runs/<name>/seed-<seed>/
 
 [task]
-data = "digits"               # digits (needs no download), mnist, wisdm, folder or table
-model = "2nn"                 # logistic, 2nn or cnn (cnn: images only)
+data = "digits"               # digits, pythonlib (both need no download), mnist, wisdm,
+                              # shakespeare, folder or table
+model = "2nn"                 # logistic, 2nn or cnn (cnn: images only); for text char-lstm, or
+                              # char-lstm-peephole, the paper's to the last parameter
+# variant = "paper"           # shakespeare: clean (the default), or with the publisher's notices
+# hidden = 256                # char-lstm: the width of its layers
+# loss = "per-step"           # text: per-character (the default), or averaged over padding too
+# batches = "random"          # text: by-length (the default: lines of a length share a batch)
 # path = "my-data"            # folder: one .npz, .csv or .parquet a client; table: one file
 # client_column = "client"    # table: who owns a row
 # target_column = "target"    # folder and table: what is to be predicted
@@ -17,7 +23,8 @@ model = "2nn"                 # logistic, 2nn or cnn (cnn: images only)
 [partition]                   # how the training examples are divided among clients
 kind = "iid"                  # iid: shuffled and dealt; shards: sorted by label, a few blocks
                               # each; dirichlet: label mixtures; unbalanced: iid, unequal sizes;
-                              # writer (mnist) and user (wisdm): natural owners;
+                              # writer (mnist), user (wisdm), role (shakespeare) and module
+                              # (pythonlib): natural owners;
                               # own: folder and table come divided
 clients = 100
 # shards_per_client = 2       # shards only; fewer is more skewed

@@ -27,13 +27,17 @@ E `local_epochs`, B `batch_size` (∞ is None), η `client_lr`.
 
 Differences from the paper: clients return Δ_k instead of w^k, which is the same mean, and the
 server may hand it to another optimizer than plain averaging (`server`). η may decay by a factor
-each round (`client_lr_decay`). The split into batches is drawn anew in every round.
+each round (`client_lr_decay`). The split into batches is drawn anew in every round. Sequences
+share a batch with others of their length, unless the task says otherwise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from potluck.algorithms.runtime import Runtime
 from potluck.algorithms.server import Average, OptimizerState, ServerOptimizer
@@ -105,7 +109,7 @@ class FedAvg:
         """The client half, ClientUpdate(k, w): local training from the received weights."""
         batches = self.batches(num_examples)
         lr = self.client_lr_at(round)
-        order = stream(seed, "batches", round, client).permutation(num_examples)
+        order = self.order(num_examples, runtime.lengths(), stream(seed, "batches", round, client))
         runtime.begin(received, order, derive_seed(seed, "model", round, client))
         for _ in range(self.local_epochs):
             for batch in batches:
@@ -123,6 +127,23 @@ class FedAvg:
         short."""
         size = num_examples if self.batch_size is None else self.batch_size
         return [slice(i, min(i + size, num_examples)) for i in range(0, num_examples, size)]
+
+    def order(
+        self, num_examples: int, lengths: NDArray[np.int64] | None, random: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """The order in which `batches` takes a client's examples: random, or, where examples have
+        lengths [examples], such that those of a batch are of similar length and the batches come
+        in random order."""
+        order = random.permutation(num_examples)
+        if lengths is None or self.batch_size is None or num_examples <= self.batch_size:
+            return order
+        order = order[np.argsort(lengths[order], kind="stable")]
+        whole, rest = divmod(num_examples, self.batch_size)
+        # The short batch comes last, and may be of any length.
+        start = int(random.integers(whole + 1)) * self.batch_size
+        last = order[start : start + rest]
+        others = np.delete(order, np.s_[start : start + rest]).reshape(whole, self.batch_size)
+        return np.concatenate([others[random.permutation(whole)].ravel(), last])
 
     @staticmethod
     def local_step(weights: W, gradient: W, lr: float) -> W:

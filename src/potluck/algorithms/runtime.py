@@ -18,6 +18,11 @@ from potluck.core import Vector
 class Runtime(Protocol):
     """One model in local training on one client's examples."""
 
+    def lengths(self) -> NDArray[np.int64] | None:
+        """How long each of the client's examples is, [examples], where they are sequences that
+        should share a batch with others of their length; None where batches are random."""
+        ...
+
     def begin(self, received: Vector, order: NDArray[np.int64], seed: int) -> None:
         """Start from the `received` weights with the examples in this `order`.
 

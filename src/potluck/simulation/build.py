@@ -9,9 +9,14 @@ from potluck.core import ConfigError
 from potluck.experiment import Experiment
 from potluck.tasks import (
     CNN,
+    CharacterAccuracy,
+    CharLSTM,
     Dataset,
     FederatedData,
     LogisticRegression,
+    PeepholeCharLSTM,
+    PerCharacter,
+    PerStep,
     Task,
     TwoNN,
     cross_entropy,
@@ -22,17 +27,29 @@ from potluck.tasks import (
 )
 
 _MODELS = {"2nn": TwoNN, "cnn": CNN, "logistic": LogisticRegression}
+_LANGUAGE_MODELS = {"char-lstm": CharLSTM, "char-lstm-peephole": PeepholeCharLSTM}
+_LABELLED = ("iid", "shards", "dirichlet", "unbalanced")
+_KINDS = {  # the partitions that fit each data set
+    "digits": _LABELLED,
+    "mnist": (*_LABELLED, "writer"),
+    "wisdm": (*_LABELLED, "user"),
+    "shakespeare": ("iid", "unbalanced", "role"),
+    "pythonlib": ("iid", "unbalanced", "module"),
+    "folder": ("own",),  # these two come divided
+    "table": ("own",),
+}
 
 
 def build_data(experiment: Experiment) -> FederatedData:
-    """Load the data set of an experiment and divide it among its clients."""
-    task, partition = experiment.task, experiment.partition
+    """Load the data set of an experiment and divide it among its clients.
+
+    Raises:
+        ConfigError: a partition or a key that does not fit the data set.
+        DataError: data that cannot be had, or are malformed.
+    """
+    _check_fit(experiment)
+    task = experiment.task
     if task.data in ("folder", "table"):
-        if partition.kind != "own":
-            raise ConfigError(
-                f"partition.kind must be 'own' with task.data = {task.data!r}, which comes divided "
-                f"already, got partition.kind = {partition.kind!r}."
-            )
         assert task.path is not None  # checked when the experiment was read
         if task.data == "folder":
             return own_data.from_folder(task.path, target_column=task.target_column)
@@ -44,6 +61,8 @@ def build_data(experiment: Experiment) -> FederatedData:
 
 def build_task(experiment: Experiment, data: FederatedData) -> Task:
     """The task of an experiment over data that `build_data` gave."""
+    if data.padding is not None or experiment.task.model in _LANGUAGE_MODELS:
+        return _language_task(experiment, data)
     shape = data.train.inputs.shape[1:]
     if experiment.task.model == "cnn" and len(shape) != 3:
         raise ConfigError(
@@ -80,12 +99,58 @@ def build_algorithm(experiment: Experiment) -> FedAvg:
     )
 
 
+def _language_task(experiment: Experiment, data: FederatedData) -> Task:
+    section = experiment.task
+    if data.padding is None or section.model not in _LANGUAGE_MODELS:
+        raise ConfigError(
+            f"task.model must be one of {', '.join(map(repr, _LANGUAGE_MODELS))} with text and "
+            f"another one with other data, got task.model = {section.model!r} with "
+            f"task.data = {section.data!r}. Change one of the two."
+        )
+    model = partial(_LANGUAGE_MODELS[section.model], data.num_classes, hidden=section.hidden or 256)
+    loss = PerStep if section.loss == "per-step" else PerCharacter
+    return Task(
+        model=model,
+        data=data,
+        loss=loss(padding=data.padding),
+        metrics={"accuracy": CharacterAccuracy(padding=data.padding)},
+        batches="random" if section.batches == "random" else "by length",
+    )
+
+
+def _check_fit(experiment: Experiment) -> None:
+    task, kind = experiment.task, experiment.partition.kind
+    if kind not in _KINDS[task.data]:
+        *first, last = map(repr, _KINDS[task.data])
+        kinds = f"{', '.join(first)} or {last}" if first else last
+        raise ConfigError(
+            f"partition.kind must be {kinds} with task.data = {task.data!r}, "
+            f"got partition.kind = {kind!r}. Change one of the two."
+        )
+    if task.variant is not None and task.data != "shakespeare":
+        raise ConfigError(
+            "task.variant must be left out unless task.data = 'shakespeare', got "
+            f"task.variant = {task.variant!r} with task.data = {task.data!r}. Remove it."
+        )
+    for name in ("hidden", "loss", "batches"):
+        if getattr(task, name) is not None and task.model not in _LANGUAGE_MODELS:
+            raise ConfigError(
+                f"task.{name} must be left out unless task.model is a language model, got "
+                f"task.{name} = {getattr(task, name)!r} with task.model = {task.model!r}. "
+                "Remove it."
+            )
+
+
 def _dataset(experiment: Experiment) -> Dataset:
     match experiment.task.data:
         case "mnist":
             return datasets.mnist(writers=experiment.partition.kind == "writer")
         case "wisdm":
             return datasets.wisdm()
+        case "shakespeare":
+            return datasets.shakespeare(variant=experiment.task.variant or "clean")
+        case "pythonlib":
+            return datasets.pythonlib()
         case _:
             return datasets.digits()
 
@@ -104,10 +169,5 @@ def _partition(experiment: Experiment, dataset: Dataset) -> FederatedData:
             return partitions.dirichlet(dataset, clients=clients, alpha=section.alpha, seed=seed)
         case "unbalanced":
             return partitions.unbalanced(dataset, clients=clients, sigma=section.sigma, seed=seed)
-        case "writer" | "user":
+        case _:  # the natural owners; `_check_fit` has seen to it that there are some
             return partitions.by_group(dataset)
-        case "own":
-            raise ConfigError(
-                f"task.data = {experiment.task.data!r} does not come divided. "
-                "Use partition.kind = 'iid', 'shards', 'dirichlet' or 'unbalanced'."
-            )

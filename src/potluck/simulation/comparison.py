@@ -64,7 +64,8 @@ looks at the same test examples that are then reported, as the paper's does; onl
 another.
 """
 _MINIATURE = """\
-This is the miniature that `--quick` makes, of scikit-learn's digits: the paper has no such cells.
+This is the miniature that `--quick` makes, of scikit-learn's digits and of the standard library's
+source code: the paper has no such cells.
 """
 
 

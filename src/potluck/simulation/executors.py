@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import DivergedError, FixedPointMean, Update, Vector
-from potluck.tasks import Evaluator, Task, TorchRuntime, batches_of, means
+from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means
 
 
 class Failure(NamedTuple):
@@ -77,6 +77,7 @@ class Loop:
         self._num_threads = num_threads
         self._runtime = TorchRuntime(task)
         self._evaluator = Evaluator(task)
+        self._test = evaluation_batches(task)
         self._mean = FixedPointMean(self._runtime.spec.dim)
 
     def train(
@@ -103,7 +104,7 @@ class Loop:
         """Central evaluation on the task's test examples."""
         self._evaluator.load(weights)
         with kernel_threads(self._num_threads):
-            return means([self._evaluator.sums(b) for b in batches_of(self._task.data.test)])
+            return means([self._evaluator.sums(b) for b in self._test])
 
     def close(self) -> None:
         """Nothing is held."""

@@ -72,7 +72,7 @@ class Cell(NamedTuple):
     name: str  # of the experiment
     model: str
     target: float
-    division: str  # "iid", "two-shard" or "role"
+    division: str  # "iid", "two-shard", "role"; in miniature "module"
     epochs: int
     batch: int | None  # None is B = ∞
     fraction: float
@@ -126,7 +126,7 @@ def cell(
     setting = f"e{epochs}-b{'inf' if batch is None else batch}"
     if epochs == 1 and batch is None:
         setting = "fedsgd"
-    name = f"{data}-{model}-{division}-{setting}-c{fraction:.1f}"
+    name = f"{data}-{model}-{division}-{setting}-c{float(fraction)!r}"
     return Cell(
         name, title, target, division, epochs, batch, fraction, paper, file or name, overrides
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from potluck.algorithms import Algorithm
 from potluck.core import Vector, stream
 from potluck.simulation.executors import CohortResult, Executor, kernel_threads
-from potluck.tasks import Evaluator, Examples, Task, batches_of, means
+from potluck.tasks import Evaluator, Examples, Task, evaluation_batches, means
 
 
 class WithTrainLoss:
@@ -30,7 +30,8 @@ class WithTrainLoss:
         train = task.data.train
         order = stream(0, "train-loss").permutation(train.num_examples)
         rows = np.sort(order[:num_examples])
-        self._batches = batches_of(Examples(train.inputs[rows], train.targets[rows]))
+        sample = Examples(train.inputs[rows], train.targets[rows])
+        self._batches = evaluation_batches(task, sample)
 
     def train(
         self,

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
 from potluck.simulation.executors import CohortResult, Outcome, summarise, train_client
-from potluck.tasks import Evaluator, Task, TorchRuntime, batches_of, means, spec_of
+from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
 
 
 class _Shared(NamedTuple):
@@ -196,7 +196,7 @@ def _serve(
     weights: Vector = np.frombuffer(shared.weights, np.float32)
     runtime, evaluator = TorchRuntime(task), Evaluator(task)
     mean = FixedPointMean(len(weights), _int64(partial))
-    batches = batches_of(task.data.test)
+    batches = evaluation_batches(task)
 
     def jobs(count: int) -> Iterator[int]:
         while os.getppid() == parent:

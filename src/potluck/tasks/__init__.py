@@ -5,18 +5,30 @@ from potluck.tasks.data import Dataset, Examples, FederatedData, divide
 from potluck.tasks.evaluation import (
     Evaluator,
     FederatedMetric,
-    batches_of,
     evaluate,
+    evaluation_batches,
     federated_evaluation,
     means,
 )
+from potluck.tasks.language import CharLSTM, PeepholeCharLSTM, WordLSTM
 from potluck.tasks.local import TorchRuntime
-from potluck.tasks.metrics import Loss, Metric, accuracy, cross_entropy, mean_squared_error
+from potluck.tasks.metrics import (
+    CharacterAccuracy,
+    Loss,
+    Metric,
+    PerCharacter,
+    PerStep,
+    accuracy,
+    cross_entropy,
+    mean_squared_error,
+)
 from potluck.tasks.models import CNN, LogisticRegression, TwoNN
 from potluck.tasks.task import Task, averaged_tensors, bind, spec_of
 
 __all__ = [
     "CNN",
+    "CharLSTM",
+    "CharacterAccuracy",
     "Dataset",
     "Evaluator",
     "Examples",
@@ -25,17 +37,21 @@ __all__ = [
     "LogisticRegression",
     "Loss",
     "Metric",
+    "PeepholeCharLSTM",
+    "PerCharacter",
+    "PerStep",
     "Task",
     "TorchRuntime",
     "TwoNN",
+    "WordLSTM",
     "accuracy",
     "averaged_tensors",
-    "batches_of",
     "bind",
     "cross_entropy",
     "datasets",
     "divide",
     "evaluate",
+    "evaluation_batches",
     "federated_evaluation",
     "mean_squared_error",
     "means",

@@ -9,6 +9,7 @@ copy at the start; afterwards a client's examples are a view, and a worker proce
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,6 +33,11 @@ class Examples(NamedTuple):
         return len(self.inputs)
 
 
+def lengths(inputs: Array, padding: int) -> NDArray[np.int64]:
+    """How many steps of each sequence [examples, steps] are before its padding: [examples]."""
+    return (inputs != padding).sum(axis=1, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
     """Training and test examples as they were published, not yet divided.
@@ -44,6 +50,7 @@ class Dataset:
     train: Examples
     test: Examples
     num_classes: int
+    padding: int | None = None  # a target with this value does not count
     groups: Array | None = None  # [train examples]
     test_groups: Array | None = None  # [test examples]
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
@@ -63,6 +70,7 @@ class FederatedData:
     test: Examples
     clients: tuple[str, ...]  # names, in order
     num_classes: int
+    padding: int | None = None  # a target with this value does not count
     test_offsets: NDArray[np.int64] | None = None  # [clients + 1]
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
 
@@ -128,5 +136,14 @@ def divide(
         test=dataset.test,
         clients=names,
         num_classes=dataset.num_classes,
+        padding=dataset.padding,
         checksums=dataset.checksums,
     )
+
+
+def num_test(num_examples: int, fraction: float) -> int:
+    """How many of a client's last examples are its test examples: the fraction rounded down, but
+    at least one of two examples and none of one, so that training always keeps one."""
+    if num_examples < 2:
+        return 0
+    return min(max(1, math.floor(num_examples * fraction + 1e-9)), num_examples - 1)

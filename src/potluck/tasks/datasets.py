@@ -1,4 +1,5 @@
-"""The data sets that Potluck knows: MNIST (by writer too), digits and WISDM.
+"""The data sets that Potluck knows: MNIST (by writer too), digits and WISDM, and, from modules of
+their own, the texts Shakespeare and pythonlib.
 
 Each function returns the training and test examples as they were published, not yet divided;
 `potluck.tasks.partitions` divides them. Files are found or downloaded, and their checksums
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.tasks.data import Array, Dataset, Examples
+from potluck.tasks.data import Array, Dataset, Examples, num_test
 from potluck.tasks.files import checksums, fetch
+from potluck.tasks.pythonlib import pythonlib as pythonlib
+from potluck.tasks.shakespeare import shakespeare as shakespeare
 
 WISDM_CLASSES = ("Downstairs", "Jogging", "Sitting", "Standing", "Upstairs", "Walking")
 
@@ -132,14 +135,6 @@ def wisdm() -> Dataset:
         test_groups=windows.users[is_test],
         checksums=checksums(_WISDM),
     )
-
-
-def num_test(num_examples: int, fraction: float) -> int:
-    """How many of a client's last examples are its test examples: the fraction rounded down, but
-    at least one of two examples and none of one, so that training always keeps one."""
-    if num_examples < 2:
-        return 0
-    return min(max(1, math.floor(num_examples * fraction + 1e-9)), num_examples - 1)
 
 
 def read_digits(images: Path, labels: Path) -> Examples:

@@ -3,6 +3,8 @@
 The label skew of one client is the total-variation distance ½ Σ_c |p_k(c) − p(c)| between its
 labels and everybody's: 0 where it has the same mixture, towards 1 where it has labels that nearly
 nobody else has. A small client differs by chance, so even an IID partition is above 0.
+
+Text has no labels to compare: its sizes are told in characters beside examples, which are lines.
 """
 
 from __future__ import annotations
@@ -11,30 +13,52 @@ import importlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.tasks.data import FederatedData
+from potluck.tasks.data import Examples, FederatedData
 
 _MOST_BARS = 100  # clients in the picture
 _MOST_BINS = 50  # of the histogram
 _MOST_COLOURS = 10  # classes with a colour and a legend entry of their own
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartitionSummary:
-    """What a partition is like. The last three are None without one label per example."""
+class Spread(NamedTuple):
+    """How some number varies over the clients."""
 
-    name: str
-    clients: int
-    examples: int
-    smallest: int  # training examples of one client
+    total: int
+    smallest: int
     median: float
     mean: float
     largest: int
+
+    @classmethod
+    def of(cls, values: NDArray[np.int64]) -> Spread:
+        return cls(
+            total=int(values.sum()),
+            smallest=int(values.min()),
+            median=float(np.median(values)),
+            mean=float(values.mean()),
+            largest=int(values.max()),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.smallest:,} / {self.median:,.10g} / {self.mean:,.1f} / {self.largest:,}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionSummary:
+    """What a partition is like. `characters` and `test_characters` are None but for text, the
+    last three without one label per example."""
+
+    name: str
+    clients: int
+    examples: Spread  # for training
+    characters: Spread | None  # in them
     test_examples: int
+    test_characters: int | None
     own_tests: bool  # clients have test examples of their own
     input_shape: tuple[int, ...]  # of one example
     input_dtype: str
@@ -45,13 +69,20 @@ class PartitionSummary:
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values, in order, for a table of two columns."""
-        sizes = f"{self.smallest:,} / {self.median:,.10g} / {self.mean:,.1f} / {self.largest:,}"
         rows = [
             ("data set", self.name),
             ("clients", f"{self.clients:,}"),
-            ("training examples", f"{self.examples:,}"),
-            ("per client: min / median / mean / max", sizes),
+            ("training examples", f"{self.examples.total:,}"),
+            ("per client: min / median / mean / max", str(self.examples)),
             ("test examples", f"{self.test_examples:,}" + _whose(self.own_tests)),
+        ]
+        if self.characters is not None:
+            rows += [
+                ("training characters", f"{self.characters.total:,}"),
+                ("characters per client, likewise", str(self.characters)),
+                ("test characters", f"{self.test_characters:,}"),
+            ]
+        rows += [
             ("input", f"{_shape(self.input_shape)} {self.input_dtype}"),
             ("target", self.target_dtype),
         ]
@@ -71,18 +102,19 @@ class PartitionSummary:
 
 def describe(data: FederatedData) -> PartitionSummary:
     """Summarise a partition; linear in the number of training examples."""
-    sizes = data.sizes
     labelled = _has_labels(data)
     classes, skew = _label_statistics(data) if labelled else (None, None)
+    characters = test_characters = None
+    if data.padding is not None:
+        characters = Spread.of(_characters_per_client(data, data.padding))
+        test_characters = int(_characters(data.test, data.padding).sum())
     return PartitionSummary(
         name=data.name,
         clients=data.num_clients,
-        examples=data.train.num_examples,
-        smallest=int(sizes.min()),
-        median=float(np.median(sizes)),
-        mean=float(sizes.mean()),
-        largest=int(sizes.max()),
+        examples=Spread.of(data.sizes),
+        characters=characters,
         test_examples=data.test.num_examples,
+        test_characters=test_characters,
         own_tests=data.test_offsets is not None,
         input_shape=data.train.inputs.shape[1:],
         input_dtype=str(data.train.inputs.dtype),
@@ -110,6 +142,17 @@ def draw(data: FederatedData, path: str | Path) -> None:
 def _has_labels(data: FederatedData) -> bool:
     targets = data.train.targets
     return data.num_classes > 0 and targets.ndim == 1 and targets.dtype.kind in "iu"
+
+
+def _characters(examples: Examples, padding: int) -> NDArray[np.int64]:  # [examples]
+    """How many targets of each example count."""
+    counted = examples.targets != padding
+    return counted.reshape(len(counted), -1).sum(axis=1)
+
+
+def _characters_per_client(data: FederatedData, padding: int) -> NDArray[np.int64]:  # [clients]
+    ends = np.cumsum(_characters(data.train, padding))
+    return np.diff(np.concatenate([np.zeros(1, np.int64), ends])[data.offsets])
 
 
 def _owners(data: FederatedData) -> NDArray[np.int64]:  # [training examples]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.core import Vector
-from potluck.tasks.data import Examples
+from potluck.tasks.data import Examples, lengths
 from potluck.tasks.task import Task, bind, spec_of
 
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
@@ -34,7 +34,8 @@ class Evaluator:
         with torch.inference_mode():
             outputs, targets = self._outputs(examples)
             loss = float(self._task.loss(outputs, targets))
-            sums = {"loss": np.array([loss * len(targets), len(targets)])}
+            count = getattr(self._task.loss, "count", len)(targets)
+            sums = {"loss": np.array([loss * count, count])}
             for name, metric in self._task.metrics.items():
                 values = metric(outputs, targets).double()
                 counts = ~values.isnan()
@@ -53,8 +54,10 @@ class Evaluator:
         return result
 
     def _outputs(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = torch.from_numpy(np.array(examples.inputs))
-        return self._module(inputs), torch.from_numpy(np.array(examples.targets))
+        inputs = np.array(examples.inputs)
+        if self._task.data.padding is not None:
+            inputs = inputs[:, : max(int(lengths(inputs, self._task.data.padding).max()), 1)]
+        return self._module(torch.from_numpy(inputs)), torch.from_numpy(np.array(examples.targets))
 
 
 def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Examples]:
@@ -63,6 +66,16 @@ def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Example
         Examples(examples.inputs[i : i + size], examples.targets[i : i + size])
         for i in range(0, examples.num_examples, size)
     ]
+
+
+def evaluation_batches(task: Task, examples: Examples | None = None) -> list[Examples]:
+    """The examples of a central evaluation (the task's test examples) in batches; sequences in
+    order of length, so that little is padded."""
+    examples = examples or task.data.test
+    if task.data.padding is not None:
+        order = np.argsort(lengths(examples.inputs, task.data.padding), kind="stable")
+        examples = Examples(examples.inputs[order], examples.targets[order])
+    return batches_of(examples)
 
 
 def means(sums: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
@@ -79,7 +92,7 @@ def evaluate(task: Task, weights: Vector, examples: Examples | None = None) -> d
     no others are given."""
     evaluator = Evaluator(task)
     evaluator.load(weights)
-    return means([evaluator.sums(b) for b in batches_of(examples or task.data.test)])
+    return means([evaluator.sums(b) for b in evaluation_batches(task, examples)])
 
 
 class FederatedMetric(NamedTuple):

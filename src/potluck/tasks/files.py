@@ -101,9 +101,13 @@ _ABOUT: Mapping[str, tuple[str, str]] = {  # name: (what, terms)
         "CC BY 4.0 (UCI); part of scikit-learn",
     ),
     "mnist": ("70,000 handwritten digits of 28x28 pixels", "CC BY-SA 3.0"),
+    "pythonlib": (
+        "source code of the Python that runs, a client for each module",
+        "PSF licence; part of Python",
+    ),
     "qmnist": ("who wrote each digit of MNIST (labels only)", "BSD"),
     "shakespeare": (
-        "the complete works, a client for each speaking role",
+        "the lines of 36 plays, a client for each of 1,144 speaking roles",
         "personal, non-commercial distribution only (Gutenberg etext 100 of 1994)",
     ),
     "wisdm": (
@@ -119,7 +123,7 @@ class CatalogueEntry:
 
     name: str
     what: str
-    num_files: int  # 0: it comes with an installed library
+    num_files: int  # 0: it comes with Python or an installed library
     num_bytes: int
     present: bool  # every file lies in POTLUCK_DATA or in the cache
     terms: str

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from potluck.core import Spec, Vector
-from potluck.tasks.data import Examples
+from potluck.tasks.data import Examples, lengths
 from potluck.tasks.inplace import InPlaceLinears
 from potluck.tasks.task import Task, bind, spec_of
 
@@ -31,6 +31,8 @@ class TorchRuntime:
         bind(self.module, self._vector)
         self._weights: Vector = self._vector.numpy()
         self._loss = task.loss
+        self._padding = task.data.padding
+        self._by_length = task.data.padding is not None and task.batches == "by length"
         self._losses: list[Tensor] = []
         self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
         self._counters_at_start = [counter.clone() for counter in self._counters]
@@ -46,6 +48,12 @@ class TorchRuntime:
     def take(self, examples: Examples) -> None:
         """Use these examples from the next `begin` on."""
         self._examples = examples
+
+    def lengths(self) -> NDArray[np.int64] | None:
+        """The lengths of the examples that were taken, if they are to share batches by it."""
+        if self._padding is None or not self._by_length:
+            return None
+        return lengths(self._examples.inputs, self._padding)
 
     def begin(self, received: Vector, order: NDArray[np.int64], seed: int) -> None:
         """Load the received weights and put the examples in order, so that batches are slices."""
@@ -73,11 +81,16 @@ class TorchRuntime:
         return self._weights, float(torch.stack(self._losses).mean())
 
     def _load(self, examples: Examples, order: NDArray[np.int64]) -> None:
-        self._inputs = torch.from_numpy(examples.inputs.take(order, axis=0))
+        inputs = examples.inputs.take(order, axis=0)
+        self._lengths = None if self._padding is None else lengths(inputs, self._padding)
+        self._inputs = torch.from_numpy(inputs)
         self._targets = torch.from_numpy(examples.targets.take(order, axis=0))
 
     def _forward(self, batch: slice) -> Tensor:
-        return self._loss(self.module(self._inputs[batch]), self._targets[batch])
+        inputs = self._inputs[batch]
+        if self._lengths is not None:
+            inputs = inputs[:, : max(int(self._lengths[batch].max()), 1)]
+        return self._loss(self.module(inputs), self._targets[batch])
 
     def _descend(self, loss: Tensor, tensors: Sequence[Tensor], lr: float) -> None:
         gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)

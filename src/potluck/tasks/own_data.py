@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.tasks.data import Array, Examples, FederatedData
-from potluck.tasks.datasets import num_test
+from potluck.tasks.data import Array, Examples, FederatedData, num_test
 from potluck.tasks.tables import (
     Located,
     first_line,

@@ -4,7 +4,7 @@
     shards      sorted by label, dealt in shards: each client sees few labels (the paper's)
     dirichlet   label skew and sizes set by one number, alpha
     unbalanced  the labels of `iid`, log-normal sizes
-    by_group    the natural owners: writers, users
+    by_group    the natural owners: writers, users, roles, modules
 
 Every training example goes to exactly one client (`by_group` may leave small groups out), every
 client gets at least one, and the same seed gives the same partition.
@@ -13,6 +13,7 @@ client gets at least one, and the same seed gives the same partition.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +140,8 @@ def by_group(dataset: Dataset, *, min_examples: int = 1) -> FederatedData:
     if dataset.groups is None:
         raise DataError(
             f"the data set must name the group of each example, got {dataset.name!r} without. "
-            "Load it with groups (`mnist(writers=True)`, `wisdm()`), or take another partition."
+            "Load it with groups (`mnist(writers=True)`, `wisdm()`, "
+            "`shakespeare()`, `pythonlib()`), or take another partition."
         )
     names, codes = np.unique(dataset.groups, return_inverse=True)
     sizes = np.bincount(codes, minlength=len(names))
@@ -168,15 +170,10 @@ def _with_own_tests(
             "at least one client must have a test example, got none. Lower min_examples."
         )
     ends = np.cumsum([len(rows) for rows in rows_of], dtype=np.int64)
-    return FederatedData(
-        name=data.name,
-        train=data.train,
-        offsets=data.offsets,
+    return replace(
+        data,
         test=Examples(dataset.test.inputs[order], dataset.test.targets[order]),
-        clients=data.clients,
-        num_classes=data.num_classes,
         test_offsets=np.concatenate([np.zeros(1, np.int64), ends]),
-        checksums=data.checksums,
     )
 
 

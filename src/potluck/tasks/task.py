@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,12 +30,16 @@ class Task:
         data: the examples of all clients.
         loss: (outputs, targets) to the batch's mean loss.
         metrics: name to (outputs, targets) to values; see `potluck.tasks.metrics`.
+        batches: for sequences (data that have a padding symbol), "by length" puts sequences of
+            similar length into one batch, so that little is padded; "random" draws batches as for
+            other data.
     """
 
     model: nn.Module | Callable[[], nn.Module]
     data: FederatedData
     loss: Loss = cross_entropy
     metrics: Mapping[str, Metric] = field(default_factory=_accuracy)
+    batches: Literal["by length", "random"] = "by length"
 
     def module(self) -> nn.Module:
         """A new module, of which the caller may do what it likes. Global randomness is kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -219,6 +220,16 @@ def test_figures_are_drawn_from_what_is_there_and_again_the_same(grid, tmp_path)
         before = paths[1].read_bytes()
         draw(results, paths)
         assert paths[1].read_bytes() == before
+
+
+def test_a_run_that_has_its_initial_model_alone_is_not_drawn(grid, tmp_path):
+    begun = CELL._replace(name="begun")
+    write(grid.runs, [0.1, 0.5, 0.6], seed=1)
+    write(grid.runs, [0.1], seed=2)
+    write(grid.runs, [0.1], seed=1, cell=begun)
+    results = gather(replace(grid, cells=[CELL, begun]))
+    curves.draw_accuracy(results, [tmp_path / "figure.png"])
+    assert rows(results)[1][3] == "unfinished (1 of 2 seeds begun)"
 
 
 def test_a_title_says_model_target_and_setting():

@@ -192,7 +192,7 @@ def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
     of_loss = what in comparison.LOSS_FIGURES
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[Path] = []
-    if any(result.runs for result in results):
+    if any(cost.rounds > 0 for result in results for cost in result.costs):
         suffixes = (".png", ".svg") if what.startswith("figure") else (".png",)
         pictures = [folder / f"{what}{suffix}" for suffix in suffixes]
         (draw_train_loss if of_loss else draw_accuracy)(results, pictures)

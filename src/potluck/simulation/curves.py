@@ -25,8 +25,8 @@ def draw_accuracy(results: Sequence[Result], paths: Sequence[Path]) -> None:
         axes.axhline(target, color="0.6", linewidth=1.0, zorder=0)
         for i, result in enumerate(mine):
             for cost in result.costs:
-                _thin(axes, i, best_so_far(cost.curve))
-            _thick(axes, i, mean_of_best(result.costs), result.cell.setting)
+                _thin(axes, i, _from_round_1(best_so_far(cost.curve)))
+            _thick(axes, i, _from_round_1(mean_of_best(result.costs)), result.cell.setting)
         axes.set_ylabel("test accuracy, best so far")
         axes.set_ylim(max(0.0, target - 6.0 * (1.0 - target)), 1.0 - 0.5 * (1.0 - target))
         axes.set_xscale("log")
@@ -53,6 +53,11 @@ def draw_train_loss(results: Sequence[Result], paths: Sequence[Path]) -> None:
     _save(figure, paths)
 
 
+def _from_round_1(curve: Curve) -> Curve:
+    """Without the initial model, for which a logarithmic axis has no place."""
+    return [(number, score) for number, score in curve if number > 0]
+
+
 def _mean(curves: Sequence[Curve]) -> Curve:
     """The mean in the rounds that every curve has."""
     common = set[int].intersection(*({number for number, _ in curve} for curve in curves))
@@ -61,10 +66,10 @@ def _mean(curves: Sequence[Curve]) -> Curve:
 
 
 def _panels(results: Sequence[Result]) -> tuple[Any, list[tuple[Any, list[Result]]]]:
-    """A figure, and for each panel its axes and the results that have runs."""
+    """A figure, and for each panel its axes and the results that have a round to show."""
     groups: dict[str, list[Result]] = {}
     for result in results:
-        if result.runs:
+        if any(cost.curve[-1][0] > 0 for cost in result.costs):
             groups.setdefault(result.cell.panel, []).append(result)
     figure_module: Any = importlib.import_module("matplotlib.figure")  # slow, and seldom needed
     columns = min(2, len(groups))
@@ -91,13 +96,17 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _thin(axes: Any, i: int, curve: Curve) -> None:
-    axes.plot(*zip(*curve, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=0.6, alpha=0.4)
+    axes.plot(*_columns(curve), color=COLOURS[i % len(COLOURS)], linewidth=0.6, alpha=0.4)
 
 
 def _thick(axes: Any, i: int, curve: Curve, label: str) -> None:
     style = _STYLES[i // len(COLOURS) % len(_STYLES)]
     colour = COLOURS[i % len(COLOURS)]
-    axes.plot(*zip(*curve, strict=True), style, color=colour, linewidth=1.8, label=label)
+    axes.plot(*_columns(curve), style, color=colour, linewidth=1.8, label=label)
+
+
+def _columns(curve: Curve) -> tuple[list[int], list[float]]:
+    return [number for number, _ in curve], [score for _, score in curve]
 
 
 def _save(figure: Any, paths: Sequence[Path]) -> None:

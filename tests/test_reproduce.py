@@ -82,6 +82,10 @@ def finish(grid: Grid) -> list[Job]:
     return found
 
 
+def logs(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("rounds.jsonl")}
+
+
 def potluck(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["reproduce", *map(str, words)], prog_name="potluck")
 
@@ -148,6 +152,22 @@ def test_a_rate_stops_where_it_can_no_longer_win_which_changes_no_choice(grid):
     assert choice(full, slow_first, 0.2321).rate == choice(mine, slow_first, 0.2321).rate
 
 
+def test_a_choice_that_was_interrupted_is_the_same(grid):
+    tiny = cell("a", "run.rounds=30")
+    mine, straight = (grid(tiny, seeds=(1,), num_rates=3, runs=grid().runs / n) for n in "ab")
+    for rounds_before in (1, 3):  # stop the first rate, then go on with it and stop the second
+        for job in jobs(mine):
+            rounds = run(job, build_data(job.experiment))
+            done = [next(rounds, None) for _ in range(rounds_before)]
+            rounds.close()
+            if done[-1] is not None:
+                break
+    finish(mine)
+    finish(straight)
+    assert logs(mine.runs) == logs(straight.runs)
+    assert choice(mine, tiny, 0.5).rate == choice(straight, tiny, 0.5).rate
+
+
 def jobs_of_rates(grid: Grid) -> list[Job]:
     (only,) = grid.cells
     return list(reproduce.tuning_jobs(grid, only, reproduce.load_cell(grid, only)))
@@ -191,10 +211,6 @@ def test_experiments_are_found_in_the_clone_from_anywhere(grid, tmp_path, monkey
 
 
 KILLED = ["table4", "--quick", "--cells", "quick-2nn-iid-e1*", "--seeds", "1"]
-
-
-def logs(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("rounds.jsonl")}
 
 
 def rows_of_the_page(folder: Path) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from potluck.simulation.comparison import Result, train_loss
-from potluck.simulation.report import COLOURS, Curve, best_so_far, mean_of_best
+from potluck.simulation.figures import COLOURS, save_figure
+from potluck.simulation.report import Curve, best_so_far, mean_of_best
 
 _STYLES = ("-", "--", ":")
 
@@ -33,7 +34,7 @@ def draw_accuracy(results: Sequence[Result], paths: Sequence[Path]) -> None:
         axes.set_xlim(left=1)
         _plain_numbers(axes.xaxis)
         axes.legend(frameon=False, fontsize="x-small", loc="upper left")
-    _save(figure, paths)
+    save_figure(figure, paths)
 
 
 def draw_train_loss(results: Sequence[Result], paths: Sequence[Path]) -> None:
@@ -50,7 +51,7 @@ def draw_train_loss(results: Sequence[Result], paths: Sequence[Path]) -> None:
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
         axes.legend(frameon=False, fontsize="x-small", loc="upper right")
-    _save(figure, paths)
+    save_figure(figure, paths)
 
 
 def _from_round_1(curve: Curve) -> Curve:
@@ -107,11 +108,3 @@ def _thick(axes: Any, i: int, curve: Curve, label: str) -> None:
 
 def _columns(curve: Curve) -> tuple[list[int], list[float]]:
     return [number for number, _ in curve], [score for _, score in curve]
-
-
-def _save(figure: Any, paths: Sequence[Path]) -> None:
-    matplotlib: Any = importlib.import_module("matplotlib")
-    with matplotlib.rc_context({"svg.hashsalt": "potluck"}):  # the same runs, the same bytes
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(path, dpi=150, metadata=metadata)

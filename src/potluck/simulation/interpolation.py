@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from potluck.algorithms import FedAvg
 from potluck.core import Vector, stream
 from potluck.simulation.executors import kernel_threads
+from potluck.simulation.figures import save_figure
 from potluck.simulation.manifest import commit, machine
 from potluck.simulation.paper import TITLES
 from potluck.simulation.report import markdown
@@ -159,18 +161,16 @@ def rows(found: Sequence[Line]) -> list[tuple[str, ...]]:
 def page(setting: Setting, found: Sequence[Line], command: str) -> str:
     """The README of the figure."""
     made = "; ".join(sorted({f"commit {line.commit} on {line.machine}" for line in found}))
-    return f"""\
-# {TITLES["figure1"]}
-
-Made by `{command}`. Two 2NNs are trained on two disjoint samples of {setting.num_examples} examples
-of {setting.data}, {setting.num_steps} steps each (batch {setting.batch_size}, rate
-{setting.client_lr:g}); θ w + (1 − θ) w' is evaluated on all training examples. The numbers are in
-`lines.json`; ± is the standard deviation over seeds (and, for the parents, over both). Made
-at {made}.
-
-{markdown(HEADER, rows(found))}
-![{TITLES["figure1"]}](figure1.png)
-"""
+    text = (
+        f"Made by `{command}`, at {made}. Two 2NNs are trained on two disjoint samples of "
+        f"{setting.num_examples} examples of {setting.data}, {setting.num_steps} steps each (batch "
+        f"{setting.batch_size}, rate {setting.client_lr:g}), and θ w + (1 − θ) w' is evaluated on "
+        "all training examples. `lines.json` has the numbers. ± is the standard deviation over "
+        "seeds, and for the two models over both."
+    )
+    table = markdown(HEADER, rows(found))
+    picture = f"![{TITLES['figure1']}](figure1.png)\n"
+    return "\n".join([f"# {TITLES['figure1']}\n", textwrap.fill(text, 100) + "\n", table, picture])
 
 
 def draw(found: Sequence[Line], paths: Sequence[Path]) -> None:
@@ -192,11 +192,7 @@ def draw(found: Sequence[Line], paths: Sequence[Path]) -> None:
         axes.set_xlabel("θ")
         axes.set_ylabel("loss on all training examples")
         axes.spines[["top", "right"]].set_visible(False)
-    matplotlib: Any = importlib.import_module("matplotlib")
-    with matplotlib.rc_context({"svg.hashsalt": "potluck"}):
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(path, dpi=150, metadata=metadata)
+    save_figure(figure, paths)
 
 
 def _mean_std(values: Sequence[float]) -> str:

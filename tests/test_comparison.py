@@ -11,7 +11,7 @@ import pytest
 
 from potluck.simulation import comparison, curves
 from potluck.simulation.comparison import Result, gather, keep, loss_rows, page, rows
-from potluck.simulation.estimates import seconds_per_round, seconds_per_run, work
+from potluck.simulation.estimates import seconds_per_round, work
 from potluck.simulation.paper import Cell
 from potluck.simulation.reproduce import Grid, find, place
 
@@ -138,7 +138,8 @@ def test_a_cell_that_was_not_run_says_so_with_its_cost(grid):
     # 10 clients · 600 examples · 1 epoch + 10,000 / 3 = 9,333 examples a round, 45 µs each on one
     # core, 22.5 on two: 0.21 s a round, 40 rounds, 8.4 s.
     assert work(CELL) == pytest.approx(9333.3, rel=1e-4)
-    assert seconds_per_run(grid, CELL) == pytest.approx(8.4, rel=1e-3)
+    assert seconds_per_round(grid)["tiny"] == pytest.approx(0.21, rel=1e-3)
+    assert gather(grid)[0].seconds_expected == pytest.approx(8.4, rel=1e-3)
     assert row(grid)[:3] == ("–", "40", "not run (about 0 min a seed)")
     hours = Result(CELL, None, (), (), 2, 9000.0)
     assert rows([hours])[0][3] == "not run (about 2.5 h a seed)"
@@ -146,10 +147,10 @@ def test_a_cell_that_was_not_run_says_so_with_its_cost(grid):
 
 def test_costs_are_those_of_rounds_that_were_timed(grid):
     write(grid.runs, [0.1, 0.2, 0.3])
-    assert seconds_per_round(grid, CELL) == pytest.approx(2.0)
+    assert seconds_per_round(grid)["tiny"] == pytest.approx(2.0)
     more = CELL._replace(name="more", epochs=3)  # (10 · 600 · 3 + 3333) / 9333 = 2.286 as much
     both = Grid(cells=[CELL, more], runs=grid.runs, copies=grid.copies)
-    assert seconds_per_round(both, more) == pytest.approx(2.0 * 2.286, rel=1e-3)
+    assert seconds_per_round(both)["more"] == pytest.approx(2.0 * 2.286, rel=1e-3)
 
 
 def test_the_rate_that_was_chosen_is_named_with_those_it_was_chosen_from(grid):

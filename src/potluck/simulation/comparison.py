@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from potluck.simulation.estimates import seconds_per_run
+from potluck.simulation.estimates import seconds_per_round
 from potluck.simulation.paper import TITLES, Cell
 from potluck.simulation.report import Cost, Curve, markdown, measure
 from potluck.simulation.reproduce import (
@@ -94,7 +94,8 @@ class Result(NamedTuple):
 
 def gather(grid: Grid) -> list[Result]:
     """What there is of every cell of a grid."""
-    return [_gather(grid, cell) for cell in grid.cells]
+    seconds = seconds_per_round(grid)
+    return [_gather(grid, cell, seconds[cell.name]) for cell in grid.cells]
 
 
 def keep(grid: Grid) -> None:
@@ -155,8 +156,8 @@ def title(cell: Cell) -> str:
     return f"{cell.panel}, {100 * cell.target:g} %: {cell.setting}"
 
 
-def _gather(grid: Grid, cell: Cell) -> Result:
-    expected = seconds_per_run(grid, cell)
+def _gather(grid: Grid, cell: Cell, seconds_per_round: float) -> Result:
+    expected = None if cell.paper is None else cell.paper * seconds_per_round
     chosen = _reported(grid, cell)
     if chosen is None:
         return Result(cell, None, (), (), len(grid.seeds), expected)

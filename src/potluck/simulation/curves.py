@@ -76,14 +76,14 @@ def _panels(results: Sequence[Result]) -> tuple[Any, list[tuple[Any, list[Result
     columns = min(2, len(groups))
     lines = -(-len(groups) // 2)
     figure = figure_module.Figure(figsize=(5.2 * columns, 3.9 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     panels: list[tuple[Any, list[Result]]] = []
     for axes, (name, mine) in zip(grid, groups.items(), strict=False):
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("round")
         axes.spines[["top", "right"]].set_visible(False)
         panels.append((axes, mine))
-    for axes in list(grid)[len(groups) :]:
+    for axes in grid[len(groups) :]:
         axes.set_axis_off()
     return figure, panels
 

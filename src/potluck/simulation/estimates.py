@@ -49,17 +49,17 @@ def work(cell: Cell) -> float:
     return total / 40 if cell.name.startswith(_QUICK) else total
 
 
-def seconds_per_round(grid: Grid, cell: Cell) -> float:
-    """What a round of a cell takes: as its own runs did, or as others of its model."""
-    same = _seconds_per_work(grid, [cell])
-    model = same or _seconds_per_work(grid, [c for c in grid.cells if c.model == cell.model])
-    known = statistics.median(model) if model else _SECONDS[cell.model] / _CORES
-    return work(cell) * known
-
-
-def seconds_per_run(grid: Grid, cell: Cell) -> float | None:
-    """What one seed may take; None where the paper gives no rounds to expect."""
-    return None if cell.paper is None else cell.paper * seconds_per_round(grid, cell)
+def seconds_per_round(grid: Grid) -> dict[str, float]:
+    """What a round of each cell takes, by its name: as its own runs did, or others of its model."""
+    own = {cell.name: _seconds_per_work(grid, cell) for cell in grid.cells}
+    models: dict[str, list[float]] = {}
+    for cell in grid.cells:
+        models.setdefault(cell.model, []).extend(own[cell.name])
+    seconds: dict[str, float] = {}
+    for cell in grid.cells:
+        known = own[cell.name] or models[cell.model] or [_SECONDS[cell.model] / _CORES]
+        seconds[cell.name] = work(cell) * statistics.median(known)
+    return seconds
 
 
 def left(grid: Grid) -> Left:
@@ -68,6 +68,7 @@ def left(grid: Grid) -> Left:
     A cell is expected to need as many rounds as in the paper, or where the paper gives none as
     many as its file allows.
     """
+    per_round = seconds_per_round(grid)
     done, total, seconds = 0, 0, 0.0
     for cell in grid.cells:
         experiment = load_cell(grid, cell)
@@ -87,17 +88,16 @@ def left(grid: Grid) -> Left:
             expected = min(cell.paper or most, most)
             more = expected - made if made < expected else most - made
             total, done = total + 1, done + complete
-            seconds += 0.0 if complete else more * seconds_per_round(grid, cell)
+            seconds += 0.0 if complete else more * per_round[cell.name]
     return Left(done, total, seconds)
 
 
-def _seconds_per_work(grid: Grid, cells: list[Cell]) -> list[float]:
+def _seconds_per_work(grid: Grid, cell: Cell) -> list[float]:
     found: list[float] = []
-    for cell in cells:
-        seeds = (SEED, *grid.seeds)
-        for rate in rates_with(grid, cell, *seeds):
-            records = [find(grid, cell, rate, seed) for seed in seeds]
-            times = [s for record in records if record is not None for s in record.seconds[1:]]
-            if times:
-                found.append(statistics.median(times) / work(cell))
+    seeds = (SEED, *grid.seeds)
+    for rate in rates_with(grid, cell, *seeds):
+        records = [find(grid, cell, rate, seed) for seed in seeds]
+        times = [s for record in records if record is not None for s in record.seconds[1:]]
+        if times:
+            found.append(statistics.median(times) / work(cell))
     return found

@@ -5,14 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check docs results soak bench clean
+# What `make results` runs: days of CNN and LSTM among it. It can be stopped at any moment.
+RESULTS ?= table4 table1 table2 figure1 figure2
+
+.PHONY: help demo test check docs results quick soak bench clean
 
 help:
 	@echo "make demo     install, then FedSGD against FedAvg on embedded data: a table, a picture"
 	@echo "make test     install what tests need, and run them"
 	@echo "make check    ruff and pyright"
 	@echo "make docs     write the documents that are made from the code"
-	@echo "make results  the MNIST runs of the paper (hours; resumable)"
+	@echo "make results  the paper's tables and figures (days; resumable; RESULTS='table4')"
+	@echo "make quick    miniatures of all of them on embedded data (minutes)"
 	@echo "make soak     the slow tests"
 	@echo "make bench    the engine against a hand-written loop"
 
@@ -42,12 +46,17 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.sim
 	$(BIN)/python docs/cli_reference.py
+	$(BIN)/python docs/paper_tables.py
 
 results: $(VENV)/.sim
-	$(BIN)/python results/mnist/run.py
+	for what in $(RESULTS); do $(BIN)/potluck reproduce $$what || exit 1; done
+
+quick: $(VENV)/.sim
+	for what in table1 table2 table4 figure1 figure2 figure3 figure8; do \
+	  $(BIN)/potluck reproduce $$what --quick || exit 1; done
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/engine/run.py
 
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) build demo results-quick

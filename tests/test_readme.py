@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = ("pip", "make", "git")  # they install, which tests do not
-MNIST = ("data get mnist", "experiments/mnist-")  # downloads, or hours
+MNIST = ("data get mnist", "experiments/mnist-", "--cells 'mnist-")  # downloads, or hours
 
 
 class Block(NamedTuple):

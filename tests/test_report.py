@@ -286,3 +286,12 @@ def test_the_same_runs_draw_the_same_bytes(tmp_path):
 def test_a_regression_can_be_drawn(tmp_path):
     draw([measure(record({1: 4.0, 2: 2.0}, metric="loss"), 3.0)], [tmp_path / "loss.png"])
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_run_that_is_older_than_a_key_is_of_the_same_experiment():
+    old, new = record({0: 0.1}, seed=1), record({0: 0.1}, seed=2)
+    new.manifest["experiment"]["algorithm"]["clip"] = None
+    new.manifest["experiment"]["run"]["evaluate_train"] = 5000  # changes no other number
+    assert len(group([measure(old), measure(new)])) == 1
+    new.manifest["experiment"]["algorithm"]["clip"] = 1.0
+    assert len(group([measure(old), measure(new)])) == 2

@@ -235,6 +235,8 @@ class RunSection(_Section):
     target: Annotated[float, Field(gt=0, lt=1)] | None = None
     stop_at_target: bool = True
     evaluate_every: Annotated[int, Field(ge=1)] = 1
+    evaluate_train: Annotated[int, Field(ge=1)] | None = None
+    """Training examples on which the averaged model's loss is taken too: `train_loss`."""
     executor: Literal["loop", "workers"] = "workers"
     workers: Annotated[int, Field(ge=1)] | None = None
     skip_failures: bool = False

@@ -105,7 +105,7 @@ class Loop:
         self._mean.reset()
         kept: dict[int, Vector] = {}
         outcomes: list[Outcome] = []
-        with torch.random.fork_rng(devices=[]), _kernel_threads(self._num_threads):
+        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
             for client in map(int, cohort):
                 outcome, state = train_client(
                     self._task,
@@ -126,7 +126,7 @@ class Loop:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
         self._evaluator.load(weights)
-        with _kernel_threads(self._num_threads):
+        with kernel_threads(self._num_threads):
             return means([self._evaluator.sums(b) for b in self._test])
 
     def close(self) -> None:
@@ -134,7 +134,8 @@ class Loop:
 
 
 @contextmanager
-def _kernel_threads(num_threads: int) -> Generator[None]:
+def kernel_threads(num_threads: int) -> Generator[None]:
+    """Within it, PyTorch's kernels use so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

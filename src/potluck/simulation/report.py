@@ -18,8 +18,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
+from potluck.simulation.figures import COLOURS, save_figure
 from potluck.simulation.runs import RunRecord
 
 Curve: TypeAlias = Sequence[tuple[int, float]]  # (round, score), rounds ascending
@@ -42,8 +43,9 @@ _HELD = (
 )
 
 # What leaves the numbers of a run as they are, or only says when it stops.
-_NOT_THE_EXPERIMENT = ("seed", "rounds", "target", "stop_at_target", "executor", "workers")
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+_NOT_THE_EXPERIMENT = (
+    "seed", "rounds", "target", "stop_at_target", "executor", "workers", "evaluate_train",
+)  # fmt: skip
 
 
 class Cost(NamedTuple):
@@ -201,8 +203,7 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
     far, averaged over the seeds of an experiment.
     """
     groups = group(costs)
-    matplotlib: Any = importlib.import_module("matplotlib")  # slow, and seldom needed
-    figure_module: Any = importlib.import_module("matplotlib.figure")
+    figure_module: Any = importlib.import_module("matplotlib.figure")  # slow, and seldom needed
     figure = figure_module.Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for target in sorted({run.target for runs in groups for run in runs if run.target is not None}):
@@ -212,8 +213,8 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
             textcoords="offset points", color="0.4", va="center", fontsize="small",
         )  # fmt: skip
     for i, (name, runs) in enumerate(zip(_labels(groups), groups, strict=True)):
-        colour = _COLOURS[i % len(_COLOURS)]
-        style = ("-", "--", ":")[i // len(_COLOURS) % 3]
+        colour = COLOURS[i % len(COLOURS)]
+        style = ("-", "--", ":")[i // len(COLOURS) % 3]
         for run in runs:
             axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=0.7, alpha=0.35)
         numbers, scores = zip(*mean_of_best(runs), strict=True)
@@ -227,10 +228,7 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
         axes.set_ylim(_lowest_shown(groups), 1.0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right" if metrics == ["accuracy"] else "upper right")
-    with matplotlib.rc_context({"svg.hashsalt": "potluck"}):  # the same runs, the same bytes
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(path, dpi=150, metadata=metadata)
+    save_figure(figure, paths)
 
 
 def format_bytes(number: float) -> str:
@@ -298,7 +296,15 @@ def _bytes(record: RunRecord, last: int) -> tuple[int, int]:
 
 def _identity(experiment: dict[str, Any]) -> str:
     run = {k: v for k, v in experiment["run"].items() if k not in _NOT_THE_EXPERIMENT}
-    return json.dumps({**experiment, "run": run}, sort_keys=True)
+    return json.dumps(_given({**experiment, "run": run}), sort_keys=True)
+
+
+def _given(value: Any) -> Any:
+    """Without the keys that are None: runs that are older than a key lack it."""
+    if not isinstance(value, dict):
+        return value
+    content = cast("dict[str, Any]", value)
+    return {key: _given(inner) for key, inner in content.items() if inner is not None}
 
 
 def _labels(groups: Sequence[Sequence[Cost]]) -> list[str]:

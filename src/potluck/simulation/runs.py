@@ -35,6 +35,7 @@ from potluck.experiment import Experiment
 from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.manifest import difference, make_manifest
 from potluck.simulation.rounds import ClientStates, Round, make_executor, rounds
+from potluck.simulation.train_loss import WithTrainLoss
 from potluck.tasks import FederatedData, Task
 
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
@@ -166,6 +167,8 @@ class _Run:
             return
         (self.directory / "final.safetensors").unlink(missing_ok=True)
         executor = make_executor(run.executor, task, run.workers)
+        if run.evaluate_train is not None:
+            executor = WithTrainLoss(executor, task, run.evaluate_train)
         last: _Position | None = start
         due = time.monotonic() + _CHECKPOINT_SECONDS
         unsaved = False

@@ -1,0 +1,61 @@
+"""The training loss of the averaged model, beside its test metrics.
+
+What clients report is the loss while they train, which falls with every local epoch whatever the
+average is worth. This is the loss of the model that a round ends with, on a sample of all clients'
+training examples: the same sample in every round, of every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.algorithms import Algorithm
+from potluck.core import Vector, stream
+from potluck.simulation.executors import NO_STATES, CohortResult, Executor, kernel_threads
+from potluck.tasks import Evaluator, Examples, Task, evaluation_batches, means
+
+
+class WithTrainLoss:
+    """An executor that adds `train_loss` to the metrics of another.
+
+    Args:
+        inner: trains, evaluates and is closed with this one.
+        num_examples: of the sample; all training examples if there are not so many.
+    """
+
+    def __init__(self, inner: Executor, task: Task, num_examples: int) -> None:
+        self._inner = inner
+        self._evaluator = Evaluator(task)
+        train = task.data.train
+        order = stream(0, "train-loss").permutation(train.num_examples)
+        rows = np.sort(order[:num_examples])
+        sample = Examples(train.inputs[rows], train.targets[rows])
+        self._batches = evaluation_batches(task, sample)
+
+    def train(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector] = NO_STATES,
+    ) -> CohortResult:
+        """Local training of one cohort, by the other executor."""
+        return self._inner.train(algorithm, received, cohort, seed=seed, round=round, states=states)
+
+    def evaluate(self, weights: Vector) -> dict[str, float]:
+        """Central evaluation by the other executor, and the loss on the sample."""
+        metrics = self._inner.evaluate(weights)
+        self._evaluator.load(weights)
+        with kernel_threads(1):  # the same bits whatever the executor
+            loss = means([self._evaluator.sums(batch) for batch in self._batches])["loss"]
+        return {**metrics, "train_loss": loss}
+
+    def close(self) -> None:
+        """Close the other executor."""
+        self._inner.close()

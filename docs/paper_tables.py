@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from potluck.simulation import interpolation, paper
-from potluck.simulation.comparison import HEADER, LOSS_HEADER, gather, loss_rows, rows
+from potluck.reproduction import interpolation, paper
+from potluck.reproduction.comparison import HEADER, LOSS_HEADER, gather, loss_rows, rows
+from potluck.reproduction.grid import Grid
 from potluck.simulation.report import markdown
-from potluck.simulation.reproduce import Grid
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "experiment": {"core", "explain"},
     "explain": {"core"},
     "simulation": {"tasks", "algorithms", "privacy", "core", "experiment"},
+    "reproduction": {"simulation", "tasks", "algorithms", "core", "experiment"},
     "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment"},
     "device": {"tasks", "protocol", "algorithms", "privacy", "core"},
 }

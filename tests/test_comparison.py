@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from potluck.simulation import comparison, curves
-from potluck.simulation.comparison import Result, gather, keep, loss_rows, page, rows
-from potluck.simulation.estimates import seconds_per_round, work
-from potluck.simulation.paper import Cell
-from potluck.simulation.reproduce import Grid, find, place
+from potluck.reproduction import comparison, curves
+from potluck.reproduction.comparison import Result, gather, keep, loss_rows, page, rows
+from potluck.reproduction.estimates import seconds_per_round, work
+from potluck.reproduction.grid import Grid, find, place
+from potluck.reproduction.paper import Cell
 
 CELL = Cell("tiny", "2NN", 0.9, "iid", 1, 10, 0.1, 40, "tiny")
 TOML = """\

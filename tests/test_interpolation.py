@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from potluck.simulation import interpolation
-from potluck.simulation.interpolation import QUICK, Line, lines, load, save
+from potluck.reproduction import interpolation
+from potluck.reproduction.interpolation import QUICK, Line, lines, load, save
 from potluck.tasks import LogisticRegression, Task, datasets, evaluate, partitions
 
 COARSE = (-0.2, 0.0, 0.25, 0.5, 0.75, 1.0, 1.2)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from potluck.simulation import build_algorithm, paper, quick
-from potluck.simulation.paper import Cell
-from potluck.simulation.reproduce import Grid, load_cell
+from potluck.reproduction import paper, quick
+from potluck.reproduction.grid import Grid, load_cell
+from potluck.reproduction.paper import Cell
+from potluck.simulation import build_algorithm
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 WHATS = [what for what in paper.TITLES if what != "figure1"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from potluck.simulation import paper, read_run
+from potluck.reproduction import paper
+from potluck.simulation import read_run
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/paper.md").read_text(encoding="utf-8")

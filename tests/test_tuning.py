@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from potluck.simulation import tuning
+from potluck.reproduction import tuning
+from potluck.reproduction.tuning import Trial
 from potluck.simulation.report import Cost
-from potluck.simulation.tuning import Trial
 
 
 def cost(to_target: float | None, *, best: float = 0.9, rounds: int = 100) -> Cost:

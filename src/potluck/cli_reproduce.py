@@ -13,8 +13,8 @@ import typer
 from potluck.command import Debug, command
 
 if TYPE_CHECKING:
-    from potluck.simulation.paper import Cell
-    from potluck.simulation.reproduce import Grid, Job
+    from potluck.reproduction.grid import Grid, Job
+    from potluck.reproduction.paper import Cell
     from potluck.tasks import FederatedData
 
 
@@ -87,7 +87,7 @@ def reproduce(
     Runs what is missing, cell by cell and seed by seed, then writes the page of the whole table.
     Stopped in whatever way, it goes on when the same command is given again.
     """
-    from potluck.simulation.paper import TITLES
+    from potluck.reproduction.paper import TITLES
 
     if what not in TITLES:
         raise ValueError(f"WHAT must be one of {', '.join(TITLES)}, got {what!r}. Take one.")
@@ -100,9 +100,9 @@ def reproduce(
     if what == "figure1":
         _figure1(chosen, out / what, words, report_only, quick, deadline)
         return
-    from potluck.simulation import paper
-    from potluck.simulation import quick as miniature
-    from potluck.simulation.reproduce import Grid, select
+    from potluck.reproduction import paper
+    from potluck.reproduction import quick as miniature
+    from potluck.reproduction.grid import Grid, select
 
     every = miniature.cells(what) if quick else paper.cells(what)
     grid = Grid(
@@ -137,10 +137,10 @@ def _seeds(text: str) -> list[int]:
 def _run(grid: Grid, cells: Sequence[Cell], deadline: float | None) -> None:
     from dataclasses import replace
 
+    from potluck.reproduction.estimates import left
+    from potluck.reproduction.grid import jobs
     from potluck.simulation import build_data
-    from potluck.simulation.estimates import left
     from potluck.simulation.report import format_seconds
-    from potluck.simulation.reproduce import jobs
 
     grid = replace(grid, cells=cells)
     built: tuple[object, FederatedData] | None = None
@@ -164,8 +164,8 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
     """Do a job; whether there is time for another."""
     from contextlib import closing
 
+    from potluck.reproduction.grid import has_diverged, run
     from potluck.simulation import read_run
-    from potluck.simulation.reproduce import has_diverged, run
     from potluck.terminal import with_progress
 
     history = []
@@ -183,8 +183,8 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
 
 
 def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
-    from potluck.simulation import comparison
-    from potluck.simulation.curves import draw_accuracy, draw_train_loss
+    from potluck.reproduction import comparison
+    from potluck.reproduction.curves import draw_accuracy, draw_train_loss
     from potluck.terminal import show_table
 
     comparison.keep(grid)
@@ -215,7 +215,7 @@ def _figure1(
     quick: bool,
     deadline: float | None,
 ) -> None:
-    from potluck.simulation import interpolation
+    from potluck.reproduction import interpolation
     from potluck.terminal import show_table
 
     setting = interpolation.QUICK if quick else interpolation.PAPER

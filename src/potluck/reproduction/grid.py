@@ -18,12 +18,12 @@ from typing import NamedTuple, cast
 
 from potluck.core import ConfigError, DivergedError
 from potluck.experiment import Experiment, load_experiment
-from potluck.simulation import tuning
-from potluck.simulation.paper import Cell
+from potluck.reproduction import tuning
+from potluck.reproduction.paper import Cell
+from potluck.reproduction.tuning import Choice, Trial
 from potluck.simulation.report import measure
 from potluck.simulation.rounds import Round
 from potluck.simulation.runs import RunRecord, read_run, train
-from potluck.simulation.tuning import Choice, Trial
 from potluck.tasks import FederatedData
 
 SEEDS = (1, 2, 3)

@@ -17,10 +17,12 @@ from typer.testing import CliRunner, Result
 
 from potluck.cli import app
 from potluck.core import ConfigError
-from potluck.simulation import build_data, paper, read_run, reproduce
-from potluck.simulation.estimates import left
-from potluck.simulation.paper import Cell
-from potluck.simulation.reproduce import Grid, Job, choice, find, is_complete, jobs, run, select
+from potluck.reproduction import grid as reproduce
+from potluck.reproduction import paper
+from potluck.reproduction.estimates import left
+from potluck.reproduction.grid import Grid, Job, choice, find, is_complete, jobs, run, select
+from potluck.reproduction.paper import Cell
+from potluck.simulation import build_data, read_run
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,10 +23,10 @@ import numpy as np
 
 from potluck.algorithms import FedAvg
 from potluck.core import Vector, stream
+from potluck.reproduction.paper import TITLES
 from potluck.simulation.executors import kernel_threads
 from potluck.simulation.figures import save_figure
 from potluck.simulation.manifest import commit, machine
-from potluck.simulation.paper import TITLES
 from potluck.simulation.report import markdown
 from potluck.tasks import (
     Dataset,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from potluck.simulation.comparison import Result, train_loss
+from potluck.reproduction.comparison import Result, train_loss
 from potluck.simulation.figures import COLOURS, save_figure
 from potluck.simulation.report import Curve, best_so_far, mean_of_best
 

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from potluck.simulation.estimates import seconds_per_round
-from potluck.simulation.paper import TITLES, Cell
-from potluck.simulation.report import Cost, Curve, markdown, measure
-from potluck.simulation.reproduce import (
+from potluck.reproduction.estimates import seconds_per_round
+from potluck.reproduction.grid import (
     DIVERGED,
     Grid,
     choice,
@@ -26,8 +24,10 @@ from potluck.simulation.reproduce import (
     place,
     rates_with,
 )
+from potluck.reproduction.paper import TITLES, Cell
+from potluck.reproduction.tuning import SEED, Choice, Trial
+from potluck.simulation.report import Cost, Curve, markdown, measure
 from potluck.simulation.runs import RunRecord
-from potluck.simulation.tuning import SEED, Choice, Trial
 
 LOSS_FIGURES = ("figure3", "figure8")  # of the training loss; the others are of test accuracy
 HEADER = (

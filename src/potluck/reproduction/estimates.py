@@ -11,8 +11,7 @@ from __future__ import annotations
 import statistics
 from typing import NamedTuple
 
-from potluck.simulation.paper import Cell
-from potluck.simulation.reproduce import (
+from potluck.reproduction.grid import (
     Grid,
     choice,
     find,
@@ -21,7 +20,8 @@ from potluck.simulation.reproduce import (
     rates_with,
     tuning_jobs,
 )
-from potluck.simulation.tuning import SEED
+from potluck.reproduction.paper import Cell
+from potluck.reproduction.tuning import SEED
 
 _CLIENTS = {"LSTM": (1144, 74.0)}  # clients, training examples of a client (lines)
 _MNIST = (100, 600.0)

@@ -7,7 +7,7 @@ They show that the machinery works and which way an effect goes; the paper's num
 
 from __future__ import annotations
 
-from potluck.simulation.paper import Cell, cell
+from potluck.reproduction.paper import Cell, cell
 
 SEEDS = (1, 2)
 _FILE = "digits-quickstart"  # what every miniature is made of

@@ -137,6 +137,12 @@ def test_a_manifest_of_another_run_is_refused() -> None:
 CONTENT: dict[str, Any] = json.loads(GOLDEN)
 
 
+def with_digest(*names: str) -> dict[str, Any]:
+    """The spec under other names, with the digest that belongs to them."""
+    digest = Spec(names, SPEC.shapes).digest()
+    return {"names": list(names), "shapes": CONTENT["spec"]["shapes"], "digest": digest}
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -162,8 +168,8 @@ CONTENT: dict[str, Any] = json.loads(GOLDEN)
                 {"spec": {**CONTENT["spec"], "digest": "0" * 32}},
                 {"spec": {**CONTENT["spec"], "names": ["layer.bias", "layer.weight"]}},
                 {"spec": {**CONTENT["spec"], "names": ["a'", "b"]}},
-                {"spec": {**CONTENT["spec"], "names": ["a", "a"]}},
-                {"spec": {**CONTENT["spec"], "names": ["a"]}},
+                {"spec": with_digest("a", "a")},
+                {"spec": with_digest("a")},
                 {"spec": {**CONTENT["spec"], "shapes": [[2, -3], [3]]}},
                 {"spec": {**CONTENT["spec"], "shapes": [[2, 3.0], [3]]}},
                 {"spec": {**CONTENT["spec"], "shapes": [[2, 3], 3]}},

@@ -250,7 +250,7 @@ def test_a_language_model_is_built_as_it_is_described(written):
     overrides += ["task.loss=per-step", "task.batches=random", "task.hidden=16"]
     experiment = load_experiment(written(GOOD), overrides)
     task = build_task(experiment, build_data(experiment))
-    assert task.loss == PerStep(padding=257)
+    assert task.loss == PerStep(padding=257, steps=80)
     assert task.batches == "random"
     assert task.module().lstm1.peepholes.shape == (3, 16)
 

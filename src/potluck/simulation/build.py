@@ -29,6 +29,7 @@ from potluck.tasks import (
     Dataset,
     FederatedData,
     LogisticRegression,
+    Loss,
     PeepholeCharLSTM,
     PerCharacter,
     PerStep,
@@ -148,11 +149,13 @@ def _language_task(experiment: Experiment, data: FederatedData) -> Task:
             f"task.data = {section.data!r}. Change one of the two."
         )
     model = partial(_LANGUAGE_MODELS[section.model], data.num_classes, hidden=section.hidden or 256)
-    loss = PerStep if section.loss == "per-step" else PerCharacter
+    loss: Loss = PerCharacter(padding=data.padding)
+    if section.loss == "per-step":
+        loss = PerStep(padding=data.padding, steps=data.train.targets.shape[1])
     return Task(
         model=model,
         data=data,
-        loss=loss(padding=data.padding),
+        loss=loss,
         metrics={"accuracy": CharacterAccuracy(padding=data.padding)},
         batches="random" if section.batches == "random" else "by length",
     )

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from potluck.core import DataError
 
 Array = NDArray[Any]
+A = TypeVar("A", bound=Any)  # arrays or tensors
 
 
 class Examples(NamedTuple):
@@ -36,6 +37,12 @@ class Examples(NamedTuple):
 def lengths(inputs: Array, padding: int) -> NDArray[np.int64]:
     """How many steps of each sequence [examples, steps] are before its padding: [examples]."""
     return (inputs != padding).sum(axis=1, dtype=np.int64)
+
+
+def trimmed(inputs: A, targets: A, length: int) -> tuple[A, A]:
+    """The first `length` steps of a batch of sequences, and of targets that have steps too."""
+    has_steps = targets.ndim > 1 and targets.shape[1] == inputs.shape[1]
+    return inputs[:, :length], targets[:, :length] if has_steps else targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.core import Vector
-from potluck.tasks.data import Examples, lengths
+from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.task import Task, bind, spec_of
 
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
@@ -54,10 +54,11 @@ class Evaluator:
         return result
 
     def _outputs(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = np.array(examples.inputs)
+        inputs, targets = np.array(examples.inputs), np.array(examples.targets)
         if self._task.data.padding is not None:
-            inputs = inputs[:, : max(int(lengths(inputs, self._task.data.padding).max()), 1)]
-        return self._module(torch.from_numpy(inputs)), torch.from_numpy(np.array(examples.targets))
+            longest = int(lengths(inputs, self._task.data.padding).max())
+            inputs, targets = trimmed(inputs, targets, max(longest, 1))
+        return self._module(torch.from_numpy(inputs)), torch.from_numpy(targets)
 
 
 def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Examples]:

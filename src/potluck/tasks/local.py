@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from potluck.core import Correction, Spec, Vector
 from potluck.tasks.correction import CorrectedStep
-from potluck.tasks.data import Examples, lengths
+from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.inplace import InPlaceLinears
 from potluck.tasks.task import Task, bind, spec_of
 
@@ -105,10 +105,10 @@ class TorchRuntime:
         self._targets = torch.from_numpy(examples.targets.take(order, axis=0))
 
     def _forward(self, batch: slice) -> Tensor:
-        inputs = self._inputs[batch]
+        inputs, targets = self._inputs[batch], self._targets[batch]
         if self._lengths is not None:
-            inputs = inputs[:, : max(int(self._lengths[batch].max()), 1)]
-        return self._loss(self.module(inputs), self._targets[batch])
+            inputs, targets = trimmed(inputs, targets, max(int(self._lengths[batch].max()), 1))
+        return self._loss(self.module(inputs), targets)
 
     def _descend(self, loss: Tensor, tensors: Sequence[Tensor], lr: float) -> None:
         gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)

@@ -5,10 +5,10 @@ takes the same to one value per example, [batch], or per position of an example,
 marks what does not count (padding). Values are averaged over all that count.
 
 For sequences, targets are [batch, steps], padded at their end, and outputs are the logits
-[batch, width, symbols] of at least all real steps: a runtime leaves out steps that are padding in
-the whole batch. Two losses differ by what they divide by: `PerCharacter` by the real characters of
-the batch, `PerStep` by all its steps, padding included, as the paper's figures seem to. With lines
-of 42 characters padded to 80 steps the second is about half the first, and wants twice the rate.
+[batch, steps, symbols]; a runtime leaves out of both the steps that are padding in the whole batch.
+Two losses differ by what they divide by: `PerCharacter` by the real characters of the batch,
+`PerStep` by a fixed number of steps a line, as the paper's figures seem to. With lines of 42
+characters and 80 steps the second is about half the first, and wants twice the rate.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PerCharacter:
     padding: int  # the target that does not count
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, steps]."""
+        """Of logits [batch, width, symbols] and targets [batch, width]."""
         return _summed(outputs, targets, self.padding) / self.count(targets)
 
     def count(self, targets: Tensor) -> int:
@@ -56,13 +56,14 @@ class PerCharacter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerStep:
-    """Cross-entropy summed over the real characters, divided by batch · steps."""
+    """Cross-entropy summed over the real characters, divided by batch · `steps`."""
 
     padding: int  # the target that does not count
+    steps: int  # of a padded line, before any were left out
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, steps]."""
-        return _summed(outputs, targets, self.padding) / targets.numel()
+        """Of logits [batch, width, symbols] and targets [batch, width], width ≤ steps."""
+        return _summed(outputs, targets, self.padding) / (len(targets) * self.steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +73,12 @@ class CharacterAccuracy:
     padding: int  # the target that does not count
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, steps]."""
-        targets = targets[:, : outputs.shape[1]]
+        """Of logits [batch, width, symbols] and targets [batch, width]."""
         right = (outputs.argmax(dim=2) == targets).float()
         return right.masked_fill(targets == self.padding, float("nan"))
 
 
 def _summed(outputs: Tensor, targets: Tensor, padding: int) -> Tensor:
-    targets = targets[:, : outputs.shape[1]]
     return functional.cross_entropy(
         outputs.flatten(0, 1), targets.flatten().long(), ignore_index=padding, reduction="sum"
     )

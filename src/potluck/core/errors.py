@@ -8,7 +8,9 @@
     ├── RunError           a run directory that cannot be opened, written or continued
     ├── TrainingError      local training failed at a named client and round
     │   └── DivergedError  its loss or weights are no longer finite
-    └── WorkerError        a worker process died or failed
+    ├── WorkerError        a worker process died or failed
+    ├── StorageError       a server's database or blobs cannot be read or written now
+    └── RefusedError       a server does not do what a device or an operator asked, and says why
 
 A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError` and
 `ConfigError` are `ValueError`s too. Each message says what was expected, what was got
@@ -52,3 +54,15 @@ class DivergedError(TrainingError):
 
 class WorkerError(PotluckError):
     """A worker process died or failed."""
+
+
+class StorageError(PotluckError):
+    """A server's database or blobs cannot be read or written now; what was acknowledged is safe."""
+
+
+class RefusedError(PotluckError):
+    """A server does not do what was asked; `code` is one word that a program can act upon."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -64,9 +64,7 @@ class Fleet:
         self.spec = Spec(("w",), ((self.dim,),))
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 1000} | settings
         self.settings = RoundSettings(**values)
-        self.experiment = check_experiment(
-            CONTENT | {"run": CONTENT["run"] | (run or {})}, "test"
-        )
+        self.experiment = check_experiment(CONTENT | {"run": CONTENT["run"] | (run or {})}, "test")
         self.service = self.open()
         self.run = self.service.create_run(
             self.experiment, np.zeros(self.dim, np.float32), self.spec, self.settings

@@ -54,7 +54,7 @@ def imports_of(path: Path) -> set[str]:
 )
 def test_imports_point_down(path):
     place = path.relative_to(SOURCE)
-    assert len(place.parts) <= 2, "two levels of folders at most"
+    assert len(place.parts) <= 2 or "migrations" in place.parts, "two levels of folders at most"
     home = place.parts[0].removesuffix(".py")
     if home in TOP:
         return

@@ -24,8 +24,10 @@ from potluck.protocol import (
     Assignment,
     CheckIn,
     Codec,
+    Invitation,
     Message,
     Wait,
+    encode_invitation,
     encode_message,
     encode_vector,
     fingerprint,
@@ -38,6 +40,7 @@ from potluck.protocol import (
 )
 from potluck.protocol.messages import type_of
 from potluck.protocol.signing import signed_bytes
+from potluck.protocol.strict_json import encode_json
 
 TEXT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
 DEVICE, SERVER = bytes(range(32)), bytes(range(32, 64))
@@ -89,6 +92,12 @@ def test_the_examples_of_bytes_are_true() -> None:
     )
     data, signature = sign_manifest(SERVER, manifest)
     spec = Spec(("layer.weight", "layer.bias"), ((2, 3), (3,)))
+    invitation = Invitation(
+        token="T0ken-of_sixteen",
+        run="digits",
+        server_key=public_key(SERVER).hex(),
+        certificate=None,
+    )
     random = np.random.default_rng(0)
     vectors = [
         f"{codec:8}  {VECTORS[codec]!s:42}  "
@@ -100,6 +109,7 @@ def test_the_examples_of_bytes_are_true() -> None:
         f"private key  {DEVICE.hex()}\npublic key   {public_key(DEVICE).hex()}\n"
         f"device       {fingerprint(public_key(DEVICE))}",
         signed_bytes(claim, *request).decode(),
+        f"{encode_json(invitation.model_dump()).decode()}\n{encode_invitation(invitation)}",
         data.decode(),
         f"{(spec.names, spec.shapes)!r}\n{spec.digest()}",
         f"private key  {SERVER.hex()}\npublic key   {public_key(SERVER).hex()}\n"

@@ -9,7 +9,9 @@
     ├── TrainingError      local training failed at a named client and round
     │   └── DivergedError  its loss or weights are no longer finite
     ├── WorkerError        a worker process died or failed
-    └── ProtocolError      bytes from the network that are refused, with a code
+    ├── ProtocolError      bytes from the network that are refused, with a code
+    ├── StorageError       a server's database or blobs cannot be read or written now
+    └── RefusedError       a server does not do what a device or an operator asked, and says why
 
 A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError` and
 `ConfigError` are `ValueError`s too. Each message says what was expected, what was got
@@ -67,3 +69,15 @@ class ProtocolError(PotluckError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+class StorageError(PotluckError):
+    """A server's database or blobs cannot be read or written now; what was acknowledged is safe."""
+
+
+class RefusedError(PotluckError):
+    """A server does not do what was asked; `code` is one word that a program can act upon."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

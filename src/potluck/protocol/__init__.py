@@ -1,6 +1,7 @@
 """The protocol between server and devices: messages ⇄ bytes, without sockets, files or clocks."""
 
 from potluck.protocol.codes import FAILURE_REASONS, STATUS, ErrorCode, FailureReason
+from potluck.protocol.invitation import Invitation, encode_invitation, parse_invitation
 from potluck.protocol.keys import fingerprint, new_key, public_key
 from potluck.protocol.manifest import Manifest, ManifestSpec, sign_manifest, verify_manifest
 from potluck.protocol.messages import (
@@ -78,6 +79,7 @@ __all__ = [
     "Failed",
     "FailureReason",
     "Finished",
+    "Invitation",
     "Lease",
     "Manifest",
     "ManifestSpec",
@@ -91,11 +93,13 @@ __all__ = [
     "check_body",
     "decode_blocks",
     "decode_vector",
+    "encode_invitation",
     "encode_message",
     "encode_vector",
     "encoded_bytes",
     "fingerprint",
     "new_key",
+    "parse_invitation",
     "parse_message",
     "parse_offset",
     "public_key",

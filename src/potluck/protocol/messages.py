@@ -35,6 +35,7 @@ Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63
 Id: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Key: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Token: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
 Signature: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Count: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Milliseconds: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
@@ -75,7 +76,7 @@ class Enrol(Message):
     """A newcomer's key, with the token that lets it in. Signed with that key."""
 
     type: Literal["enrol"] = "enrol"
-    token: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
+    token: Token
     public_key: Key
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")] | None = None
     runtime: Runtime

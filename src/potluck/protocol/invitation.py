@@ -1,0 +1,63 @@
+"""An invitation: all that a device needs to know beside the server's address, as one string.
+
+    base64url without padding of the canonical JSON of
+    {"certificate": SHA-256 of the certificate or null, "run", "server_key", "token", "v": 1}
+
+Guarantee: who gets the string over a channel that nobody could alter pins the server's certificate
+and the run's key before the first connection. The string is a secret until its token is used.
+
+Compatibility: `v` counts up with any change; a device refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Literal
+
+from potluck.core import ProtocolError
+from potluck.protocol.messages import Digest, Key, Message, Name, Token, validate
+from potluck.protocol.strict_json import encode_json, parse_json, refuse
+
+_FORM = re.compile(r"[A-Za-z0-9_-]{1,1024}")
+
+
+class Invitation(Message):
+    """One device's way into one run."""
+
+    v: Literal[1] = 1
+    token: Token
+    run: Name
+    server_key: Key
+    """It signs the run's manifests."""
+    certificate: Digest | None
+    """SHA-256 of the server's certificate (DER). None: the system's authorities vouch for it."""
+
+
+def encode_invitation(invitation: Invitation) -> str:
+    """The string that a person hands on."""
+    return base64.urlsafe_b64encode(encode_json(invitation.model_dump())).decode().rstrip("=")
+
+
+def parse_invitation(text: str) -> Invitation:
+    """The invitation in a string, which may have blanks around it.
+
+    Raises:
+        ProtocolError: "malformed".
+    """
+    text = text.strip()
+    if _FORM.fullmatch(text) is None:
+        refuse("the invitation must be one word of A-Z a-z 0-9 _ -, got another string")
+    try:
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    except binascii.Error:
+        refuse("the invitation must be whole, got a part of one")
+    try:
+        return validate(Invitation, parse_json(data, len(data)))
+    except ProtocolError as error:
+        raise ProtocolError(
+            "malformed",
+            f"the invitation must be what `potluck enroll` printed, got another string ({error}). "
+            "Copy all of it.",
+        ) from None

@@ -1,0 +1,227 @@
+"""Blobs: models and updates, in a local folder or in an object store.
+
+A blob is there as a whole or not at all. In a folder that is a temporary file, fsync, rename, and
+fsync of the directory; `put` returns after the last of them. An upload grows as a part, which any
+kill leaves as long as it got: its length is the offset at which the device goes on. A sealed part
+becomes a blob by a rename.
+
+A full disk, a read-only one and a failing one are all `StorageError`, which a server answers with
+503; what was half-written then is removed, or overwritten by the next try.
+
+Keys are made by the server, never taken from a request: `models/<sha256>`,
+`reports/<round>/<device>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from potluck.core import StorageError
+from potluck.server import faults
+
+PIECE_BYTES = 1 << 20
+_STALE_SECONDS = 3600
+
+
+class BlobStore(Protocol):
+    """What the server needs of a place for blobs."""
+
+    def put(self, key: str, pieces: Iterable[bytes]) -> None:
+        """Store a blob durably, replacing one with the same key."""
+        ...
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The bytes [start, stop) in pieces of about a megabyte."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a blob; None if there is none."""
+        ...
+
+    def delete(self, prefix: str) -> None:
+        """Remove the blob of this key, and all whose keys continue it with a slash."""
+        ...
+
+    def append(self, part: str, offset: int, data: bytes) -> int:
+        """Append to a part if it is `offset` bytes long. Returns its length, durable."""
+        ...
+
+    def part_size(self, part: str) -> int:
+        """Bytes of a part; 0 if there is none."""
+        ...
+
+    def read_part(self, part: str) -> Iterator[bytes]:
+        """The bytes of a part, in pieces."""
+        ...
+
+    def seal(self, part: str, key: str) -> None:
+        """Make a part a blob; the part is gone then."""
+        ...
+
+    def drop(self, part: str) -> None:
+        """Remove a part, if there is one."""
+        ...
+
+
+def open_blobs(url: str) -> BlobStore:
+    """A folder by its path, or an object store by URL (`s3://bucket/prefix`)."""
+    if "://" not in url:
+        return FolderStore(url)
+    if url.startswith("file://"):
+        return FolderStore(url.removeprefix("file://"))
+    from potluck.server.objects import ObjectStore
+
+    return ObjectStore.open(url)
+
+
+class FolderStore:
+    """Blobs in a local folder, which several processes of one machine may share."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = Path(folder)
+        self._parts = self._folder / "parts"
+        self._temporary = self._folder / "temporary"
+        with _disk_errors():
+            for path in (self._folder, self._parts, self._temporary):
+                path.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+
+    def put(self, key: str, pieces: Iterable[bytes]) -> None:
+        path = self._folder / key
+        temporary = self._temporary / secrets.token_hex(16)
+        with _disk_errors():
+            try:
+                with temporary.open("wb") as file:
+                    for piece in pieces:
+                        file.write(piece)
+                    faults.reach("blob.written")
+                    file.flush()
+                    os.fsync(file.fileno())
+                faults.reach("blob.synced")
+                _rename(temporary, path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+        faults.reach("blob.done")
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        return _read(self._folder / key, start, stop)
+
+    def size(self, key: str) -> int | None:
+        with _disk_errors():
+            try:
+                return (self._folder / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def delete(self, prefix: str) -> None:
+        path = self._folder / prefix
+        with _disk_errors():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def append(self, part: str, offset: int, data: bytes) -> int:
+        faults.reach("chunk.before-write")
+        with _disk_errors(), (self._parts / part).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a retry may meet the request that it repeats
+            size = os.fstat(file.fileno()).st_size
+            if size != offset:
+                return size
+            try:
+                half = len(data) // 2
+                file.write(data[:half])
+                file.flush()
+                faults.reach("chunk.torn")
+                file.write(data[half:])
+                file.flush()
+                faults.reach("chunk.before-sync")
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), size)
+                raise
+            finally:
+                with contextlib.suppress(OSError):  # an unwritten rest is not tried again
+                    file.close()
+        if offset == 0:
+            _sync_folder(self._parts)
+        faults.reach("chunk.after-sync")
+        return offset + len(data)
+
+    def part_size(self, part: str) -> int:
+        with _disk_errors():
+            try:
+                return (self._parts / part).stat().st_size
+            except FileNotFoundError:
+                return 0
+
+    def read_part(self, part: str) -> Iterator[bytes]:
+        return _read(self._parts / part, 0, None)
+
+    def seal(self, part: str, key: str) -> None:
+        with _disk_errors():
+            _rename(self._parts / part, self._folder / key)
+
+    def drop(self, part: str) -> None:
+        with _disk_errors():
+            (self._parts / part).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half-written."""
+        for path in self._temporary.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+
+def _rename(source: Path, target: Path) -> None:
+    if not target.parent.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (target.parent.parent, target.parent.parent.parent):
+            _sync_folder(folder)
+    source.replace(target)
+    faults.reach("blob.renamed")
+    _sync_folder(target.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    with _disk_errors(), path.open("rb") as file:
+        file.seek(start)
+        left = None if stop is None else max(stop - start, 0)
+        while left is None or left > 0:
+            piece = file.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left))
+            if not piece:
+                return
+            if left is not None:
+                left -= len(piece)
+            yield piece
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"the blob folder must be readable and writable, got {error.strerror!r} "
+            f"for {error.filename!r}. Make room, or bring it back; nothing acknowledged is lost."
+        ) from error

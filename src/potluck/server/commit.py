@@ -1,0 +1,271 @@
+"""From a closed round to the next model: aggregate, move the server state, commit.
+
+    the blobs of the next version:  write, fsync, rename, fsync of the directory
+    then one transaction:           {AGGREGATING → COMMITTED, model version, ledger row, run}
+
+A process that dies before the transaction leaves the round in AGGREGATING: the next leader makes
+the same bytes from the same accepted set and goes on. One that dies after it leaves a committed
+round. There is nothing in between. `sweep` removes the updates once they are of no more use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load, save
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from potluck.algorithms import Algorithm, ServerState
+from potluck.core import Vector
+from potluck.server import audit, faults
+from potluck.server.aggregation import DamagedError, Stored, aggregate
+from potluck.server.blobs import PIECE_BYTES, BlobStore
+from potluck.server.database import Database
+from potluck.server.reports import dim_of, drop_uploads
+from potluck.server.rounds import abandon_round, settle
+from potluck.server.tables import (
+    assignments,
+    devices,
+    evaluations,
+    ledger,
+    models,
+    reports,
+    rounds,
+    runs,
+)
+
+_OVER = ("COMMITTED", "ABANDONED")
+
+
+class Version(NamedTuple):
+    """A model that is on the disk."""
+
+    sha256: str
+    key: str
+    num_bytes: int
+    optimizer_key: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Works:
+    """What a commit works with."""
+
+    database: Database
+    blobs: BlobStore
+    check: Callable[[Connection], None]  # that we still lead
+    now: Callable[[], int]
+
+
+def store_version(blobs: BlobStore, state: ServerState) -> Version:
+    """Put a server state on the disk, under its digests; again is the same."""
+    weights = state.weights.astype("<f4", copy=False).tobytes()
+    sha256 = hashlib.sha256(weights).hexdigest()
+    key = f"models/{sha256}"
+    blobs.put(key, _pieces(weights))
+    optimizer_key = None
+    if state.optimizer:
+        vectors = save(dict(state.optimizer))
+        optimizer_key = f"optimizers/{hashlib.sha256(vectors).hexdigest()}"
+        blobs.put(optimizer_key, _pieces(vectors))
+    return Version(sha256, key, len(weights), optimizer_key)
+
+
+def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
+    """Read a server state, and check that the weights are those that were stored.
+
+    Raises:
+        DamagedError: they are not.
+    """
+    weights = b"".join(blobs.read(version.key))
+    if hashlib.sha256(weights).hexdigest() != version.sha256:
+        raise DamagedError(
+            f"the stored model of version {version.version} was damaged: {version.key}. Restore it."
+        )
+    optimizer: Mapping[str, Vector] = {}
+    if version.optimizer_key is not None:
+        optimizer = load(b"".join(blobs.read(version.optimizer_key)))
+    return ServerState(np.frombuffer(weights, "<f4").astype(np.float32), optimizer)
+
+
+def insert_version(
+    db: Connection, run: str, version: int, round: int, made: Version, now: int
+) -> None:
+    """The row of a new model version."""
+    place = {"run": run, "version": version, "round": round, "created_ms": now}
+    db.execute(insert(models).values(place | made._asdict()))
+
+
+def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algorithm) -> None:
+    """AGGREGATING → COMMITTED; or ABANDONED, where no finite model comes out."""
+    if round.kind == "evaluate":
+        _commit_evaluation(works, run, round)
+        return
+    faults.reach("aggregate.begin")
+    with works.database.read() as db:
+        accepted = _accepted(db, round)
+        here = (models.c.run == run.id) & (models.c.version == round.version)
+        base = db.execute(select(models).where(here)).one()
+        population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 1
+    try:
+        updates = [
+            Stored(r.client, r.sha256, r.weight, r.codec, partial(_read, works.blobs, r.key))
+            for r in accepted
+        ]
+        mean = aggregate(updates, dim_of(run.spec))
+        faults.reach("aggregate.end")
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = algorithm.server_update(
+                load_version(works.blobs, base),
+                mean,
+                round=round.number,
+                participation=len(accepted) / population,
+            )
+    except DamagedError as error:
+        _abandon(works, run, round, str(error))
+        return
+    if not np.isfinite(state.weights).all():
+        _abandon(works, run, round, "the new model is not finite")
+        return
+    faults.reach("commit.before-model")
+    made = store_version(works.blobs, state)
+    faults.reach("commit.before-row")
+    with works.database.write() as db:
+        works.check(db)
+        if _settle(db, works, run, round, version=run.version + 1):
+            insert_version(db, run.id, run.version + 1, round.number, made, works.now())
+            _enter(db, works, run, round, accepted, run.version + 1, made.sha256, made.num_bytes)
+        faults.reach("commit.inside")
+    faults.reach("commit.after")
+
+
+def sweep(works: Works) -> None:
+    """Remove the updates of rounds that are over: nobody may read them any more."""
+    over = select(rounds.c.id).where(rounds.c.swept.is_(False), rounds.c.state.in_(_OVER))
+    with works.database.read() as db:
+        ids = db.scalars(over).all()
+    for id in ids:
+        faults.reach("sweep.before")
+        works.blobs.delete(f"reports/{id}")
+        faults.reach("sweep.deleted")
+        with works.database.write() as db:
+            works.check(db)
+            drop_uploads(db, works.blobs, id)
+            db.execute(update(rounds).where(rounds.c.id == id).values(swept=True))
+        faults.reach("sweep.after")
+
+
+def accepted_digest(accepted: list[Any]) -> str:
+    """One hash for who is in a model, and with what: SHA-256 of JSON [[client, digest, weight]]."""
+    rows = sorted([r.client, r.sha256, r.weight] for r in accepted)
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
+    with works.database.write() as db:
+        works.check(db)
+        accepted = _accepted(db, round)
+        if not _settle(db, works, run, round, version=run.version):
+            return
+        metrics = _metrics([json.loads(row.metrics) for row in accepted])
+        insert_evaluation(db, run.id, round.number, "federated", metrics, works.now(), accepted)
+        here = (models.c.run == run.id) & (models.c.version == round.version)
+        base = db.execute(select(models).where(here)).one()
+        _enter(db, works, run, round, accepted, run.version, base.sha256, base.num_bytes)
+        faults.reach("commit.inside")
+    faults.reach("commit.after")
+
+
+def insert_evaluation(
+    db: Connection,
+    run: str,
+    round: int,
+    kind: str,
+    metrics: Mapping[str, float],
+    now: int,
+    accepted: list[Any] | None = None,
+) -> None:
+    """The row of an evaluation, central or federated."""
+    values = {"run": run, "round": round, "kind": kind, "created_ms": now}
+    values |= {"metrics": json.dumps(dict(metrics)), "num_devices": len(accepted or [])}
+    db.execute(insert(evaluations).values(values))
+
+
+def _metrics(reported: list[dict[str, list[float]]]) -> dict[str, float]:
+    """The mean over all examples of all devices that reported a metric, in any order the same."""
+    names = sorted({name for metrics in reported for name in metrics})
+    means: dict[str, float] = {}
+    for name in names:
+        pairs = [metrics[name] for metrics in reported if name in metrics]
+        means[name] = math.fsum(p[0] for p in pairs) / math.fsum(p[1] for p in pairs)
+    return means
+
+
+def _accepted(db: Connection, round: Row[Any]) -> list[Row[Any]]:
+    query = select(reports).where(reports.c.round == round.id).order_by(reports.c.client)
+    return list(db.execute(query).all())
+
+
+def _settle(db: Connection, works: Works, run: Row[Any], round: Row[Any], *, version: int) -> bool:
+    here = (rounds.c.id == round.id) & (rounds.c.state == "AGGREGATING")
+    moved = update(rounds).where(here).values(state="COMMITTED", closed_ms=works.now())
+    if db.execute(moved).rowcount != 1:
+        return False
+    settle(db, run, round, version=version)
+    return True
+
+
+def _enter(
+    db: Connection,
+    works: Works,
+    run: Row[Any],
+    round: Row[Any],
+    accepted: list[Row[Any]],
+    version: int,
+    sha256: str,
+    model_bytes: int,
+) -> None:
+    """The ledger's and the audit log's rows of a commit."""
+    weight = math.fsum(row.weight for row in accepted)
+    loss = math.fsum(row.weight * row.loss for row in accepted) / weight
+    sent = select(func.count()).where(assignments.c.round == round.id)
+    downlink = (db.scalar(sent) or 0) * model_bytes
+    place = {"round": round.id, "run": run.id, "kind": round.kind, "number": round.number}
+    digest = accepted_digest(accepted)
+    values = place | {
+        "attempt": round.attempt,
+        "version": version,
+        "model_sha256": sha256,
+        "accepted": len(accepted),
+        "accepted_sha256": digest,
+        "weight": weight,
+        "loss": loss if round.kind == "train" else None,
+        "uplink_bytes": sum(row.num_bytes for row in accepted),
+        "downlink_bytes": downlink,
+        "committed_ms": works.now(),
+    }
+    db.execute(insert(ledger).values(values))
+    told = {"number": round.number, "kind": round.kind, "version": version, "model": sha256}
+    audit.append(db, works.now(), "leader", "commit", run=run.id, accepted=digest, **told)
+
+
+def _abandon(works: Works, run: Row[Any], round: Row[Any], reason: str) -> None:
+    with works.database.write() as db:
+        works.check(db)
+        current = db.execute(select(runs).where(runs.c.id == run.id)).one()
+        abandon_round(db, current, round, reason, works.now())
+
+
+def _read(blobs: BlobStore, key: str) -> Iterator[bytes]:
+    return blobs.read(key)
+
+
+def _pieces(content: bytes) -> Iterator[bytes]:
+    for start in range(0, len(content), PIECE_BYTES):
+        yield content[start : start + PIECE_BYTES]

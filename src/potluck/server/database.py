@@ -1,0 +1,140 @@
+"""The database: one engine, short transactions, and migrations that run at the start.
+
+SQLite by default, PostgreSQL by URL. A writing transaction of SQLite begins IMMEDIATE, so writers
+queue instead of failing half-way; with `synchronous = FULL` and a write-ahead log a commit that
+returned is on the disk. On PostgreSQL transactions are READ COMMITTED, and those that decide
+something lock the row that they decide about (`for_update`).
+
+Whatever goes wrong between us and the database is one `StorageError`, which a server answers with
+503: nothing of the transaction was kept, and it may be tried again.
+
+Compatibility: `upgrade` brings any older database to the newest schema; a newer one is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.util.exc import CommandError
+from sqlalchemy import Connection, Engine, Executable, Row, create_engine, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+
+from potluck.core import StorageError
+
+_BUSY_SECONDS = 20
+_LOCK = 0x706F746C75636B  # of PostgreSQL's advisory locks: schema changes and the audit log
+
+
+class Database:
+    """An open database. `read` and `write` give a connection inside a transaction."""
+
+    def __init__(self, url: str) -> None:
+        """Connect to `sqlite:///path`, `postgresql+psycopg://…`, or a path of a file."""
+        self.engine = _engine(url)
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+
+    @contextlib.contextmanager
+    def read(self) -> Generator[Connection]:
+        """A consistent view on SQLite; on PostgreSQL, each statement sees what is committed."""
+        with _storage_errors(), self.engine.begin() as db:
+            yield db
+
+    @contextlib.contextmanager
+    def write(self) -> Generator[Connection]:
+        """All or nothing: committed at the end of the block, rolled back on any exception."""
+        with _storage_errors(), self.engine.connect() as plain:
+            db = plain.execution_options(potluck_write=True)
+            with db.begin():
+                yield db
+
+    def upgrade(self) -> None:
+        """Bring the schema to the newest version; several processes may do so at once."""
+        config = Config()
+        folder = Path(__file__).parent / "migrations"
+        config.set_main_option("script_location", str(folder).replace("%", "%%"))
+        with self.write() as db:
+            lock(db)
+            config.attributes["connection"] = db
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise StorageError(
+                    f"the database must have a schema that this version knows, got {error}. "
+                    "Upgrade Potluck."
+                ) from None
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def lock(db: Connection) -> None:
+    """Be alone until the end of this writing transaction (which on SQLite one is anyway)."""
+    if db.dialect.name == "postgresql":
+        db.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+
+
+def one(db: Connection, query: Executable) -> Row[Any] | None:
+    """The single row of a query, or None."""
+    return db.execute(query).one_or_none()
+
+
+def as_dict(row: Row[Any]) -> dict[str, Any]:
+    """A row by the names of its columns."""
+    return dict(row._mapping)  # pyright: ignore[reportPrivateUsage]: public in SQLAlchemy
+
+
+def _engine(url: str) -> Engine:
+    if "://" not in url:
+        url = f"sqlite:///{url}"
+    try:
+        parsed = make_url(url)
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+            raise ArgumentError("another database")
+        if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+            raise ArgumentError("a database in memory, which does not survive a restart")
+        if parsed.get_backend_name() == "postgresql":
+            return create_engine(parsed, pool_pre_ping=True, pool_size=20)
+    except ArgumentError as error:
+        raise ValueError(
+            "the database must be sqlite:///path or postgresql://user@host/name, "
+            f"got url={url!r} ({error}). Name a file."
+        ) from None
+    engine = create_engine(parsed, connect_args={"timeout": _BUSY_SECONDS}, pool_size=20)
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself: `_begin` does
+    cursor = connection.cursor()
+    for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        cursor.execute(f"PRAGMA {setting}")
+    cursor.close()
+
+
+def _begin(db: Connection) -> None:
+    writes = db.get_execution_options().get("potluck_write", False)
+    db.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Generator[None]:
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except DBAPIError as error:
+        raise StorageError(
+            f"the database must be reachable and writable, got {str(error.orig).strip()!r}. "
+            "Make room, or bring it back; nothing that was acknowledged is lost."
+        ) from error

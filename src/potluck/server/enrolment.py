@@ -1,0 +1,158 @@
+"""How devices come in and are thrown out: single-use tokens, keys, sequence numbers.
+
+A token is 32 random bytes, shown once; the database keeps its SHA-256. Using it is one UPDATE that
+finds it unused, so of any number of concurrent uses exactly one wins. The winner may repeat its
+request, with the same key, and gets the same answer: its first answer may have been lost.
+
+A device's id is the first 16 bytes of the SHA-256 of its public key, in hexadecimal: nobody can
+choose another device's. Its `client` index is the order of enrolment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import NamedTuple
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from potluck.core import RefusedError
+from potluck.server import audit, faults
+from potluck.server.database import Database, one
+from potluck.server.tables import assignments, devices, runs, tokens
+
+
+class Enrolled(NamedTuple):
+    """A device that belongs to a run."""
+
+    device: str
+    run: str
+    client: int
+
+
+def new_id() -> str:
+    """A random id."""
+    return secrets.token_hex(16)
+
+
+def device_id(public_key: bytes) -> str:
+    """The id that belongs to a key."""
+    return hashlib.sha256(public_key).hexdigest()[:32]
+
+
+def issue_token(
+    database: Database, run: str, now: int, *, valid_seconds: float = 7 * 86400, actor: str
+) -> str:
+    """Make a token with which one device can enrol; it cannot be read again."""
+    token = secrets.token_urlsafe(32)
+    with database.write() as db:
+        find_run(db, run)
+        expires = now + round(valid_seconds * 1000)
+        values = {"hash": _hash(token), "run": run, "expires_ms": expires, "created_ms": now}
+        db.execute(insert(tokens).values(values))
+        audit.append(db, now, actor, "token", run=run, token=_hash(token)[:16])
+    return token
+
+
+def enrol(
+    database: Database,
+    token: str,
+    public_key: bytes,
+    now: int,
+    *,
+    name: str = "",
+    device_class: str = "",
+) -> Enrolled:
+    """Use up a token and take in a device.
+
+    Raises:
+        RefusedError: token: unknown, used by another, or expired; conflict: the key is known.
+    """
+    if len(public_key) != 32:
+        raise RefusedError(
+            "malformed", f"a public key has 32 bytes, got {len(public_key)}. Send it raw."
+        )
+    id = device_id(public_key)
+    with database.write() as db:
+        unused = (tokens.c.hash == _hash(token)) & tokens.c.device.is_(None)
+        claim = update(tokens).where(unused & (tokens.c.expires_ms > now)).values(device=id)
+        won = db.execute(claim).rowcount == 1
+        used = one(db, select(tokens).where(tokens.c.hash == _hash(token)))
+        if used is None or used.device != id:
+            raise RefusedError(
+                "token", "a token must be unused and not expired. Ask for another one."
+            )
+        if won:
+            _insert(db, used.run, id, public_key, now, name, device_class)
+        enrolled = select(devices.c.client, devices.c.revoked_ms).where(devices.c.id == id)
+        row = db.execute(enrolled).one()
+        if row.revoked_ms is not None:
+            raise RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
+        faults.reach("enrol.inside")
+    faults.reach("enrol.after")
+    return Enrolled(id, used.run, row.client)
+
+
+def revoke(database: Database, device: str, now: int, *, actor: str) -> None:
+    """Throw a device out, for good; what it reported before stays."""
+    with database.write() as db:
+        there = (devices.c.id == device) & devices.c.revoked_ms.is_(None)
+        if db.execute(update(devices).where(there).values(revoked_ms=now)).rowcount == 0:
+            if one(db, select(devices.c.id).where(devices.c.id == device)) is None:
+                raise RefusedError("unknown", f"no such device: {device!r}.")
+            return
+        active = (assignments.c.device == device) & (assignments.c.state == "active")
+        values = {"state": "failed", "reason": "the device was revoked"}
+        db.execute(update(assignments).where(active).values(values))
+        audit.append(db, now, actor, "revoke", device=device)
+
+
+def claim_sequence(database: Database, device: str, sequence: int) -> None:
+    """Note the sequence number of a signed request: each one counts once, also after a restart.
+
+    Raises:
+        RefusedError: replayed.
+    """
+    with database.write() as db:
+        newer = (devices.c.id == device) & (devices.c.sequence < sequence)
+        if db.execute(update(devices).where(newer).values(sequence=sequence)).rowcount == 0:
+            raise RefusedError(
+                "replayed", f"a sequence number must be new, got sequence={sequence}. Count on."
+            )
+
+
+def find_run(db: Connection, run: str) -> None:
+    """Refuse a run that is not there."""
+    if one(db, select(runs.c.id).where(runs.c.id == run)) is None:
+        raise RefusedError("unknown", f"no such run: {run!r}.")
+
+
+def _insert(
+    db: Connection,
+    run: str,
+    id: str,
+    public_key: bytes,
+    now: int,
+    name: str,
+    device_class: str,
+) -> None:
+    db.execute(select(runs.c.id).where(runs.c.id == run).with_for_update())  # one after another
+    if one(db, select(devices.c.id).where(devices.c.id == id)) is not None:
+        raise RefusedError("conflict", "this key is enrolled already. Make another one.")
+    count = db.scalar(select(func.count()).where(devices.c.run == run)) or 0
+    values = {
+        "id": id,
+        "run": run,
+        "client": count,
+        "public_key": public_key,
+        "name": name[:200],
+        "device_class": device_class[:200],
+        "sequence": 0,
+        "enrolled_ms": now,
+    }
+    db.execute(insert(devices).values(values))
+    audit.append(db, now, f"device {id}", "enrol", run=run, client=count)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

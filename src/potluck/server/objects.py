@@ -1,0 +1,128 @@
+"""Blobs in an object store: S3, or what speaks like it, through obstore.
+
+An object store writes an object as a whole or not at all, which is what a blob needs. It cannot
+append; so each chunk of an upload is an object of its own, `parts/<part>/<offset>`, and sealing
+streams them into one. Any server process can take any chunk.
+
+Credentials and endpoint come from the environment, by the usual names (`AWS_ACCESS_KEY_ID`,
+`AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import from_url
+
+from potluck.core import StorageError
+from potluck.server import faults
+from potluck.server.blobs import PIECE_BYTES
+
+_OFFSET_DIGITS = 15
+
+
+class ObjectStore:
+    """Blobs in a store of obstore's."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    @classmethod
+    def open(cls, url: str) -> ObjectStore:
+        """Open `s3://bucket/prefix`; plain HTTP only where the endpoint is named so."""
+        plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+        with _store_errors():
+            options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
+            return cls(from_url(url, **options))
+
+    def put(self, key: str, pieces: Iterable[bytes]) -> None:
+        with _store_errors():
+            obstore.put(self._store, key, iter(pieces))
+        faults.reach("blob.done")
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        size = self.size(key)
+        if size is None:
+            raise StorageError(f"the object store must hold {key}, got none. Restore it.")
+        stop = size if stop is None else min(stop, size)
+        for first in range(start, stop, PIECE_BYTES):
+            last = min(first + PIECE_BYTES, stop)
+            with _store_errors():
+                piece = bytes(obstore.get_range(self._store, key, start=first, end=last))
+            yield piece
+
+    def size(self, key: str) -> int | None:
+        with _store_errors():
+            try:
+                return int(obstore.head(self._store, key)["size"])
+            except FileNotFoundError:
+                return None
+
+    def delete(self, prefix: str) -> None:
+        paths = [path for path, _ in self._list(prefix)]
+        with _store_errors():
+            if paths:
+                obstore.delete(self._store, paths)
+            elif self.size(prefix) is not None:
+                obstore.delete(self._store, prefix)
+
+    def append(self, part: str, offset: int, data: bytes) -> int:
+        faults.reach("chunk.before-write")
+        size = self.part_size(part)
+        if size != offset or not data:
+            return size
+        with _store_errors():
+            obstore.put(self._store, f"parts/{part}/{offset:0{_OFFSET_DIGITS}d}", data)
+        faults.reach("chunk.after-sync")
+        return offset + len(data)
+
+    def part_size(self, part: str) -> int:
+        return sum(size for _, size in self._chunks(part))
+
+    def read_part(self, part: str) -> Iterator[bytes]:
+        for path, _ in self._chunks(part):
+            yield from self.read(path)
+
+    def seal(self, part: str, key: str) -> None:
+        self.put(key, self.read_part(part))
+        self.drop(part)
+
+    def drop(self, part: str) -> None:
+        self.delete(f"parts/{part}")
+
+    def _chunks(self, part: str) -> list[tuple[str, int]]:
+        """The chunks of a part in order, up to the first gap."""
+        chunks: list[tuple[str, int]] = []
+        end = 0
+        for path, size in sorted(self._list(f"parts/{part}")):
+            if int(path.rsplit("/", 1)[1]) != end:
+                break
+            chunks.append((path, size))
+            end += size
+        return chunks
+
+    def _list(self, prefix: str) -> list[tuple[str, int]]:
+        with _store_errors():
+            return [
+                (str(item["path"]), int(item["size"]))
+                for batch in obstore.list(self._store, prefix)
+                for item in batch
+            ]
+
+
+@contextlib.contextmanager
+def _store_errors() -> Generator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        raise StorageError(
+            f"the object store must be reachable and writable, got {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}. Check its URL and credentials."
+        ) from error

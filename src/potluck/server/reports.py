@@ -1,0 +1,303 @@
+"""Reports: an update arrives in chunks, is checked, and counts once.
+
+    begin   what is coming, with its SHA-256 → an upload and the offset to go on from
+    append  a chunk, on the disk when it is answered → the new offset
+    finish  digest, values, norm; the blob is sealed; then one row, and the report is accepted
+
+Everything may be repeated. A report is identified by device and round (an attempt has an id of its
+own): the same digest again is answered as the first time, also when the round is over; another
+digest is a conflict. Until it is accepted a device may begin again with another digest; what it had
+sent is dropped. An appended chunk that starts elsewhere than at the upload's end changes nothing:
+the answer is the offset to go on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from potluck.core import RefusedError
+from potluck.server import audit, faults
+from potluck.server.aggregation import CODECS, check_claims, check_update
+from potluck.server.blobs import BlobStore
+from potluck.server.database import Database, one
+from potluck.server.selection import extend_lease, find_assignment, find_device
+from potluck.server.settings import RoundSettings
+from potluck.server.tables import assignments, reports, uploads
+
+CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What a device says of the update that it will send."""
+
+    sha256: str
+    num_bytes: int
+    weight: float
+    loss: float
+    num_steps: int
+    codec: str = "float32"
+
+
+class Upload(NamedTuple):
+    """An update on its way: go on sending at `offset`."""
+
+    upload: str
+    offset: int
+    chunk_bytes: int = CHUNK_BYTES
+
+
+class Accepted(NamedTuple):
+    """A report that counts; `is_goal` when it was the last one that the round waited for."""
+
+    round: str
+    sha256: str
+    is_goal: bool = False
+
+
+def begin_report(
+    database: Database, blobs: BlobStore, device: str, assignment: str, claims: Claims
+) -> Upload | Accepted:
+    """Announce an update.
+
+    Raises:
+        RefusedError: unknown, late, conflict, bad_update.
+    """
+    dropped = None
+    with database.write() as db:
+        found = find_assignment(db, device, assignment, lock=True)
+        answer = _earlier(db, found, claims.sha256)
+        if answer is not None:
+            return answer
+        _check_claims(found, claims)
+        old = one(db, select(uploads).where(uploads.c.assignment == assignment))
+        if old is not None and all(getattr(old, k) == v for k, v in asdict(claims).items()):
+            id = old.id
+        else:
+            if old is not None:
+                dropped = old.id
+                db.execute(delete(uploads).where(uploads.c.id == old.id))
+            id = secrets.token_hex(16)
+            place = {"id": id, "assignment": assignment, "round": found.round, "device": device}
+            db.execute(insert(uploads).values(place | asdict(claims)))
+        faults.reach("upload.inside")
+    faults.reach("upload.after")
+    if dropped is not None:
+        blobs.drop(dropped)
+    return Upload(id, _offset(blobs, found.round, id))
+
+
+def append_chunk(
+    database: Database,
+    blobs: BlobStore,
+    device: str,
+    upload: str,
+    offset: int,
+    data: bytes,
+    now: int,
+) -> Upload:
+    """Add a chunk; bytes count from the moment they are on the disk. Extends the lease.
+
+    Raises:
+        RefusedError: unknown, late, malformed: a chunk too long.
+    """
+    with database.read() as db:
+        row = find_upload(db, device, upload)
+        found = find_assignment(db, device, row.assignment)
+    if not 0 <= offset <= offset + len(data) <= row.num_bytes or len(data) > CHUNK_BYTES:
+        raise RefusedError(
+            "malformed",
+            f"a chunk has at most {CHUNK_BYTES} bytes and ends by {row.num_bytes}, "
+            f"got offset={offset}, length={len(data)}.",
+        )
+    if found.state == "reported":
+        return Upload(upload, row.num_bytes)
+    end = _offset(blobs, row.round, upload)
+    if end == offset and data:
+        end = blobs.append(upload, offset, data)
+    settings = RoundSettings.model_validate_json(found.settings)
+    if found.lease_ms - now < settings.lease_ms // 2:
+        extend_lease(database, device, row.assignment, now)
+    return Upload(upload, end)
+
+
+def finish_report(
+    database: Database, blobs: BlobStore, device: str, upload: str, now: int
+) -> Accepted:
+    """Check what was sent, and accept it.
+
+    Raises:
+        RefusedError: unknown, late, conflict, incomplete; digest: send it again from 0;
+            bad_update: the device's part in this round is over.
+    """
+    with database.read() as db:
+        row = find_upload(db, device, upload)
+        found = find_assignment(db, device, row.assignment)
+        answer = _earlier(db, found, row.sha256)
+    if answer is not None:
+        return answer
+    faults.reach("finish.before-check")
+    key = f"reports/{row.round}/{upload}"
+    _check_bytes(database, blobs, row, found, key, now)
+    faults.reach("finish.before-row")
+    try:
+        with database.write() as db:
+            answer = _accept(db, device, upload, key, now)
+            faults.reach("finish.inside")
+    except RefusedError:
+        blobs.delete(key)
+        raise
+    faults.reach("finish.after")
+    return answer
+
+
+def report_metrics(
+    database: Database,
+    device: str,
+    assignment: str,
+    metrics: Mapping[str, tuple[float, float]],
+    now: int,
+) -> Accepted:
+    """Report a federated evaluation: for every metric its sum over examples, and their count.
+
+    Raises:
+        RefusedError: unknown, late, conflict, bad_update.
+    """
+    ok = all(math.isfinite(s) and math.isfinite(c) and c > 0 for s, c in metrics.values())
+    if not metrics or not ok:
+        raise RefusedError("bad_update", "metrics must be finite sums with counts above 0.")
+    text = json.dumps({k: [float(v) for v in metrics[k]] for k in sorted(metrics)})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with database.write() as db:
+        found = find_assignment(db, device, assignment, lock=True)
+        answer = _earlier(db, found, digest)
+        if answer is not None:
+            return answer
+        if found.kind != "evaluate":
+            raise RefusedError("malformed", "this assignment asks for an update.")
+        values = {"sha256": digest, "num_bytes": len(text), "codec": "json", "metrics": text}
+        return _insert(db, found, values | {"weight": 1.0, "loss": 0.0, "num_steps": 0}, now)
+
+
+def find_upload(db: Connection, device: str, upload: str) -> Row[Any]:
+    """A device's upload; another device's looks like none."""
+    find_device(db, device)
+    mine = (uploads.c.id == upload) & (uploads.c.device == device)
+    row = one(db, select(uploads).where(mine))
+    if row is None:
+        raise RefusedError("unknown", f"got upload={upload!r}, which is none of yours.")
+    return row
+
+
+def _offset(blobs: BlobStore, round: str, upload: str) -> int:
+    return blobs.part_size(upload) or blobs.size(f"reports/{round}/{upload}") or 0
+
+
+def _earlier(db: Connection, found: Row[Any], sha256: str) -> Accepted | None:
+    """The answer of the first time, if this device has reported in this round."""
+    mine = (reports.c.round == found.round) & (reports.c.device == found.device)
+    row = one(db, select(reports.c.sha256).where(mine))
+    if row is None:
+        return None
+    if row.sha256 != sha256:
+        raise RefusedError("conflict", "another report of this device counts in this round.")
+    return Accepted(found.round, sha256)
+
+
+def _check_claims(found: Row[Any], claims: Claims) -> None:
+    if found.kind != "train":
+        raise RefusedError("malformed", "this assignment asks for metrics.")
+    if claims.codec not in CODECS:
+        known = ", ".join(CODECS)
+        raise RefusedError("malformed", f"codec must be {known}, got codec={claims.codec!r}.")
+    expected = CODECS[claims.codec].num_bytes(dim_of(found.spec))
+    if claims.num_bytes != expected:
+        raise RefusedError(
+            "bad_update", f"an update has {expected} bytes, got num_bytes={claims.num_bytes}."
+        )
+    settings = RoundSettings.model_validate_json(found.settings)
+    check_claims(settings, weight=claims.weight, loss=claims.loss, num_steps=claims.num_steps)
+
+
+def _check_bytes(
+    database: Database, blobs: BlobStore, row: Row[Any], found: Row[Any], key: str, now: int
+) -> None:
+    """Check an upload and seal it; one that was sealed before a restart is checked again."""
+    is_part = blobs.part_size(row.id) > 0 or blobs.size(key) is None
+    offset = blobs.part_size(row.id) if is_part else blobs.size(key)
+    if offset != row.num_bytes:
+        raise RefusedError("incomplete", f"{row.num_bytes} bytes were announced, got {offset}.")
+    try:
+        check_update(
+            blobs.read_part(row.id) if is_part else blobs.read(key),
+            row.codec,
+            dim_of(found.spec),
+            row.sha256,
+            weight=row.weight,
+            slots=found.slots,
+            settings=RoundSettings.model_validate_json(found.settings),
+        )
+    except RefusedError as error:
+        blobs.drop(row.id)
+        blobs.delete(key)
+        if error.code == "bad_update":
+            _throw_out(database, found, str(error), now)
+        raise
+    faults.reach("finish.after-check")
+    if is_part:
+        blobs.seal(row.id, key)
+
+
+def _throw_out(database: Database, found: Row[Any], reason: str, now: int) -> None:
+    with database.write() as db:
+        active = (assignments.c.id == found.id) & (assignments.c.state == "active")
+        values = {"state": "failed", "reason": reason[:500]}
+        if db.execute(update(assignments).where(active).values(values)).rowcount:
+            actor = f"device {found.device}"
+            audit.append(db, now, actor, "bad update", round=found.round, reason=reason)
+
+
+def _accept(db: Connection, device: str, upload: str, key: str, now: int) -> Accepted:
+    row = find_upload(db, device, upload)
+    found = find_assignment(db, device, row.assignment, lock=True)
+    answer = _earlier(db, found, row.sha256)
+    if answer is not None:
+        return answer
+    names = ("sha256", "num_bytes", "codec", "weight", "loss", "num_steps")
+    return _insert(db, found, {name: getattr(row, name) for name in names} | {"key": key}, now)
+
+
+def _insert(db: Connection, found: Row[Any], values: dict[str, Any], now: int) -> Accepted:
+    mine = reports.c.round == found.round
+    count = db.scalar(select(func.count()).where(mine)) or 0
+    if count >= found.goal:
+        raise RefusedError("late", "this round has all the reports it needs. Check in again.")
+    place = {"round": found.round, "device": found.device, "assignment": found.id}
+    db.execute(
+        insert(reports).values(values | place | {"client": found.client, "accepted_ms": now})
+    )
+    done = update(assignments).where(assignments.c.id == found.id)
+    db.execute(done.values(state="reported"))
+    return Accepted(found.round, values["sha256"], count + 1 == found.goal)
+
+
+def dim_of(spec: str) -> int:
+    """The length of a run's vectors, from its stored spec."""
+    return sum(math.prod(shape) for _, shape in json.loads(spec))
+
+
+def drop_uploads(db: Connection, blobs: BlobStore, round: str) -> None:
+    """Forget what was on its way to a round that is over."""
+    for id in db.scalars(select(uploads.c.id).where(uploads.c.round == round)).all():
+        with contextlib.suppress(FileNotFoundError):
+            blobs.drop(id)
+    db.execute(delete(uploads).where(uploads.c.round == round))

@@ -1,0 +1,237 @@
+"""The rounds of a run as a state machine: one function per transition, one transaction each.
+
+    SELECTING ──→ TRAINING ──→ AGGREGATING ──→ COMMITTED
+        └─────────────┴──────→ ABANDONED(reason)
+
+    SELECTING    devices that check in get a slot and start at once. It ends when the slots are
+                 taken, or `selection_seconds` after the first device.
+    TRAINING     ends `report_seconds` later. A slot whose lease ran out, or whose device failed,
+                 goes to the next device that checks in.
+    AGGREGATING  the accepted set is frozen; the model is made from it (`commit`).
+
+Reports are accepted in SELECTING and TRAINING; the round closes at once when the goal is reached,
+and at its deadline when the minimum is. Otherwise it is abandoned: the model stays as it was, and
+the same number is tried again with the next attempt and a new id. After `attempts` in a row the run
+is paused, and says why; a federated evaluation that fails so often is given up instead.
+
+Only the leader calls these functions. Each one names the state that it leaves; where a round is in
+another one, nothing happens. `due` decides what comes next, from what it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from potluck.core import derive_seed, sample_cohort
+from potluck.server import audit, faults
+from potluck.server.settings import RoundSettings, milliseconds
+from potluck.server.tables import OPEN, assignments, devices, reports, rounds, runs
+
+Step = Literal["train", "close", "abandon", "wait"]
+_GRACE_MS = 30_000
+
+
+class Counts(NamedTuple):
+    """The devices of a round by what they do."""
+
+    active: int
+    reported: int
+    absent: int  # invited by name, and not to come any more; 0 where anybody may come
+
+
+def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
+    """∅ → SELECTING, the next round of a run. Returns its id, or None if it must wait."""
+    settings = RoundSettings.model_validate_json(run.settings)
+    population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 0
+    if population < settings.population:
+        return None
+    kind, number = _next(run, settings)
+    if number > settings.num_rounds:
+        _finish_run(db, run, now)
+        return None
+    cohort = _cohort(run, settings, kind, number, population)
+    goal = settings.goal if cohort is None else len(cohort)
+    slots = math.ceil(goal * settings.over_selection - 1e-9) if cohort is None else goal
+    id = secrets.token_hex(16)
+    values = {
+        "id": id,
+        "run": run.id,
+        "kind": kind,
+        "number": number,
+        "attempt": run.attempt,
+        "state": "SELECTING",
+        "reason": "",
+        "goal": goal,
+        "minimum": settings.minimum_of(goal),
+        "slots": slots,
+        "version": run.version,
+        "cohort": None if cohort is None else json.dumps(cohort),
+        "opened_ms": now,
+        "swept": False,
+    }
+    db.execute(insert(rounds).values(values))
+    faults.reach("open.inside")
+    return id
+
+
+def start_training(db: Connection, round: Row[Any], settings: RoundSettings, now: int) -> None:
+    """SELECTING → TRAINING: the report deadline is set."""
+    deadline = now + milliseconds(settings.report_seconds)
+    _move(db, round, "TRAINING", report_deadline_ms=deadline)
+    faults.reach("train.inside")
+
+
+def close_round(db: Connection, round: Row[Any]) -> None:
+    """SELECTING, TRAINING → AGGREGATING: no report is accepted any more."""
+    if _move(db, round, "AGGREGATING"):
+        _end_assignments(db, round, "the round closed")
+    faults.reach("close.inside")
+
+
+def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, now: int) -> None:
+    """SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
+    if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
+        return
+    _end_assignments(db, round, "the round was abandoned")
+    settings = RoundSettings.model_validate_json(run.settings)
+    strikes = run.strikes + (run.state == "running")  # a pause is not the devices' fault
+    changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
+    if strikes >= settings.attempts and round.kind == "evaluate":
+        changes = {"attempt": 1, "strikes": 0, "evaluated": round.number}
+    elif strikes >= settings.attempts and run.state == "running":
+        told = f"round {round.number} was abandoned {strikes} times in a row; the last time: "
+        changes |= {"state": "paused", "reason": told + reason}
+    db.execute(update(runs).where(runs.c.id == run.id).values(changes))
+    name = {"round": round.number, "attempt": round.attempt, "kind": round.kind}
+    audit.append(db, now, "leader", "abandon", run=run.id, reason=reason, **name)
+    if "state" in changes:
+        audit.append(db, now, "leader", "pause", run=run.id, reason=changes["reason"])
+    faults.reach("abandon.inside")
+
+
+def expire_leases(db: Connection, now: int) -> None:
+    """Free the slots of devices that were silent for too long."""
+    late = (assignments.c.state == "active") & (assignments.c.lease_ms <= now)
+    values = {"state": "expired", "reason": "the lease ran out"}
+    db.execute(update(assignments).where(late).values(values))
+
+
+def rearm(db: Connection, now: int) -> None:
+    """After nobody led for a while: no deadline is further away than when it was set, and one that
+    passed leaves some time for the reports that could not be sent."""
+    open_ones = select(rounds, runs.c.settings).join(runs).where(rounds.c.state.in_(OPEN))
+    for round in db.execute(open_ones).all():
+        settings = RoundSettings.model_validate_json(round.settings)
+        limits = {
+            "selection_deadline_ms": milliseconds(settings.selection_seconds),
+            "report_deadline_ms": milliseconds(settings.report_seconds),
+        }
+        changes = {
+            name: _rearmed(getattr(round, name), now, limit)
+            for name, limit in limits.items()
+            if getattr(round, name) is not None
+        }
+        if changes:
+            db.execute(update(rounds).where(rounds.c.id == round.id).values(changes))
+        active = (assignments.c.round == round.id) & (assignments.c.state == "active")
+        for lease in db.execute(select(assignments.c.id, assignments.c.lease_ms).where(active)):
+            values = {"lease_ms": _rearmed(lease.lease_ms, now, settings.lease_ms)}
+            db.execute(update(assignments).where(assignments.c.id == lease.id).values(values))
+
+
+def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
+    """What a round in SELECTING or TRAINING has to do next, and why."""
+    if counts.reported >= round.goal:
+        return "close", "the goal is reached"
+    nobody_left = counts.absent + counts.reported >= round.slots and counts.active == 0
+    is_late = round.report_deadline_ms is not None and now >= round.report_deadline_ms
+    if is_late or (nobody_left and round.cohort is not None):
+        if counts.reported >= round.minimum:
+            return "close", "the deadline passed"
+        why = "no device is left" if not is_late else "the report deadline passed"
+        return "abandon", f"{why}: {counts.reported} reports of at least {round.minimum}"
+    if round.state == "SELECTING":
+        selected = counts.active + counts.reported
+        if selected + counts.absent >= round.slots:
+            return "train", "all slots are taken"
+        if round.selection_deadline_ms is not None and now >= round.selection_deadline_ms:
+            if selected >= round.minimum:
+                return "train", "the selection deadline passed"
+            told = f"{selected} devices of at least {round.minimum}"
+            return "abandon", f"the selection deadline passed: {told}"
+    return "wait", ""
+
+
+def count(db: Connection, round: Row[Any]) -> Counts:
+    """Count the devices of a round."""
+    mine = assignments.c.round == round.id
+    active = select(func.count()).where(mine, assignments.c.state == "active")
+    reported = select(func.count()).where(reports.c.round == round.id)
+    absent = 0
+    if round.cohort is not None:
+        absent = len(_absent(db, round))
+    return Counts(db.scalar(active) or 0, db.scalar(reported) or 0, absent)
+
+
+def settle(db: Connection, run: Row[Any], round: Row[Any], *, version: int) -> None:
+    """The part of a commit that moves the run on to its next round."""
+    changes: dict[str, Any] = {"attempt": 1, "strikes": 0, "version": version}
+    changes["evaluated" if round.kind == "evaluate" else "round"] = round.number
+    db.execute(update(runs).where(runs.c.id == run.id).values(changes))
+
+
+def _next(run: Row[Any], settings: RoundSettings) -> tuple[str, int]:
+    every = settings.federated_every
+    if every and run.round and run.round % every == 0 and run.evaluated < run.round:
+        return "evaluate", run.round
+    return "train", run.round + 1
+
+
+def _cohort(
+    run: Row[Any], settings: RoundSettings, kind: str, number: int, population: int
+) -> list[int] | None:
+    """The client indices of a sampled round: for training, those of the simulation."""
+    if settings.selection == "open":
+        return None
+    seed = run.seed if kind == "train" else derive_seed(run.seed, "evaluate")
+    size = min(settings.goal, population)
+    return sample_cohort(population, size, seed=seed, round=number).tolist()
+
+
+def _absent(db: Connection, round: Row[Any]) -> list[int]:
+    """The invited clients that failed in this round or were revoked, without a report."""
+    failed = select(assignments.c.client).where(
+        assignments.c.round == round.id, assignments.c.state == "failed"
+    )
+    revoked = select(devices.c.client).where(
+        devices.c.run == round.run, devices.c.revoked_ms.is_not(None)
+    )
+    gone = {*db.scalars(failed), *db.scalars(revoked)} & set(json.loads(round.cohort))
+    done = select(reports.c.client).where(reports.c.round == round.id)
+    return sorted(gone - {*db.scalars(done)})
+
+
+def _move(db: Connection, round: Row[Any], state: str, **changes: Any) -> bool:
+    here = (rounds.c.id == round.id) & (rounds.c.state == round.state)
+    moved = db.execute(update(rounds).where(here).values(state=state, **changes))
+    return moved.rowcount == 1
+
+
+def _end_assignments(db: Connection, round: Row[Any], reason: str) -> None:
+    active = (assignments.c.round == round.id) & (assignments.c.state == "active")
+    values = {"state": "expired", "reason": reason}
+    db.execute(update(assignments).where(active).values(values))
+
+
+def _finish_run(db: Connection, run: Row[Any], now: int) -> None:
+    db.execute(update(runs).where(runs.c.id == run.id).values(state="finished"))
+    audit.append(db, now, "leader", "finish", run=run.id, round=run.round, version=run.version)
+
+
+def _rearmed(deadline: int, now: int, window: int) -> int:
+    return min(max(deadline, now + min(_GRACE_MS, window)), now + window)

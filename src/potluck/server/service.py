@@ -1,0 +1,358 @@
+"""The server without its sockets: one object that any number of threads may use.
+
+    service = Service.open("sqlite:///potluck.db", "blobs", build=build_algorithm)
+    run = service.create_run(experiment, weights, spec, RoundSettings(goal=10, num_rounds=50))
+    token = service.issue_token(run, actor="admin")
+    ...                       # devices: enrol, check_in, begin_report, append_chunk, finish_report
+    service.tick()            # a few times a second, and after a report that reaches the goal
+
+Everything that a method has answered survives `kill -9`; a process that is started again with the
+same database and blobs goes on by itself. Several processes may share both: one of them leads
+(`tick` says whether it is this one), all of them serve devices.
+
+Methods raise `RefusedError` where a device or an operator must do something else, and
+`StorageError` where the same request may succeed later.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from safetensors.numpy import save
+from sqlalchemy import Row, func, insert, select, update
+
+from potluck.algorithms import Algorithm
+from potluck.core import RefusedError, Spec, Vector
+from potluck.experiment import Experiment
+from potluck.server import audit, enrolment, faults, reports, rounds, selection
+from potluck.server import commit as commits
+from potluck.server.blobs import BlobStore, open_blobs
+from potluck.server.clock import Clock, CommonTime, SystemClock
+from potluck.server.database import Database, as_dict, one
+from potluck.server.lead import experiment_of, lead, open_round_of
+from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError
+from potluck.server.settings import RoundSettings
+from potluck.server.tables import (
+    devices,
+    evaluations,
+    ledger,
+    models,
+    runs,
+)
+
+
+class Service:
+    """An open server: a database, blobs, and this process's part in leading."""
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: BlobStore,
+        build: Callable[[Experiment], Algorithm],
+        clock: Clock,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> None:
+        self.database = database
+        self.blobs = blobs
+        self.time = CommonTime(clock)
+        self._build = build
+        self._candidate = Candidate(self.time, lease_seconds)
+        self._ticking = threading.Lock()
+        self._works = commits.Works(
+            database=database, blobs=blobs, check=self._candidate.check, now=self.time.now
+        )
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        blobs: str,
+        *,
+        build: Callable[[Experiment], Algorithm],
+        clock: Clock | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> Service:
+        """Open, or begin, a server's state; older databases are brought up to date.
+
+        Args:
+            url: of the database, or the path of an SQLite file.
+            blobs: a folder, or the URL of an object store.
+            build: from an experiment to its algorithm (`potluck.simulation.build_algorithm`).
+        """
+        faults.arm()
+        database = Database(url)
+        database.upgrade()
+        return cls(database, open_blobs(blobs), build, clock or SystemClock(), lease_seconds)
+
+    def close(self) -> None:
+        """Let another process lead at once, and close the database."""
+        with self._ticking:
+            self._candidate.resign(self.database)
+        self.database.close()
+
+    # What an operator does.
+
+    def create_run(
+        self,
+        experiment: Experiment,
+        weights: Vector,
+        spec: Spec,
+        settings: RoundSettings,
+        *,
+        actor: str = "admin",
+    ) -> str:
+        """Begin a run from its initial weights, or find the one that was begun. Returns its id.
+
+        Raises:
+            RefusedError: conflict: a run of this name has another experiment or other settings.
+        """
+        if len(weights) != spec.dim:
+            raise ValueError(
+                f"weights must have the length of the spec ({spec.dim}), got {len(weights)}. "
+                "Take both from one model."
+            )
+        shape = json.dumps(list(zip(spec.names, spec.shapes, strict=True)))
+        values = {
+            "name": experiment.name,
+            "experiment": experiment.model_dump_json(),
+            "settings": settings.model_dump_json(),
+            "spec": shape,
+        }
+        with self.database.read() as db:
+            old = one(db, select(runs).where(runs.c.name == experiment.name))
+        if old is not None:
+            return _same_run(old, values)
+        faults.reach("run.before-model")
+        state = self._build(experiment).server_init(weights)
+        made = commits.store_version(self.blobs, state)
+        faults.reach("run.before-row")
+        now = self.time.now()
+        numbers = {"round": 0, "version": 0, "evaluated": 0, "attempt": 1, "strikes": 0}
+        id = enrolment.new_id()
+        with self.database.write() as db:
+            place = {"id": id, "seed": experiment.run.seed, "created_ms": now}
+            db.execute(
+                insert(runs).values(values | numbers | place | {"state": "running", "reason": ""})
+            )
+            commits.insert_version(db, id, 0, 0, made, now)
+            audit.append(db, now, actor, "create", run=id, name=experiment.name, model=made.sha256)
+        faults.reach("run.after-row")
+        return id
+
+    def issue_token(self, run: str, *, valid_seconds: float = 7 * 86400, actor: str) -> str:
+        """A token with which one device can enrol."""
+        return enrolment.issue_token(
+            self.database, run, self.time.now(), valid_seconds=valid_seconds, actor=actor
+        )
+
+    def revoke(self, device: str, *, actor: str) -> None:
+        """Throw a device out, for good."""
+        enrolment.revoke(self.database, device, self.time.now(), actor=actor)
+
+    def pause(self, run: str, reason: str, *, actor: str) -> None:
+        """Begin no round and select no device until `resume`; devices at work may finish."""
+        self._turn(run, "running", "paused", reason, actor, "pause")
+
+    def resume(self, run: str, *, actor: str) -> None:
+        """Go on with a paused run."""
+        self._turn(run, "paused", "running", "", actor, "resume")
+
+    def status(self, run: str) -> dict[str, Any]:
+        """A run in numbers, for people and for a dashboard."""
+        with self.database.read() as db:
+            row = self._run(db, run)
+            current = open_round_of(db, run)
+            counted = None if current is None else rounds.count(db, current)._asdict()
+            present = (devices.c.run == run) & devices.c.revoked_ms.is_(None)
+            names = ("name", "state", "reason", "round", "version", "attempt")
+            return {name: getattr(row, name) for name in names} | {
+                "devices": db.scalar(select(func.count()).where(present)) or 0,
+                "open": None if current is None else as_dict(current) | (counted or {}),
+                "is_leader": self._candidate.fence > 0,
+                "audit": audit.head(db),
+            }
+
+    def history(self, run: str) -> list[dict[str, Any]]:
+        """The committed rounds, in order."""
+        query = select(ledger).where(ledger.c.run == run).order_by(ledger.c.committed_ms)
+        with self.database.read() as db:
+            rows = db.execute(query.order_by(ledger.c.number)).all()
+        return [as_dict(row) for row in rows]
+
+    def export(self, run: str, version: int | None = None, *, actor: str) -> bytes:
+        """A model version (the newest) as safetensors, with the names of the model's tensors."""
+        with self.database.write() as db:
+            row = self._run(db, run)
+            number = row.version if version is None else version
+            audit.append(db, self.time.now(), actor, "export", run=run, version=number)
+        state = commits.load_version(self.blobs, self._version(run, number))
+        pairs = json.loads(row.spec)
+        spec = Spec(tuple(n for n, _ in pairs), tuple(tuple(shape) for _, shape in pairs))
+        return save(
+            spec.unflatten(state.weights), {"run": run, "name": row.name, "version": str(number)}
+        )
+
+    def verify_audit(self) -> audit.Break | None:
+        """Read the audit log; None when nothing in it was changed."""
+        with self.database.read() as db:
+            return audit.verify(db)
+
+    # What a device does.
+
+    def enrol(
+        self, token: str, public_key: bytes, *, name: str = "", device_class: str = ""
+    ) -> enrolment.Enrolled:
+        """Take in a device, once for every token."""
+        now = self.time.now()
+        return enrolment.enrol(
+            self.database, token, public_key, now, name=name, device_class=device_class
+        )
+
+    def claim_sequence(self, device: str, sequence: int) -> None:
+        """Note the sequence number of a signed request, or refuse a replay."""
+        enrolment.claim_sequence(self.database, device, sequence)
+
+    def device(self, device: str) -> Row[Any]:
+        """A device that may take part: its key, sequence number, run and client index."""
+        with self.database.read() as db:
+            return selection.find_device(db, device)[0]
+
+    def check_in(
+        self, device: str, attributes: selection.Attributes | None = None
+    ) -> selection.Assigned | selection.Wait | selection.Finished:
+        """Work, a time to come back, or the end."""
+        shown = attributes or selection.Attributes()
+        return selection.check_in(self.database, device, shown, self.time.now())
+
+    def extend_lease(self, device: str, assignment: str) -> float:
+        """Note progress. Returns the seconds until the device must be heard of again."""
+        return selection.extend_lease(self.database, device, assignment, self.time.now())
+
+    def fail(self, device: str, assignment: str, reason: str) -> None:
+        """A device cannot do its work."""
+        selection.fail(self.database, device, assignment, reason)
+
+    def begin_report(
+        self, device: str, assignment: str, claims: reports.Claims
+    ) -> reports.Upload | reports.Accepted:
+        """Announce an update."""
+        return reports.begin_report(self.database, self.blobs, device, assignment, claims)
+
+    def append_chunk(self, device: str, upload: str, offset: int, data: bytes) -> reports.Upload:
+        """Send a chunk of it."""
+        return reports.append_chunk(
+            self.database, self.blobs, device, upload, offset, data, self.time.now()
+        )
+
+    def finish_report(self, device: str, upload: str) -> reports.Accepted:
+        """Have it checked and accepted."""
+        return reports.finish_report(self.database, self.blobs, device, upload, self.time.now())
+
+    def report_metrics(
+        self, device: str, assignment: str, metrics: Mapping[str, tuple[float, float]]
+    ) -> reports.Accepted:
+        """Report a federated evaluation."""
+        now = self.time.now()
+        return reports.report_metrics(self.database, device, assignment, metrics, now)
+
+    def model(self, run: str, version: int) -> Row[Any]:
+        """A model version: digest, key, num_bytes."""
+        return self._version(run, version)
+
+    def read_model(
+        self, run: str, version: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[bytes]:
+        """The bytes [start, stop) of a version's weights, little-endian float32, in pieces."""
+        return self.blobs.read(self._version(run, version).key, start, stop)
+
+    # What the server does by itself.
+
+    def tick(self) -> bool:
+        """Lead, if it is ours to: do all that is due, and nothing that is not.
+
+        Returns whether this process leads.
+        """
+        with self._ticking:
+            if not self._candidate.beat(self.database):
+                return False
+            try:
+                lead(self._works, self._build, taken=self._candidate.taken)
+            except FencedError:
+                self._candidate.fence = 0
+                return False
+            return True
+
+    def pending_evaluations(self, run: str) -> list[tuple[int, int]]:
+        """(round, version) of the rounds whose central evaluation is due and not done."""
+        with self.database.read() as db:
+            row = self._run(db, run)
+            run_section = experiment_of(row).run
+            made = select(models.c.round, models.c.version).where(models.c.run == run)
+            done = select(evaluations.c.round).where(
+                evaluations.c.run == run, evaluations.c.kind == "central"
+            )
+            known = set(db.scalars(done))
+            last = RoundSettings.model_validate_json(row.settings).num_rounds
+            every = run_section.evaluate_every
+            return [
+                (number, version)
+                for number, version in sorted(tuple(r) for r in db.execute(made))
+                if number not in known and (number % every == 0 or number == last)
+            ]
+
+    def evaluate(self, run: str, evaluate: Callable[[Vector], Mapping[str, float]]) -> None:
+        """Do the central evaluations that are due, with a function from weights to metrics."""
+        for number, version in self.pending_evaluations(run):
+            state = commits.load_version(self.blobs, self._version(run, version))
+            metrics = evaluate(state.weights)
+            with self.database.write() as db:
+                place = (evaluations.c.run == run) & (evaluations.c.round == number)
+                central = evaluations.c.kind == "central"
+                if one(db, select(evaluations.c.round).where(place & central)) is None:
+                    now = self.time.now()
+                    commits.insert_evaluation(db, run, number, "central", metrics, now)
+
+    def evaluations(self, run: str) -> list[dict[str, Any]]:
+        """What was evaluated: round, kind, metrics."""
+        query = select(evaluations).where(evaluations.c.run == run).order_by(evaluations.c.round)
+        with self.database.read() as db:
+            rows = db.execute(query.order_by(evaluations.c.kind)).all()
+        return [as_dict(row) | {"metrics": json.loads(row.metrics)} for row in rows]
+
+    def _turn(self, run: str, old: str, new: str, reason: str, actor: str, action: str) -> None:
+        with self.database.write() as db:
+            row = self._run(db, run)
+            here = (runs.c.id == run) & (runs.c.state == old)
+            changes = {"state": new, "reason": reason, "strikes": 0}
+            if db.execute(update(runs).where(here).values(changes)).rowcount == 0:
+                raise RefusedError("conflict", f"the run must be {old}, it is {row.state}.")
+            audit.append(db, self.time.now(), actor, action, run=run, reason=reason)
+
+    def _version(self, run: str, version: int) -> Row[Any]:
+        query = select(models).where(models.c.run == run, models.c.version == version)
+        with self.database.read() as db:
+            row = one(db, query)
+        if row is None:
+            raise RefusedError("unknown", f"no such model: run={run!r}, version={version}.")
+        return row
+
+    @staticmethod
+    def _run(db: Any, run: str) -> Row[Any]:
+        row = one(db, select(runs).where(runs.c.id == run))
+        if row is None:
+            raise RefusedError("unknown", f"no such run: {run!r}.")
+        return row
+
+
+def _same_run(old: Row[Any], values: Mapping[str, str]) -> str:
+    for name in ("experiment", "settings", "spec"):
+        if getattr(old, name) != values[name]:
+            raise RefusedError(
+                "conflict",
+                f"the run {old.name!r} was begun with another {name}. "
+                "Give the experiment another name, or go on with the old one.",
+            )
+    return str(old.id)

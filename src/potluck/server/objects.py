@@ -42,7 +42,11 @@ class ObjectStore:
 
     def put(self, key: str, pieces: Iterable[bytes]) -> None:
         with _store_errors():
-            obstore.put(self._store, key, iter(pieces))
+            # Not `obstore.put` with an iterator: pieces may come out of this very store.
+            writer = obstore.open_writer(self._store, key)
+            for piece in pieces:
+                writer.write(piece)
+            writer.close()  # only now there is an object: nothing half-written is ever seen
         faults.reach("blob.done")
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:

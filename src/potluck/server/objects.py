@@ -123,8 +123,6 @@ class ObjectStore:
 def _store_errors() -> Generator[None]:
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (BaseError, OSError) as error:
         raise StorageError(
             f"the object store must be reachable and writable, got {type(error).__name__}: "

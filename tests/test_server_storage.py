@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from fleet import Fleet
 from obstore.store import MemoryStore
 from sqlalchemy import delete, select, text, update
 
+from fleet import Fleet
 from potluck.core import RefusedError, StorageError
 from potluck.server.aggregation import BLOCK, Stored, aggregate, float32_blocks
 from potluck.server.blobs import FolderStore, open_blobs

@@ -27,13 +27,13 @@ from slope import slope_task
 ALGORITHMS = {
     "fedavg": FedAvg(client_lr=0.2, local_epochs=2),
     "fedsgd": fed_sgd(client_lr=0.2),
-    "clipped": FedAvg(client_lr=0.2, clip_norm=0.5, client_schedule=schedules.Cosine(9)),
+    "clipped": FedAvg(client_lr=0.2, gradient_clip=0.5, client_schedule=schedules.Cosine(9)),
     "fedadam": FedAvg(
         client_lr=0.2, server=Adam(server_lr=0.05), server_schedule=schedules.Warmup(3)
     ),
     "fedprox": FedProx(client_lr=0.2, local_epochs=2, mu=0.1),
     "scaffold": Scaffold(client_lr=0.2, local_epochs=2),
-    "scaffold with momentum": Scaffold(client_lr=0.2, clip_norm=1.0, server=Nesterov()),
+    "scaffold with momentum": Scaffold(client_lr=0.2, gradient_clip=1.0, server=Nesterov()),
 }
 EXECUTORS = ("loop", "workers")
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -203,7 +203,7 @@ def test_an_executor_leaves_the_states_that_it_is_given(executor, task):
 
 
 TABLES = [
-    {"client_lr": 0.1, "clip_norm": 1.0},
+    {"client_lr": 0.1, "gradient_clip": 1.0},
     {"name": "fedsgd", "client_lr": 0.1},
     {"name": "fedprox", "client_lr": 0.1, "mu": 0.1},
     {"name": "scaffold", "client_lr": 0.1, "server": {"name": "adam", "server_lr": 0.01}},

@@ -246,7 +246,7 @@ def sections(annotation: Any) -> list[Any]:
 
 def test_the_template_shows_every_key_and_comments_out_only_defaults():
     opened = re.sub(r"^# (?=\[|[a-z_0-9]+ = )", "", TEMPLATE, flags=re.MULTILINE)
-    no_default = {"batches", "clip_norm", "evaluate_train", "hidden", "loss", "path"}
+    no_default = {"batches", "gradient_clip", "evaluate_train", "hidden", "loss", "path"}
     no_default |= {"variant", "workers"}
 
     def compare(tables: list[Any], values: dict[str, Any], active: dict[str, Any]) -> None:
@@ -280,7 +280,7 @@ def test_train_says_what_the_algorithm_is_made_of(folder):
     overrides = [
         "algorithm.name=fedprox",
         "algorithm.mu=0.5",
-        "algorithm.clip_norm=2",
+        "algorithm.gradient_clip=2",
         "algorithm.server={name='adam', server_lr=0.01}",
         "algorithm.client_schedule={name='warmup', rounds=2, then={name='cosine', rounds=9}}",
         "run.rounds=1",
@@ -291,7 +291,7 @@ def test_train_says_what_the_algorithm_is_made_of(folder):
     shown = dict(line.split("  ", 1) for line in result.output.splitlines()[:6])
     assert {name: value.strip() for name, value in shown.items()} == {
         "experiment": "tiny",
-        "algorithm": "fedprox, client_lr 0.5, local_epochs 1, batch_size 10, mu 0.5, clip_norm 2",
+        "algorithm": "fedprox, client_lr 0.5, local_epochs 1, batch_size 10, mu 0.5, gradient_clip 2",
         "server": "adam, server_lr 0.01, beta1 0.9, beta2 0.99, tau 0.001",
         "client_schedule": "warmup, rounds 2, then cosine, rounds 9, floor 0",
         "model": "logistic",

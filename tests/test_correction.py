@@ -46,11 +46,11 @@ def steps(runtime, task, correction, num=3, lr=0.1):
 
 
 CORRECTIONS = {
-    "clipped": Correction(clip_norm=0.3),
-    "clipped to nothing less": Correction(clip_norm=1e6),
+    "clipped": Correction(gradient_clip=0.3),
+    "clipped to nothing less": Correction(gradient_clip=1e6),
     "proximal": Correction(proximal=2.0),
     "drift": Correction(drift=np.float32(0.01)),
-    "all": Correction(clip_norm=0.3, proximal=2.0, drift=np.float32(-0.02)),
+    "all": Correction(gradient_clip=0.3, proximal=2.0, drift=np.float32(-0.02)),
 }
 
 
@@ -69,8 +69,8 @@ def test_corrected_steps_are_those_of_the_formula(data, name):
     for i in range(3):
         rows = slice(10 * i, 10 * i + 10)
         g = gradient(weights, inputs[rows], targets[rows])
-        if correction.clip_norm is not None:
-            g = g * min(1.0, correction.clip_norm / float(g.norm()))
+        if correction.gradient_clip is not None:
+            g = g * min(1.0, correction.gradient_clip / float(g.norm()))
         g = g + correction.proximal * (weights - torch.from_numpy(start))
         if correction.drift is not None:
             g = g + torch.from_numpy(correction.drift)
@@ -83,7 +83,7 @@ def test_a_correction_lasts_until_the_next_client(data):
     task = Task(model=wide, data=data)
     fresh = steps(TorchRuntime(task), task, Correction())
     runtime = TorchRuntime(task)
-    steps(runtime, task, Correction(clip_norm=0.1, proximal=1.0))
+    steps(runtime, task, Correction(gradient_clip=0.1, proximal=1.0))
     assert steps(runtime, task, Correction()).tobytes() == fresh.tobytes()
 
 
@@ -105,13 +105,13 @@ def test_what_has_no_gradient_is_not_corrected(data):
 def test_clipping_by_hand():
     # (1, 3): ∂/∂w (w − 3)² = 2 (1 − 3) = −4, of norm 4: clipped to 1, w = 1 + 0.1·1 = 1.1
     # then 2 (1.1 − 3) = −3.8, clipped to 1: w = 1.2
-    algorithm = FedAvg(client_lr=0.1, local_epochs=2, clip_norm=1.0)
+    algorithm = FedAvg(client_lr=0.1, local_epochs=2, gradient_clip=1.0)
     *_, final = rounds(algorithm, slope_task([(1, 3)]), cohort=1.0, num_rounds=1)
     assert final.weights[0] == pytest.approx(1.2, rel=1e-6)
 
 
 def test_a_gradient_of_zero_is_not_divided_by_its_norm():
     *_, final = rounds(
-        FedAvg(client_lr=0.1, clip_norm=1.0), slope_task([(1, 1)]), cohort=1.0, num_rounds=1
+        FedAvg(client_lr=0.1, gradient_clip=1.0), slope_task([(1, 1)]), cohort=1.0, num_rounds=1
     )
     assert final.weights[0] == 1.0

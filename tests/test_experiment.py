@@ -130,7 +130,7 @@ def test_every_experiment_of_the_repository_is_valid(path):
             "algorithm.server_schedule.then.name = 'step', got "
             "algorithm.server_schedule.then.every = 0.",
         ),
-        ("algorithm.clip_norm=0", "algorithm.clip_norm must be above 0.0"),
+        ("algorithm.gradient_clip=0", "algorithm.gradient_clip must be above 0.0"),
     ],
 )
 def test_what_is_wrong_is_named(written, override, message):
@@ -300,7 +300,7 @@ def test_an_algorithm_is_what_its_table_names(written):
 
     full = {"client_lr": 0.1, "batch_size": None}
     assert built() == FedAvg(**full)
-    assert built("algorithm.clip_norm=2") == FedAvg(**full, clip_norm=2)
+    assert built("algorithm.gradient_clip=2") == FedAvg(**full, gradient_clip=2)
     assert built("algorithm.name=fedprox", "algorithm.mu=0.5") == FedProx(**full, mu=0.5)
     assert built("algorithm.name=scaffold") == Scaffold(**full)
     assert built("algorithm.name=fedsgd") == fed_sgd(client_lr=0.1)

@@ -134,7 +134,7 @@ def test_a_cohort_is_all_that_moves_the_model():
         ({"client_lr": float("nan")}, "client_lr=nan"),
         ({"client_lr": 0.1, "local_epochs": 0}, "local_epochs=0"),
         ({"client_lr": 0.1, "batch_size": 0}, "batch_size=0"),
-        ({"client_lr": 0.1, "clip_norm": 0.0}, "clip_norm=0.0"),
+        ({"client_lr": 0.1, "gradient_clip": 0.0}, "gradient_clip=0.0"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(arguments, message):

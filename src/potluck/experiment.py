@@ -178,7 +178,7 @@ class _RoundsSection(_Section):
     """What every [algorithm] has."""
 
     client_lr: _Positive
-    clip_norm: _Positive | None = None
+    gradient_clip: _Positive | None = None
     client_schedule: ScheduleSection | None = None
     server: ServerSection = AverageSection()
     server_schedule: ScheduleSection | None = None

@@ -39,7 +39,7 @@ name = "fedavg"               # fedavg; fedsgd: one step on all of a client's ex
 client_lr = 0.2               # the local learning rate; tune it first
 local_epochs = 5              # E: passes over a client's examples in a round
 batch_size = 10               # B: examples a local step, or "full"
-# clip_norm = 1.0             # the largest norm of a local step's gradient; none if left out
+# gradient_clip = 1.0             # the largest norm of a local step's gradient; none if left out
 # mu = 0.01                   # fedprox only, which needs it: how near
 
 # [algorithm.server]          # what the server does with the mean update

@@ -167,8 +167,8 @@ def _algorithm_rows(algorithm: AlgorithmSection) -> list[tuple[str, str]]:
         settings += f", local_epochs {algorithm.local_epochs}, batch_size {algorithm.batch_size}"
     if algorithm.name == "fedprox":
         settings += f", mu {algorithm.mu:g}"
-    if algorithm.clip_norm is not None:
-        settings += f", clip_norm {algorithm.clip_norm:g}"
+    if algorithm.gradient_clip is not None:
+        settings += f", gradient_clip {algorithm.gradient_clip:g}"
     rows = [("algorithm", f"{algorithm.name}, {settings}")]
     if algorithm.server != AverageSection():
         rows.append(("server", _named_settings(algorithm.server.model_dump())))

@@ -49,7 +49,7 @@ class FedAvg(LocalTraining):
     """Federated averaging; see the module's docstring for the algorithm and its source.
 
     Args:
-        client_lr, local_epochs, batch_size, client_schedule, clip_norm: of `LocalTraining`.
+        client_lr, local_epochs, batch_size, client_schedule, gradient_clip: of `LocalTraining`.
         server: what the server does with the aggregate.
         server_schedule: the factor on the server's rate in each round.
     """
@@ -104,7 +104,7 @@ def fed_sgd(
     *,
     client_lr: float,
     client_schedule: Schedule | None = None,
-    clip_norm: float | None = None,
+    gradient_clip: float | None = None,
     server: ServerOptimizer | None = None,
     server_schedule: Schedule | None = None,
 ) -> FedAvg:
@@ -114,7 +114,7 @@ def fed_sgd(
         local_epochs=1,
         batch_size=None,
         client_schedule=client_schedule or Constant(),
-        clip_norm=clip_norm,
+        gradient_clip=gradient_clip,
         server=server or Average(),
         server_schedule=server_schedule or Constant(),
     )

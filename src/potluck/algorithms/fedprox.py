@@ -19,8 +19,8 @@ Heterogeneous Networks. MLSys 2020, Algorithm 2 (arXiv:1812.06127).
 Differences from the paper: the paper leaves open how h is minimised, to a precision γ_k that may
 differ by client and round; here it is E epochs of gradient steps on every client, and there is no
 client that does only part of them. The paper draws clients with probability n_k / n and averages
-them equally; here the draw is uniform and the mean weighted by n_k. Where `clip_norm` is set, it
-bounds the gradient of ℓ, without the proximal term. Server optimizers and schedules are as in
+them equally; here the draw is uniform and the mean weighted by n_k. Where `gradient_clip` is set,
+it bounds the gradient of ℓ, without the proximal term. Server optimizers and schedules are as in
 FedAvg.
 """
 
@@ -42,7 +42,7 @@ class FedProx(LocalTraining):
     """FedProx; see the module's docstring for the algorithm and its source.
 
     Args:
-        client_lr, local_epochs, batch_size, client_schedule, clip_norm: of `LocalTraining`.
+        client_lr, local_epochs, batch_size, client_schedule, gradient_clip: of `LocalTraining`.
         mu: μ ≥ 0, how strongly local weights are pulled back. `client_lr` · μ should stay well
             below 1.
         server: what the server does with the aggregate.

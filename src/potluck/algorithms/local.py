@@ -42,7 +42,7 @@ class LocalTraining:
         local_epochs: E ≥ 1, passes over a client's examples in one round.
         batch_size: B ≥ 1, examples in a local step; None takes all of a client's at once (∞).
         client_schedule: the factor on `client_lr` in each round; see `potluck.schedules`.
-        clip_norm: > 0, the largest L2 norm of the loss gradient of a local step, which is scaled
+        gradient_clip: > 0, the largest L2 norm of the loss gradient of a local step, which is scaled
             down to it; None leaves gradients as they are.
     """
 
@@ -50,7 +50,7 @@ class LocalTraining:
     local_epochs: int = 1
     batch_size: int | None = 10
     client_schedule: Schedule = field(default_factory=Constant)
-    clip_norm: float | None = None
+    gradient_clip: float | None = None
 
     def check(self) -> None:
         """Refuse hyperparameters of local training that are out of range.
@@ -69,8 +69,10 @@ class LocalTraining:
                 f"batch_size must be at least 1, got batch_size={self.batch_size!r}. "
                 "Use None for all of a client's examples in one step."
             )
-        if self.clip_norm is not None:
-            check_above("clip_norm", self.clip_norm, 0.0, "Use None to leave gradients alone.")
+        if self.gradient_clip is not None:
+            check_above(
+                "gradient_clip", self.gradient_clip, 0.0, "Use None to leave gradients alone."
+            )
 
     def client_lr_at(self, round: int) -> float:
         """η in a round (from 1)."""
@@ -115,7 +117,7 @@ class LocalTraining:
         batches = self.batches(num_examples)
         lr = self.client_lr_at(round)
         order = self.order(num_examples, runtime.lengths(), stream(seed, "batches", round, client))
-        correction = Correction(self.clip_norm, proximal, drift)
+        correction = Correction(self.gradient_clip, proximal, drift)
         runtime.begin(weights, order, derive_seed(seed, "model", round, client), correction)
         for _ in range(self.local_epochs):
             for batch in batches:

@@ -26,7 +26,7 @@ behind the other, and so do Δ_i and Δc_i: twice the bytes of FedAvg each way.
 
 Differences from the paper: K follows from a client's examples, E · ⌈n_i / B⌉, and so differs
 between clients; all count equally in the mean, as in the paper. In a round of rate 0 controls
-stay as they are. Where `clip_norm` is set, it bounds the gradient of ℓ, without the controls; c_i
+stay as they are. Where `gradient_clip` is set, it bounds the gradient of ℓ, without the controls; c_i
 is then the mean of clipped gradients. The server may hand Δ to another optimizer than plain
 averaging, and both rates may follow a schedule.
 """
@@ -52,7 +52,7 @@ class Scaffold(LocalTraining):
     """SCAFFOLD; see the module's docstring for the algorithm and its source.
 
     Args:
-        client_lr, local_epochs, batch_size, client_schedule, clip_norm: of `LocalTraining`.
+        client_lr, local_epochs, batch_size, client_schedule, gradient_clip: of `LocalTraining`.
         server: what the server does with the mean of the Δ_i.
         server_schedule: the factor on the server's rate in each round.
     """

@@ -1,6 +1,6 @@
 """What changes the gradient of a local step besides the loss.
 
-    g = min(1, clip_norm / ‖∇ℓ(w; b)‖) ∇ℓ(w; b)  +  proximal (w − received)  +  drift
+    g = min(1, gradient_clip / ‖∇ℓ(w; b)‖) ∇ℓ(w; b)  +  proximal (w − received)  +  drift
     w ← w − lr · g
 
 One mechanism for clipped gradients, for FedProx (`proximal`) and for SCAFFOLD (`drift`). It holds
@@ -18,6 +18,6 @@ from potluck.core.update import Vector
 class Correction(NamedTuple):
     """See the module's docstring. An averaged buffer has no gradient and is not corrected."""
 
-    clip_norm: float | None = None  # > 0; None leaves gradients as they are
+    gradient_clip: float | None = None  # > 0; None leaves gradients as they are
     proximal: float = 0.0  # ≥ 0
     drift: Vector | None = None  # [dim]; not changed, and not to be changed during the round

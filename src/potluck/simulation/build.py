@@ -114,7 +114,7 @@ def build_algorithm(experiment: Experiment) -> FedAvg | FedProx | Scaffold:
         "client_lr": section.client_lr,
         "local_epochs": section.local_epochs,
         "batch_size": None if section.batch_size == "full" else section.batch_size,
-        "clip_norm": section.clip_norm,
+        "gradient_clip": section.gradient_clip,
         "client_schedule": _schedule(section.client_schedule),
         "server": _server(section.server),
         "server_schedule": _schedule(section.server_schedule),

@@ -1,6 +1,6 @@
 """The plain local step with a correction of the gradient: clipped, proximal, drifting.
 
-    w ← w + lr · proximal (received − w) − lr · drift − lr · min(1, clip_norm / ‖∇ℓ‖) ∇ℓ
+    w ← w + lr · proximal (received − w) − lr · drift − lr · min(1, gradient_clip / ‖∇ℓ‖) ∇ℓ
 
 The terms are applied one after another in place, the one that reads w first, so that the sum is
 never written. Averaged buffers and frozen parameters have no gradient and are not touched.
@@ -25,7 +25,7 @@ class CorrectedStep:
         self._spec = spec_of(module)
         self._named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._vector = vector
-        self._clip_norm: float | None = None
+        self._gradient_clip: float | None = None
         self._proximal = 0.0
         self._received: list[Tensor] = []  # as the parameters; empty without a proximal term
         self._drift: list[Tensor] = []
@@ -33,10 +33,10 @@ class CorrectedStep:
     def begin(self, correction: Correction) -> bool:
         """Take the correction of the next steps, from the present weights on; whether there is
         any to take."""
-        self._clip_norm, self._proximal, drift = correction
+        self._gradient_clip, self._proximal, drift = correction
         self._received = [] if self._proximal == 0.0 else self._views(self._vector.clone())
         self._drift = [] if drift is None else self._views(torch.tensor(drift))
-        return bool(self._clip_norm is not None or self._received or self._drift)
+        return bool(self._gradient_clip is not None or self._received or self._drift)
 
     def descend(self, loss: Tensor, lr: float) -> None:
         """One step down the corrected gradient of `loss`."""
@@ -54,11 +54,11 @@ class CorrectedStep:
                     parameter.add_(gradient, alpha=-rate)
 
     def _clip_factor(self, gradients: list[Tensor]) -> float:
-        if self._clip_norm is None or not gradients:
+        if self._gradient_clip is None or not gradients:
             return 1.0
         squares = [float(gradient.square().sum()) for gradient in gradients]
         norm = math.sqrt(sum(squares))
-        return self._clip_norm / max(norm, self._clip_norm)
+        return self._gradient_clip / max(norm, self._gradient_clip)
 
     def _views(self, vector: Tensor) -> list[Tensor]:
         views = self._spec.unflatten(vector)

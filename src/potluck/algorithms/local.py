@@ -42,8 +42,8 @@ class LocalTraining:
         local_epochs: E ≥ 1, passes over a client's examples in one round.
         batch_size: B ≥ 1, examples in a local step; None takes all of a client's at once (∞).
         client_schedule: the factor on `client_lr` in each round; see `potluck.schedules`.
-        gradient_clip: > 0, the largest L2 norm of the loss gradient of a local step, which is scaled
-            down to it; None leaves gradients as they are.
+        gradient_clip: > 0, the largest L2 norm of the loss gradient of a local step, which is
+            scaled down to it; None leaves gradients as they are.
     """
 
     client_lr: float

@@ -26,8 +26,8 @@ behind the other, and so do Δ_i and Δc_i: twice the bytes of FedAvg each way.
 
 Differences from the paper: K follows from a client's examples, E · ⌈n_i / B⌉, and so differs
 between clients; all count equally in the mean, as in the paper. In a round of rate 0 controls
-stay as they are. Where `gradient_clip` is set, it bounds the gradient of ℓ, without the controls; c_i
-is then the mean of clipped gradients. The server may hand Δ to another optimizer than plain
+stay as they are. Where `gradient_clip` is set, it bounds the gradient of ℓ, without the controls;
+c_i is then the mean of clipped gradients. The server may hand Δ to another optimizer than plain
 averaging, and both rates may follow a schedule.
 """
 

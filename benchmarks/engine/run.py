@@ -1,7 +1,7 @@
 """The engine against a plain hand-written PyTorch loop, in one run, taking turns.
 
     python benchmarks/engine/run.py [--rounds 20] [--examples 600] [--logistic-rounds 100]
-                                    [--lstm-rounds 10]
+                                    [--lstm-rounds 20] [--parts lstm]
 
 CNN: MNIST's shape, 100 clients × 600 examples, C = 0.1, E = 1, B = 10. Logistic regression: 1,000
 clients × 60, C = 0.1, E = 1, B = 10. Character LSTM: 100 clients × 40 lines of 8 to 79
@@ -35,6 +35,7 @@ from potluck.simulation.manifest import commit, machine
 from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
 from potluck.tasks.data import lengths
 
+PARTS = ("logistic", "cnn", "lstm")
 SEED = 1
 LR = 0.05
 
@@ -186,7 +187,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--examples", type=int, default=600, help="of a client of the CNN")
     parser.add_argument("--logistic-rounds", type=int, default=100)
-    parser.add_argument("--lstm-rounds", type=int, default=10)
+    parser.add_argument("--lstm-rounds", type=int, default=20)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     arguments = parser.parse_args()
     cores = available_cores()
@@ -208,53 +210,56 @@ def main() -> None:
         print(name, json.dumps(part, indent=1), flush=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    small = random_data(1000, 60)
-    logistic = Task(model=LogisticRegression, data=small)
-    measured(
-        f"logistic regression, 1,000 clients, {arguments.logistic_rounds} rounds",
-        compare(
-            logistic,
-            {
-                "bare loop": lambda: Bare(logistic, bare.logistic_regression(), 1),
-                "loop": lambda: Engine(logistic, Loop(logistic)),
-                "workers": lambda: Engine(logistic, Workers(logistic)),
-            },
-            arguments.logistic_rounds,
-        ),
-    )
-    images = random_data(100, arguments.examples)
-    conv = Task(model=CNN, data=images)
-    measured(
-        f"cnn, {arguments.examples} examples a client, {arguments.rounds} rounds",
-        compare(
-            conv,
-            {
-                "bare loop": lambda: Bare(conv, bare.cnn(), threads),
-                "loop": lambda: Engine(conv, Loop(conv, num_threads=threads)),
-                "workers": lambda: Engine(conv, Workers(conv)),
-            },
-            arguments.rounds,
-        ),
-    )
-    text = Task(
-        model=CharLSTM,
-        data=random_lines(100, 40),
-        loss=PerCharacter(padding=bare.PADDING),
-        metrics={},
-    )
-    measured(
-        f"character lstm, 40 lines a client, {arguments.lstm_rounds} rounds",
-        compare(
-            text,
-            {
-                "bare loop": lambda: Bare(text, bare.CharLSTM(), 1),
-                "loop": lambda: Engine(text, Loop(text)),
-                "workers, 1": lambda: Engine(text, Workers(text, 1)),
-                "workers, 2": lambda: Engine(text, Workers(text, 2)),
-            },
-            arguments.lstm_rounds,
-        ),
-    )
+    if "logistic" in arguments.parts:
+        small = random_data(1000, 60)
+        logistic = Task(model=LogisticRegression, data=small)
+        measured(
+            f"logistic regression, 1,000 clients, {arguments.logistic_rounds} rounds",
+            compare(
+                logistic,
+                {
+                    "bare loop": lambda: Bare(logistic, bare.logistic_regression(), 1),
+                    "loop": lambda: Engine(logistic, Loop(logistic)),
+                    "workers": lambda: Engine(logistic, Workers(logistic)),
+                },
+                arguments.logistic_rounds,
+            ),
+        )
+    if "cnn" in arguments.parts:
+        images = random_data(100, arguments.examples)
+        conv = Task(model=CNN, data=images)
+        measured(
+            f"cnn, {arguments.examples} examples a client, {arguments.rounds} rounds",
+            compare(
+                conv,
+                {
+                    "bare loop": lambda: Bare(conv, bare.cnn(), threads),
+                    "loop": lambda: Engine(conv, Loop(conv, num_threads=threads)),
+                    "workers": lambda: Engine(conv, Workers(conv)),
+                },
+                arguments.rounds,
+            ),
+        )
+    if "lstm" in arguments.parts:
+        text = Task(
+            model=CharLSTM,
+            data=random_lines(100, 40),
+            loss=PerCharacter(padding=bare.PADDING),
+            metrics={},
+        )
+        measured(
+            f"character lstm, 40 lines a client, {arguments.lstm_rounds} rounds",
+            compare(
+                text,
+                {
+                    "bare loop": lambda: Bare(text, bare.CharLSTM(), 1),
+                    "loop": lambda: Engine(text, Loop(text)),
+                    "workers, 1": lambda: Engine(text, Workers(text, 1)),
+                    "workers, 2": lambda: Engine(text, Workers(text, 2)),
+                },
+                arguments.lstm_rounds,
+            ),
+        )
 
 
 if __name__ == "__main__":

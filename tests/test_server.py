@@ -10,6 +10,7 @@ from potluck.experiment import check_experiment
 from potluck.server import Assigned, Attributes, Finished, RoundSettings, Service, Wait
 from potluck.simulation import build_data, rounds
 from potluck.simulation.build import build_algorithm, build_task
+from potluck.simulation.executors import kernel_threads
 from potluck.tasks import TorchRuntime
 
 
@@ -77,7 +78,8 @@ def test_a_served_run_is_the_simulated_one(tmp_path):
             examples = task.data.client(work.client)
             runtime.take(examples)
             place = {"seed": work.seed, "round": work.number, "client": work.client}
-            update = algorithm.client_update(runtime, received, examples.num_examples, **place)
+            with kernel_threads(1):  # as `loop` has, for the same bits
+                update = algorithm.client_update(runtime, received, examples.num_examples, **place)
             said = claims(update.delta, weight=update.weight, loss=update.loss)
             upload = service.begin_report(device, work.assignment, said)
             service.append_chunk(device, upload.upload, 0, update.delta.astype("<f4").tobytes())

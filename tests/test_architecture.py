@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "protocol": {"core"},
     "experiment": {"core", "explain"},
     "explain": {"core"},
-    "simulation": {"tasks", "algorithms", "privacy", "core", "experiment"},
-    "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment"},
-    "device": {"tasks", "protocol", "algorithms", "privacy", "core"},
+    "plan": {"tasks", "algorithms", "core", "experiment"},
+    "simulation": {"tasks", "algorithms", "privacy", "core", "experiment", "plan"},
+    "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
+    "device": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
 }
 TOP = {"cli", "terminal", "progress", "template", "__init__", "__main__"}  # may import everything
 

@@ -1,39 +1,27 @@
-"""The command line: `potluck demo`, `train`, `report`, `data` and `init`.
+"""The command line: `potluck demo`, `train`, `report`, `data` and `init`; and of `serving`.
 
 Heavy imports (PyTorch, matplotlib, Rich) stay inside the commands, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
-import errno
-import functools
 import shlex
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from potluck.command import Debug, ExperimentFile, Overrides, command
+from potluck.serving import app as serving_app
 
 if TYPE_CHECKING:
     from potluck.experiment import Experiment
     from potluck.simulation import Round
     from potluck.simulation.report import Cost
     from potluck.tasks import FederatedData
-
-P = ParamSpec("P")
-
-ExperimentFile = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT.toml", help="`potluck init` writes one.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a value of the file: run.rounds=20. Repeatable."
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 app = typer.Typer(
     help="Federated learning: train one model on data that stays where it is.",
@@ -51,29 +39,12 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 demo_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(demo_app, name="demo")
+app.add_typer(serving_app)
 
 
 def main() -> None:
     """The console script."""
     app(prog_name="potluck")
-
-
-def _command(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn an error into one line on stderr and exit status 1, unless `debug` is set."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        from potluck.core import PotluckError
-
-        try:
-            function(*args, **kwargs)
-        except (PotluckError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-            if kwargs.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
-                raise
-            typer.echo(f"error: {_one_line(error)}", err=True)
-            raise typer.Exit(1) from None
-
-    return wrapped
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,7 +66,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
 
 
 @app.command()
-@_command
+@command
 def train(
     file: ExperimentFile,
     overrides: Overrides = None,
@@ -134,7 +105,7 @@ def train(
 
 
 @app.command()
-@_command
+@command
 def report(
     paths: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")
@@ -179,7 +150,7 @@ def report(
 
 
 @data_app.command("list")
-@_command
+@command
 def list_data(debug: Debug = False) -> None:
     """List the data sets, and whether they are here."""
     from potluck.simulation.report import format_bytes
@@ -203,7 +174,7 @@ def list_data(debug: Debug = False) -> None:
 
 
 @data_app.command("get")
-@_command
+@command
 def get_data(
     name: Annotated[str, typer.Argument(metavar="NAME", help="See `potluck data list`.")],
     debug: Debug = False,
@@ -224,7 +195,7 @@ def get_data(
 
 
 @data_app.command("describe")
-@_command
+@command
 def describe_data(
     file: ExperimentFile,
     overrides: Overrides = None,
@@ -248,7 +219,7 @@ def describe_data(
 
 
 @app.command()
-@_command
+@command
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE")] = Path("experiment.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
@@ -266,7 +237,7 @@ def init(
 
 
 @demo_app.callback()
-@_command
+@command
 def demo(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the runs, table and picture go.")
@@ -386,11 +357,3 @@ def _command_line(file: Path, overrides: Sequence[str], seeds: int, out: Path) -
     if out != Path("runs"):
         words += ["--out", str(out)]
     return shlex.join(words)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"this command needs {error.name}. Install it with: pip install 'potluck[sim]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -49,14 +49,25 @@ RUNTIME = Runtime(name="test", version="1")
 class Served:
     """A server of one run in a thread, until the end of the block."""
 
-    def __init__(self, folder, *, count=3, dim=4, long_poll_seconds=0.0, name=None, **settings):
+    def __init__(
+        self,
+        folder,
+        *,
+        count=3,
+        dim=4,
+        long_poll_seconds=0.0,
+        name=None,
+        certificate=None,
+        key=None,
+        **settings,
+    ):
         self.home, self.dim, self.long_poll_seconds = Home(folder / "home"), dim, long_poll_seconds
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 100} | settings
         self.settings = RoundSettings(**values)
         self.experiment = check_experiment(CONTENT | {"name": name or "fleet"}, "test")
         self.evaluated = []
         self.callers = []
-        self.port = 0
+        self.listen = Listen(port=0, certificate=certificate, private_key=key)
 
     def __enter__(self) -> Served:
         self.desk = open_desk(
@@ -70,9 +81,13 @@ class Served:
             plan={"task": "none"},
             settings=self.settings,
         )
-        self.server = Server(
-            self.desk, self.home, Listen(port=self.port), self.long_poll_seconds, self._evaluate
-        )
+        try:
+            self.server = Server(
+                self.desk, self.home, self.listen, self.long_poll_seconds, self._evaluate
+            )
+        except BaseException:
+            self.desk.service.close()
+            raise
         self.port = int(self.server.address.rsplit(":", 1)[1])
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.run()))
         self.thread.start()

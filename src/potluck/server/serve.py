@@ -297,7 +297,7 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
         backlog=1024,
     )
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # pyright: ignore: signals are ours
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     return server
 
 

@@ -10,6 +10,7 @@ import hashlib
 import ssl
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -89,6 +90,7 @@ class Served:
             self.desk.service.close()
             raise
         self.port = int(self.server.address.rsplit(":", 1)[1])
+        self.listen = replace(self.listen, port=self.port)  # of the next start, too
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.run()))
         self.thread.start()
         self.operator = Operator(self.home)

@@ -82,7 +82,7 @@ class Process:
 
     def end(self, number) -> int:
         self.process.send_signal(number)
-        code = self.process.wait(15)
+        code = self.process.wait(30)
         self.process.stdout.close()
         self.log.close()
         return code

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from potluck.protocol import Error, encode_message
 
 HEADER_SECONDS = 10.0
+_GOODBYE_SECONDS = 0.5
 
 
 class Connection(H11Protocol):
@@ -37,6 +38,11 @@ class Connection(H11Protocol):
                 self._headers_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
         else:
             self._stop_timer()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():  # TLS would wait for the other side's goodbye
+            self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP."""

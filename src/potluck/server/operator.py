@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -34,6 +35,7 @@ class Operator:
         return self._ask("GET", name, None).decode()
 
     def _ask(self, method: str, name: str, asked: dict[str, Any] | None) -> bytes:
+        self._knock()
         headers = {"Authorization": f"Bearer {self._home.credential()}"}
         transport = httpx.HTTPTransport(uds=str(self._home.socket))
         try:
@@ -41,13 +43,24 @@ class Operator:
                 address = f"http://server/admin/{name}"
                 answer = client.request(method, address, headers=headers, json=asked)
         except httpx.HTTPError as error:
-            raise RunError(
-                f"the server must be running, got {error} at {self._home.socket}. "
-                "Start it with `potluck serve`, or name its folder with --home."
-            ) from None
+            raise self._absent(error) from None
         if answer.status_code != 200:
             raise _refusal(answer.content)
         return answer.content
+
+    def _knock(self) -> None:
+        """Tell a server that is not there: httpx would leave the socket open."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self._home.socket))
+            except OSError as error:
+                raise self._absent(error) from None
+
+    def _absent(self, error: Exception) -> RunError:
+        return RunError(
+            f"the server must be running, got {error} at {self._home.socket}. "
+            "Start it with `potluck serve`, or name its folder with --home."
+        )
 
 
 def _refusal(content: bytes) -> PotluckError:

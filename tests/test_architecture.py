@@ -15,20 +15,22 @@ MAY_IMPORT = {
     "protocol": {"core"},
     "experiment": {"core", "explain"},
     "explain": {"core"},
-    "simulation": {"tasks", "algorithms", "privacy", "core", "experiment"},
+    "plan": {"tasks", "algorithms", "core", "experiment"},
+    "simulation": {"tasks", "algorithms", "privacy", "core", "experiment", "plan"},
     "reproduction": {"simulation", "tasks", "algorithms", "core", "experiment"},
-    "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment"},
-    "device": {"tasks", "protocol", "algorithms", "privacy", "core"},
+    "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
+    "device": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
 }
 TOP = {  # may import everything
+    "__init__",
+    "__main__",
     "cli",
     "cli_reproduce",
     "command",
-    "terminal",
     "progress",
+    "serving",
     "template",
-    "__init__",
-    "__main__",
+    "terminal",
 }
 
 

@@ -212,8 +212,8 @@ def test_the_same_report_again_is_answered_alike_and_another_conflicts(fleet):
 @pytest.mark.parametrize(
     ("vector", "changes", "code"),
     [
-        ([np.nan, 0, 0, 0], {}, "bad_update"),
-        ([np.inf, 0, 0, 0], {}, "bad_update"),
+        ([np.nan, 0, 0, 0], {}, "not_finite"),
+        ([np.inf, 0, 0, 0], {}, "not_finite"),
         ([2e4, 0, 0, 0], {}, "bad_update"),
         ([9e3, 0, 0, 0], {"weight": 9e5}, "bad_update"),
         ([1, 0, 0], {}, "bad_update"),

@@ -1,4 +1,4 @@
-"""The command line: `potluck demo`, `train`, `report`, `reproduce`, `data` and `init`.
+"""The command line: `potluck demo`, `train`, `report`, `reproduce`, `data`, `init`; and serving.
 
 Heavy imports (PyTorch, matplotlib, Rich) stay inside the commands, so that `--help` is quick.
 """
@@ -15,23 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from potluck.cli_reproduce import reproduce
-from potluck.command import Debug, command
+from potluck.command import Debug, ExperimentFile, Overrides, command
+from potluck.serving import app as serving_app
 
 if TYPE_CHECKING:
     from potluck.experiment import Experiment
     from potluck.simulation import Round
     from potluck.simulation.report import Cost
     from potluck.tasks import FederatedData
-
-ExperimentFile = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT.toml", help="`potluck init` writes one.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a value of the file: run.rounds=20. Repeatable."
-    ),
-]
 
 app = typer.Typer(
     help="Federated learning: train one model on data that stays where it is.",
@@ -49,6 +40,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 demo_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(demo_app, name="demo")
+app.add_typer(serving_app)
 
 
 def main() -> None:

@@ -1,17 +1,39 @@
-"""What every command shares: an error is one line on stderr, unless `--debug` is given."""
+"""What all commands share: errors in one line, and the options that mean the same everywhere."""
 
 from __future__ import annotations
 
 import errno
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
 
 P = ParamSpec("P")
 
+ExperimentFile = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT.toml", help="`potluck init` writes one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a value of the file: run.rounds=20. Repeatable."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_SERVER_MODULES = (
+    "alembic",
+    "h11",
+    "httpx",
+    "obstore",
+    "prometheus_client",
+    "psycopg",
+    "sqlalchemy",
+    "starlette",
+    "uvicorn",
+)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -34,7 +56,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"this command needs {error.name}. Install it with: pip install 'potluck[sim]'"
+        extra = "server" if (error.name or "").split(".")[0] in _SERVER_MODULES else "sim"
+        return f"this command needs {error.name}. Install it with: pip install 'potluck[{extra}]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -242,6 +242,36 @@ class RunSection(_Section):
     skip_failures: bool = False
 
 
+class ServeSection(_Section):
+    """[server]: what `potluck serve` does with the experiment; it decides no numbers of a model.
+
+    What is left out has the default that `potluck.server.RoundSettings` gives it, and is checked
+    there; `goal` is the experiment's cohort then.
+    """
+
+    selection: Literal["open", "sampled"] | None = None
+    goal: int | None = None
+    minimum: float | None = None
+    over_selection: float | None = None
+    population: int | None = None
+    selection_seconds: float | None = None
+    report_seconds: float | None = None
+    lease_seconds: float | None = None
+    pace_seconds: float | None = None
+    attempts: int | None = None
+    federated_every: int | None = None
+    max_weight: float | None = None
+    max_norm: float | None = None
+    needs_charging: bool | None = None
+    needs_idle: bool | None = None
+    needs_unmetered: bool | None = None
+    needs_memory_bytes: int | None = None
+    codec: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """In which devices send their updates."""
+    long_poll_seconds: Annotated[float, Field(ge=0, le=30)] = 25.0
+    """How long a check-in may wait for work before it is answered."""
+
+
 class Experiment(_Section):
     """A whole experiment file."""
 
@@ -250,6 +280,7 @@ class Experiment(_Section):
     partition: PartitionSection
     algorithm: AlgorithmSection
     run: RunSection
+    server: Annotated[ServeSection, Field(exclude=True)] = ServeSection()
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:

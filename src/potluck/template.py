@@ -72,4 +72,25 @@ stop_at_target = true
 # executor = "workers"        # workers: a process per core; loop: one process
 # workers = 2                 # number of processes; all cores if left out
 # skip_failures = false       # true: leave a client that fails out of its round and go on
+
+# [server]                    # for `potluck serve`; `train` passes over it
+# selection = "open"          # open: whoever comes; sampled: the cohorts of the simulation
+# goal = 20                   # reports that close a round; the cohort if left out
+# minimum = 0.8               # part of the goal without which a round is abandoned
+# over_selection = 1.3        # devices selected, times the goal
+# population = 1              # devices that must have enrolled before the first round
+# selection_seconds = 120.0   # from the first device on
+# report_seconds = 600.0      # from the end of the selection on
+# lease_seconds = 600.0       # how long a device may be silent
+# pace_seconds = 10.0         # over which waiting devices come back
+# attempts = 3                # abandoned in a row, then the run is paused
+# federated_every = 0         # rounds between evaluations on the devices; 0: never
+# max_weight = 1e6            # of one report
+# max_norm = 1e4              # of one update
+# needs_charging = false
+# needs_idle = false
+# needs_unmetered = false
+# needs_memory_bytes = 0
+# codec = "float32"           # of updates; bfloat16, int8, int4 are shorter
+# long_poll_seconds = 25.0    # how long a check-in waits for work
 """

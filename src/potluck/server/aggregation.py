@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from potluck.core import FixedPointMean, RefusedError, StorageError, Vector
+from potluck.core import FixedPointMean, ProtocolError, RefusedError, StorageError, Vector
+from potluck.protocol import CODECS as NAMES
+from potluck.protocol import Codec as CodecName
+from potluck.protocol import decode_blocks, encoded_bytes
 from potluck.server import faults
 from potluck.server.settings import RoundSettings
 
@@ -47,21 +50,17 @@ class DamagedError(StorageError):
     """A stored update has another digest than when it was accepted."""
 
 
-def float32_blocks(pieces: Iterator[bytes], dim: int) -> Iterator[Vector]:
-    """Little-endian float32, wherever the pieces were cut."""
-    rest = b""
-    for piece in pieces:
-        piece = rest + piece
-        whole = len(piece) - len(piece) % 4
-        yield np.frombuffer(piece[:whole], "<f4")
-        rest = piece[whole:]
+def _codec(name: CodecName) -> Codec:
+    def num_bytes(dim: int) -> int:
+        return encoded_bytes(name, dim)
+
+    def decode(pieces: Iterator[bytes], dim: int) -> Iterator[Vector]:
+        return decode_blocks(pieces, name, dim)
+
+    return Codec(num_bytes, decode)
 
 
-def _float32_bytes(dim: int) -> int:
-    return 4 * dim
-
-
-CODECS = {"float32": Codec(_float32_bytes, float32_blocks)}
+CODECS: dict[str, Codec] = {name: _codec(name) for name in NAMES}
 
 
 def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_steps: int) -> None:
@@ -96,25 +95,31 @@ def check_update(
     """Read an update once: digest, length, finite values, norm, and room in the sum.
 
     Raises:
-        RefusedError: digest: these are not the bytes that were announced; bad_update.
+        RefusedError: digest: these are not the bytes that were announced; bad_update, not_finite,
+            malformed.
     """
     digest = hashlib.sha256()
-    squares, largest, length = 0.0, 0.0, 0
-    for block in CODECS[codec].decode(_hashed(pieces, digest), dim):
-        wide = block.astype(np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
+    squares, largest = 0.0, 0.0
+    hashed = _hashed(pieces, digest)
+    fault: ProtocolError | None = None
+    try:
+        for block in CODECS[codec].decode(hashed, dim):
+            wide = block.astype(np.float64)
             squares += float(np.dot(wide, wide))
             largest = max(largest, float(np.abs(wide).max(initial=0.0)))
-        length += len(block)
+    except ProtocolError as error:
+        fault = error
+        for _ in hashed:  # other bytes than were announced are told so first
+            pass
     if digest.hexdigest() != sha256:
         raise RefusedError("digest", "the bytes must have the announced digest. Send them again.")
-    if length != dim:
-        raise RefusedError("bad_update", f"an update must have {dim} entries, got {length}.")
-    norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
+    if fault is not None:
+        raise RefusedError(fault.code, str(fault))
+    norm = math.sqrt(squares)
     if not norm <= settings.max_norm:
         raise RefusedError(
             "bad_update",
-            f"an update must be finite with a norm of at most {settings.max_norm:g}, "
+            f"an update must have a norm of at most {settings.max_norm:g}, "
             f"got norm={norm:g}. Lower the client learning rate.",
         )
     if not weight * largest < _RANGE / (slots + 1):

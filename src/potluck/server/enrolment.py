@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection, func, insert, select, update
@@ -119,6 +120,20 @@ def claim_sequence(database: Database, device: str, sequence: int) -> None:
             raise RefusedError(
                 "replayed", f"a sequence number must be new, got sequence={sequence}. Count on."
             )
+
+
+def claim_sequences(database: Database, claims: Sequence[tuple[str, int]]) -> list[bool]:
+    """Note many (device, sequence number) in one transaction: whether each one was new."""
+    with database.write() as db:
+        return [
+            db.execute(
+                update(devices)
+                .where(devices.c.id == device, devices.c.sequence < sequence)
+                .values(sequence=sequence)
+            ).rowcount
+            == 1
+            for device, sequence in claims
+        ]
 
 
 def find_run(db: Connection, run: str) -> None:

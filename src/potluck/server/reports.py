@@ -137,7 +137,7 @@ def finish_report(
 
     Raises:
         RefusedError: unknown, late, conflict, incomplete; digest: send it again from 0;
-            bad_update: the device's part in this round is over.
+            bad_update, not_finite, malformed: the device's part in this round is over.
     """
     with database.read() as db:
         row = find_upload(db, device, upload)
@@ -188,14 +188,43 @@ def report_metrics(
         return _insert(db, found, values | {"weight": 1.0, "loss": 0.0, "num_steps": 0}, now)
 
 
+def find_report(
+    database: Database, blobs: BlobStore, device: str, upload: str
+) -> tuple[Upload | Accepted, int]:
+    """Where an upload stands, and how long it will be; also when its round is over.
+
+    Raises:
+        RefusedError: unknown, late, conflict.
+    """
+    with database.read() as db:
+        find_device(db, device)
+        mine = (uploads.c.id == upload) & (uploads.c.device == device)
+        row = one(db, select(uploads).where(mine))
+        if row is None:  # the round is over: its blobs are gone, the row of the report stays
+            named = (reports.c.device == device) & reports.c.key.endswith(f"/{upload}")
+            kept = one(db, select(reports).where(named))
+            if kept is None:
+                raise _unknown_upload(upload)
+            return Accepted(kept.round, kept.sha256), kept.num_bytes
+        found = find_assignment(db, device, row.assignment)
+        answer = _earlier(db, found, row.sha256)
+    if answer is not None:
+        return answer, row.num_bytes
+    return Upload(upload, _offset(blobs, row.round, upload)), row.num_bytes
+
+
 def find_upload(db: Connection, device: str, upload: str) -> Row[Any]:
     """A device's upload; another device's looks like none."""
     find_device(db, device)
     mine = (uploads.c.id == upload) & (uploads.c.device == device)
     row = one(db, select(uploads).where(mine))
     if row is None:
-        raise RefusedError("unknown", f"got upload={upload!r}, which is none of yours.")
+        raise _unknown_upload(upload)
     return row
+
+
+def _unknown_upload(upload: str) -> RefusedError:
+    return RefusedError("unknown", f"got upload={upload!r}, which is none of yours.")
 
 
 def _offset(blobs: BlobStore, round: str, upload: str) -> int:
@@ -249,7 +278,7 @@ def _check_bytes(
     except RefusedError as error:
         blobs.drop(row.id)
         blobs.delete(key)
-        if error.code == "bad_update":
+        if error.code != "digest":
             _throw_out(database, found, str(error), now)
         raise
     faults.reach("finish.after-check")

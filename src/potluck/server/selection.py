@@ -120,6 +120,18 @@ def fail(database: Database, device: str, assignment: str, reason: str) -> None:
         db.execute(update(assignments).where(assignments.c.id == found.id).values(values))
 
 
+def come_back(database: Database, device: str, now: int) -> float:
+    """Seconds after which a device that is done should check in.
+
+    Raises:
+        RefusedError: unknown, revoked.
+    """
+    with database.read() as db:
+        member, run = find_device(db, device)
+        settings = RoundSettings.model_validate_json(run.settings)
+        return _retry_after(db, member, run, _open_round(db, run), settings, now)
+
+
 def find_device(db: Connection, device: str) -> tuple[Row[Any], Row[Any]]:
     """A device that may take part, and its run."""
     member = one(db, select(devices).where(devices.c.id == device))

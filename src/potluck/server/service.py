@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from safetensors.numpy import save
@@ -42,6 +42,7 @@ from potluck.server.tables import (
     models,
     runs,
 )
+from potluck.server.tables import rounds as all_rounds
 
 
 class Service:
@@ -171,9 +172,22 @@ class Service:
             return {name: getattr(row, name) for name in names} | {
                 "devices": db.scalar(select(func.count()).where(present)) or 0,
                 "open": None if current is None else as_dict(current) | (counted or {}),
-                "is_leader": self._candidate.fence > 0,
+                "is_leader": self.is_leader,
                 "audit": audit.head(db),
             }
+
+    def devices(self, run: str) -> list[dict[str, Any]]:
+        """The devices of a run, in the order of their enrolment, without their keys."""
+        names = ("id", "client", "name", "device_class", "sequence", "enrolled_ms", "revoked_ms")
+        query = select(*(devices.c[name] for name in names)).where(devices.c.run == run)
+        with self.database.read() as db:
+            return [as_dict(row) for row in db.execute(query.order_by(devices.c.client))]
+
+    def find_run(self, name: str) -> str | None:
+        """The id of the run with this name, if it was begun."""
+        with self.database.read() as db:
+            row = one(db, select(runs.c.id).where(runs.c.name == name))
+        return None if row is None else str(row.id)
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """The committed rounds, in order."""
@@ -211,6 +225,10 @@ class Service:
             self.database, token, public_key, now, name=name, device_class=device_class
         )
 
+    def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[bool]:
+        """Note many (device, sequence number) at once: whether each one was new."""
+        return enrolment.claim_sequences(self.database, claims)
+
     def claim_sequence(self, device: str, sequence: int) -> None:
         """Note the sequence number of a signed request, or refuse a replay."""
         enrolment.claim_sequence(self.database, device, sequence)
@@ -219,6 +237,21 @@ class Service:
         """A device that may take part: its key, sequence number, run and client index."""
         with self.database.read() as db:
             return selection.find_device(db, device)[0]
+
+    def device_key(self, device: str) -> Row[Any] | None:
+        """A device's key, sequence number and run; None if it may not take part."""
+        query = select(devices).where(devices.c.id == device, devices.c.revoked_ms.is_(None))
+        with self.database.read() as db:
+            return one(db, query)
+
+    def assignment(self, device: str, assignment: str) -> Row[Any]:
+        """A device's assignment that is not over: kind, number and attempt of its round."""
+        with self.database.read() as db:
+            return selection.find_assignment(db, device, assignment)
+
+    def come_back(self, device: str) -> float:
+        """Seconds after which a device that is done should check in."""
+        return selection.come_back(self.database, device, self.time.now())
 
     def check_in(
         self, device: str, attributes: selection.Attributes | None = None
@@ -241,6 +274,12 @@ class Service:
         """Announce an update."""
         return reports.begin_report(self.database, self.blobs, device, assignment, claims)
 
+    def find_report(
+        self, device: str, upload: str
+    ) -> tuple[reports.Upload | reports.Accepted, int]:
+        """Where an upload stands, and how many bytes it will have."""
+        return reports.find_report(self.database, self.blobs, device, upload)
+
     def append_chunk(self, device: str, upload: str, offset: int, data: bytes) -> reports.Upload:
         """Send a chunk of it."""
         return reports.append_chunk(
@@ -257,6 +296,22 @@ class Service:
         """Report a federated evaluation."""
         now = self.time.now()
         return reports.report_metrics(self.database, device, assignment, metrics, now)
+
+    def place(self, round: str) -> tuple[int, int]:
+        """Number and attempt of a round."""
+        query = select(all_rounds.c.number, all_rounds.c.attempt).where(all_rounds.c.id == round)
+        with self.database.read() as db:
+            number, attempt = db.execute(query).one()
+        return number, attempt
+
+    def find_model(self, run: str, sha256: str) -> Row[Any]:
+        """The model of a run with this digest: its key and num_bytes."""
+        query = select(models).where(models.c.run == run, models.c.sha256 == sha256).limit(1)
+        with self.database.read() as db:
+            row = one(db, query)
+        if row is None:
+            raise RefusedError("unknown", f"no such model: sha256={sha256!r}.")
+        return row
 
     def model(self, run: str, version: int) -> Row[Any]:
         """A model version: digest, key, num_bytes."""
@@ -284,6 +339,11 @@ class Service:
                 self._candidate.fence = 0
                 return False
             return True
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process led at its last tick."""
+        return self._candidate.fence > 0
 
     def pending_evaluations(self, run: str) -> list[tuple[int, int]]:
         """(round, version) of the rounds whose central evaluation is due and not done."""

@@ -62,6 +62,16 @@ class RoundSettings(BaseModel):
         }
         return cls.model_validate(values | changes)
 
+    @classmethod
+    def served(cls, experiment: Experiment) -> RoundSettings:
+        """Those of an experiment's [server] section; the goal is its cohort if none is given."""
+        section = experiment.server
+        given = section.model_dump(exclude_none=True, exclude={"codec", "long_poll_seconds"})
+        if section.selection == "sampled":
+            return cls.sampled(experiment, **given)
+        goal = cohort_size(experiment.partition.clients, experiment.run.cohort)
+        return cls.model_validate({"goal": goal, "num_rounds": experiment.run.rounds} | given)
+
     def minimum_of(self, goal: int) -> int:
         """Reports that a round with this goal needs."""
         return max(math.ceil(goal * self.minimum - 1e-9), 1)

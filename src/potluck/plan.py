@@ -1,0 +1,213 @@
+"""A plan: what is done with a model, as JSON inside a signed manifest; and the objects it names.
+
+    {"task": {"model": "2nn", "num_classes": 10}, "algorithm": {"client_lr": 0.1, …}, "needs": []}
+
+A plan names models, losses and algorithms that the device has; it holds no code. The number of
+classes and the padding are those of the whole run, since one device may not have seen them all.
+
+Compatibility: strict, as an experiment is. A device that does not know a key or a name says
+`unsupported`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from potluck.algorithms import (
+    Adagrad,
+    Adam,
+    Average,
+    FedAvg,
+    FedProx,
+    Momentum,
+    Nesterov,
+    Scaffold,
+    Schedule,
+    ServerOptimizer,
+    Yogi,
+    schedules,
+)
+from potluck.core import ConfigError
+from potluck.experiment import AlgorithmSection, Experiment, ScheduleSection
+
+if TYPE_CHECKING:
+    from potluck.tasks import FederatedData, Task
+
+LANGUAGE_MODELS = ("char-lstm", "char-lstm-peephole")
+
+# The keys of a section are the arguments of what it names.
+_SERVERS: Mapping[str, Callable[..., ServerOptimizer]] = {
+    "average": Average,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adagrad": Adagrad,
+    "adam": Adam,
+    "yogi": Yogi,
+}
+_SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
+    "constant": schedules.Constant,
+    "exponential": schedules.Exponential,
+    "step": schedules.Step,
+    "linear": schedules.Linear,
+    "cosine": schedules.Cosine,
+}
+
+Need = Literal["charging", "idle", "unmetered"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PlannedTask(_Strict):
+    """The part of [task] that is not about where the data are."""
+
+    model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
+    hidden: int | None = Field(default=None, ge=1, le=10**5)
+    loss: Literal["per-character", "per-step"] | None = None
+    batches: Literal["by-length", "random"] | None = None
+    num_classes: int = Field(ge=0, le=10**6)
+    """0 for a regression."""
+    padding: int | None = None
+
+
+class Plan(_Strict):
+    """Task, algorithm, and the condition in which a device must stay while it trains."""
+
+    task: PlannedTask
+    algorithm: AlgorithmSection
+    needs: tuple[Need, ...] = Field(default=(), strict=False)
+
+
+def plan_of(experiment: Experiment, data: FederatedData, needs: tuple[Need, ...] = ()) -> Plan:
+    """The plan of an experiment whose data, of all clients, are these."""
+    section = experiment.task
+    task = PlannedTask(
+        model=section.model,
+        hidden=section.hidden,
+        loss=section.loss,
+        batches=section.batches,
+        num_classes=data.num_classes,
+        padding=data.padding,
+    )
+    return Plan(task=task, algorithm=experiment.algorithm, needs=needs)
+
+
+def write_plan(plan: Plan) -> dict[str, Any]:
+    """The JSON of a plan, without the keys that have no value."""
+    return plan.model_dump(mode="json", exclude_none=True)
+
+
+def read_plan(content: Any) -> Plan:
+    """Check the JSON of a plan.
+
+    Raises:
+        ConfigError: a key or a name that this version does not know.
+    """
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the plan"
+        raise ConfigError(
+            f"the plan asks for what this version does not have: {place}: {first['msg']}. "
+            "Install the server's version of Potluck."
+        ) from None
+
+
+def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
+    """The task of a plan over data, which may be one device's. Imports PyTorch.
+
+    Raises:
+        ConfigError: data that do not fit the plan.
+    """
+    from potluck.tasks import Task, cross_entropy, mean_squared_error, models
+
+    _check_labels(task, data)
+    if task.model in LANGUAGE_MODELS:
+        return _language_task(task, data)
+    shape = data.train.inputs.shape[1:]
+    if task.model == "cnn" and len(shape) != 3:
+        raise ConfigError(
+            "task.model = 'cnn' needs images [channels, height, width], "
+            f"got inputs of shape={shape}. Use '2nn' or 'logistic'."
+        )
+    kinds = {"2nn": models.TwoNN, "cnn": models.CNN, "logistic": models.LogisticRegression}
+    model = partial(kinds[task.model], shape, task.num_classes or 1)
+    if task.num_classes == 0:
+        return Task(model=model, data=data, loss=mean_squared_error, metrics={})
+    return Task(model=model, data=data, loss=cross_entropy)
+
+
+def build_planned_algorithm(section: AlgorithmSection) -> FedAvg | FedProx | Scaffold:
+    """The algorithm of an [algorithm] section."""
+    shared: dict[str, Any] = {
+        "client_lr": section.client_lr,
+        "local_epochs": section.local_epochs,
+        "batch_size": None if section.batch_size == "full" else section.batch_size,
+        "gradient_clip": section.gradient_clip,
+        "client_schedule": _schedule(section.client_schedule),
+        "server": _SERVERS[section.server.name](**section.server.model_dump(exclude={"name"})),
+        "server_schedule": _schedule(section.server_schedule),
+    }
+    match section.name:
+        case "fedavg" | "fedsgd":
+            return FedAvg(**shared)
+        case "fedprox":
+            return FedProx(mu=section.mu, **shared)
+        case "scaffold":
+            return Scaffold(**shared)
+
+
+def _schedule(section: ScheduleSection | None) -> Schedule:
+    if section is None:
+        return schedules.Constant()
+    if section.name == "warmup":
+        return schedules.Warmup(section.rounds, then=_schedule(section.then))
+    return _SCHEDULES[section.name](**section.model_dump(exclude={"name"}))
+
+
+def _language_task(task: PlannedTask, data: FederatedData) -> Task:
+    from potluck.tasks import (
+        CharacterAccuracy,
+        CharLSTM,
+        Loss,
+        PeepholeCharLSTM,
+        PerCharacter,
+        PerStep,
+        Task,
+    )
+
+    if data.padding is None:
+        raise ConfigError(
+            f"the model {task.model!r} needs text, got data without padding. Give other data."
+        )
+    model = CharLSTM if task.model == "char-lstm" else PeepholeCharLSTM
+    loss: Loss = PerCharacter(padding=data.padding)
+    if task.loss == "per-step":
+        loss = PerStep(padding=data.padding, steps=data.train.targets.shape[1])
+    return Task(
+        model=partial(model, task.num_classes, hidden=task.hidden or 256),
+        data=data,
+        loss=loss,
+        metrics={"accuracy": CharacterAccuracy(padding=data.padding)},
+        batches="random" if task.batches == "random" else "by length",
+    )
+
+
+def _check_labels(task: PlannedTask, data: FederatedData) -> None:
+    if (data.num_classes == 0) != (task.num_classes == 0):
+        kind = "numbers (a regression)" if task.num_classes == 0 else "classes"
+        raise ConfigError(
+            f"the targets must be {kind} for this run, got dtype={data.train.targets.dtype}. "
+            "Give the targets that the run asks for."
+        )
+    if data.num_classes > task.num_classes:
+        raise ConfigError(
+            f"labels must be from 0 to {task.num_classes - 1} in this run, "
+            f"got label={data.num_classes - 1}. Mend the labels."
+        )

@@ -1,0 +1,175 @@
+"""What operators ask of a server, on a socket of its own and with a credential of their own.
+
+A device's signature means nothing here, and the credential nothing to the application for devices.
+Requests and answers are JSON; a refusal has the protocol's shape of an error.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as Path
+from starlette.types import ASGIApp
+
+from potluck.core import ProtocolError
+from potluck.protocol import Invitation, encode_invitation, public_key
+from potluck.protocol.strict_json import encode_json, parse_json, refuse
+from potluck.server.app import error_handlers, measured
+from potluck.server.bell import Bell
+from potluck.server.desk import Desk, refusals
+from potluck.server.meters import Meters
+
+MAX_BYTES = 4096
+_TOKENS = 10_000  # at once
+
+
+class AdminApp:
+    """The routes for operators."""
+
+    def __init__(
+        self, desk: Desk, bell: Bell, meters: Meters, credential: str, certificate: str | None
+    ) -> None:
+        self._desk = desk
+        self._bell = bell
+        self._meters = meters
+        self._credential = credential.encode()
+        self._certificate = certificate
+
+    def asgi(self) -> ASGIApp:
+        """The application."""
+        gets: dict[str, Callable[[], Any]] = {
+            "status": self._status,
+            "devices": lambda: self._desk.service.devices(self._desk.run),
+            "audit": self._audit,
+        }
+        posts: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "enroll": self._enroll,
+            "pause": self._pause,
+            "resume": self._resume,
+            "revoke": self._revoke,
+        }
+        paths = [
+            Path(f"/admin/{name}", self._get(do), methods=["GET"]) for name, do in gets.items()
+        ]
+        paths += [Path(f"/admin/{n}", self._post(do), methods=["POST"]) for n, do in posts.items()]
+        paths.append(Path("/admin/export", self._export, methods=["POST"]))
+        paths.append(Path("/admin/metrics", self._metrics, methods=["GET"]))
+        for path in paths:
+            path.methods = (path.methods or set()) - {"HEAD"}
+        handlers = error_handlers(self._desk.service.time.now)
+        app = Starlette(routes=paths, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return measured(app, self._meters)
+
+    def _get(self, do: Callable[[], Any]) -> Callable[[Request], Any]:
+        async def get(request: Request) -> Response:
+            self._check(request)
+            with refusals():
+                return _json(await run_in_threadpool(do))
+
+        return get
+
+    def _post(self, do: Callable[[dict[str, Any]], Any]) -> Callable[[Request], Any]:
+        async def post(request: Request) -> Response:
+            self._check(request)
+            asked = await _content(request)
+            with refusals():
+                answer = await run_in_threadpool(do, asked)
+            self._bell.wake()
+            return _json(answer)
+
+        return post
+
+    def _check(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, b"Bearer " + self._credential):
+            raise ProtocolError(
+                "unsigned", "an operator shows the credential of the server's folder. Use --home."
+            )
+
+    def _status(self) -> dict[str, Any]:
+        service, run = self._desk.service, self._desk.run
+        rounds, evaluations = service.history(run), service.evaluations(run)
+        return service.status(run) | {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
+
+    def _audit(self) -> dict[str, Any]:
+        found = self._desk.service.verify_audit()
+        return {"broken": None if found is None else found._asdict()}
+
+    def _enroll(self, asked: dict[str, Any]) -> dict[str, Any]:
+        count = asked.get("count", 1)
+        if type(count) is not int or not 1 <= count <= _TOKENS:
+            refuse(f"count must be between 1 and {_TOKENS}, got count={count!r:.40}")
+        days = asked.get("days", 7)
+        if type(days) not in (int, float) or not 0 < days <= 3650:
+            refuse(f"days must be above 0 and at most 3650, got days={days!r:.40}")
+        return {"invitations": [self._invitation(days * 86400.0) for _ in range(count)]}
+
+    def _invitation(self, seconds: float) -> str:
+        token = self._desk.service.issue_token(self._desk.run, valid_seconds=seconds, actor="admin")
+        invitation = Invitation(
+            token=token,
+            run=self._desk.name,
+            server_key=public_key(self._desk.key).hex(),
+            certificate=self._certificate,
+        )
+        return encode_invitation(invitation)
+
+    def _pause(self, asked: dict[str, Any]) -> dict[str, Any]:
+        reason = _word(asked, "reason", "an operator paused it")
+        self._desk.service.pause(self._desk.run, reason, actor="admin")
+        return {}
+
+    def _resume(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._desk.service.resume(self._desk.run, actor="admin")
+        return {}
+
+    def _revoke(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._desk.service.revoke(_word(asked, "device", ""), actor="admin")
+        return {}
+
+    async def _export(self, request: Request) -> Response:
+        self._check(request)
+        version = (await _content(request)).get("version")
+        if version is not None and (type(version) is not int or version < 0):
+            refuse(f"version must be a number from 0 on, got version={version!r:.40}")
+
+        def export() -> bytes:
+            return self._desk.service.export(self._desk.run, version, actor="admin")
+
+        with refusals():
+            content = await run_in_threadpool(export)
+        return Response(content, media_type="application/octet-stream")
+
+    async def _metrics(self, request: Request) -> Response:
+        self._check(request)
+        return Response(self._meters.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _content(request: Request) -> dict[str, Any]:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BYTES:
+            raise ProtocolError("too_large", f"the body must be at most {MAX_BYTES} bytes.")
+    asked = parse_json(bytes(body) or b"{}", MAX_BYTES)
+    if not isinstance(asked, dict):
+        refuse("the body must be a JSON object, got another value")
+    return asked  # pyright: ignore[reportUnknownVariableType]
+
+
+def _word(asked: dict[str, Any], name: str, default: str) -> str:
+    value = asked.get(name, default)
+    if not isinstance(value, str) or len(value) > 500:
+        refuse(f"{name} must be a string of at most 500 characters, got {value!r:.40}")
+    return value
+
+
+def _json(value: Any) -> Response:
+    return Response(encode_json(value), media_type="application/json")

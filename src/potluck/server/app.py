@@ -1,0 +1,319 @@
+"""The application that devices talk to: the protocol's routes over the desk of one run.
+
+Thin: the gate lets a request in, its message is parsed, the desk answers in a thread. Check-ins
+wait for work (long poll) outside of the slots, until a transition rings or their time is over.
+Every error, on every path, is one message of the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route as Path
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from potluck.core import ProtocolError, StorageError
+from potluck.protocol import (
+    ROUTES,
+    STATUS,
+    Accepted,
+    CheckIn,
+    Claim,
+    Error,
+    ErrorCode,
+    Message,
+    Route,
+    Wait,
+    encode_message,
+    parse_message,
+    parse_offset,
+)
+from potluck.server.bell import Bell
+from potluck.server.desk import Desk, answer, refusals
+from potluck.server.gate import Gate, Slots, check_form, read_body
+from potluck.server.meters import Meters
+
+HEALTH = "/health"
+SEND_SECONDS = 60.0
+"""For a piece of an answer, before a reader that is too slow is given up."""
+
+_LOG = logging.getLogger("potluck.server")
+_RETRY_SECONDS: dict[ErrorCode, float] = {"overloaded": 2.0, "unavailable": 5.0, "internal": 5.0}
+_KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
+"""Said to a device that is known, of a body whose length was right: the connection goes on."""
+_RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
+_HEX = re.compile(r"[0-9a-f]{32,64}")
+
+
+class DeviceApp:
+    """The routes for devices. It needs a running event loop."""
+
+    def __init__(
+        self, desk: Desk, bell: Bell, meters: Meters, *, long_poll_seconds: float = 25.0
+    ) -> None:
+        self.desk = desk
+        self.bell = bell
+        self.meters = meters
+        self.slots = Slots()
+        self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body of at most 4 MiB each
+        self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
+        self.gate = Gate(desk.service, desk.run)
+        self.long_poll_seconds = long_poll_seconds
+        self.max_polls = 20_000
+        self._polls = 0
+
+    def asgi(self) -> ASGIApp:
+        """The application."""
+        by_path: dict[str, list[Route]] = {}
+        for route in ROUTES:
+            by_path.setdefault(route.path.partition("?")[0], []).append(route)
+        paths = [_path(path, self._endpoint, routes) for path, routes in by_path.items()]
+        paths.append(_path(HEALTH, self._health, ["GET"]))
+        app = Starlette(routes=paths, exception_handlers=error_handlers(self.desk.service.time.now))
+        app.router.redirect_slashes = False
+        return measured(app, self.meters)
+
+    async def _endpoint(self, request: Request, route: Route) -> Response:
+        if route.caller == "newcomer":
+            return await self._enrol(request, route)
+        slots = self.uploads if route.request == "bytes" else self.slots
+        async with slots.take():
+            claim = await self.gate.admit(request)
+            request.scope["device"] = claim.device
+            answered = await self._answer(request, route, claim)
+        if isinstance(answered, CheckIn):
+            return await self._poll(claim.device, answered)
+        return answered
+
+    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response | CheckIn:
+        """The answer, or the check-in that may wait for one."""
+        device = claim.device
+        if route.request == "bytes":
+            return await self._chunk(request, route, claim)
+        _no_query(request)
+        if route.request is None:
+            check_form(request, route)
+            if "sha256" in request.path_params:
+                return await self._model(request, request.path_params["sha256"])
+            return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
+        body = await read_body(request, route, claim)
+        message: Message = parse_message(body, route.request, limit=route.max_bytes)
+        if isinstance(message, CheckIn):
+            given = await run_in_threadpool(self.desk.check_in, device, message)
+            return message if self._may_poll(given) else _json(given)
+        return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
+
+    async def _enrol(self, request: Request, route: Route) -> Response:
+        async with self.slots.take():
+            _no_query(request)
+            claim, message = await self.gate.admit_newcomer(request, route)
+            enrolled = await run_in_threadpool(self.desk.enrol, message)
+            request.scope["device"] = claim.device
+            await self.gate.note(claim)
+        self.bell.wake()
+        return _json(enrolled)
+
+    async def _chunk(self, request: Request, route: Route, claim: Claim) -> Response:
+        upload = _upload(request)
+        offset = parse_offset(request.scope["query_string"])
+        check_form(request, route)
+        with refusals():  # 409 and 404 before the body
+            await run_in_threadpool(self.desk.service.find_report, claim.device, upload)
+        data = await read_body(request, route, claim)
+        stood = await run_in_threadpool(self.desk.chunk, claim.device, upload, offset, data)
+        self.meters.received(len(data))
+        if isinstance(stood, Accepted):  # it may be the one that the round waited for
+            self.bell.wake()
+        return _json(stood)
+
+    def _may_poll(self, given: Message) -> bool:
+        waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
+        return waits and self.long_poll_seconds > 0 and self._polls < self.max_polls
+
+    async def _poll(self, device: str, message: CheckIn) -> Response:
+        """Ask again whenever something has changed, until there is work or the time is over."""
+        end = time.monotonic() + self.long_poll_seconds
+        self._polls += 1
+        self.meters.polls(self._polls)
+        try:
+            while True:
+                change = self.bell.next_change()
+                async with self.slots.take():
+                    given = await run_in_threadpool(self.desk.check_in, device, message)
+                left = end - time.monotonic()
+                if not self._may_poll(given) or left <= 0 or self.bell.closed:
+                    return _json(given)
+                await asyncio.wait([change], timeout=left)
+        finally:
+            self._polls -= 1
+            self.meters.polls(self._polls)
+
+    async def _model(self, request: Request, sha256: str) -> Response:
+        if len(sha256) != 64 or _HEX.fullmatch(sha256) is None:
+            raise ProtocolError("not_found", "no such model. Take its name from the manifest.")
+        service = self.desk.service
+        with refusals():
+            model = await run_in_threadpool(service.find_model, self.desk.run, sha256)
+        size, tag = int(model.num_bytes), f'"{sha256}"'
+        part = None
+        if request.headers.get("if-range", tag) == tag:
+            part = _range(request.headers.get("range", ""), size)
+        start, stop = part or (0, size)
+        headers = {
+            "ETag": tag,
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(stop - start),
+            "Content-Type": "application/octet-stream",
+        }
+        if part is not None:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        pieces = service.blobs.read(model.key, start, stop)
+        first = await run_in_threadpool(next, pieces, b"")  # a disk that fails is told by a 503
+        self.meters.sent(stop - start)
+        content = self._stream(first, pieces)
+        return StreamingResponse(content, 200 if part is None else 206, headers)
+
+    async def _stream(self, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
+        async with self.downloads.take():
+            yield first
+            async for piece in iterate_in_threadpool(rest):
+                yield piece
+
+    async def _health(self, request: Request, _: str) -> Response:
+        await run_in_threadpool(self.desk.service.device_key, "")
+        return Response('{"status":"ok"}', media_type="application/json")
+
+
+def error_handlers(now: Any) -> dict[Any, Any]:
+    """What every exception is answered with: one message of the protocol."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ProtocolError)
+        code: Any = error.code if error.code in STATUS else "malformed"
+        return error_response(code, str(error), now() if code == "clock" else None)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code: ErrorCode = "method" if error.status_code == 405 else "not_found"
+        told = f"{request.method} {request.url.path}"[:200]
+        response = error_response(code, f"no such path or method: {told}. See docs/protocol.md.")
+        response.headers.update({"Connection": "close", **(error.headers or {})})
+        return response
+
+    async def storage(request: Request, error: Exception) -> Response:
+        _LOG.error("storage", extra={"reason": str(error)})
+        return error_response("unavailable", "the server cannot read or write now. Try again.")
+
+    async def internal(request: Request, error: Exception) -> Response:
+        return error_response("internal", "the server has a fault. Try again later.")
+
+    return {
+        ProtocolError: refused,
+        HTTPException: http,
+        StorageError: storage,
+        Exception: internal,
+    }
+
+
+def error_response(code: ErrorCode, message: str, server_time_ms: int | None = None) -> Response:
+    """The one shape of every answer that is not a success."""
+    retry = _RETRY_SECONDS.get(code)
+    error = Error(
+        code=code,
+        message=message[:1000],
+        retry_after_seconds=retry,
+        server_time_ms=server_time_ms,
+    )
+    headers = {} if retry is None else {"Retry-After": str(math.ceil(retry))}
+    if code not in _KEEPING:
+        headers["Connection"] = "close"  # what is left of the body is not read to its end
+    return Response(encode_message(error), STATUS[code], headers, "application/json")
+
+
+def measured(app: ASGIApp, meters: Meters) -> ASGIApp:
+    """Count, time and log requests, and give up readers that are too slow."""
+
+    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        started, seen = time.perf_counter(), {"status": 0}
+
+        async def timed(message: Any) -> None:
+            seen["status"] = message.get("status", seen["status"])
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        try:
+            await app(scope, receive, timed)
+        except Exception as error:  # it has been answered, or the reader was too slow
+            if not seen["status"]:
+                raise
+            level = logging.INFO if isinstance(error, TimeoutError) else logging.ERROR
+            _LOG.log(level, "broken", exc_info=seen["status"] == 500)
+        finally:
+            status = seen["status"]
+            path = getattr(scope.get("route"), "path", "unknown")
+            seconds = time.perf_counter() - started
+            meters.request(scope["method"] if path != "unknown" else "", path, status, seconds)
+            level = logging.DEBUG if status < 400 else logging.INFO
+            told = {"method": scope["method"], "path": path, "status": status}
+            told |= {"device": scope.get("device"), "seconds": round(seconds, 4)}
+            _LOG.log(level, "request", extra=told)
+
+    return outer
+
+
+def _path(path: str, endpoint: Any, routes: list[Any]) -> Path:
+    by_method = {getattr(route, "method", route): route for route in routes}
+
+    async def serve(request: Request) -> Response:
+        return await endpoint(request, by_method[request.method])
+
+    made = Path(path, serve, methods=list(by_method))
+    made.methods = set(by_method)  # without the HEAD that comes along with GET
+    return made
+
+
+def _json(message: Message) -> Response:
+    return Response(encode_message(message), media_type="application/json")
+
+
+def _upload(request: Request) -> str:
+    upload: str = request.path_params["upload"]
+    if len(upload) != 32 or _HEX.fullmatch(upload) is None:
+        raise ProtocolError("not_found", "no such upload. Report again.")
+    return upload
+
+
+def _no_query(request: Request) -> None:
+    if request.scope["query_string"]:
+        raise ProtocolError("malformed", "this path has no query, got one. Leave it out.")
+
+
+def _range(text: str, size: int) -> tuple[int, int] | None:
+    """[start, stop) of one range; None: all of it.
+
+    Raises:
+        ProtocolError: range.
+    """
+    match = _RANGE.fullmatch(text)
+    if match is None or match[1] == match[2] == "":
+        return None
+    if match[1] == "":
+        return max(size - int(match[2]), 0), size
+    start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
+    if start >= size or start >= stop:
+        raise ProtocolError("range", f"the range must begin before {size}, got {text[:60]}.")
+    return start, stop

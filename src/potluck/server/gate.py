@@ -1,0 +1,234 @@
+"""The gate: which requests get in, and how much of them is read.
+
+In this order, and never further than the first fault: room for one more request, the signature's
+headers, the device and its key, the signature, the clock, the sequence number, the form and length
+of the body, the body itself, its digest. So nobody without a key makes the server read a body, but
+for a newcomer's, whose key is inside and whose body is small.
+
+Sequence numbers are written in groups: requests that arrive while one transaction is written share
+the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncGenerator
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+
+from potluck.core import ProtocolError
+from potluck.protocol import (
+    MAX_SKEW_MS,
+    Claim,
+    Enrol,
+    Route,
+    check_body,
+    parse_message,
+    read_claim,
+    verify_request,
+)
+from potluck.server.service import Service
+
+BODY_SECONDS = 120.0
+"""For a whole body: 4 MiB at 35 KB/s."""
+PIECE_SECONDS = 20.0
+"""Without a byte of a body, before the request is given up."""
+
+
+class Slots:
+    """Requests that are worked on at once, and those that wait for a slot; the rest is refused."""
+
+    def __init__(self, slots: int = 48, waiting: int = 512, seconds: float = 10.0) -> None:
+        self._free = asyncio.Semaphore(slots)
+        self._may_wait = waiting
+        self._seconds = seconds
+        self.waiting = 0
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncGenerator[None]:
+        """Hold a slot.
+
+        Raises:
+            ProtocolError: overloaded.
+        """
+        if self._free.locked() and self.waiting >= self._may_wait:
+            raise _overloaded()
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._free.acquire()
+        except TimeoutError:
+            raise _overloaded() from None
+        finally:
+            self.waiting -= 1
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+class Gate:
+    """Lets signed requests of the devices of one run in, each one once."""
+
+    def __init__(self, service: Service, run: str) -> None:
+        self._service = service
+        self._run = run
+        self._pending: list[tuple[str, int, asyncio.Future[bool]]] = []
+        self._writing = False
+        self._writer: asyncio.Task[None] | None = None  # or it would be collected
+
+    async def admit(self, request: Request) -> Claim:
+        """The claim of a device's request that may get in; its body is not read.
+
+        Raises:
+            ProtocolError: why not.
+        """
+        claim = read_claim(request.scope["headers"])
+        found = await run_in_threadpool(self._service.device_key, claim.device)
+        if found is not None and found.run != self._run:
+            found = None
+        key = None if found is None else bytes(found.public_key)
+        self._verify(claim, key, request, 0 if found is None else found.sequence)
+        await self._claim(claim)
+        return claim
+
+    async def admit_newcomer(self, request: Request, route: Route) -> tuple[Claim, Enrol]:
+        """The claim and message of a newcomer, signed with the key that is in the message."""
+        claim = read_claim(request.scope["headers"])
+        if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
+            self._verify_clock(claim)
+        body = await read_body(request, route, claim)
+        message = parse_message(body, Enrol, limit=route.max_bytes)
+        known = await run_in_threadpool(self._service.device_key, claim.device)
+        last = 0 if known is None else known.sequence
+        self._verify(claim, bytes.fromhex(message.public_key), request, last)
+        return claim, message
+
+    async def note(self, claim: Claim) -> None:
+        """Note the sequence number of a newcomer that has become a device."""
+        await self._claim(claim)
+
+    def _verify(self, claim: Claim, key: bytes | None, request: Request, last: int) -> None:
+        verify_request(
+            claim,
+            key,
+            request.method,
+            authority_of(request),
+            path_of(request),
+            now_ms=self._service.time.now(),
+            last_sequence=last,
+        )
+
+    def _verify_clock(self, claim: Claim) -> None:
+        now = self._service.time.now()
+        raise ProtocolError(
+            "clock",
+            f"Potluck-Time must be within {MAX_SKEW_MS // 1000} s of server_time_ms={now}, "
+            f"got time_ms={claim.time_ms}. Correct by the difference and sign again.",
+        )
+
+    async def _claim(self, claim: Claim) -> None:
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._pending.append((claim.device, claim.sequence, future))
+        if not self._writing:
+            self._writing = True
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+        if not await future:
+            raise ProtocolError(
+                "replayed",
+                "Potluck-Sequence must be above that of every earlier request, "
+                f"got sequence={claim.sequence}. Count on from the last one and sign again.",
+            )
+
+    async def _write(self) -> None:
+        while self._pending:
+            group, self._pending = self._pending[:500], self._pending[500:]
+            claims = [(device, sequence) for device, sequence, _ in group]
+            try:
+                results = await run_in_threadpool(self._service.claim_sequences, claims)
+            except Exception as error:
+                for _, _, future in group:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, _, future), is_new in zip(group, results, strict=True):
+                if not future.done():
+                    future.set_result(is_new)
+        self._writing = False
+
+
+def authority_of(request: Request) -> str:
+    """The `Host` header, which must be there once.
+
+    Raises:
+        ProtocolError: malformed.
+    """
+    hosts = request.headers.getlist("host")
+    if len(hosts) != 1:
+        raise ProtocolError("malformed", f"Host must be there once, got {len(hosts)}.")
+    return hosts[0].lower()
+
+
+def path_of(request: Request) -> str:
+    """The path with its query, as sent."""
+    query: bytes = request.scope["query_string"]
+    raw: bytes = request.scope["raw_path"]
+    return (raw + b"?" * bool(query) + query).decode("latin-1")
+
+
+def check_form(request: Request, route: Route) -> int:
+    """The length of the body that a request announces, where it may send one of this kind.
+
+    Raises:
+        ProtocolError: malformed, media, too_large.
+    """
+    headers = request.headers
+    lengths = headers.getlist("content-length")
+    if "transfer-encoding" in headers or len(lengths) > 1:
+        raise ProtocolError("malformed", "a body must have one Content-Length, got another form.")
+    length = int(lengths[0]) if lengths else 0  # HTTP/1.1 lets digits through alone
+    if length > route.max_bytes:
+        raise ProtocolError(
+            "too_large", f"the body must be at most {route.max_bytes} bytes, got {length}."
+        )
+    if route.request is None:
+        return length
+    if not lengths:
+        raise ProtocolError("malformed", "the body must have a Content-Length, got none.")
+    expected = "application/octet-stream" if route.request == "bytes" else "application/json"
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != expected or "content-encoding" in headers:
+        raise ProtocolError(
+            "media", f"the body must be {expected} without an encoding, got {kind[:80]!r}."
+        )
+    return length
+
+
+async def read_body(request: Request, route: Route, claim: Claim) -> bytes:
+    """The body, as it was announced and signed.
+
+    Raises:
+        ProtocolError: malformed, media, too_large, digest.
+    """
+    length = check_form(request, route)
+    body = bytearray()
+    stream = request.stream()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while len(body) < length:
+                async with asyncio.timeout(PIECE_SECONDS):
+                    body += await anext(stream)
+    except (TimeoutError, StopAsyncIteration, ClientDisconnect):
+        raise ProtocolError(
+            "malformed", f"the body must have {length} bytes, got {len(body)} in time. Go on."
+        ) from None
+    digest = hashlib.sha256(body).hexdigest()
+    check_body(digest, claim)
+    return bytes(body)
+
+
+def _overloaded() -> ProtocolError:
+    return ProtocolError("overloaded", "there are too many requests at once. Come back later.")

@@ -1,0 +1,104 @@
+"""A server's folder: where its state and its secrets are, unless they are told to be elsewhere.
+
+    potluck.db, blobs/          the state
+    run-<name>.key              signs the manifests of a run; devices pin its public half
+    certificate.pem, tls.key    the server's own certificate; devices pin its fingerprint
+    admin.sock, admin.key       where operators talk to the server, and with what
+
+The folder is readable by its owner alone. Losing a key means that every device enrols again;
+several servers of one run share the keys.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from potluck.core import RunError
+from potluck.protocol import new_key
+from potluck.protocol.keys import KEY_BYTES
+
+DEFAULT = Path("potluck-server")
+
+
+class Home:
+    """A server's folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def make(self) -> None:
+        """Make the folder, for its owner alone."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def database(self) -> str:
+        return f"sqlite:///{self.folder.resolve() / 'potluck.db'}"
+
+    @property
+    def blobs(self) -> str:
+        return str(self.folder.resolve() / "blobs")
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "certificate.pem"
+
+    @property
+    def private_key(self) -> Path:
+        return self.folder / "tls.key"
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "admin.sock"
+
+    def run_key(self, name: str, *, is_new: bool) -> bytes:
+        """The private key of a run, made for a new one.
+
+        Raises:
+            RunError: the key that the devices of a run pinned is not here.
+        """
+        path = self.folder / f"run-{name}.key"
+        if is_new and not path.exists():
+            write_private(path, new_key().hex().encode())
+        key = _read(path, "the key of a run is made with the run")
+        if len(key) != 2 * KEY_BYTES:
+            raise RunError(f"{path} must hold {2 * KEY_BYTES} hex digits, got {len(key)} bytes.")
+        return bytes.fromhex(key.decode())
+
+    def new_credential(self) -> str:
+        """The operators' credential, made at the first start."""
+        path = self.folder / "admin.key"
+        if not path.exists():
+            write_private(path, secrets.token_urlsafe(32).encode())
+        return self.credential()
+
+    def credential(self) -> str:
+        """The operators' credential.
+
+        Raises:
+            RunError: there is none that we may read.
+        """
+        return _read(self.folder / "admin.key", "`potluck serve` makes it").decode().strip()
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone may read; whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(file, content)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    temporary.replace(path)
+
+
+def _read(path: Path, origin: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"{path} must be readable, got {error.strerror!r}: {origin}. "
+            "Name the server's folder with --home, or bring the file back."
+        ) from None

@@ -1,0 +1,315 @@
+"""A server process: two sockets, one event loop, and the leader's part beside them.
+
+Devices come by TCP, with TLS; operators by a unix socket that its owner alone may open. The loop
+ticks a few times a second, or when a report reaches the goal; it rings the bell when devices that
+wait may have work. Central evaluation runs beside it, so that no round waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from potluck.algorithms import Algorithm
+from potluck.core import ConfigError, RunError, Spec, StorageError, Vector
+from potluck.experiment import Experiment
+from potluck.server.admin import AdminApp
+from potluck.server.app import DeviceApp
+from potluck.server.bell import Bell
+from potluck.server.connection import Connection
+from potluck.server.desk import Desk
+from potluck.server.home import Home
+from potluck.server.meters import Meters
+from potluck.server.service import Service
+from potluck.server.settings import RoundSettings
+from potluck.server.tls import certificate_fingerprint, ensure_certificate
+
+TICK_SECONDS = 0.2
+_CLOSE_SECONDS = 5
+_MAX_HEADER_BYTES = 32_768
+_LOG = logging.getLogger("potluck.server")
+
+Evaluate = Callable[[Vector], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """Where devices come, and with which certificate; None: one of our own."""
+
+    host: str = "127.0.0.1"
+    port: int = 8443
+    plaintext: bool = False
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+
+class Server:
+    """One served run. `start` binds; `run` serves until `stop`."""
+
+    def __init__(
+        self, desk: Desk, home: Home, listen: Listen, long_poll_seconds: float, evaluate: Evaluate
+    ) -> None:
+        self.desk = desk
+        self._home = home
+        self._evaluate = evaluate
+        self._bell = Bell()
+        self._meters = Meters()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+        certificate, private_key = _certificate(home, listen)
+        self.certificate = None if certificate is None else certificate_fingerprint(certificate)
+        pinned = None if listen.certificate is not None else self.certificate
+        self._socket = _listen(listen)
+        scheme = "http" if listen.plaintext else "https"
+        self.address = f"{scheme}://{_authority(listen.host, self._socket.getsockname()[1])}"
+        try:
+            self._admin_socket = _listen_unix(home.socket)
+        except BaseException:
+            self._socket.close()
+            raise
+        devices = DeviceApp(desk, self._bell, self._meters, long_poll_seconds=long_poll_seconds)
+        admin = AdminApp(desk, self._bell, self._meters, home.new_credential(), pinned)
+        self._servers = [
+            _uvicorn(devices.asgi(), certificate, private_key),
+            _uvicorn(admin.asgi(), None, None),
+        ]
+
+    async def run(self) -> None:
+        """Serve until `stop`, SIGTERM or SIGINT."""
+        self._loop = asyncio.get_running_loop()
+        with _signals(self._loop, self._stop):
+            sockets = [[self._socket], [self._admin_socket]]
+            tasks = [
+                asyncio.create_task(server.serve(sockets=bound))
+                for server, bound in zip(self._servers, sockets, strict=True)
+            ]
+            tasks += [asyncio.create_task(self._lead()), asyncio.create_task(self._judge())]
+            try:
+                if self._stopping:
+                    self._stop()
+                await asyncio.gather(*tasks)
+            finally:
+                self._stop()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                with contextlib.suppress(OSError):
+                    self._home.socket.unlink()
+                await asyncio.to_thread(self.desk.service.close)
+
+    def stop(self) -> None:
+        """Finish what is under way and return from `run`; from any thread."""
+        self._stopping = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is over already
+                self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._bell.close()
+        for server in self._servers:
+            server.should_exit = True
+
+    async def _lead(self) -> None:
+        seen: tuple[Any, ...] = ()
+        service, run = self.desk.service, self.desk.run
+        while not self._stopping:
+            try:
+                await asyncio.to_thread(service.tick)
+                status = await asyncio.to_thread(service.status, run)
+            except Exception as error:
+                self._meters.error()
+                known = isinstance(error, StorageError)
+                _LOG.error("tick", exc_info=not known, extra={"reason": str(error)[:500]})
+            else:
+                self._meters.state(status)
+                now = _phase(status)
+                if now[:-1] != seen[:-1] or now[-1:] < seen[-1:]:
+                    self._bell.ring()
+                    if now[:-1] != seen[:-1]:
+                        _LOG.info("round", extra=_told(status))
+                seen = now
+            await self._bell.woken(TICK_SECONDS)
+
+    async def _judge(self) -> None:
+        while not self._stopping:
+            try:
+                if self.desk.service.is_leader:
+                    await asyncio.to_thread(
+                        self.desk.service.evaluate, self.desk.run, self._evaluate
+                    )
+            except Exception as error:
+                self._meters.error()
+                _LOG.error("evaluation", exc_info=True, extra={"reason": str(error)[:500]})
+            await asyncio.wait([self._bell.next_change()], timeout=1.0)
+
+
+def open_desk(
+    experiment: Experiment,
+    home: Home,
+    *,
+    database: str | None,
+    blobs: str | None,
+    build: Callable[[Experiment], Algorithm],
+    weights: Vector,
+    spec: Spec,
+    plan: dict[str, Any],
+    settings: RoundSettings,
+) -> Desk:
+    """Begin the run of an experiment, or go on with it."""
+    algorithm = build(experiment)
+    if algorithm.vectors != 1 or algorithm.client_vectors != 0:
+        raise ConfigError(
+            "algorithm.name must be one whose clients keep nothing and send one vector, "
+            f"got algorithm.name = {experiment.algorithm.name!r}. Use 'fedavg' or 'fedprox'."
+        )
+    if len(experiment.name) > 64:
+        raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
+    home.make()
+    service = Service.open(database or home.database, blobs or home.blobs, build=build)
+    try:
+        key = home.run_key(experiment.name, is_new=service.find_run(experiment.name) is None)
+        run = service.create_run(experiment, weights, spec, settings)
+    except BaseException:
+        service.close()
+        raise
+    return Desk(
+        service=service,
+        run=run,
+        name=experiment.name,
+        key=key,
+        spec=spec,
+        plan=plan,
+        settings=settings,
+        codec=experiment.server.codec,
+    )
+
+
+def _phase(status: dict[str, Any]) -> tuple[Any, ...]:
+    """What devices that wait may profit from: another round or state, or (last) a free slot."""
+    current: dict[str, Any] = status["open"] or {}
+    taken = current.get("active", 0) + current.get("reported", 0)
+    return status["state"], status["version"], current.get("id"), current.get("state"), taken
+
+
+def _told(status: dict[str, Any]) -> dict[str, Any]:
+    current: dict[str, Any] = status["open"] or {}
+    names = ("kind", "number", "attempt", "state")
+    told = {f"open_{name}": current.get(name) for name in names} if current else {}
+    return told | {name: status[name] for name in ("state", "round", "version", "reason")}
+
+
+def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
+    if listen.plaintext:
+        if not _is_loopback(listen.host):
+            raise ValueError(
+                "plain HTTP is for loopback alone, "
+                f"got host={listen.host}. Leave out --insecure-loopback."
+            )
+        return None, None
+    if (listen.certificate is None) != (listen.private_key is None):
+        raise ValueError("a certificate and its private key go together. Name both, or neither.")
+    if listen.certificate is None:
+        home.make()
+        ensure_certificate(home.certificate, home.private_key)
+        return home.certificate, home.private_key
+    return listen.certificate, listen.private_key
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listen(listen: Listen) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((listen.host, listen.port), family=family, backlog=1024)
+    except OSError as error:
+        raise RunError(
+            f"the address must be free and ours, got {error.strerror!r} for "
+            f"{_authority(listen.host, listen.port)}. Choose another --port or --host."
+        ) from None
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    probe = socket.socket(socket.AF_UNIX)
+    try:
+        probe.connect(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+    else:
+        raise RunError(f"another server answers at {path}. Stop it, or name another --home.")
+    finally:
+        probe.close()
+    made = socket.socket(socket.AF_UNIX)
+    old = os.umask(0o177)
+    try:
+        made.bind(str(path))
+    except OSError as error:
+        made.close()
+        raise RunError(
+            f"the admin socket must be at a path of at most about 100 bytes, got {str(path)!r} "
+            f"({error}). Name another --home."
+        ) from None
+    finally:
+        os.umask(old)
+    made.listen(16)
+    return made
+
+
+def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        backlog=1024,
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+    return server
+
+
+@contextlib.contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Any:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

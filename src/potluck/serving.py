@@ -1,0 +1,294 @@
+"""The commands of a server: `potluck serve`, and what operators ask of it while it runs.
+
+All but `serve` are thin clients of the admin socket in the server's folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from potluck.command import Debug, ExperimentFile, Overrides, command
+
+if TYPE_CHECKING:
+    from potluck.server.operator import Operator
+    from potluck.server.serve import Server
+
+app = typer.Typer(rich_markup_mode=None)
+
+HomeFolder = Annotated[
+    Path,
+    typer.Option("--home", metavar="DIR", help="The server's folder: state, keys, admin socket."),
+]
+HOME = Path("potluck-server")
+
+
+@app.command()
+@command
+def serve(
+    file: ExperimentFile,
+    overrides: Overrides = None,
+    home: HomeFolder = HOME,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8443,
+    database: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="postgresql://… or sqlite:///…, instead of DIR's own."),
+    ] = None,
+    blobs: Annotated[
+        str | None, typer.Option(metavar="URL", help="A folder or s3://…, instead of DIR's own.")
+    ] = None,
+    goal: Annotated[
+        int | None, typer.Option(metavar="N", help="Reports at which a round is closed.")
+    ] = None,
+    minimum: Annotated[
+        float | None, typer.Option(metavar="PART", help="Of the goal; fewer abandon the round.")
+    ] = None,
+    over_selection: Annotated[
+        float | None, typer.Option(metavar="TIMES", help="Devices selected, times the goal.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM, instead of one of the server's own.")
+    ] = None,
+    private_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of --certificate.")
+    ] = None,
+    insecure_loopback: Annotated[
+        bool, typer.Option("--insecure-loopback", help="Plain HTTP, on loopback alone.")
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+    debug: Debug = False,
+) -> None:
+    """Train an experiment with real devices, which come to this server.
+
+    The section [server] of the file says how rounds go. A server that was stopped, in whatever
+    way, goes on when the same command is given again.
+    """
+    from potluck.server.logs import log_to_stderr
+    from potluck.server.serve import Listen
+
+    given = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
+    changes = [f"server.{name}={value}" for name, value in given.items() if value is not None]
+    listen = Listen(
+        host=host,
+        port=port,
+        plaintext=insecure_loopback,
+        certificate=certificate,
+        private_key=private_key,
+    )
+    log_to_stderr(log_level)
+    server = open_server(file, [*(overrides or []), *changes], home, listen, database, blobs)
+    for name, value in (
+        ("run", server.desk.name),
+        ("address", server.address),
+        ("certificate", server.certificate or "none: plain HTTP"),
+        ("admin", home / "admin.sock"),
+    ):
+        typer.echo(f"{name:12} {value}")
+    asyncio.run(server.run())
+
+
+@app.command()
+@command
+def enroll(
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 1,
+    days: Annotated[float, typer.Option(metavar="DAYS", help="Until they expire.")] = 7.0,
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Print invitations, one a line: each lets one device join.
+
+    An invitation is a secret. On the device: potluck join ADDRESS --token INVITATION
+    """
+    for invitation in _operator(home).post("enroll", count=count, days=days)["invitations"]:
+        typer.echo(invitation)
+
+
+@app.command()
+@command
+def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
+    """Tell how the run is going."""
+    from potluck.terminal import show_pairs, show_table
+
+    told = _operator(home).get("status")
+    show_pairs(_status_rows(told))
+    metrics = {e["round"]: e["metrics"] for e in told["evaluations"] if e["kind"] == "central"}
+    rows = [
+        (
+            str(row["number"]),
+            str(row["attempt"]),
+            str(row["accepted"]),
+            f"{row['loss']:.4f}",
+            _percent(metrics.get(row["number"], {}).get("accuracy")),
+        )
+        for row in told["rounds"]
+        if row["kind"] == "train"
+    ]
+    if rows:
+        typer.echo()
+        show_table(("round", "attempt", "reports", "loss", "test accuracy"), rows)
+
+
+@app.command()
+@command
+def devices(home: HomeFolder = HOME, debug: Debug = False) -> None:
+    """List the devices."""
+    from potluck.terminal import show_table
+
+    rows = [
+        (
+            str(row["client"]),
+            row["id"],
+            row["name"] or "-",
+            row["device_class"],
+            _moment(row["enrolled_ms"]),
+            "yes" if row["revoked_ms"] else "no",
+        )
+        for row in _operator(home).get("devices")
+    ]
+    show_table(("client", "device", "name", "class", "enrolled", "revoked"), rows)
+
+
+@app.command()
+@command
+def pause(
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="For `status`.")] = "",
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Begin no further round; devices at work may finish."""
+    _operator(home).post("pause", reason=reason or "an operator paused it")
+    typer.echo("paused. Go on with: potluck resume")
+
+
+@app.command()
+@command
+def resume(home: HomeFolder = HOME, debug: Debug = False) -> None:
+    """Go on with a paused run."""
+    _operator(home).post("resume")
+    typer.echo("resumed")
+
+
+@app.command()
+@command
+def revoke(
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="See `potluck devices`.")],
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Throw a device out, for good; what it reported before stays."""
+    _operator(home).post("revoke", device=device)
+    typer.echo(f"revoked: {device}")
+
+
+@app.command()
+@command
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors")],
+    version: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="After N commits; the newest if not given."),
+    ] = None,
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Write the trained model as safetensors, with the names of the model's own tensors."""
+    asked = {} if version is None else {"version": version}
+    content = _operator(home).fetch("export", **asked)
+    file.write_bytes(content)
+    typer.echo(f"written: {file} ({len(content)} bytes)")
+
+
+def open_server(
+    file: Path,
+    overrides: list[str],
+    home_folder: Path,
+    listen: Any,
+    database: str | None = None,
+    blobs: str | None = None,
+) -> Server:
+    """A server for an experiment file, bound to its sockets."""
+    from pydantic import ValidationError
+
+    from potluck.core import ConfigError
+    from potluck.experiment import load_experiment
+    from potluck.explain import explain
+    from potluck.plan import Need, plan_of, write_plan
+    from potluck.server.home import Home
+    from potluck.server.serve import Server, open_desk
+    from potluck.server.settings import RoundSettings
+    from potluck.simulation import build_data, build_task
+    from potluck.simulation.build import build_algorithm
+    from potluck.tasks import evaluate
+    from potluck.tasks.task import spec_of
+
+    experiment = load_experiment(file, overrides)
+    try:
+        settings = RoundSettings.served(experiment)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: server.{explain(error, RoundSettings)}") from None
+    data = build_data(experiment)
+    task = build_task(experiment, data)
+    every: tuple[Need, ...] = ("charging", "idle", "unmetered")
+    needs: tuple[Need, ...] = tuple(need for need in every if getattr(settings, f"needs_{need}"))
+    home = Home(home_folder)
+    desk = open_desk(
+        experiment,
+        home,
+        database=database,
+        blobs=blobs,
+        build=build_algorithm,
+        weights=task.initial_weights(experiment.run.seed),
+        spec=spec_of(task.model()),
+        plan=write_plan(plan_of(experiment, data, needs)),
+        settings=settings,
+    )
+    seconds = experiment.server.long_poll_seconds
+    try:
+        return Server(desk, home, listen, seconds, lambda weights: evaluate(task, weights))
+    except BaseException:
+        desk.service.close()
+        raise
+
+
+def _operator(home: Path) -> Operator:
+    from potluck.server.home import Home
+    from potluck.server.operator import Operator
+
+    return Operator(Home(home))
+
+
+def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    state = told["state"] + (f": {told['reason']}" if told["reason"] else "")
+    rows = [
+        ("run", told["name"]),
+        ("state", state),
+        ("rounds committed", str(told["round"])),
+        ("devices", str(told["devices"])),
+    ]
+    current = told["open"]
+    if current:
+        rows += [
+            (
+                "open round",
+                f"{current['number']} ({current['kind']}, attempt {current['attempt']})",
+            ),
+            ("phase", current["state"].lower()),
+            ("at work", str(current["active"])),
+            ("reports", f"{current['reported']} of {current['goal']}"),
+        ]
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _moment(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(milliseconds / 1000))

@@ -1,0 +1,355 @@
+"""`potluck serve` and the operators' commands; the server's folder, certificate and logs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import stat
+import subprocess
+import sys
+import threading
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from potluck.cli import app
+from potluck.core import ConfigError, ProtocolError, RefusedError, RunError
+from potluck.experiment import check_experiment, load_experiment
+from potluck.protocol import Accepted, Assignment, Error, Upload, parse_message
+from potluck.server import RoundSettings
+from potluck.server.gate import Slots
+from potluck.server.home import Home
+from potluck.server.logs import JsonFormatter
+from potluck.server.serve import Listen
+from potluck.server.tls import certificate_fingerprint, ensure_certificate
+from remote import Caller, Served
+
+EXPERIMENT = """
+name = "kitchen"
+[task]
+data = "digits"
+model = "logistic"
+[partition]
+kind = "iid"
+clients = 2
+[algorithm]
+client_lr = 0.1
+[run]
+rounds = 2
+cohort = 2
+[server]
+selection = "sampled"
+long_poll_seconds = 0.0
+"""
+
+
+def potluck(*words: object) -> str:
+    """What a command prints; it must succeed."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def error_of(*words: object) -> str:
+    """The one line that a command fails with."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert result.output.count("\n") == 1
+    return result.output
+
+
+class Process:
+    """`potluck serve` as a process of its own."""
+
+    def __init__(self, file, home, port=0):
+        words = [sys.executable, "-m", "potluck", "serve", file, "--home", home, "--port", port]
+        self.log = (home.parent / "log").open("a")
+        self.process = subprocess.Popen(
+            [*map(str, words)], stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        self.told = {}
+        while "admin" not in self.told:
+            name, _, value = self.process.stdout.readline().partition(" ")
+            assert name, (home.parent / "log").read_text()
+            self.told[name] = value.strip()
+        self.port = int(self.told["address"].rsplit(":", 1)[1])
+
+    def end(self, number) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self.process.stdout.close()
+        self.log.close()
+        return code
+
+
+def take_part(caller: Caller, *, finish: bool = True) -> tuple[Upload, bytes]:
+    given = caller.check_in()
+    while not isinstance(given, Assignment):  # the leader has not opened the round yet
+        given = caller.check_in()
+    body = np.ones(json.loads(given.manifest)["length_bytes"] // 4, "<f4").tobytes()
+    upload = caller.report(given, body)
+    assert isinstance(caller.put(upload.upload, 0, body[:1000]), Upload)
+    if finish:
+        assert isinstance(caller.put(upload.upload, 1000, body[1000:]), Accepted)
+    return upload, body
+
+
+def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path):
+    file, home = tmp_path / "kitchen.toml", tmp_path / "home"
+    file.write_text(EXPERIMENT)
+    server = Process(file, home)
+    callers = []
+    try:
+        certificate = (home / "certificate.pem").read_text()
+        invitations = potluck("enroll", "--count", 2, "--home", home).split()
+        for invitation in invitations:
+            callers.append(Caller(server.told["address"], certificate))
+            callers[-1].enrol(invitation)
+            assert callers[-1].invitation.certificate == server.told["certificate"]
+        take_part(callers[0])
+        upload, body = take_part(callers[1], finish=False)
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+        server = Process(file, home, server.port)
+        for caller in callers:
+            caller.http.close()
+            caller.__init__(server.told["address"], certificate, key=caller.key)
+            caller.sequence = 100
+        assert isinstance(callers[1].put(upload.upload, 1000, body[1000:]), Accepted)
+        for caller, invitation in zip(callers, invitations, strict=True):
+            caller.enrol(invitation)  # the same answer again
+            take_part(caller)
+        while "finished" not in potluck("status", "--home", home):
+            pass
+        assert "rounds committed  2" in potluck("status", "--home", home)
+        potluck("export", tmp_path / "model.safetensors", "--home", home)
+        model = load_file(tmp_path / "model.safetensors")
+        potluck("export", tmp_path / "first.safetensors", "--version", 0, "--home", home)
+        first = load_file(tmp_path / "first.safetensors")
+        for name in model:  # every update was all ones: each round adds one to every weight
+            np.testing.assert_allclose(model[name], first[name] + 2.0, rtol=1e-6)
+    finally:
+        code = server.end(signal.SIGTERM)
+        for caller in callers:
+            caller.close()
+    assert code == 0
+    assert not (home / "admin.sock").exists()
+    for line in (tmp_path / "log").read_text().splitlines():
+        assert {"time", "level", "logger", "event"} <= set(json.loads(line))
+
+
+def test_operators_ask_and_are_answered(tmp_path):
+    with Served(tmp_path, count=2, population=2) as served:
+        home = served.home.folder
+        device, other = served.device(), served.device()
+        assert device.id in potluck("devices", "--home", home)
+        potluck("pause", "--reason", "lunch", "--home", home)
+        assert "paused: lunch" in potluck("status", "--home", home)
+        assert "must be running" in error_of("pause", "--home", home)
+        potluck("resume", "--home", home)
+        served.until(lambda told: told["open"])
+        assert "reports           0 of 2" in potluck("status", "--home", home)
+        potluck("revoke", other.id, "--home", home)
+        assert isinstance(other.check_in(), Error)
+        assert "no such device" in error_of("revoke", "nobody", "--home", home)
+        assert len(set(potluck("enroll", "--count", 3, "--home", home).split())) == 3
+        assert "no such model" in error_of("export", tmp_path / "x", "--version", 9, "--home", home)
+
+
+def test_the_admin_socket_is_for_who_has_the_credential(tmp_path):
+    with Served(tmp_path) as served:
+        for name in ("admin.sock", "admin.key", "tls.key", "run-fleet.key"):
+            assert stat.S_IMODE((served.home.folder / name).stat().st_mode) == 0o600
+        assert stat.S_IMODE(served.home.folder.stat().st_mode) == 0o700
+        device = served.device()
+        signed = device.signed("GET", "/admin/status")
+        transport = httpx.HTTPTransport(uds=str(served.home.socket))
+        names = ("status", "devices", "audit", "metrics")
+        posts = ("enroll", "pause", "resume", "revoke", "export")
+        with httpx.Client(transport=transport, base_url="http://server") as client:
+            for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": ""}, signed):
+                answers = [client.get(f"/admin/{name}", headers=headers) for name in names]
+                answers += [client.post(f"/admin/{name}", headers=headers) for name in posts]
+                for answer in answers:
+                    assert answer.status_code == 401
+                    assert parse_message(answer.content, Error).code == "unsigned"
+            right = {"Authorization": f"Bearer {served.home.credential()}"}
+            for path, content, status in (
+                ("/admin/enroll", b'{"count":0}', 400),
+                ("/admin/enroll", b'{"count":true}', 400),
+                ("/admin/enroll", b"[1]", 400),
+                ("/admin/enroll", b"x" * 5000, 413),
+                ("/admin/nothing", b"{}", 404),
+                ("/v1/check-in", b"{}", 404),
+            ):
+                answer = client.post(path, headers=right, content=content)
+                assert answer.status_code == status
+                parse_message(answer.content, Error)
+
+
+def test_two_servers_do_not_share_a_folder_and_a_stale_socket_is_replaced(tmp_path):
+    with Served(tmp_path) as served, pytest.raises(RunError, match="another server"):
+        Served(tmp_path).__enter__()
+    (served.home.folder / "admin.sock").touch()
+    with Served(tmp_path) as served:
+        assert served.operator.get("status")["state"] == "running"
+
+
+def test_a_run_without_its_key_is_refused(tmp_path):
+    with Served(tmp_path) as served:
+        pass
+    (served.home.folder / "run-fleet.key").unlink()
+    with pytest.raises(RunError, match="made with the run"), Served(tmp_path):
+        pass
+
+
+def test_commands_without_a_server_fail_in_one_line(tmp_path):
+    assert "potluck serve" in error_of("status", "--home", tmp_path / "none")
+    Home(tmp_path).new_credential()
+    assert "must be running" in error_of("enroll", "--home", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--insecure-loopback", "--host", "0.0.0.0"], "loopback"),
+        (["--certificate", "x.pem"], "go together"),
+        (["--goal", "0"], "server.goal"),
+        (["--set", "server.banana=1"], "banana"),
+        (["--set", "algorithm.name=scaffold"], "fedavg"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(tmp_path, words, message):
+    file = tmp_path / "kitchen.toml"
+    file.write_text(EXPERIMENT)
+    level, handlers = logging.getLogger().level, logging.getLogger().handlers[:]
+    try:
+        told = error_of("serve", file, "--home", tmp_path / "home", "--port", 0, *words)
+    finally:
+        logging.getLogger().handlers[:] = handlers
+        logging.getLogger().setLevel(level)
+    assert message in told
+
+
+def test_the_server_section_becomes_the_settings_of_rounds(tmp_path):
+    file = tmp_path / "kitchen.toml"
+    file.write_text(EXPERIMENT)
+    experiment = load_experiment(file)
+    assert RoundSettings.served(experiment) == RoundSettings.sampled(experiment)
+    content = {
+        "name": "x",
+        "task": {"data": "digits", "model": "2nn"},
+        "partition": {"kind": "iid", "clients": 40},
+        "algorithm": {"client_lr": 0.1},
+        "run": {"rounds": 3, "cohort": 0.25},
+    }
+    plain = RoundSettings.served(check_experiment(content, "test"))
+    assert plain == RoundSettings(goal=10, num_rounds=3)
+    knobs = {"goal": 7, "minimum": 0.5, "needs_idle": True, "report_seconds": 60}
+    told = RoundSettings.served(check_experiment(content | {"server": knobs}, "test"))
+    assert told == RoundSettings(num_rounds=3, **(knobs | {"report_seconds": 60.0}))
+    assert "server" not in check_experiment(content | {"server": knobs}, "test").model_dump()
+    with pytest.raises(ConfigError, match=r"server\.codec"):
+        check_experiment(content | {"server": {"codec": "int3"}}, "test")
+
+
+def test_a_certificate_is_made_once_and_for_the_owner(tmp_path):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "tls.key"
+    ensure_certificate(certificate, key)
+    fingerprint = certificate_fingerprint(certificate)
+    ensure_certificate(certificate, key)
+    assert certificate_fingerprint(certificate) == fingerprint
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    with pytest.raises(RunError, match="PEM"):
+        certificate_fingerprint(key)
+    assert Listen().host == "127.0.0.1"
+
+
+def test_an_operators_own_certificate_is_not_pinned(tmp_path):
+    ensure_certificate(tmp_path / "own.pem", tmp_path / "own.key")
+    with Served(tmp_path, certificate=tmp_path / "own.pem", key=tmp_path / "own.key") as served:
+        caller = Caller(served.server.address, (tmp_path / "own.pem").read_text())
+        served.callers.append(caller)
+        caller.enrol(served.invite())
+        assert caller.invitation.certificate is None
+        assert not served.home.certificate.exists()
+
+
+def test_slots_are_taken_in_turn_and_the_rest_is_refused():
+    async def scene() -> list[str]:
+        slots, told = Slots(slots=1, waiting=1, seconds=0.05), []
+        done = asyncio.Event()
+
+        async def hold() -> None:
+            async with slots.take():
+                told.append("held")
+                await done.wait()
+
+        async def ask(name: str) -> None:
+            try:
+                async with slots.take():
+                    told.append(name)
+            except ProtocolError as error:
+                told.append(f"{name} {error.code}")
+
+        holder = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(ask("first"))
+        await asyncio.sleep(0)
+        await ask("second")  # one may wait
+        await waiting  # not for ever
+        done.set()
+        await holder
+        await ask("third")
+        return told
+
+    told = asyncio.run(scene())
+    assert told == ["held", "second overloaded", "first overloaded", "third"]
+
+
+def test_a_log_line_is_one_json_object():
+    record = logging.makeLogRecord(
+        {"name": "potluck.server", "msg": "a\nb", "levelname": "INFO", "device": "d", "n": 1}
+    )
+    told = json.loads(JsonFormatter().format(record))
+    assert (told["event"], told["level"], told["device"], told["n"]) == ("a\nb", "info", "d", 1)
+
+
+def test_a_failing_disk_is_unavailable_and_not_a_fault(tmp_path):
+    with Served(tmp_path) as served:
+        device = served.device()
+        served.until(lambda told: told["open"])
+        given = device.assigned()
+        parts = served.home.folder / "blobs" / "parts"
+        upload = device.report(given, bytes(16))
+        parts.rename(parts.with_name("gone"))
+        path = f"/v1/uploads/{upload.upload}?offset=0"
+        answer = device.send("PUT", path, bytes(16))
+        assert parse_message(answer.content, Error).code == "unavailable"
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        parts.with_name("gone").rename(parts)
+        assert isinstance(device.put(upload.upload, 0, bytes(16)), Accepted)
+
+
+def test_stopping_sends_home_who_waits(tmp_path):
+    with Served(tmp_path, population=2, long_poll_seconds=25.0) as served:
+        device = served.device()
+        answers = []
+        waiting = threading.Thread(target=lambda: answers.append(device.check_in()))
+        waiting.start()
+        held = "potluck_waiting_check_ins 1.0"
+        served.until(lambda _: held in served.operator.text("metrics"))
+        served.server.stop()
+        waiting.join(10)
+        assert answers[0].reason == "between_rounds"
+
+
+def test_refusals_of_the_admin_api_reach_the_operator(tmp_path):
+    with Served(tmp_path) as served, pytest.raises(RefusedError, match="days must be") as caught:
+        served.operator.post("enroll", days=-1)
+    assert caught.value.code == "malformed"

@@ -27,6 +27,7 @@ TOP = {  # may import everything
     "command",
     "progress",
     "serving",
+    "joining",
     "template",
     "terminal",
 }

@@ -90,7 +90,7 @@ class Device:
         except BaseException as error:
             self.died = error
 
-    def end(self, seconds=15.0):
+    def end(self, seconds=30.0):
         self._thread.join(seconds)
         assert not self._thread.is_alive(), self.events[-5:]
 
@@ -168,7 +168,7 @@ class Federation:
     def status(self):
         return self.service.status(self.run)
 
-    def until(self, condition, seconds=15.0):
+    def until(self, condition, seconds=60.0):
         """Wait for others to get somewhere."""
         end = time.monotonic() + seconds
         while not condition():

@@ -67,6 +67,10 @@ def join(
     if (data is None) == (experiment is None):
         raise ValueError("either --data or --experiment must be given. Name where the data are.")
 
+    for path in (data, experiment):
+        if path is not None and not path.exists():  # before the invitation is used up
+            raise ValueError(f"the data must be there, got {str(path)!r}, which is not.")
+
     def load() -> FederatedData:
         if data is not None:
             return read_own(data, target_column=target_column)

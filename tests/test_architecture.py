@@ -29,6 +29,7 @@ TOP = {  # may import everything
     "command",
     "progress",
     "serving",
+    "joining",
     "template",
     "terminal",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -46,7 +47,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_block_is_of_a_kind_that_is_run_or_is_printed_output():
-    assert {block.language for block in BLOCKS} <= {"python", "bash", "console", "text"}
+    assert {block.language for block in BLOCKS} <= {"python", "bash", "console", "text", "sh"}
     assert blocks("python")
     assert blocks("bash", "console")
 
@@ -96,3 +97,33 @@ def test_the_program_is_at_most_twelve_lines():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_real_devices_are_served_as_the_page_says(clone, tmp_path):
+    """The four blocks of a server and its devices, as one script that waits where a person does."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    for name, started in (("python", ""), ("potluck", "-m potluck")):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {started} "$@"\n')
+        (tmp_path / name).chmod(0o700)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    make, serve, join, take = (block.text for block in blocks("sh"))
+    make = make.partition("\n")[2]  # without pip
+    until = "until [ -S potluck-server/admin.sock ]; do read -t 0.05 <> <(:) || :; done"
+    serve = serve.replace("&\n", f"&\nserver=$!\n{until}\n")
+    join = join.replace("&\n", '&\ndevices+=" $!"\n')
+    script = (
+        f"{make}{serve}{join}for d in $devices; do wait $d; done\n{take}kill $server; wait $server"
+    )
+    done = subprocess.run(
+        ["bash", "-euc", script.replace("8443", str(port))],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished round 3") == 3
+    assert "rounds committed" in done.stdout
+    assert "<All keys matched successfully>" in done.stdout

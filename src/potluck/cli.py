@@ -16,6 +16,7 @@ import typer
 
 from potluck.cli_reproduce import reproduce
 from potluck.command import Debug, ExperimentFile, Overrides, command
+from potluck.joining import app as joining_app
 from potluck.serving import app as serving_app
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ app.add_typer(data_app, name="data")
 demo_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(demo_app, name="demo")
 app.add_typer(serving_app)
+app.add_typer(joining_app)
 
 
 def main() -> None:

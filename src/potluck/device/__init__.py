@@ -1,0 +1,33 @@
+"""A device: keeps its data, and sends updates of a model. Needs neither a server nor PyTorch."""
+
+from potluck.device.agent import Agent, Event
+from potluck.device.clock import Clock, Stopped, SystemClock
+from potluck.device.connection import Connection
+from potluck.device.data import one_client, read_own
+from potluck.device.eligibility import LinuxSensor, Sensor
+from potluck.device.home import Enrolment, Home
+from potluck.device.joining import enrol, join, run_until_stopped
+from potluck.device.record import DailyLimitError, Record
+from potluck.device.training import TorchTrainer, Trainer
+
+__all__ = [
+    "Agent",
+    "Clock",
+    "Connection",
+    "DailyLimitError",
+    "Enrolment",
+    "Event",
+    "Home",
+    "LinuxSensor",
+    "Record",
+    "Sensor",
+    "Stopped",
+    "SystemClock",
+    "TorchTrainer",
+    "Trainer",
+    "enrol",
+    "join",
+    "one_client",
+    "read_own",
+    "run_until_stopped",
+]

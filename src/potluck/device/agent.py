@@ -1,0 +1,305 @@
+"""A device's loop: check in, work, report, and come back when it is told to.
+
+    while the run goes on:
+        send the update that is owed, if there is one
+        check in → wait, or an assignment:
+            verify the manifest, download the model, train (or evaluate), keep the update on disk
+
+`work` is a generator of events, so what is shown or logged is its caller's. A stop (`Clock`) ends
+it at once: an update that is finished is kept and sent at the next start, and an assignment that
+is not is given back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+from typing import Literal, NamedTuple
+
+from potluck.core import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    ProtocolError,
+    RefusedError,
+    Vector,
+    stream,
+)
+from potluck.device.clock import Clock, Stopped
+from potluck.device.connection import Connection, Unanswered
+from potluck.device.download import download_model
+from potluck.device.eligibility import Sensor
+from potluck.device.home import Enrolment, Home
+from potluck.device.outbox import Outbox, Owed
+from potluck.device.record import DailyLimitError, Record, seconds_to_tomorrow
+from potluck.device.training import Trainer
+from potluck.device.upload import send_update
+from potluck.device.watch import NotEligibleError, Watch
+from potluck.plan import read_plan
+from potluck.protocol import (
+    CODECS,
+    FAILURE_REASONS,
+    VERSION,
+    Accepted,
+    Assignment,
+    CheckIn,
+    Evaluation,
+    Failed,
+    FailureReason,
+    Finished,
+    Manifest,
+    Report,
+    Wait,
+    encode_message,
+    encode_vector,
+    encoded_bytes,
+    verify_manifest,
+)
+
+_FATAL = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "token", "method", "media")
+_CHECK_IN = f"/v{VERSION}/check-in"
+_AFTER_A_FAULT_SECONDS = 10.0
+
+
+class Event(NamedTuple):
+    """Something that a person may want to see."""
+
+    what: Literal[
+        "waiting", "training", "evaluating", "trained", "accepted", "refused", "failed", "finished"
+    ]
+    round: int
+    detail: str = ""
+
+
+class Agent:
+    """A device that is enrolled, at work."""
+
+    def __init__(
+        self,
+        home: Home,
+        enrolment: Enrolment,
+        connection: Connection,
+        record: Record,
+        trainer: Trainer,
+        sensor: Sensor,
+        clock: Clock,
+    ) -> None:
+        self._home = home
+        self._enrolment = enrolment
+        self._connection = connection
+        self._record = record
+        self._trainer = trainer
+        self._sensor = sensor
+        self._clock = clock
+        self._outbox = Outbox(home.folder / "outbox")
+
+    def work(self) -> Generator[Event]:
+        """Take part until the run is over.
+
+        Raises:
+            RefusedError: the server does not know this device, or does not take what it says.
+            Stopped: the clock says so.
+        """
+        while True:
+            try:
+                if (yield from self._turn()):
+                    return
+            except DailyLimitError as error:
+                yield Event("waiting", 0, str(error))
+                self._clock.wait(seconds_to_tomorrow(self._clock.now_ms()))
+
+    def _turn(self) -> Generator[Event, None, bool]:
+        """One check-in and what comes of it; whether the run is over."""
+        owed = self._outbox.owed()
+        if owed is not None:
+            yield from self._send(owed)
+            return False
+        self._record.check(self._clock.now_ms(), 1)
+        message = CheckIn(
+            run=self._enrolment.run,
+            accepts=tuple(CODECS),
+            runtime=self._trainer.runtime(),
+            eligibility=self._sensor(),
+        )
+        answer = self._connection.ask(_CHECK_IN, message, Assignment, Wait, Finished)
+        match answer:
+            case Finished():
+                yield Event("finished", answer.rounds)
+                return True
+            case Wait():
+                yield Event("waiting", 0, answer.reason)
+                self._clock.wait(answer.retry_after_seconds)
+            case _:
+                yield from self._work(answer)
+        return False
+
+    def _work(self, assignment: Assignment) -> Generator[Event]:
+        watch = Watch(assignment, self._connection, self._clock, self._sensor)
+        try:
+            yield from self._fulfil(assignment, watch)
+        except (RefusedError, DailyLimitError) as error:
+            if isinstance(error, RefusedError):
+                _raise_fatal(error)
+            yield Event("refused", assignment.round, str(error))
+            reason = None if isinstance(error, RefusedError) else "ineligible"
+            yield from self._give_back(assignment, reason)
+        except Stopped:
+            self._say_stopped(assignment)
+            raise
+        except (ProtocolError, ConfigError, DataError, DivergedError, NotEligibleError) as error:
+            yield Event("failed", assignment.round, str(error))
+            yield from self._give_back(assignment, _reason(error))
+        except (RuntimeError, OSError, MemoryError, ValueError) as error:  # of PyTorch, of a disk
+            yield Event("failed", assignment.round, f"{type(error).__name__}: {error}")
+            yield from self._give_back(assignment, _reason(error))
+
+    def _fulfil(self, assignment: Assignment, watch: Watch) -> Generator[Event]:
+        manifest = self._manifest(assignment)
+        plan = read_plan(manifest.plan)
+        watch.needs = plan.needs
+        if assignment.kind == "train":
+            length = encoded_bytes(assignment.codec, manifest.spec.spec().dim)
+            self._record.check(self._clock.now_ms(), length)
+        folder = self._home.folder / "models"
+        received = download_model(self._connection, manifest, folder, watch.check)
+        spec = manifest.spec.spec()
+        if assignment.kind == "evaluate":
+            yield Event("evaluating", assignment.round)
+            watch.enter("evaluate")
+            sums = self._trainer.evaluate(plan, spec, received, check=watch.check)
+            yield from self._send_evaluation(assignment, dict(sums))
+            return
+        yield Event("training", assignment.round)
+        watch.enter("train")
+        update = self._trainer.train(
+            plan,
+            spec,
+            received,
+            seed=assignment.seed,
+            round=assignment.round,
+            client=assignment.client,
+            check=watch.check,
+        )
+        report = self._keep(assignment, update.delta, update.weight, update.loss, update.num_steps)
+        yield Event("trained", assignment.round, f"loss {report.loss:.4f}")
+
+    def _manifest(self, assignment: Assignment) -> Manifest:
+        manifest = verify_manifest(
+            assignment.manifest.encode(),
+            bytes.fromhex(assignment.signature),
+            bytes.fromhex(self._enrolment.server_key),
+            run=self._enrolment.run,
+            now_ms=self._connection.now_ms(),
+            last_seen_version=self._home.manifest_version,
+        )
+        self._home.accept_manifest(manifest.version)
+        return manifest
+
+    def _keep(
+        self, assignment: Assignment, delta: Vector, weight: float, loss: float, num_steps: int
+    ) -> Report:
+        """Put an update into the outbox; what was trained is not lost to a stop."""
+        with self._clock.hold():
+            return self._put(assignment, delta, weight, loss, num_steps)
+
+    def _put(
+        self, assignment: Assignment, delta: Vector, weight: float, loss: float, num_steps: int
+    ) -> Report:
+        place = (assignment.seed, "rounding", assignment.round, assignment.client)
+        residual = self._outbox.residual(delta.size)
+        encoded = encode_vector(delta, assignment.codec, stream(*place), residual)
+        report = Report(
+            assignment=assignment.assignment,
+            round=assignment.round,
+            attempt=assignment.attempt,
+            codec=assignment.codec,
+            length_bytes=len(encoded.body),
+            sha256=hashlib.sha256(encoded.body).hexdigest(),
+            weight=weight,
+            loss=loss,
+            num_steps=num_steps,
+            metrics={},
+        )
+        self._outbox.put(report, assignment.deadline_ms, encoded.body, encoded.residual)
+        return report
+
+    def _send(self, owed: Owed) -> Generator[Event]:
+        """Send an update that is owed; whatever comes of it, it is owed no more."""
+        round = owed.report.round
+        try:
+            answer = send_update(self._connection, owed, lambda: self._clock.wait(0))
+        except RefusedError as error:
+            _raise_fatal(error)
+            self._outbox.drop()
+            yield Event("refused", round, str(error))
+            return
+        self._outbox.accept()
+        yield Event("accepted", round)
+        self._clock.wait(answer.retry_after_seconds)
+
+    def _send_evaluation(
+        self, assignment: Assignment, metrics: dict[str, tuple[float, int]]
+    ) -> Generator[Event]:
+        message = Evaluation(
+            assignment=assignment.assignment,
+            round=assignment.round,
+            attempt=assignment.attempt,
+            metrics=metrics,
+        )
+        path, until = f"/v{VERSION}/evaluation", assignment.deadline_ms
+        answer = self._connection.ask(path, message, Accepted, until_ms=until)
+        yield Event("accepted", assignment.round)
+        self._clock.wait(answer.retry_after_seconds)
+
+    def _give_back(self, assignment: Assignment, reason: FailureReason | None) -> Generator[Event]:
+        """Tell the server why this device cannot, and wait as long as it says."""
+        if reason is None:
+            return
+        message = Failed(assignment=assignment.assignment, reason=reason)
+        try:
+            until = assignment.deadline_ms
+            answer = self._connection.ask(f"/v{VERSION}/failure", message, Wait, until_ms=until)
+            self._clock.wait(max(answer.retry_after_seconds, 1.0))
+        except RefusedError as error:
+            _raise_fatal(error)
+            yield Event("refused", assignment.round, str(error))
+            self._clock.wait(_AFTER_A_FAULT_SECONDS)
+
+    def _say_stopped(self, assignment: Assignment) -> None:
+        """A courtesy, tried once: the slot is for another now."""
+        if self._outbox.owed() is not None:
+            return
+        message = Failed(assignment=assignment.assignment, reason="stopped")
+        try:
+            self._connection.hurry()
+            body = encode_message(message)
+            self._connection.call_once("POST", f"/v{VERSION}/failure", body, Wait)
+        except (Unanswered, RefusedError, DailyLimitError):
+            pass  # its lease expires
+
+
+def _raise_fatal(error: RefusedError) -> None:
+    if error.code in (*_FATAL, "certificate"):
+        raise error
+
+
+def _reason(error: BaseException) -> FailureReason:
+    match error:
+        case ProtocolError() if error.code in FAILURE_REASONS:
+            return error.code
+        case ProtocolError():
+            return "diverged" if error.code == "not_finite" else "error"
+        case NotEligibleError():
+            return "ineligible"
+        case ConfigError():
+            return "unsupported"
+        case DataError():
+            return "no_data"
+        case DivergedError():
+            return "diverged"
+        case MemoryError():
+            return "out_of_memory"
+        case RuntimeError() if "memory" in str(error):
+            return "out_of_memory"
+        case _:
+            return "error"

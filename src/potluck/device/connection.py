@@ -1,0 +1,310 @@
+"""A device's connection to its server: signed requests, tried again until they are answered.
+
+One request at a time. Before each the next sequence number is stored, and the request recorded.
+A request without an answer, or with one that is not of the protocol (a proxy's page, say), is tried
+again after a random time that grows; a refusal is raised. A wrong clock is corrected by what the
+server says, once for a request.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import ssl
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import NamedTuple, NoReturn, TypeVar
+
+import httpx
+
+from potluck.core import ConfigError, ProtocolError, RefusedError
+from potluck.device.clock import Clock
+from potluck.device.home import Home
+from potluck.device.record import Record
+from potluck.device.tls import client_context
+from potluck.protocol import (
+    LONG_POLL_SECONDS,
+    MAX_ANSWER_BYTES,
+    MAX_SKEW_MS,
+    STATUS,
+    Error,
+    Message,
+    encode_message,
+    parse_message,
+    sign_request,
+)
+
+M = TypeVar("M", bound=Message)
+
+MAX_BACKOFF_SECONDS = 300.0
+_TEMPORARY = ("overloaded", "internal", "unavailable")
+_DIGEST_TRIES = 2
+_TIMEOUT = httpx.Timeout(2.0 * LONG_POLL_SECONDS, connect=15.0)
+
+
+class Unanswered(Exception):
+    """A request without an answer that the protocol knows; it may be tried again."""
+
+    def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Backoff:
+    """How long to wait between tries: U(0, min(300, 2ⁿ)) seconds before try n + 1."""
+
+    def __init__(self, clock: Clock, uniform: Callable[[float, float], float]) -> None:
+        self._clock = clock
+        self._uniform = uniform
+        self.tries = 0
+
+    def wait(self, at_least: float = 0.0) -> None:
+        """Wait after one more try that failed."""
+        self.tries += 1
+        longest = min(MAX_BACKOFF_SECONDS, 2.0 ** min(self.tries, 16))
+        self._clock.wait(max(self._uniform(0.0, longest), at_least))
+
+    def reset(self) -> None:
+        """Something was got: begin anew."""
+        self.tries = 0
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+class Connection:
+    """An open connection, with a lifetime."""
+
+    def __init__(
+        self,
+        url: str,
+        certificate: str | None,
+        home: Home,
+        record: Record,
+        clock: Clock,
+        *,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._url = check_url(url, certificate)
+        self._authority = self._url.netloc.decode().lower()
+        self._home = home
+        self._key = home.key()
+        self._record = record
+        self._clock = clock
+        self._uniform = uniform
+        self._ahead_ms = 0  # the server's clock before ours
+        # Neither proxies nor .netrc from the environment: the pin is on this very connection.
+        self._client = httpx.Client(
+            verify=client_context(certificate), timeout=_TIMEOUT, trust_env=False
+        )
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def hurry(self) -> None:
+        """Wait for no answer longer than a few seconds from now on."""
+        self._client.timeout = httpx.Timeout(3.0)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._client.close()
+
+    def now_ms(self) -> int:
+        """Unix time as the server counts it, as far as it is known."""
+        return self._clock.now_ms() + self._ahead_ms
+
+    def backoff(self) -> Backoff:
+        """A new wait between tries."""
+        return Backoff(self._clock, self._uniform)
+
+    def ask(
+        self,
+        path: str,
+        message: Message,
+        *answers: type[M],
+        until_ms: int | None = None,
+    ) -> M:
+        """Post a message until it is answered.
+
+        Args:
+            until_ms: by the server's clock; nothing is tried again later.
+
+        Raises:
+            RefusedError: with the server's code; "late" after `until_ms`.
+        """
+        return self.call("POST", path, encode_message(message), *answers, until_ms=until_ms)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        *answers: type[M],
+        until_ms: int | None = None,
+    ) -> M:
+        """Send a request until it is answered; see `ask`."""
+        backoff = self.backoff()
+        corrections = 0
+        while True:
+            self._clock.wait(0)
+            try:
+                return self.call_once(method, path, body, *answers)
+            except Unanswered as error:
+                if until_ms is not None and self.now_ms() >= until_ms:
+                    raise RefusedError(
+                        "late", f"there was no answer in time ({error}). Check in again."
+                    ) from None
+                backoff.wait(error.retry_after_seconds)
+            except RefusedError as error:
+                corrections += 1
+                again = {"clock": 1, "replayed": 1, "digest": _DIGEST_TRIES}.get(error.code, 0)
+                # A chunk's digest is also that of the whole upload: the uploader knows which.
+                if corrections > again or (error.code == "digest" and method == "PUT"):
+                    raise
+
+    def call_once(self, method: str, path: str, body: bytes, *answers: type[M]) -> M:
+        """Send a request once.
+
+        Raises:
+            Unanswered: it may be tried again.
+            RefusedError: with the server's code.
+        """
+        with self.stream(method, path, body) as response:
+            answer = _Answer(response.status_code, _read(response))
+        try:
+            if answer.status == 200:
+                return parse_message(answer.body, *answers, limit=MAX_ANSWER_BYTES)
+            self.refuse(answer.status, answer.body)
+        except ProtocolError as error:
+            raise Unanswered(f"status {answer.status} without a message: {error}") from None
+
+    @contextmanager
+    def stream(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> Generator[httpx.Response]:
+        """Send a request once, and read the answer piecewise.
+
+        Raises:
+            Unanswered: there is none, or it breaks off.
+            RefusedError: "certificate": it is not the server that the device trusts.
+        """
+        is_message = method == "POST"
+        signed = self._sign(method, path, body)
+        self._record.add(self._clock.now_ms(), method, path, body, is_message=is_message)
+        kinds = {"Content-Type": "application/json" if is_message else "application/octet-stream"}
+        request = self._client.build_request(
+            method,
+            self._url.copy_with(raw_path=path.encode()),
+            content=body if method != "GET" else None,
+            headers={"Accept-Encoding": "identity"}
+            | signed
+            | (kinds if method != "GET" else {})
+            | dict(headers or {}),
+        )
+        try:
+            response = self._client.send(request, stream=True, follow_redirects=False)
+            try:
+                if "content-encoding" in response.headers:
+                    raise Unanswered("the answer is encoded, which no server of ours does")
+                yield response
+            finally:
+                response.close()
+        except (httpx.TransportError, httpx.StreamError) as error:
+            if isinstance(_root(error), ssl.SSLCertVerificationError):
+                raise RefusedError("certificate", str(_root(error))) from None
+            raise Unanswered(f"{type(error).__name__}: {error}") from None
+
+    def refuse(self, status: int, body: bytes) -> NoReturn:
+        """Raise what an answer that is not a success says.
+
+        Raises:
+            Unanswered: it may be tried again.
+            RefusedError: it may not, as it is.
+            ProtocolError: it is not an answer of the protocol.
+        """
+        error = parse_message(body, Error, limit=MAX_ANSWER_BYTES)
+        if STATUS[error.code] != status:
+            raise ProtocolError("malformed", f"status {status} does not go with {error.code}")
+        if error.code in _TEMPORARY:
+            raise Unanswered(error.message, error.retry_after_seconds or 0.0)
+        if error.code in ("clock", "replayed") and error.server_time_ms is not None:
+            self.correct_clock(error.server_time_ms)
+        if error.code == "replayed":  # a number was lost: go on from the time
+            self._home.next_sequence(self.now_ms())
+        raise RefusedError(error.code, error.message)
+
+    def correct_clock(self, server_time_ms: int) -> None:
+        """Count as the server does, from here on; small differences are those of the way."""
+        ahead = server_time_ms - self._clock.now_ms()
+        if abs(ahead - self._ahead_ms) > MAX_SKEW_MS // 10:
+            self._ahead_ms = ahead
+
+    def _sign(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        first = 1 if self._home.has_sequence() or self._home.enrolment() is None else self.now_ms()
+        return sign_request(
+            self._key,
+            method,
+            self._authority,
+            path,
+            body,
+            sequence=self._home.next_sequence(first),
+            time_ms=self.now_ms(),
+        )
+
+
+def check_url(url: str, certificate: str | None) -> httpx.URL:
+    """The address of a server, checked.
+
+    Raises:
+        ConfigError: it is none, or one that a device may not use.
+    """
+    try:
+        found = httpx.URL(url)
+    except httpx.InvalidURL:
+        found = httpx.URL("")
+    if found.scheme not in ("https", "http") or not found.host or found.path not in ("", "/"):
+        raise ConfigError(
+            f"the server's address must look like https://host:port, got url={url!r}. "
+            "Copy it from what `potluck serve` printed."
+        )
+    if found.scheme == "http" and not _is_loopback(found.host):
+        raise ConfigError(f"plain http is for this machine alone, got url={url!r}. Use https://.")
+    if found.scheme == "http" and certificate is not None:
+        raise ConfigError(
+            f"the invitation names a certificate, got url={url!r} without TLS. Use https://."
+        )
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read(response: httpx.Response) -> bytes:
+    body = b""
+    for part in response.iter_raw():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise Unanswered(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return body
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error goes back to."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -1,0 +1,96 @@
+"""The data of one device: a file of its owner's, or one client of an experiment.
+
+Text labels are refused here: which number stands for which word must be the same on all devices,
+and one of them cannot know it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from potluck.core import DataError
+
+if TYPE_CHECKING:
+    from potluck.tasks import FederatedData
+
+
+def read_own(path: Path, *, target_column: str = "target") -> FederatedData:
+    """One client, from a `.npz`, `.csv` or `.parquet` file, or a folder that holds just one.
+
+    Its last 20 % are for federated evaluation, as in a simulation on a folder of such files.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    from potluck.tasks import own_data
+    from potluck.tasks.tables import read_table
+
+    path = _only_file(path)
+    if path.suffix.lower() == ".npz":
+        return own_data.from_clients({path.stem: _arrays(path)}, name=path.stem)
+    table = read_table(path)
+    if target_column in table.columns and table[target_column].dtype.kind not in "iufb":
+        raise DataError(
+            f"targets must be numbers on a device, got text in column {target_column!r} of {path}. "
+            "Number the classes from 0, alike on all devices."
+        )
+    client = "device"
+    if client in table.columns:
+        raise DataError(f"{path} must have no column {client!r}. Rename it.")
+    return own_data.from_table(
+        table.assign(**{client: path.stem}), client_column=client, target_column=target_column
+    )
+
+
+def one_client(data: FederatedData, client: int) -> FederatedData:
+    """The `client`-th client, from 0, of divided data, alone: for demos and tests.
+
+    Raises:
+        DataError: there is no such client.
+    """
+    from dataclasses import replace
+
+    if not 0 <= client < data.num_clients:
+        raise DataError(
+            f"client must be from 0 to {data.num_clients - 1}, got client={client}. "
+            "Name a client of the experiment's partition."
+        )
+    train, test = data.client(client), data.client_test(client)
+    return replace(
+        data,
+        train=train,
+        offsets=np.array([0, train.num_examples]),
+        test=test,
+        test_offsets=np.array([0, test.num_examples]),
+        clients=(data.clients[client],),
+    )
+
+
+def _arrays(path: Path) -> tuple[object, object]:
+    from potluck.tasks.tables import read_npz
+
+    return read_npz(path)
+
+
+def _only_file(path: Path) -> Path:
+    if not path.is_dir():
+        if path.suffix.lower() not in (".npz", ".csv", ".parquet") or not path.exists():
+            raise DataError(
+                "a device's data must be a .npz, .csv or .parquet file, or a folder with one, "
+                f"got data={str(path)!r}. Name another."
+            )
+        return path
+    files = [
+        file
+        for file in sorted(path.iterdir())
+        if file.suffix.lower() in (".npz", ".csv", ".parquet") and not file.name.startswith(".")
+    ]
+    if len(files) != 1:
+        raise DataError(
+            "a device's folder must hold one .npz, .csv or .parquet file, got "
+            f"{len(files)} in data={str(path)!r}. Name the file."
+        )
+    return files[0]

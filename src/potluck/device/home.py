@@ -1,0 +1,164 @@
+"""A device's folder: who it is, how far it has counted, what it owes, what it has sent.
+
+    device.key           its private key; never leaves this folder
+    enrolment.json       the server, its certificate, the run and the run's key: pinned for good
+    sequence             the number of the last request, stored before the request is sent
+    manifest             the highest manifest version that was accepted
+    outbox/, models/     an update that is not accepted yet; the model that is being trained on
+    sent/                what was sent, a file for each day
+
+The folder is readable by its owner alone. One process at a time uses it.
+
+Guarantee: after `kill -9` or a power cut at any moment every file is as it was before or after its
+last change, and no sequence number is used twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from potluck.core import RunError
+from potluck.protocol import Message, new_key
+from potluck.protocol.keys import KEY_BYTES
+from potluck.protocol.messages import Digest, Id, Key, Name
+from potluck.protocol.strict_json import MAX_INTEGER, encode_json
+
+
+class Enrolment(Message):
+    """What a device was told when it enrolled, and believes from then on."""
+
+    url: str
+    device: Id
+    run: Name
+    server_key: Key
+    certificate: Digest | None
+
+
+class Home:
+    """A device's folder, held by this process until `close`."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise RunError(
+                f"a device's folder serves one process at a time, got home={str(self.folder)!r}, "
+                "which is in use. Stop the other one, or name another folder with --home."
+            ) from None
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        os.close(self._lock)
+
+    def key(self) -> bytes:
+        """The device's private key, made at first use.
+
+        Raises:
+            RunError: a key that others can read, or that is none.
+        """
+        path = self.folder / "device.key"
+        if not path.exists():
+            write_file(path, new_key().hex().encode())
+        if path.stat().st_mode & 0o077:
+            raise RunError(
+                f"{path} must be readable by its owner alone, got mode="
+                f"{path.stat().st_mode & 0o777:o}. Run chmod 600 on it, or, if another may have "
+                "read it, delete it and enrol again."
+            )
+        try:
+            key = bytes.fromhex(path.read_text())
+        except ValueError:
+            key = b""
+        if len(key) != KEY_BYTES:
+            raise RunError(
+                f"{path} must hold {2 * KEY_BYTES} hex digits, got something else. "
+                "Bring it back, or delete it and enrol again."
+            )
+        return key
+
+    def enrolment(self) -> Enrolment | None:
+        """What the device was told when it enrolled; None before.
+
+        Raises:
+            RunError: a file that is not what was written.
+        """
+        path = self.folder / "enrolment.json"
+        if not path.exists():
+            return None
+        try:
+            return Enrolment.model_validate_json(path.read_bytes())
+        except ValidationError:
+            raise RunError(
+                f"{path} must be as it was written, got something else. Bring it back, or delete "
+                "it and enrol again."
+            ) from None
+
+    def keep_enrolment(self, enrolment: Enrolment) -> None:
+        """Pin a server and its run."""
+        write_file(self.folder / "enrolment.json", encode_json(enrolment.model_dump()))
+
+    def next_sequence(self, at_least: int) -> int:
+        """A number for one request, above all earlier ones; it is stored before it is returned.
+
+        `at_least` matters where the number was lost, or has fallen behind what the server knows.
+        """
+        path = self.folder / "sequence"
+        last = _read_number(path)
+        number = at_least if last is None else max(last + 1, at_least)
+        write_file(path, str(number).encode())
+        return number
+
+    def has_sequence(self) -> bool:
+        """Whether it is known how far the device has counted."""
+        return _read_number(self.folder / "sequence") is not None
+
+    @property
+    def manifest_version(self) -> int:
+        """The highest manifest version that was accepted; 0 before the first."""
+        return _read_number(self.folder / "manifest") or 0
+
+    def accept_manifest(self, version: int) -> None:
+        """Refuse lower versions from now on."""
+        if version > self.manifest_version:
+            write_file(self.folder / "manifest", str(version).encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file for its owner alone: whole and on the disk, or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        number = int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return number if 0 <= number <= MAX_INTEGER else None

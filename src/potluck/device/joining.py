@@ -1,0 +1,157 @@
+"""Joining a run: enrol once with an invitation, then take part.
+
+for event in join(url, invitation, home, trainer): ...
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+
+from potluck.core import ConfigError, RefusedError
+from potluck.device.agent import Agent, Event
+from potluck.device.clock import Clock, Stopped, SystemClock
+from potluck.device.connection import Connection
+from potluck.device.eligibility import LinuxSensor, Sensor
+from potluck.device.home import Enrolment, Home
+from potluck.device.record import Record
+from potluck.device.training import Trainer
+from potluck.protocol import VERSION, Enrol, Enrolled, fingerprint, parse_invitation, public_key
+from potluck.protocol.invitation import Invitation
+
+
+def join(
+    url: str,
+    invitation: str | None,
+    folder: Path | str,
+    trainer: Trainer,
+    *,
+    name: str | None = None,
+    sensor: Sensor | None = None,
+    clock: Clock | None = None,
+    limit_bytes: int | None = None,
+) -> Generator[Event]:
+    """Take part in the run of an invitation until it is over.
+
+    Args:
+        invitation: what `potluck enroll` printed; not needed by a device that is enrolled.
+        folder: the device's own; see `Home`.
+        limit_bytes: the most that it sends in a day.
+
+    Raises:
+        ConfigError: no invitation and not enrolled, or enrolled elsewhere.
+        RefusedError: the server does not take the device.
+    """
+    clock = clock or SystemClock()
+    home = Home(folder)
+    try:
+        record = Record(home.folder / "sent", limit_bytes)
+        enrolment = home.enrolment()
+        if enrolment is None:
+            if invitation is None:
+                raise ConfigError(
+                    f"a device must be invited, got none and no enrolment in {str(folder)!r}. "
+                    "Give --token the string that `potluck enroll` printed."
+                )
+            invited = parse_invitation(invitation)
+            with Connection(url, invited.certificate, home, record, clock) as connection:
+                enrolment = enrol(url, invited, home, connection, trainer, name)
+        elif invitation is not None:
+            _check_same(enrolment, parse_invitation(invitation), home)
+        # A server may move; its certificate, run and key may not.
+        with Connection(url, enrolment.certificate, home, record, clock) as connection:
+            agent = Agent(
+                home, enrolment, connection, record, trainer, sensor or LinuxSensor(), clock
+            )
+            yield from agent.work()
+    finally:
+        home.close()
+
+
+def run_until_stopped(
+    url: str,
+    invitation: str | None,
+    folder: Path,
+    trainer: Trainer,
+    *,
+    name: str | None,
+    limit_bytes: int | None,
+    show: Callable[[Event], None],
+) -> bool:
+    """Take part until the run is over, or SIGTERM or Ctrl-C comes; whether it is over.
+
+    Call it in the main thread: the signals end it at once, whatever it does.
+    """
+    clock = SystemClock()
+
+    def stop(number: int, frame: object) -> None:
+        clock.interrupt()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        events = join(
+            url, invitation, folder, trainer, name=name, clock=clock, limit_bytes=limit_bytes
+        )
+        with closing(events):
+            for event in events:
+                show(event)
+    except Stopped:
+        return False
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return True
+
+
+def enrol(
+    url: str,
+    invited: Invitation,
+    home: Home,
+    connection: Connection,
+    trainer: Trainer,
+    name: str | None,
+) -> Enrolment:
+    """Use an invitation's token up. Safe to repeat: the same key gets the same answer.
+
+    Raises:
+        RefusedError: the token is unknown, used or expired; or the server is another.
+    """
+    key = public_key(home.key())
+    message = Enrol(
+        token=invited.token,
+        public_key=key.hex(),
+        name=name,
+        runtime=trainer.runtime(),
+        device_class=f"{platform.system()}-{platform.machine()}".lower() or "unknown",
+    )
+    answer = connection.ask(f"/v{VERSION}/enrol", message, Enrolled)
+    connection.correct_clock(answer.server_time_ms)
+    expected = (invited.run, invited.server_key, fingerprint(key))
+    if (answer.run, answer.server_key, answer.device) != expected:
+        raise RefusedError(
+            "token",
+            f"the server must be that of the invitation (run={invited.run!r}), got "
+            f"run={answer.run!r} with another key. Ask for another invitation.",
+        )
+    enrolment = Enrolment(
+        url=url,
+        device=answer.device,
+        run=answer.run,
+        server_key=answer.server_key,
+        certificate=invited.certificate,
+    )
+    home.keep_enrolment(enrolment)
+    return enrolment
+
+
+def _check_same(enrolment: Enrolment, invited: Invitation, home: Home) -> None:
+    pinned = (enrolment.run, enrolment.server_key, enrolment.certificate)
+    if pinned != (invited.run, invited.server_key, invited.certificate):
+        raise ConfigError(
+            f"this device is enrolled in run={enrolment.run!r}, got an invitation of another "
+            f"server or run={invited.run!r}. Name another folder with --home, or delete "
+            f"{str(home.folder / 'enrolment.json')!r}."
+        )

@@ -1,0 +1,81 @@
+"""The update that a device owes: on disk from the moment it is trained until it is accepted.
+
+    outbox/update       the encoded bytes
+    outbox/residual     what the encoding lost; the next update gets it, once this one is accepted
+    outbox/report.json  what announces it, and its deadline; written last: with it the update exists
+
+A device that is killed sends it when it is started again. It is dropped when the server refuses it
+for good.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+
+from potluck.core import Vector
+from potluck.device.home import write_file
+from potluck.protocol import Message, Report
+from potluck.protocol.messages import Milliseconds
+from potluck.protocol.strict_json import encode_json
+
+
+class _Owed(Message):
+    report: Report
+    deadline_ms: Milliseconds
+
+
+class Owed(NamedTuple):
+    """An update to send."""
+
+    report: Report
+    deadline_ms: int
+    body: Path
+
+
+class Outbox:
+    """At most one update that is owed, and what the last accepted one lost in encoding."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder = folder
+        self._body = folder / "update"
+        self._report = folder / "report.json"
+        self._next = folder / "residual"
+        self._residual = folder / "accepted-residual"
+
+    def put(self, report: Report, deadline_ms: int, body: bytes, residual: Vector) -> None:
+        """Owe an update. When this returns it survives a power cut."""
+        write_file(self._body, body)
+        write_file(self._next, residual.astype("<f4").tobytes())
+        owed = _Owed(report=report, deadline_ms=deadline_ms)
+        write_file(self._report, encode_json(owed.model_dump()))
+
+    def owed(self) -> Owed | None:
+        """What is to be sent, if anything."""
+        try:
+            found = _Owed.model_validate_json(self._report.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        return Owed(found.report, found.deadline_ms, self._body)
+
+    def accept(self) -> None:
+        """The server has it: the next update makes up for what this one lost."""
+        if self._next.exists():
+            self._next.replace(self._residual)
+        self.drop()
+
+    def drop(self) -> None:
+        """Owe nothing."""
+        for path in (self._report, self._body, self._next):
+            path.unlink(missing_ok=True)
+
+    def residual(self, dim: int) -> Vector | None:
+        """What the last accepted update lost, if it was of this length."""
+        if not self._residual.exists():
+            return None
+        residual = np.frombuffer(self._residual.read_bytes(), "<f4").astype(np.float32)
+        return residual if residual.size == dim else None

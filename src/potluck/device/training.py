@@ -1,0 +1,198 @@
+"""Training on a device: the very `client_update` of the simulation, watched at every step.
+
+A `Trainer` is the seam for other runtimes: it knows one device's data, and turns a plan and a
+received model into an update, or into sums of metrics. The one here is PyTorch's, which is imported
+when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from potluck.core import ConfigError, Correction, DataError, DivergedError, Spec, Update, Vector
+from potluck.plan import Plan, build_planned_algorithm, build_planned_task
+from potluck.protocol import Runtime
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from potluck.tasks import FederatedData, Task, TorchRuntime
+
+Sums = Mapping[str, tuple[float, int]]
+
+
+class Trainer(Protocol):
+    """What trains and evaluates on one device's data."""
+
+    def runtime(self) -> Runtime:
+        """Its name and version, for the server."""
+        ...
+
+    def train(
+        self,
+        plan: Plan,
+        spec: Spec,
+        received: Vector,
+        *,
+        seed: int,
+        round: int,
+        client: int,
+        check: Callable[[], None],
+    ) -> Update:
+        """Local training. `check` is called before each step; what it raises ends the training.
+
+        Raises:
+            ConfigError: the plan asks for what is not here, or does not fit the data.
+            DataError: there is nothing to train on.
+            DivergedError: loss or weights are no longer finite.
+        """
+        ...
+
+    def evaluate(
+        self, plan: Plan, spec: Spec, weights: Vector, *, check: Callable[[], None]
+    ) -> Sums:
+        """Each metric's sum over the device's own test examples, and their number."""
+        ...
+
+
+class TorchTrainer:
+    """Training in PyTorch.
+
+    Args:
+        load: gives the data of this one client; called once, when they are first needed.
+        num_threads: of PyTorch's kernels; None: PyTorch decides.
+    """
+
+    def __init__(self, load: Callable[[], FederatedData], num_threads: int | None = None) -> None:
+        self._load = load
+        self._num_threads = num_threads
+        self._data: FederatedData | None = None
+        self._plan: Plan | None = None
+        self._task: Task | None = None
+        self._model: TorchRuntime | None = None
+
+    def runtime(self) -> Runtime:
+        """PyTorch and its version, without importing it."""
+        try:
+            version = metadata.version("torch").partition("+")[0]
+        except metadata.PackageNotFoundError:
+            return Runtime(name="none", version="0")
+        return Runtime(name="torch", version=version)
+
+    def train(
+        self,
+        plan: Plan,
+        spec: Spec,
+        received: Vector,
+        *,
+        seed: int,
+        round: int,
+        client: int,
+        check: Callable[[], None],
+    ) -> Update:
+        """Local training; see `Trainer`."""
+        task, model = self._prepare(plan, spec)
+        algorithm = build_planned_algorithm(plan.algorithm)
+        if algorithm.vectors != 1:
+            raise ConfigError(
+                f"a device trains algorithms that send one vector, got algorithm.name = "
+                f"{plan.algorithm.name!r}. Use another algorithm."
+            )
+        examples = task.data.client(0)
+        model.take(examples)
+        update = algorithm.client_update(
+            Watched(model, check),
+            received,
+            examples.num_examples,
+            state=None,
+            seed=seed,
+            round=round,
+            client=client,
+        )
+        if not (np.isfinite(update.loss) and np.isfinite(update.delta).all()):
+            raise DivergedError(
+                f"loss and weights must be finite, got loss={update.loss}. "
+                "Lower the client learning rate, or look at this device's data."
+            )
+        return update
+
+    def evaluate(
+        self, plan: Plan, spec: Spec, weights: Vector, *, check: Callable[[], None]
+    ) -> Sums:
+        """Sums of metrics; see `Trainer`."""
+        from potluck.tasks import Evaluator, evaluation_batches
+
+        task, _ = self._prepare(plan, spec)
+        evaluator = Evaluator(task)
+        evaluator.load(weights)
+        total: dict[str, Any] = {}
+        for batch in evaluation_batches(task, task.data.client_test(0)):
+            check()
+            for name, pair in evaluator.sums(batch).items():
+                total[name] = total.get(name, 0.0) + pair
+        sums = {name: (float(pair[0]), round(float(pair[1]))) for name, pair in total.items()}
+        if not np.isfinite([pair[0] for pair in sums.values()]).all():
+            raise DivergedError("metrics must be finite, got some that are not.")
+        return sums
+
+    def _prepare(self, plan: Plan, spec: Spec) -> tuple[Task, TorchRuntime]:
+        if self._task is None or self._model is None or plan.task != _task_of(self._plan):
+            import torch
+
+            from potluck.tasks import TorchRuntime
+
+            if self._num_threads is not None:
+                torch.set_num_threads(self._num_threads)
+            if self._data is None:
+                self._data = self._load()
+            if self._data.num_clients != 1 or self._data.train.num_examples == 0:
+                raise DataError("a device must have the examples of one client, got others.")
+            self._task = build_planned_task(plan.task, self._data)
+            self._model = TorchRuntime(self._task)
+            self._plan = plan
+        if self._model.spec.digest() != spec.digest():
+            raise ConfigError(
+                "the model of the run must fit this device's data, got other shapes: "
+                f"{self._model.spec.shapes[:2]} here, {spec.shapes[:2]} in the run. "
+                "Give inputs of the run's shape."
+            )
+        return self._task, self._model
+
+
+class Watched:
+    """A runtime whose every step is preceded by a look at whether to go on."""
+
+    def __init__(self, inner: TorchRuntime, check: Callable[[], None]) -> None:
+        self._inner = inner
+        self._check = check
+
+    def lengths(self) -> NDArray[np.int64] | None:
+        """Of the inner runtime."""
+        return self._inner.lengths()
+
+    def begin(
+        self,
+        received: Vector,
+        order: NDArray[np.int64],
+        seed: int,
+        correction: Correction | None = None,
+    ) -> None:
+        """Of the inner runtime."""
+        self._inner.begin(received, order, seed, correction or Correction())
+
+    def step(self, batch: slice, lr: float) -> None:
+        """Look, then step."""
+        self._check()
+        self._inner.step(batch, lr)
+
+    def end(self) -> tuple[Vector, float]:
+        """Of the inner runtime."""
+        return self._inner.end()
+
+
+def _task_of(plan: Plan | None) -> Any:
+    return None if plan is None else plan.task

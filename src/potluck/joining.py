@@ -1,0 +1,97 @@
+"""The command of a device: `potluck join`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from potluck.command import Debug, command
+
+if TYPE_CHECKING:
+    from potluck.tasks import FederatedData
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@command
+def join(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of the server: https://host:port.")],
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="What `potluck enroll` printed for this device; needed once. It may also be in "
+            "POTLUCK_TOKEN, which other users of this machine cannot see.",
+            envvar="POTLUCK_TOKEN",
+            show_envvar=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A .npz, .csv or .parquet file, or a folder with one."),
+    ] = None,
+    target_column: Annotated[
+        str, typer.Option(metavar="NAME", help="The column of a table that is to be predicted.")
+    ] = "target",
+    experiment: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of --data: play a client of an experiment."),
+    ] = None,
+    client: Annotated[
+        int, typer.Option(metavar="K", help="Which client of the experiment, from 0.")
+    ] = 0,
+    home: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where this device keeps its key and its record.")
+    ] = Path("potluck-device"),
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How the operator sees this device.")
+    ] = None,
+    daily_limit: Annotated[
+        int | None, typer.Option(metavar="BYTES", min=1, help="Send at most so much in a day.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of PyTorch; all processors if left out.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Take part in a run with this machine's own data, until the run is over.
+
+    The data stay here; DIR/sent holds what was sent. A device that was stopped goes on when the
+    same command is given again, without --token.
+    """
+    from potluck.device import TorchTrainer, one_client, read_own, run_until_stopped
+
+    if (data is None) == (experiment is None):
+        raise ValueError("either --data or --experiment must be given. Name where the data are.")
+
+    for path in (data, experiment):
+        if path is not None and not path.exists():  # before the invitation is used up
+            raise ValueError(f"the data must be there, got {str(path)!r}, which is not.")
+
+    def load() -> FederatedData:
+        if data is not None:
+            return read_own(data, target_column=target_column)
+        from potluck.experiment import load_experiment
+        from potluck.simulation import build_data
+
+        assert experiment is not None
+        return one_client(build_data(load_experiment(experiment)), client)
+
+    trainer = TorchTrainer(load, threads)
+    whole = run_until_stopped(
+        url,
+        token,
+        home,
+        trainer,
+        name=name,
+        limit_bytes=daily_limit,
+        show=lambda event: typer.echo(
+            " ".join([event.what, f"round {event.round}" * bool(event.round), event.detail]).strip()
+        ),
+    )
+    if not whole:
+        typer.echo("stopped; what is finished is kept. Give the command again to go on.", err=True)
+        raise typer.Exit(143)

@@ -1,0 +1,224 @@
+"""Devices and a server on real sockets: a deployed run is the simulated one, whatever gets lost."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fault_proxy import FaultProxy
+from federation import Device, Federation, HastyClock, UnitTrainer
+from potluck.core import RefusedError, sample_cohort
+from potluck.device import join
+from potluck.simulation import build_algorithm, build_task, rounds
+
+SAMPLED = 'selection = "sampled"\nover_selection = 1.0\npopulation = {0}'
+
+
+def recorded(device):
+    """What a device noted that it sent."""
+    files = sorted((device.folder / "sent").iterdir())
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def simulated(federation):
+    """The weights after each round of the experiment's simulation."""
+    experiment = federation.experiment
+    task = build_task(experiment, federation.data)
+    run = experiment.run
+    made = rounds(
+        build_algorithm(experiment),
+        task,
+        num_rounds=run.rounds,
+        cohort=run.cohort,
+        seed=run.seed,
+    )
+    return list(made)
+
+
+def test_a_deployed_run_is_the_simulated_one(tmp_path):
+    count = 20
+    server = SAMPLED.format(count)
+    with Federation(
+        tmp_path, model="2nn", clients=count, rounds=3, cohort=0.25, server=server
+    ) as federation:
+        for k in range(count):
+            federation.join(k)
+        federation.until(lambda: federation.status()["state"] == "finished")
+        for device in federation.devices:
+            device.end()
+            assert device.died is None
+            assert device.events[-1].what == "finished"
+        for number, expected in enumerate(simulated(federation)):
+            np.testing.assert_allclose(
+                federation.weights(number), expected.weights, rtol=0, atol=1e-6
+            )
+        for number in range(1, 4):
+            cohort = sample_cohort(count, 0.25, seed=7, round=number)
+            took_part = [
+                k
+                for k, device in enumerate(federation.devices)
+                if any(e.what == "accepted" and e.round == number for e in device.events)
+            ]
+            assert took_part == sorted(map(int, cohort))
+        assert federation.status()["version"] == 3
+
+
+def test_every_answer_to_a_submission_may_be_lost_once(tmp_path):
+    lost = set()
+
+    def lose(seen):
+        is_submission = seen.path == "/v1/report" or seen.method == "PUT"
+        if not is_submission or (seen.device, seen.path, seen.digest) in lost:
+            return False
+        lost.add((seen.device, seen.path, seen.digest))
+        return True
+
+    federation = Federation(
+        tmp_path, clients=4, rounds=3, server="over_selection = 1.0\ngoal = 4", plaintext=True
+    )
+    with federation:
+        with FaultProxy(federation.port, lose=lose) as proxy:
+            for k in range(4):
+                federation.join(k, UnitTrainer(), proxy.address)
+            federation.until(lambda: federation.status()["state"] == "finished")
+            for device in federation.devices:
+                device.end()
+                assert (device.died, device.count("accepted")) == (None, 3)
+        assert len(lost) == 4 * 3 * 2  # a report and one chunk for each device and round
+        moved = federation.weights() - federation.weights(0)
+        np.testing.assert_allclose(moved[:4], 3 / 4, atol=1e-6)  # each counted once in each round
+        np.testing.assert_allclose(moved[4:], 0, atol=1e-6)
+
+
+def test_a_cut_upload_sends_at_most_one_chunk_again(tmp_path):
+    generator = random.Random(5)
+    cuts = Counter()
+
+    def cut(seen):
+        """Break each chunk off twice, somewhere."""
+        if seen.method != "PUT" or cuts[seen.path] == 2:
+            return None
+        cuts[seen.path] += 1
+        return generator.randrange(300_000)  # less than the last chunk has
+
+    own = tmp_path / "own"
+    own.mkdir()
+    inputs = np.zeros((5, 16_000), np.float32)
+    np.savez(own / "only.npz", inputs=inputs, targets=np.array([0, 1, 0, 1, 0]))
+    federation = Federation(
+        tmp_path, model="2nn", clients=1, rounds=1, own=own, server="goal = 1", plaintext=True
+    )
+    with federation, FaultProxy(federation.port, cut=cut) as proxy:
+        device = federation.join(0, UnitTrainer(), proxy.address)
+        federation.until(lambda: federation.status()["state"] == "finished")
+        device.end()
+        assert device.died is None
+        length = federation.weights(0).nbytes
+        moved = federation.weights() - federation.weights(0)
+        assert (moved.argmax(), np.count_nonzero(np.abs(moved) > 0.5)) == (0, 1)
+    assert length > 3 * 2**22
+    assert len(cuts) == 4
+    assert set(cuts.values()) == {2}
+    # Eight cuts, and for each of them no more than the chunk that was cut was sent again.
+    offsets = Counter(line["path"] for line in recorded(device) if line["method"] == "PUT")
+    assert set(offsets.values()) == {3}
+
+
+def test_a_server_with_another_certificate_gets_no_token(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with Federation(tmp_path / "one") as one, Federation(tmp_path / "two") as two:
+        device = one.join(0, UnitTrainer(), two.server.address)
+        device.end()
+        assert isinstance(device.died, RefusedError)
+        assert device.died.code == "certificate"
+        assert two.service.devices(two.run) == []
+        fresh = two.invite()
+        assert one.join(1, UnitTrainer()).died is None
+        assert fresh
+
+
+def test_what_was_sent_is_on_record(tmp_path):
+    with Federation(tmp_path, rounds=1, clients=1, server="goal = 1") as federation:
+        device = federation.join(0)
+        federation.until(lambda: federation.status()["state"] == "finished")
+        device.end()
+    lines = recorded(device)
+    paths = [line["path"].split("/")[2].split("?")[0] for line in lines]
+    assert paths[:2] == ["enrol", "check-in"]
+    assert {"models", "report", "uploads"} <= set(paths)
+    assert [line["bytes"] for line in lines if line["method"] == "PUT"] == [4 * 650]
+
+
+def test_a_killed_device_sends_what_it_had_finished_when_it_is_started_again(tmp_path):
+    class Killed(BaseException):
+        """As far as the server sees, a kill -9: nothing is said, the connection breaks."""
+
+    class KilledClock(HastyClock):
+        def wait(self, seconds):
+            if (tmp_path / "device0/outbox/report.json").exists():
+                raise Killed
+            super().wait(seconds)
+
+    trained = []
+    with Federation(tmp_path, rounds=1, clients=1, server="goal = 1") as federation:
+        trainer = UnitTrainer(lambda: trained.append(1))
+        invitation = federation.invite()
+        with pytest.raises(Killed):
+            for _ in join(
+                federation.server.address,
+                invitation,
+                tmp_path / "device0",
+                trainer,
+                clock=KilledClock(),
+            ):
+                pass
+        assert federation.status()["version"] == 0
+        device = Device(federation.server.address, None, tmp_path / "device0", trainer)
+        federation.until(lambda: federation.status()["state"] == "finished")
+        device.end()
+        assert device.events[0].what == "accepted"
+        assert len(trained) == 1
+        assert federation.weights()[0] - federation.weights(0)[0] == pytest.approx(1.0)
+
+
+def test_rounds_close_without_the_devices_that_are_killed(tmp_path):
+    """Three of ten die in training: their leases expire, the others' reports are enough."""
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    server = "goal = 10\nminimum = 0.7\nover_selection = 1.0\nreport_seconds = 2.0\n" + (
+        "selection_seconds = 2.0\nlease_seconds = 1.0\npopulation = 10"
+    )
+    with Federation(tmp_path, rounds=2, clients=10, server=server) as federation:
+        for k in range(10):
+            federation.join(k, UnitTrainer(die) if k in (1, 4, 7) else UnitTrainer())
+        federation.until(lambda: federation.status()["state"] == "finished")
+        dead = [k for k, device in enumerate(federation.devices) if device.died is not None]
+        assert dead == [1, 4, 7]
+        moved = federation.weights() - federation.weights(0)
+        expected = [0.0 if k in dead else 2 / 7 for k in range(10)]
+        np.testing.assert_allclose(moved[:10], expected, atol=1e-6)
+        assert [row["accepted"] for row in federation.service.history(federation.run)] == [7, 7]
+
+
+def test_too_few_reports_abandon_the_round_and_leave_the_model(tmp_path):
+    server = "goal = 3\nminimum = 1.0\nover_selection = 1.0\nreport_seconds = 0.5\n" + (
+        "selection_seconds = 0.5\npopulation = 2\nattempts = 2"
+    )
+    with Federation(tmp_path, clients=3, server=server) as federation:
+        before = federation.weights(0).copy()
+        for k in range(2):
+            federation.join(k, UnitTrainer())
+        federation.until(lambda: federation.status()["state"] == "paused")
+        assert federation.status()["version"] == 0
+        np.testing.assert_array_equal(federation.weights(), before)
+        assert all(device.died is None for device in federation.devices)

@@ -60,12 +60,14 @@ class Served:
         name=None,
         certificate=None,
         key=None,
+        codec="float32",
         **settings,
     ):
         self.home, self.dim, self.long_poll_seconds = Home(folder / "home"), dim, long_poll_seconds
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 100} | settings
         self.settings = RoundSettings(**values)
-        self.experiment = check_experiment(CONTENT | {"name": name or "fleet"}, "test")
+        content = CONTENT | {"name": name or "fleet", "server": {"codec": codec}}
+        self.experiment = check_experiment(content, "test")
         self.evaluated = []
         self.callers = []
         self.listen = Listen(port=0, certificate=certificate, private_key=key)

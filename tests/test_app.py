@@ -9,6 +9,8 @@ import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
+import numpy as np
 import pytest
 from safetensors.numpy import load
 
@@ -19,12 +21,16 @@ from potluck.protocol import (
     Assignment,
     Enrolled,
     Error,
+    Evaluation,
     Failed,
     Finished,
     Lease,
     Progress,
     Upload,
     Wait,
+    decode_vector,
+    encode_message,
+    encode_vector,
     new_key,
     parse_message,
     verify_manifest,
@@ -164,8 +170,6 @@ def test_a_report_is_answered_again_after_its_round_is_over(tmp_path):
 
 
 def test_a_bad_update_is_refused_by_itself(served):
-    import numpy as np
-
     nan = np.full(64, np.nan, "<f4").tobytes()
     for body, code in ((nan, "not_finite"), (np.full(64, 1e6, "<f4").tobytes(), "bounds")):
         device = served.device()
@@ -333,6 +337,56 @@ def test_a_check_in_waits_for_work(tmp_path):
 
 def test_what_a_device_cannot_encode_it_is_not_asked_for(served):
     assert served.device().check_in(accepts=("int3",)).reason == "unsupported"
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4"])
+def test_updates_come_in_the_codec_of_the_run(tmp_path, codec):
+    with Served(tmp_path, count=1, dim=2000, codec=codec) as served:
+        device = served.device()
+        served.until(lambda told: told["open"])
+        assert device.check_in().reason == "unsupported"
+        given = device.check_in(accepts=("float32", codec))
+        random = np.random.default_rng(0)
+        update = random.normal(size=2000).astype(np.float32)
+        body = encode_vector(update, codec, random).body
+        assert device.report(given, body[:-1]).code == "wrong_length"
+        upload = device.report(given, body)
+        assert isinstance(device.put(upload.upload, 0, body), Accepted)
+        served.until(lambda told: told["round"] == 1)
+        assert served.weights() == decode_vector(body, codec, 2000).tolist()
+
+
+def test_a_federated_evaluation_changes_no_model(tmp_path):
+    with Served(tmp_path, count=1, federated_every=1) as served:
+        device = served.device()
+        served.until(lambda told: told["open"])
+        device.take_part(4)
+        served.until(lambda told: told["open"] and told["open"]["kind"] == "evaluate")
+        given = device.assigned()
+        assert (given.kind, given.round) == ("evaluate", 1)
+        message = Evaluation(
+            assignment=given.assignment, round=1, attempt=1, metrics={"correct": (57.0, 60)}
+        )
+        accepted = device.ask("evaluation", message)
+        assert isinstance(accepted, Accepted)
+        assert accepted.sha256 == hashlib.sha256(encode_message(message)).hexdigest()
+        served.until(lambda told: told["open"] and told["open"]["number"] == 2)
+        found = served.desk.service.evaluations(served.desk.run)
+        assert {"correct": 0.95} in [e["metrics"] for e in found if e["kind"] == "federated"]
+        assert served.weights() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_device_that_has_gone_takes_no_slot(tmp_path):
+    with Served(tmp_path, count=1, population=2, long_poll_seconds=20.0) as served:
+        gone = served.device()
+        gone.http.timeout = 0.3
+        with pytest.raises(httpx.ReadTimeout):
+            gone.check_in()
+        served.device()  # now there are enough
+        idle = "potluck_waiting_check_ins 0.0"
+        served.until(lambda _: idle in served.operator.text("metrics"))
+        served.until(lambda told: told["open"])
+        assert served.desk.service.status(served.desk.run)["open"]["active"] == 0
 
 
 def test_health_and_metrics_tell_nothing_of_devices(served):

@@ -49,6 +49,7 @@ SEND_SECONDS = 60.0
 """For a piece of an answer, before a reader that is too slow is given up."""
 
 _LOG = logging.getLogger("potluck.server")
+_MAX_POLLS = 20_000
 _RETRY_SECONDS: dict[ErrorCode, float] = {"overloaded": 2.0, "unavailable": 5.0, "internal": 5.0}
 _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
 """Said to a device that is known, of a body whose length was right: the connection goes on."""
@@ -67,10 +68,10 @@ class DeviceApp:
         self.meters = meters
         self.slots = Slots()
         self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body of at most 4 MiB each
+        self.polls = Slots(16, waiting=_MAX_POLLS, seconds=60.0)  # all look again at once
         self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
-        self.max_polls = 20_000
         self._polls = 0
 
     def asgi(self) -> ASGIApp:
@@ -93,7 +94,7 @@ class DeviceApp:
             request.scope["device"] = claim.device
             answered = await self._answer(request, route, claim)
         if isinstance(answered, CheckIn):
-            return await self._poll(claim.device, answered)
+            return await self._poll(request, claim.device, answered)
         return answered
 
     async def _answer(self, request: Request, route: Route, claim: Claim) -> Response | CheckIn:
@@ -139,9 +140,9 @@ class DeviceApp:
 
     def _may_poll(self, given: Message) -> bool:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
-        return waits and self.long_poll_seconds > 0 and self._polls < self.max_polls
+        return waits and self.long_poll_seconds > 0 and self._polls < _MAX_POLLS
 
-    async def _poll(self, device: str, message: CheckIn) -> Response:
+    async def _poll(self, request: Request, device: str, message: CheckIn) -> Response:
         """Ask again whenever something has changed, until there is work or the time is over."""
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
@@ -149,7 +150,9 @@ class DeviceApp:
         try:
             while True:
                 change = self.bell.next_change()
-                async with self.slots.take():
+                if await request.is_disconnected():  # a slot of the round would be lost on it
+                    return Response(status_code=499)
+                async with self.polls.take():
                     given = await run_in_threadpool(self.desk.check_in, device, message)
                 left = end - time.monotonic()
                 if not self._may_poll(given) or left <= 0 or self.bell.closed:

@@ -91,7 +91,7 @@ class Machine(RuleBasedStateMachine):
                 self.fleet.send(id, work.assignment, np.full(COUNT, np.nan, np.float32))
                 raise AssertionError("a model of NaN")
         except RefusedError as refused:
-            check_code(refused, "late", "conflict", "bad_update")
+            check_code(refused, "late", "conflict", "bad_update", "not_finite")
 
     @rule(seconds=st.sampled_from([1, 50, 121, 601]))
     def wait(self, seconds) -> None:

@@ -35,7 +35,7 @@ class TorchRuntime:
         self._weights: Vector = self._vector.numpy()
         self._loss = task.loss
         self._padding = task.data.padding
-        self._by_length = task.data.padding is not None and task.batches == "by length"
+        self._by_length = task.batches == "by length"
         self._losses: list[Tensor] = []
         self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
         self._counters_at_start = [counter.clone() for counter in self._counters]
@@ -43,7 +43,8 @@ class TorchRuntime:
         self._linears = InPlaceLinears(self.module)
         # The same examples for every process, so that all step alike.
         first = task.data.client(0)
-        self._load(Examples(first.inputs[:2], first.targets[:2]), np.arange(len(first.inputs[:2])))
+        self.take(Examples(first.inputs[:2], first.targets[:2]))
+        self._load(np.arange(self._examples.num_examples))
         with torch.random.fork_rng(devices=[]):
             done = self._linears.probe(self.module, lambda: self._forward(slice(0, 2)))
         self._others = [p for p in self._parameters if p not in done]
@@ -53,12 +54,11 @@ class TorchRuntime:
     def take(self, examples: Examples) -> None:
         """Use these examples from the next `begin` on."""
         self._examples = examples
+        self._known = None if self._padding is None else lengths(examples.inputs, self._padding)
 
     def lengths(self) -> NDArray[np.int64] | None:
         """The lengths of the examples that were taken, if they are to share batches by it."""
-        if self._padding is None or not self._by_length:
-            return None
-        return lengths(self._examples.inputs, self._padding)
+        return self._known if self._by_length else None
 
     def begin(
         self,
@@ -68,7 +68,7 @@ class TorchRuntime:
         correction: Correction = _NO_CORRECTION,
     ) -> None:
         """Load the received weights and put the examples in order, so that batches are slices."""
-        self._load(self._examples, order)
+        self._load(order)
         self._losses.clear()
         self._weights[...] = received
         for counter, start in zip(self._counters, self._counters_at_start, strict=True):
@@ -98,11 +98,10 @@ class TorchRuntime:
         """The local weights (a view, until the next `begin`) and the mean loss."""
         return self._weights, float(torch.stack(self._losses).mean())
 
-    def _load(self, examples: Examples, order: NDArray[np.int64]) -> None:
-        inputs = examples.inputs.take(order, axis=0)
-        self._lengths = None if self._padding is None else lengths(inputs, self._padding)
-        self._inputs = torch.from_numpy(inputs)
-        self._targets = torch.from_numpy(examples.targets.take(order, axis=0))
+    def _load(self, order: NDArray[np.int64]) -> None:
+        self._lengths = None if self._known is None else self._known[order]
+        self._inputs = torch.from_numpy(self._examples.inputs.take(order, axis=0))
+        self._targets = torch.from_numpy(self._examples.targets.take(order, axis=0))
 
     def _forward(self, batch: slice) -> Tensor:
         inputs, targets = self._inputs[batch], self._targets[batch]

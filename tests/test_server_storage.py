@@ -20,7 +20,8 @@ from sqlalchemy import delete, select, text, update
 
 from fleet import Fleet
 from potluck.core import RefusedError, StorageError
-from potluck.server.aggregation import BLOCK, CODECS, Stored, aggregate
+from potluck.protocol import decode_blocks
+from potluck.server.aggregation import BLOCK, Stored, aggregate
 from potluck.server.blobs import FolderStore, open_blobs
 from potluck.server.database import Database
 from potluck.server.objects import ObjectStore
@@ -308,7 +309,7 @@ def test_the_aggregate_of_many_blocks_is_the_weighted_mean():
 def test_float32_is_little_endian_wherever_it_is_cut():
     body = np.array([1.5, -2.0, 3.25], "<f4").tobytes()
     for cut in range(1, 13):
-        blocks = CODECS["float32"].decode(iter([body[:cut], body[cut:]]), 3)
+        blocks = decode_blocks(iter([body[:cut], body[cut:]]), "float32", 3)
         assert np.concatenate(list(blocks)).tolist() == [1.5, -2.0, 3.25]
 
 

@@ -19,21 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from potluck.core import FixedPointMean, ProtocolError, RefusedError, StorageError, Vector
-from potluck.protocol import CODECS as NAMES
-from potluck.protocol import Codec as CodecName
-from potluck.protocol import decode_blocks, encoded_bytes
+from potluck.protocol import Codec, decode_blocks
 from potluck.server import faults
 from potluck.server.settings import RoundSettings
 
 BLOCK = 1 << 18  # entries
 _RANGE = 2.0**32
-
-
-class Codec(NamedTuple):
-    """How a vector of known length lies in a blob."""
-
-    num_bytes: Callable[[int], int]  # of a vector with so many entries
-    decode: Callable[[Iterator[bytes], int], Iterator[Vector]]  # (pieces, dim) to blocks
 
 
 class Stored(NamedTuple):
@@ -42,25 +33,12 @@ class Stored(NamedTuple):
     client: int
     sha256: str
     weight: float
-    codec: str
+    codec: Codec
     pieces: Callable[[], Iterator[bytes]]
 
 
 class DamagedError(StorageError):
     """A stored update has another digest than when it was accepted."""
-
-
-def _codec(name: CodecName) -> Codec:
-    def num_bytes(dim: int) -> int:
-        return encoded_bytes(name, dim)
-
-    def decode(pieces: Iterator[bytes], dim: int) -> Iterator[Vector]:
-        return decode_blocks(pieces, name, dim)
-
-    return Codec(num_bytes, decode)
-
-
-CODECS: dict[str, Codec] = {name: _codec(name) for name in NAMES}
 
 
 def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_steps: int) -> None:
@@ -84,7 +62,7 @@ def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_ste
 
 def check_update(
     pieces: Iterator[bytes],
-    codec: str,
+    codec: Codec,
     dim: int,
     sha256: str,
     *,
@@ -103,7 +81,7 @@ def check_update(
     hashed = _hashed(pieces, digest)
     fault: ProtocolError | None = None
     try:
-        for block in CODECS[codec].decode(hashed, dim):
+        for block in decode_blocks(hashed, codec, dim):
             wide = block.astype(np.float64)
             squares += float(np.dot(wide, wide))
             largest = max(largest, float(np.abs(wide).max(initial=0.0)))
@@ -139,7 +117,7 @@ def aggregate(updates: Iterable[Stored], dim: int) -> Vector:
     sums = [FixedPointMean(min(BLOCK, dim - start)) for start in range(0, dim, BLOCK)]
     for update in sorted(updates):  # the order matters to the total of the weights alone
         digest = hashlib.sha256()
-        blocks = CODECS[update.codec].decode(_hashed(update.pieces(), digest), dim)
+        blocks = decode_blocks(_hashed(update.pieces(), digest), update.codec, dim)
         for total, block in zip(sums, _recut(blocks), strict=True):
             total.add(block, update.weight)
         if digest.hexdigest() != update.sha256:

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from potluck.core import RefusedError
+from potluck.protocol import CODECS, Codec, encoded_bytes
 from potluck.server import audit, faults
-from potluck.server.aggregation import CODECS, check_claims, check_update
+from potluck.server.aggregation import check_claims, check_update
 from potluck.server.blobs import BlobStore
 from potluck.server.database import Database, one
 from potluck.server.selection import extend_lease, find_assignment, find_device
@@ -45,7 +46,7 @@ class Claims:
     weight: float
     loss: float
     num_steps: int
-    codec: str = "float32"
+    codec: Codec = "float32"
 
 
 class Upload(NamedTuple):
@@ -248,7 +249,7 @@ def _check_claims(found: Row[Any], claims: Claims) -> None:
     if claims.codec not in CODECS:
         known = ", ".join(CODECS)
         raise RefusedError("malformed", f"codec must be {known}, got codec={claims.codec!r}.")
-    expected = CODECS[claims.codec].num_bytes(dim_of(found.spec))
+    expected = encoded_bytes(claims.codec, dim_of(found.spec))
     if claims.num_bytes != expected:
         raise RefusedError(
             "bad_update", f"an update has {expected} bytes, got num_bytes={claims.num_bytes}."

@@ -4,14 +4,13 @@
     python benchmarks/compression/run.py --quick    # the 2NN on two-shard digits: a minute
     python benchmarks/compression/run.py --report   # the table of the runs that are there
 
-It can be stopped at any moment; the same command goes on. Runs lie in `runs/`, those in float32 that
-`results/runs/` has already are read from there. README.md gets the table.
+It can be stopped at any moment; the same command goes on. Runs lie in `runs/`; those in float32
+that `results/runs/` has already are read from there. README.md gets the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 from potluck.core import CODECS, RunError
 from potluck.experiment import load_experiment
 from potluck.simulation import build_data, read_run, train
-from potluck.simulation.manifest import commit, machine
 from potluck.simulation.report import best_so_far, markdown, rounds_to_target
 from potluck.simulation.runs import RunRecord
 
@@ -92,9 +90,9 @@ def run(study: Study, codecs: list[str], seeds: list[int]) -> None:
                 update={"run": base.run.model_copy(update={"codec": codec})}
             )
             for round in train(experiment, directory, seed=seed, data=data):
-                accuracy = (round.metrics or {})["accuracy"]
-                print(f"\r{codec} seed {seed} round {round.number}: {accuracy:.4f}", end="")
-            print(flush=True)
+                if round.number % 10 == 0:
+                    accuracy = (round.metrics or {})["accuracy"]
+                    print(f"{codec}, seed {seed}, round {round.number}: {accuracy:.4f}", flush=True)
 
 
 def measure(study: Study, record: RunRecord, seed: int) -> dict[str, Any]:
@@ -127,9 +125,6 @@ def results(study: Study, codecs: list[str], seeds: list[int]) -> dict[str, Any]
     }
     return {
         "study": study._asdict(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
         "runs": runs,
     }
 
@@ -171,7 +166,9 @@ def table(study: Study, found: dict[str, Any]) -> str:
                 f"{'met' if met else 'missed'}. To {100 * study.target:g} %: "
                 + ("not reached." if ratio is None else f"{ratio:.3f}×.")
             )
-    return "\n".join([markdown(HEADER, rows), "", *(f"- {line}" for line in verdicts)])
+    made = {(r["commit"], r["machine"]) for runs in found["runs"].values() for r in runs}
+    verdicts += [f"commit {commit}, {machine}" for commit, machine in sorted(made)]
+    return "\n".join([markdown(HEADER, rows), *(f"- {line}" for line in verdicts)])
 
 
 def mean(runs: list[dict[str, Any]], key: str) -> float:

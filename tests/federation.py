@@ -34,6 +34,7 @@ client_lr = 0.1
 rounds = {rounds}
 cohort = {cohort}
 seed = 7
+codec = "{codec}"
 [server]
 long_poll_seconds = 5.0
 pace_seconds = 0.1
@@ -115,6 +116,7 @@ class Federation:
         rounds=2,
         cohort=1.0,
         server="",
+        codec="float32",
         own=None,
         plaintext=False,
     ):
@@ -124,7 +126,7 @@ class Federation:
         if own is not None:
             task, partition = f'data = "folder"\npath = "{own}"', 'kind = "own"'
         values = {"task": task, "partition": partition, "model": model, "clients": clients}
-        text = EXPERIMENT.format(rounds=rounds, cohort=cohort, server=server, **values)
+        text = EXPERIMENT.format(rounds=rounds, cohort=cohort, server=server, codec=codec, **values)
         self.file.write_text(text)
         self.experiment = load_experiment(self.file)
         self.data = build_data(self.experiment)

@@ -66,7 +66,10 @@ class Served:
         self.home, self.dim, self.long_poll_seconds = Home(folder / "home"), dim, long_poll_seconds
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 100} | settings
         self.settings = RoundSettings(**values)
-        content = CONTENT | {"name": name or "fleet", "server": {"codec": codec}}
+        content = CONTENT | {
+            "name": name or "fleet",
+            "run": CONTENT["run"] | {"codec": codec},
+        }
         self.experiment = check_experiment(content, "test")
         self.evaluated = []
         self.callers = []

@@ -35,6 +35,7 @@ def simulated(federation):
         num_rounds=run.rounds,
         cohort=run.cohort,
         seed=run.seed,
+        codec=run.codec or "float32",
     )
     return list(made)
 
@@ -65,6 +66,33 @@ def test_a_deployed_run_is_the_simulated_one(tmp_path):
             ]
             assert took_part == sorted(map(int, cohort))
         assert federation.status()["version"] == 3
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_a_deployed_run_with_short_updates_is_the_simulated_one(tmp_path, codec):
+    """Stochastic rounding and error feedback included: clients come back in later rounds."""
+    count = 6
+    with Federation(
+        tmp_path, clients=count, rounds=4, cohort=0.5, server=SAMPLED.format(count), codec=codec
+    ) as federation:
+        for k in range(count):
+            federation.join(k)
+        federation.until(lambda: federation.status()["state"] == "finished")
+        for device in federation.devices:
+            device.end()
+            assert device.died is None
+        expected = simulated(federation)
+        for number, round in enumerate(expected):
+            np.testing.assert_allclose(federation.weights(number), round.weights, rtol=0, atol=1e-6)
+        bodies = [
+            line["bytes"]
+            for device in federation.devices
+            for line in recorded(device)
+            if line["method"] == "PUT"
+        ]
+        assert sum(bodies) == sum(round.uplink_bytes for round in expected)
+        taken = Counter(int(k) for round in expected for k in round.cohort)
+        assert max(taken.values()) > 1  # or no residual was ever added
 
 
 def test_every_answer_to_a_submission_may_be_lost_once(tmp_path):

@@ -123,6 +123,16 @@ def test_kill_9_loses_no_state_of_a_client(tmp_path, executor):
     assert files(tmp_path / "run") == files(tmp_path / "undisturbed")
 
 
+def test_kill_9_loses_nothing_of_what_a_codec_owes(tmp_path):
+    content = json.loads(json.dumps(CONTENT))
+    content["run"]["codec"] = "int4"
+    list(train(check_experiment(content, "test"), tmp_path / "undisturbed"))
+    content["run"]["executor"] = "workers"
+    unfinished = kill_at_random_times(content, tmp_path / "run", kills=4)
+    assert unfinished >= 1, "the kills came too late to test anything"
+    assert files(tmp_path / "run") == files(tmp_path / "undisturbed")
+
+
 def kill_at_random_times(content, run, kills):
     """Start a run again and again, kill it each time, then let it finish; how many of the kills
     came before its end."""

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from potluck.cli import app
-from potluck.core import ConfigError, ProtocolError, RefusedError, RunError
+from potluck.core import ProtocolError, RefusedError, RunError
 from potluck.experiment import check_experiment, load_experiment
 from potluck.protocol import Accepted, Assignment, Error, Upload, parse_message
 from potluck.server import RoundSettings
@@ -254,8 +254,6 @@ def test_the_server_section_becomes_the_settings_of_rounds(tmp_path):
     told = RoundSettings.served(check_experiment(content | {"server": knobs}, "test"))
     assert told == RoundSettings(num_rounds=3, **(knobs | {"report_seconds": 60.0}))
     assert "server" not in check_experiment(content | {"server": knobs}, "test").model_dump()
-    with pytest.raises(ConfigError, match=r"server\.codec"):
-        check_experiment(content | {"server": {"codec": "int3"}}, "test")
 
 
 def test_a_certificate_is_made_once_and_for_the_owner(tmp_path):

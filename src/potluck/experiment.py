@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from potluck.core import ConfigError
+from potluck.core import Codec, ConfigError
 from potluck.explain import explain
 
 
@@ -232,6 +232,8 @@ class RunSection(_Section):
     rounds: Annotated[int, Field(ge=1)]
     cohort: Annotated[int, Field(ge=1)] | Annotated[float, Field(ge=0, le=1)] = 0.1
     seed: Annotated[int, Field(ge=0)] = 0
+    codec: Codec | None = None
+    """In which updates travel, simulated or real; None is float32."""
     target: Annotated[float, Field(gt=0, lt=1)] | None = None
     stop_at_target: bool = True
     evaluate_every: Annotated[int, Field(ge=1)] = 1
@@ -266,8 +268,6 @@ class ServeSection(_Section):
     needs_idle: bool | None = None
     needs_unmetered: bool | None = None
     needs_memory_bytes: int | None = None
-    codec: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
-    """In which devices send their updates."""
     long_poll_seconds: Annotated[float, Field(ge=0, le=30)] = 25.0
     """How long a check-in may wait for work before it is answered."""
 

@@ -7,6 +7,7 @@ it tells which keys are right, and to which name a wrong one belongs.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast, get_args
 
@@ -102,7 +103,19 @@ def _sentence(place: _Place, details: list[Any]) -> str:
     if kind == "missing":
         return f"{key} is missing{chosen}: give it a value."
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
-    return f"{key} must be {expected}{chosen}, got {key} = {value!r}."
+    return f"{key} must be {expected}{chosen}, got {key} = {value!r}.{_nearest(details)}"
+
+
+def _nearest(details: list[Any]) -> str:
+    """The right word that a wrong one is most like."""
+    expected = " ".join(d["ctx"]["expected"] for d in details if _is_word(d))
+    words = re.findall(r"'([^']*)'", expected)
+    near = difflib.get_close_matches(str(details[0]["input"]), words, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _is_word(detail: Any) -> bool:
+    return detail["type"] == "literal_error" and isinstance(detail["input"], str)
 
 
 def _unknown(place: _Place) -> str:

@@ -67,6 +67,8 @@ cohort = 0.1                  # clients in a round: a fraction (0.1; 0.0 is one 
 target = 0.95                 # test accuracy to count the rounds to
 stop_at_target = true
 # seed = 0                    # of weights, cohorts and batches; --seeds 3 runs 0, 1 and 2
+# codec = "int8"              # in which updates travel, with `train` and with `serve`: float32 (the
+                              # default); bfloat16, int8 and int4 are shorter and lose a little
 # evaluate_every = 1          # rounds
 # evaluate_train = 5000       # the model's loss on so many training examples too
 # executor = "workers"        # workers: a process per core; loop: one process
@@ -91,6 +93,5 @@ stop_at_target = true
 # needs_idle = false
 # needs_unmetered = false
 # needs_memory_bytes = 0
-# codec = "float32"           # of updates; bfloat16, int8, int4 are shorter
 # long_poll_seconds = 25.0    # how long a check-in waits for work
 """

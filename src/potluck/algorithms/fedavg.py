@@ -35,7 +35,6 @@ otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from potluck.algorithms.local import LocalTraining
 from potluck.algorithms.runtime import Runtime
@@ -54,8 +53,8 @@ class FedAvg(LocalTraining):
         server_schedule: the factor on the server's rate in each round.
     """
 
-    vectors: ClassVar[int] = 1
-    client_vectors: ClassVar[int] = 0
+    vectors = 1
+    client_vectors = 0
 
     server: ServerOptimizer = field(default_factory=Average)
     server_schedule: Schedule = field(default_factory=Constant)

@@ -27,7 +27,6 @@ FedAvg.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from potluck.algorithms.local import LocalTraining
 from potluck.algorithms.ranges import check_at_least
@@ -49,8 +48,8 @@ class FedProx(LocalTraining):
         server_schedule: the factor on the server's rate in each round.
     """
 
-    vectors: ClassVar[int] = 1
-    client_vectors: ClassVar[int] = 0
+    vectors = 1
+    client_vectors = 0
 
     mu: float
     server: ServerOptimizer = field(default_factory=Average)

@@ -7,7 +7,7 @@ algorithm.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,10 +55,15 @@ class Runtime(Protocol):
 class Algorithm(Protocol):
     """What an executor, a server or a device needs of an algorithm: its two halves."""
 
-    vectors: ClassVar[int]
-    """How many model-sized vectors travel to a client in a round, and as many back."""
-    client_vectors: ClassVar[int]
-    """How many model-sized vectors a client keeps from one round to its next."""
+    @property
+    def vectors(self) -> int:
+        """How many model-sized vectors travel to a client in a round, and as many back."""
+        ...
+
+    @property
+    def client_vectors(self) -> int:
+        """How many model-sized vectors a client keeps from one round to its next."""
+        ...
 
     def broadcast(self, state: Any) -> Vector:
         """What every client of a round receives: [vectors · dim]."""

@@ -34,7 +34,6 @@ averaging, and both rates may follow a schedule.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
@@ -57,8 +56,8 @@ class Scaffold(LocalTraining):
         server_schedule: the factor on the server's rate in each round.
     """
 
-    vectors: ClassVar[int] = 2
-    client_vectors: ClassVar[int] = 1
+    vectors = 2
+    client_vectors = 1
 
     server: ServerOptimizer = field(default_factory=Average)
     server_schedule: Schedule = field(default_factory=Constant)

@@ -1,6 +1,14 @@
 """Vectors, seeds, cohorts, updates and errors: what everything else is made of."""
 
 from potluck.core.averaging import FixedPointMean
+from potluck.core.codecs import (
+    CODECS,
+    Codec,
+    check_codec,
+    decode_vector,
+    encode_update,
+    encoded_bytes,
+)
 from potluck.core.cohorts import Poisson, sample_cohort
 from potluck.core.correction import Correction
 from potluck.core.errors import (
@@ -22,7 +30,9 @@ from potluck.core.spec import Spec
 from potluck.core.update import Update, Vector
 
 __all__ = [
+    "CODECS",
     "ChecksumError",
+    "Codec",
     "ConfigError",
     "Correction",
     "DataError",
@@ -40,7 +50,11 @@ __all__ = [
     "Update",
     "Vector",
     "WorkerError",
+    "check_codec",
+    "decode_vector",
     "derive_seed",
+    "encode_update",
+    "encoded_bytes",
     "sample_cohort",
     "stream",
 ]

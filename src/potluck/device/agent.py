@@ -23,7 +23,7 @@ from potluck.core import (
     ProtocolError,
     RefusedError,
     Vector,
-    stream,
+    encode_update,
 )
 from potluck.device.clock import Clock, Stopped
 from potluck.device.connection import Connection, Unanswered
@@ -51,7 +51,6 @@ from potluck.protocol import (
     Report,
     Wait,
     encode_message,
-    encode_vector,
     encoded_bytes,
     verify_manifest,
 )
@@ -205,9 +204,14 @@ class Agent:
     def _put(
         self, assignment: Assignment, delta: Vector, weight: float, loss: float, num_steps: int
     ) -> Report:
-        place = (assignment.seed, "rounding", assignment.round, assignment.client)
-        residual = self._outbox.residual(delta.size)
-        encoded = encode_vector(delta, assignment.codec, stream(*place), residual)
+        encoded = encode_update(
+            delta,
+            assignment.codec,
+            self._outbox.residual(delta.size),
+            seed=assignment.seed,
+            round=assignment.round,
+            client=assignment.client,
+        )
         report = Report(
             assignment=assignment.assignment,
             round=assignment.round,

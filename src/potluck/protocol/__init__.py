@@ -1,5 +1,15 @@
 """The protocol between server and devices: messages ⇄ bytes, without sockets, files or clocks."""
 
+from potluck.core.codecs import (
+    BLOCK,
+    CODECS,
+    Codec,
+    Encoded,
+    decode_blocks,
+    decode_vector,
+    encode_vector,
+    encoded_bytes,
+)
 from potluck.protocol.codes import FAILURE_REASONS, STATUS, ErrorCode, FailureReason
 from potluck.protocol.invitation import Invitation, encode_invitation, parse_invitation
 from potluck.protocol.keys import fingerprint, new_key, public_key
@@ -38,16 +48,6 @@ from potluck.protocol.signing import (
     read_claim,
     sign_request,
     verify_request,
-)
-from potluck.protocol.vectors import (
-    BLOCK,
-    CODECS,
-    Codec,
-    Encoded,
-    decode_blocks,
-    decode_vector,
-    encode_vector,
-    encoded_bytes,
 )
 
 __all__ = [

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from potluck.core import Codec
 from potluck.protocol.codes import ErrorCode, FailureReason
 from potluck.protocol.strict_json import MAX_INTEGER, encode_json, parse_json, refuse
-from potluck.protocol.vectors import Codec
 
 VERSION = 1
 MAX_REQUEST_BYTES = 65_536

@@ -194,7 +194,7 @@ def open_desk(
         spec=spec,
         plan=plan,
         settings=settings,
-        codec=experiment.server.codec,
+        codec=experiment.run.codec or "float32",
     )
 
 

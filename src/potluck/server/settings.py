@@ -66,7 +66,7 @@ class RoundSettings(BaseModel):
     def served(cls, experiment: Experiment) -> RoundSettings:
         """Those of an experiment's [server] section; the goal is its cohort if none is given."""
         section = experiment.server
-        given = section.model_dump(exclude_none=True, exclude={"codec", "long_poll_seconds"})
+        given = section.model_dump(exclude_none=True, exclude={"long_poll_seconds"})
         if section.selection == "sampled":
             return cls.sampled(experiment, **given)
         goal = cohort_size(experiment.partition.clients, experiment.run.cohort)

@@ -10,8 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
-from potluck.core import DivergedError, Poisson, TrainingError, Vector, sample_cohort
+from potluck.core import (
+    Codec,
+    DivergedError,
+    Poisson,
+    TrainingError,
+    Vector,
+    check_codec,
+    encoded_bytes,
+    sample_cohort,
+)
 from potluck.core.cohorts import cohort_size
+from potluck.simulation.compression import compressed
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
@@ -29,8 +39,8 @@ class Round(NamedTuple):
     loss: float  # the cohort's mean training loss
     metrics: dict[str, float] | None  # central evaluation; None if not evaluated in this round
     num_examples: int  # of the cohort
-    uplink_bytes: int  # of this round, float32 vectors
-    downlink_bytes: int
+    uplink_bytes: int  # of this round: updates in the codec
+    downlink_bytes: int  # models in float32
     seconds: float  # wall time, evaluation included
     failures: tuple[Failure, ...]
     state: Any  # the server state after this round
@@ -44,6 +54,7 @@ def rounds(
     cohort: float | int | Poisson = 0.1,
     num_rounds: int | None = None,
     seed: int = 0,
+    codec: Codec = "float32",
     executor: Executor | ExecutorName = "loop",
     evaluate_every: int = 1,
     skip_failures: bool = False,
@@ -55,6 +66,8 @@ def rounds(
         cohort: the fraction C of all clients (0.0 means one), their number, or `Poisson(rate)`.
         num_rounds: stop after this round; without it, until the caller stops.
         seed: of every random stream of the run.
+        codec: in which updates travel: "bfloat16", "int8" and "int4" are shorter and lose a little,
+            which each client adds to its next update; so it then keeps a state.
         executor: "loop", "workers", or an executor of the caller's, which stays open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
@@ -65,6 +78,8 @@ def rounds(
         DivergedError: a client's loss or weights are no longer finite; client and round are named.
         TrainingError: local training of a client failed otherwise.
     """
+    check_codec(codec)
+    algorithm = compressed(algorithm, codec)
     population = task.data.num_clients
     if not isinstance(cohort, Poisson):
         cohort_size(population, cohort)
@@ -76,8 +91,9 @@ def rounds(
     if resume is not None and len(resume) == 2:
         if algorithm.client_vectors > 0:
             raise ValueError(
-                "resume must be (number, state, client_states) for an algorithm whose clients keep "
-                f"a state, got {len(resume)} values. Take all three from the same round."
+                "resume must be (number, state, client_states) where clients keep a state (of an "
+                f"algorithm, or what a codec lost), got {len(resume)} values. Take all three from "
+                "the same round."
             )
         resume = (*resume, {})
     return _rounds(
@@ -86,6 +102,7 @@ def rounds(
         cohort,
         num_rounds,
         seed,
+        codec,
         executor,
         evaluate_every,
         skip_failures,
@@ -99,6 +116,7 @@ def _rounds(
     cohort: float | int | Poisson,
     num_rounds: int | None,
     seed: int,
+    codec: Codec,
     executor: Executor | ExecutorName,
     evaluate_every: int,
     skip_failures: bool,
@@ -113,7 +131,7 @@ def _rounds(
             kept: ClientStates = {}
             metrics = runner.evaluate(state.weights)
             nobody = np.empty(0, np.int64)
-            yield _round(algorithm, 0, state, kept, nobody, None, metrics, started)
+            yield _round(algorithm, codec, 0, state, kept, nobody, None, metrics, started)
         else:
             number, state, kept = resume
         while num_rounds is None or number < num_rounds:
@@ -142,7 +160,7 @@ def _rounds(
                 kept = {**kept, **result.states}  # earlier rounds keep what they had
             due = number % evaluate_every == 0 or number == num_rounds
             metrics = runner.evaluate(state.weights) if due else None
-            yield _round(algorithm, number, state, kept, clients, result, metrics, started)
+            yield _round(algorithm, codec, number, state, kept, clients, result, metrics, started)
     finally:
         if own:
             runner.close()
@@ -159,6 +177,7 @@ def make_executor(name: str, task: Task, num_workers: int | None = None) -> Exec
 
 def _round(
     algorithm: Algorithm,
+    codec: Codec,
     number: int,
     state: Any,
     client_states: ClientStates,
@@ -168,7 +187,7 @@ def _round(
     started: float,
 ) -> Round:
     failures = () if result is None else result.failures
-    bytes_each_way = 4 * algorithm.vectors * len(state.weights)
+    length = algorithm.vectors * len(state.weights)
     return Round(
         number=number,
         weights=state.weights,
@@ -176,8 +195,8 @@ def _round(
         loss=float("nan") if result is None else result.loss,
         metrics=metrics,
         num_examples=0 if result is None else result.num_examples,
-        uplink_bytes=bytes_each_way * (len(cohort) - len(failures)),
-        downlink_bytes=bytes_each_way * len(cohort),
+        uplink_bytes=encoded_bytes(codec, length) * (len(cohort) - len(failures)),
+        downlink_bytes=encoded_bytes("float32", length) * len(cohort),
         seconds=time.perf_counter() - started,
         failures=failures,
         state=state,

@@ -179,6 +179,7 @@ class _Run:
                 cohort=run.cohort,
                 num_rounds=run.rounds,
                 seed=seed,
+                codec=run.codec or "float32",
                 executor=executor,
                 evaluate_every=run.evaluate_every,
                 skip_failures=run.skip_failures,

@@ -1,4 +1,4 @@
-"""Vectors ⇄ bytes: layouts by hand, exact lengths, unbiased rounding, error feedback, streams."""
+"""Codecs: layouts by hand, exact lengths, unbiased rounding, error feedback, streams."""
 
 from __future__ import annotations
 

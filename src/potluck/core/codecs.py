@@ -1,4 +1,4 @@
-"""Vectors as binary bodies of a known length, in one of four codecs.
+"""Codecs: vectors as binary bodies of a known length, and what rounding them loses.
 
     codec     bytes for d entries                      entry
     float32   4 d                                      little-endian IEEE 754
@@ -15,6 +15,24 @@ Rounding is stochastic: a value between two that the codec knows becomes either,
 is the value. What one body loses is added to the next vector (error feedback), so the sum over
 rounds loses no more than the last residual.
 
+    ENCODE(Δ, residual r, scale s of a block, u uniform in [0, 1) for each entry):
+        x = Δ + r
+        q = ⌊x / s + u⌋                          # E[s · q] = x
+        r = x − s · q
+        return (s, q), r
+
+D. Alistarh, D. Grubic, J. Li, R. Tomioka, M. Vojnovic: QSGD: Communication-Efficient SGD via
+Gradient Quantization and Encoding. NeurIPS 2017, section 3.1, for the rounding (arXiv:1610.02132).
+F. Seide, H. Fu, J. Droppo, G. Li, D. Yu: 1-Bit Stochastic Gradient Descent and its Application to
+Data-Parallel Distributed Training of Speech DNNs. Interspeech 2014, for the residual; S. P.
+Karimireddy, Q. Rebjock, S. U. Stich, M. Jaggi: Error Feedback Fixes SignSGD and other Gradient
+Compression Schemes. ICML 2019, Algorithm 2 (arXiv:1901.09847).
+
+Differences from the papers: s comes from the largest magnitude of 1024 entries and not from the
+norm of the whole vector; there is no entropy code, so that the length is known beforehand; what
+is compressed is a client's update of a round, not a gradient, and a client that is not in a round
+keeps its residual until it is.
+
 Guarantee: `decode_vector` gives finite entries or refuses, and looks at no byte before the length
 is right; `decode_blocks` does so in memory that does not depend on the length.
 
@@ -23,12 +41,15 @@ Compatibility: a codec never changes; another layout is another name.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from potluck.core import ProtocolError, Vector
+from potluck.core.errors import ProtocolError
+from potluck.core.seeds import stream
+from potluck.core.update import Vector
 
 Codec: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -44,6 +65,26 @@ class Encoded(NamedTuple):
 
     body: bytes
     residual: Vector  # [dim]
+
+
+def encode_update(
+    delta: Vector,
+    codec: Codec,
+    residual: Vector | None,
+    *,
+    seed: int,
+    round: int,
+    client: int,
+) -> Encoded:
+    """Encode a client's update of a round, as every client does, simulated or real.
+
+    Args:
+        residual: of the client's last update that counted; None before.
+
+    Raises:
+        ProtocolError: as `encode_vector`.
+    """
+    return encode_vector(delta, codec, stream(seed, "rounding", round, client), residual)
 
 
 def encode_vector(
@@ -84,6 +125,18 @@ def encoded_bytes(codec: Codec, dim: int) -> int:
         return 2 * dim
     full, rest = divmod(dim, BLOCK)
     return full * _block_bytes(codec, BLOCK) + (_block_bytes(codec, rest) if rest else 0)
+
+
+def check_codec(codec: str) -> None:
+    """Refuse what is no codec.
+
+    Raises:
+        ValueError: with the nearest that is one.
+    """
+    if codec not in CODECS:
+        near = difflib.get_close_matches(codec, CODECS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got codec={codec!r}.{hint}")
 
 
 def decode_vector(body: bytes, codec: Codec, dim: int) -> Vector:
@@ -216,8 +269,7 @@ def _block_bytes(codec: Codec, entries: int) -> int:
 
 
 def _check(codec: Codec, dim: int) -> None:
-    if codec not in CODECS:
-        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got codec={codec!r}.")
+    check_codec(codec)
     if dim < 1:
         raise ValueError(f"a vector must have at least one entry, got dim={dim}.")
 

@@ -1,0 +1,102 @@
+"""Compression as a stage of a simulated client, between its Δ and the sum.
+
+    (Δ, weight) = ClientUpdate(k, w)
+    body, r_k = ENCODE(Δ + r_k)                  # r_k: what client k's last body lost; 0 at first
+    send (body, weight)
+    server:  sum ← sum + weight · DECODE(body)
+
+The lines of `potluck.core.codecs`, which a device and a server run too, with the same random
+stream of (seed, round, client). An algorithm, compressed, is an algorithm again: its clients keep
+the residual in front of what they keep anyway, and executors, checkpoints and failures treat it
+as such. As on a device, the residual is replaced when the update counts, and not before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from potluck.algorithms import Algorithm, Runtime
+from potluck.core import (
+    Codec,
+    DivergedError,
+    ProtocolError,
+    Update,
+    Vector,
+    decode_vector,
+    encode_update,
+)
+
+
+def compressed(algorithm: Algorithm, codec: Codec) -> Algorithm:
+    """The algorithm with updates that travel in a codec; in float32 it is as it was."""
+    return algorithm if codec == "float32" else _Compressed(algorithm, codec)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compressed:
+    """An algorithm whose server half gets what was decoded."""
+
+    algorithm: Algorithm
+    codec: Codec
+
+    @property
+    def vectors(self) -> int:
+        return self.algorithm.vectors
+
+    @property
+    def client_vectors(self) -> int:
+        return self.algorithm.vectors + self.algorithm.client_vectors
+
+    def broadcast(self, state: Any) -> Vector:
+        return self.algorithm.broadcast(state)
+
+    def client_update(
+        self,
+        runtime: Runtime,
+        received: Vector,
+        num_examples: int,
+        *,
+        state: Vector | None = None,
+        seed: int,
+        round: int,
+        client: int,
+    ) -> Update:
+        residual = None if state is None else state[: len(received)]
+        kept = None if state is None else state[len(received) :]
+        update = self.algorithm.client_update(
+            runtime,
+            received,
+            num_examples,
+            state=kept if self.algorithm.client_vectors > 0 else None,
+            seed=seed,
+            round=round,
+            client=client,
+        )
+        try:
+            encoded = encode_update(
+                update.delta, self.codec, residual, seed=seed, round=round, client=client
+            )
+        except ProtocolError:
+            raise DivergedError(
+                "an update must be finite to be encoded, got NaN or infinity with "
+                f"loss={update.loss:g}. Lower the client learning rate, or look at this "
+                "client's data."
+            ) from None
+        parts = [encoded.residual] if update.state is None else [encoded.residual, update.state]
+        return update._replace(
+            delta=decode_vector(encoded.body, self.codec, len(update.delta)),
+            state=np.concatenate(parts),
+        )
+
+    def server_init(self, weights: Vector) -> Any:
+        return self.algorithm.server_init(weights)
+
+    def server_update(
+        self, state: Any, aggregate: Vector, *, round: int, participation: float
+    ) -> Any:
+        return self.algorithm.server_update(
+            state, aggregate, round=round, participation=participation
+        )

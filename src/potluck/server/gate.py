@@ -42,6 +42,7 @@ STRANGER_SECONDS = 4.0
 """For a newcomer's message, whose sender nobody knows yet."""
 PIECE_SECONDS = 20.0
 """Without a byte of a body, before the request is given up."""
+MAX_HEADERS = 100
 DEVICE_REQUESTS = 6
 """Of one device at once. It should have one; what broke off may not have been noticed yet."""
 
@@ -125,7 +126,7 @@ class Gate:
         Raises:
             ProtocolError: why not.
         """
-        claim = read_claim(request.scope["headers"])
+        claim = _read_claim(request)
         found = await run_in_threadpool(self._service.device_key, claim.device)
         if found is not None and found.run != self._run:
             found = None
@@ -136,7 +137,7 @@ class Gate:
 
     async def admit_newcomer(self, request: Request, route: Route) -> tuple[Claim, Enrol]:
         """The claim and message of a newcomer, signed with the key that is in the message."""
-        claim = read_claim(request.scope["headers"])
+        claim = _read_claim(request)
         if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
         body = await read_body(request, route, claim, STRANGER_SECONDS)
@@ -197,6 +198,15 @@ class Gate:
                 if not future.done():
                     future.set_result(is_new)
         self._writing = False
+
+
+def _read_claim(request: Request) -> Claim:
+    headers = request.scope["headers"]
+    if len(headers) > MAX_HEADERS:
+        raise ProtocolError(
+            "malformed", f"a request has at most {MAX_HEADERS} headers, got {len(headers)}."
+        )
+    return read_claim(headers)
 
 
 def authority_of(request: Request) -> str:

@@ -15,7 +15,6 @@ import pytest
 from safetensors.numpy import load
 
 from potluck.protocol import (
-    ROUTES,
     STATUS,
     Accepted,
     Assignment,
@@ -36,7 +35,7 @@ from potluck.protocol import (
     verify_manifest,
 )
 from potluck.server import connection
-from remote import RUNTIME, Served, read
+from remote import Served, read
 
 
 @pytest.fixture(scope="module")
@@ -303,10 +302,10 @@ def test_a_signature_serves_one_device_and_once_also_after_a_restart(tmp_path):
         refused(again.send("POST", "/v1/check-in", b"{}"), "unknown")
 
 
-def test_a_token_lets_one_of_many_in(served):
+def test_a_token_lets_one_of_fifty_in(served):
     invitation = served.invite()
-    callers = [served.caller() for _ in range(20)]
-    with ThreadPoolExecutor(20) as pool:
+    callers = [served.caller() for _ in range(50)]
+    with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda caller: caller.enrol(invitation), callers))
     won = [i for i, answer in enumerate(answers) if isinstance(answer, Enrolled)]
     assert len(won) == 1
@@ -395,67 +394,3 @@ def test_health_and_metrics_tell_nothing_of_devices(served):
     text = served.operator.text("metrics")
     assert 'path="/v1/enrol",status="200"' in text
     assert device.id not in text
-
-
-def _example(served, route):
-    """A request that is well formed, for a thing that belongs to `owner`."""
-    owner = served.device()
-    given = owner.assigned()
-    upload = owner.report(given, bytes(256))
-    sha256 = json.loads(given.manifest)["sha256"]
-    path = route.path.format(sha256=sha256, upload=upload.upload, offset=0)
-    name = None if route.request in (None, "bytes") else route.path.rsplit("/", 1)[1]
-    bodies = {
-        "progress": {"phase": "train", "fraction": 0.5},
-        "failure": {"type": "failed", "reason": "error"},
-        "report": {
-            "round": given.round,
-            "attempt": given.attempt,
-            "codec": "float32",
-            "length_bytes": 256,
-            "sha256": hashlib.sha256(bytes(256)).hexdigest(),
-            "weight": 1.0,
-            "loss": 0.5,
-            "num_steps": 1,
-            "metrics": {},
-        },
-        "evaluation": {"round": given.round, "attempt": 1, "metrics": {"loss": [1.0, 2]}},
-    }
-    body = bytes(256) if route.request == "bytes" else b""
-    if name == "check-in":
-        body = json.dumps(
-            {
-                "type": "check_in",
-                "run": "fleet",
-                "accepts": ["float32"],
-                "runtime": RUNTIME.model_dump(),
-                "eligibility": {},
-            }
-        ).encode()
-    elif name in bodies:
-        content = {"type": name, "assignment": given.assignment} | bodies[name]
-        body = json.dumps(content).encode()
-    return owner, path, body
-
-
-@pytest.mark.parametrize("route", ROUTES, ids=lambda r: f"{r.method} {r.path}")
-def test_a_route_answers_who_may_call_it_and_nobody_else(served, route):
-    owner, path, body = _example(served, route)
-    anonymous, stranger, other = served.caller(), served.caller(), served.device()
-    admin = {"Authorization": f"Bearer {served.home.credential()}"}
-    refused(anonymous.send(route.method, path, body, headers={}), "unsigned")
-    refused(anonymous.send(route.method, path, body, headers=admin), "unsigned")
-    if route.caller == "newcomer":
-        refused(stranger.send(route.method, path, b"{}"), "malformed")
-        return
-    refused(stranger.send(route.method, path, body), "unknown")
-    answer = other.send(route.method, path, body)
-    if route.path.endswith(("check-in", "{sha256}")):
-        assert answer.status_code == 200  # about the caller itself, or the whole run's
-    else:
-        refused(answer, "not_found")
-    answer = owner.send(route.method, path, body)
-    if route.path.endswith("evaluation"):
-        refused(answer, "malformed")  # this assignment asks for an update
-    else:
-        assert answer.status_code == 200, answer.text

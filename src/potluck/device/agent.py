@@ -56,6 +56,7 @@ from potluck.protocol import (
 )
 
 _FATAL = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "token", "method", "media")
+_OVER = ("late", "conflict")
 _CHECK_IN = f"/v{VERSION}/check-in"
 _AFTER_A_FAULT_SECONDS = 10.0
 
@@ -141,6 +142,8 @@ class Agent:
                 _raise_fatal(error)
             yield Event("refused", assignment.round, str(error))
             reason = None if isinstance(error, RefusedError) else "ineligible"
+            if isinstance(error, RefusedError) and error.code not in _OVER:
+                self._clock.wait(_AFTER_A_FAULT_SECONDS)  # or the next check-in brings it again
             yield from self._give_back(assignment, reason)
         except Stopped:
             self._say_stopped(assignment)
@@ -191,6 +194,12 @@ class Agent:
             now_ms=self._connection.now_ms(),
             last_seen_version=self._home.manifest_version,
         )
+        if (manifest.run, manifest.round) != (assignment.run, assignment.round):
+            raise ProtocolError(
+                "manifest_foreign",
+                f"the manifest must be of run={assignment.run} and round={assignment.round}, as "
+                f"the assignment says, got run={manifest.run} and round={manifest.round}.",
+            )
         self._home.accept_manifest(manifest.version)
         return manifest
 

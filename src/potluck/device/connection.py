@@ -38,6 +38,8 @@ from potluck.protocol import (
 M = TypeVar("M", bound=Message)
 
 MAX_BACKOFF_SECONDS = 300.0
+LATEST_MS = 4_102_444_800_000
+"""The year 2100. Sequence numbers may start from the time: a later one could use them all up."""
 _TEMPORARY = ("overloaded", "internal", "unavailable")
 _DIGEST_TRIES = 2
 _TIMEOUT = httpx.Timeout(2.0 * LONG_POLL_SECONDS, connect=15.0)
@@ -181,7 +183,7 @@ class Connection:
             RefusedError: with the server's code.
         """
         with self.stream(method, path, body) as response:
-            answer = _Answer(response.status_code, _read(response))
+            answer = _Answer(response.status_code, read_answer(response))
         try:
             if answer.status == 200:
                 return parse_message(answer.body, *answers, limit=MAX_ANSWER_BYTES)
@@ -245,7 +247,13 @@ class Connection:
         raise RefusedError(error.code, error.message)
 
     def correct_clock(self, server_time_ms: int) -> None:
-        """Count as the server does, from here on; small differences are those of the way."""
+        """Count as the server does, from here on; small differences are those of the way.
+
+        Nobody signs this time. Who is in between can move it, and so keep a manifest from expiring;
+        but not into the past of a newer manifest, whose version counts (`verify_manifest`).
+        """
+        if server_time_ms > LATEST_MS:
+            return
         ahead = server_time_ms - self._clock.now_ms()
         if abs(ahead - self._ahead_ms) > MAX_SKEW_MS // 10:
             self._ahead_ms = ahead
@@ -294,7 +302,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _read(response: httpx.Response) -> bytes:
+def read_answer(response: httpx.Response) -> bytes:
+    """The body of an answer that should be a message.
+
+    Raises:
+        Unanswered: it is longer than any message.
+    """
     body = b""
     for part in response.iter_raw():
         body += part

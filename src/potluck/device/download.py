@@ -1,7 +1,10 @@
 """Downloading a model: resumed where it was cut off, and used only when its digest is right.
 
-The part that is here is a file named after the SHA-256 that it will have, so a device that was
-restarted goes on too. Other models are deleted: a device keeps one.
+    models/<SHA-256>         the last model that was whole and right
+    models/<SHA-256>.part    one that is on its way, also after a restart
+
+The old model goes when the new one is right, and not before: whatever a server or somebody in
+between sends, a device has the last model that it could verify.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from potluck.core import ProtocolError, RefusedError, Vector
-from potluck.device.connection import Connection, Unanswered
+from potluck.device.connection import Connection, Unanswered, read_answer
 from potluck.protocol import VERSION, Manifest
 
 _RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/\d{1,15}")
@@ -38,15 +41,39 @@ def download_model(
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / manifest.sha256
-    for other in folder.iterdir():
-        if other != path:
-            other.unlink()
+    model = _verified(path, manifest)
+    if model is None:
+        part = folder / f"{manifest.sha256}.part"
+        _keep(folder, lambda name: name == part.name or not name.endswith(".part"))
+        model = _download(connection, manifest, part, check)
+        part.replace(path)
+    _keep(folder, lambda name: name == path.name)
+    return np.frombuffer(model, "<f4").astype(np.float32)
+
+
+def _verified(path: Path, manifest: Manifest) -> bytes | None:
+    """The bytes of a file, if they are the manifest's model."""
+    if _size(path) != manifest.length_bytes:
+        return None
+    model = path.read_bytes()
+    return model if hashlib.sha256(model).hexdigest() == manifest.sha256 else None
+
+
+def _keep(folder: Path, wanted: Callable[[str], bool]) -> None:
+    for path in folder.iterdir():
+        if not wanted(path.name):
+            path.unlink()
+
+
+def _download(
+    connection: Connection, manifest: Manifest, part: Path, check: Callable[[], None]
+) -> bytes:
     for _ in range(2):
-        _complete(connection, manifest, path, check)
-        model = path.read_bytes()
-        if hashlib.sha256(model).hexdigest() == manifest.sha256:
-            return np.frombuffer(model, "<f4").astype(np.float32)
-        path.unlink()
+        _complete(connection, manifest, part, check)
+        model = _verified(part, manifest)
+        if model is not None:
+            return model
+        part.unlink()
     raise ProtocolError(
         "model_digest",
         f"the model must have the SHA-256 {manifest.sha256} of its manifest, got others, twice.",
@@ -67,7 +94,7 @@ def _complete(
                 backoff.reset()
             backoff.wait(error.retry_after_seconds)
         except RefusedError as error:
-            if error.code != "range":
+            if error.code != "range" or not before:
                 raise
             path.unlink(missing_ok=True)
 
@@ -84,9 +111,8 @@ def _fetch(
     wanted = {"Range": f"bytes={start}-", "If-Range": tag} if start else {}
     with connection.stream("GET", f"/v{VERSION}/models/{manifest.sha256}", b"", wanted) as answer:
         if answer.status_code not in (200, 206):
-            body = b"".join(answer.iter_raw())[:65_536]
             try:
-                connection.refuse(answer.status_code, body)
+                connection.refuse(answer.status_code, read_answer(answer))
             except ProtocolError:
                 raise Unanswered(f"status {answer.status_code} without a message") from None
         if answer.status_code == 206:
@@ -104,6 +130,8 @@ def _fetch(
                     file.truncate(0)
                     raise Unanswered("the model is longer than its manifest says")
                 check()
+            if file.tell() == start:
+                raise Unanswered("not a byte of what is missing")
 
 
 def _size(path: Path) -> int:

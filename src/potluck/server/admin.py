@@ -43,6 +43,13 @@ class AdminApp:
 
     def asgi(self) -> ASGIApp:
         """The application."""
+        handlers = error_handlers(self._desk.service.time.now)
+        app = Starlette(routes=self.paths(), exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return measured(app, self._meters)
+
+    def paths(self) -> list[Path]:
+        """All that is answered at the operators' socket."""
         gets: dict[str, Callable[[], Any]] = {
             "status": self._status,
             "devices": lambda: self._desk.service.devices(self._desk.run),
@@ -62,10 +69,7 @@ class AdminApp:
         paths.append(Path("/admin/metrics", self._metrics, methods=["GET"]))
         for path in paths:
             path.methods = (path.methods or set()) - {"HEAD"}
-        handlers = error_handlers(self._desk.service.time.now)
-        app = Starlette(routes=paths, exception_handlers=handlers)
-        app.router.redirect_slashes = False
-        return measured(app, self._meters)
+        return paths
 
     def _get(self, do: Callable[[], Any]) -> Callable[[Request], Any]:
         async def get(request: Request) -> Response:
@@ -166,8 +170,8 @@ async def _content(request: Request) -> dict[str, Any]:
 
 def _word(asked: dict[str, Any], name: str, default: str) -> str:
     value = asked.get(name, default)
-    if not isinstance(value, str) or len(value) > 500:
-        refuse(f"{name} must be a string of at most 500 characters, got {value!r:.40}")
+    if not isinstance(value, str) or len(value) > 500 or "\0" in value:  # no database keeps it
+        refuse(f"{name} must be a text of at most 500 characters, got {value!r:.40}")
     return value
 
 

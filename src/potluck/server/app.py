@@ -41,7 +41,7 @@ from potluck.protocol import (
 )
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
-from potluck.server.gate import Gate, Slots, check_form, read_body
+from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
 from potluck.server.meters import Meters
 
 HEALTH = "/health"
@@ -67,6 +67,8 @@ class DeviceApp:
         self.bell = bell
         self.meters = meters
         self.slots = Slots()
+        self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
+        self.shares = Shares()
         self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body of at most 4 MiB each
         self.polls = Slots(16, waiting=_MAX_POLLS, seconds=60.0)  # all look again at once
         self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
@@ -76,14 +78,25 @@ class DeviceApp:
 
     def asgi(self) -> ASGIApp:
         """The application."""
+        handlers = error_handlers(self.desk.service.time.now)
+        app = Starlette(routes=self.paths(), exception_handlers=handlers)
+        app.router.redirect_slashes = False
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                self.shares.leave(scope)
+
+        return measured(counted, self.meters)
+
+    def paths(self) -> list[Path]:
+        """All that is answered at the devices' address."""
         by_path: dict[str, list[Route]] = {}
         for route in ROUTES:
             by_path.setdefault(route.path.partition("?")[0], []).append(route)
         paths = [_path(path, self._endpoint, routes) for path, routes in by_path.items()]
-        paths.append(_path(HEALTH, self._health, ["GET"]))
-        app = Starlette(routes=paths, exception_handlers=error_handlers(self.desk.service.time.now))
-        app.router.redirect_slashes = False
-        return measured(app, self.meters)
+        return [*paths, _path(HEALTH, self._health, ["GET"])]
 
     async def _endpoint(self, request: Request, route: Route) -> Response:
         if route.caller == "newcomer":
@@ -91,7 +104,7 @@ class DeviceApp:
         slots = self.uploads if route.request == "bytes" else self.slots
         async with slots.take():
             claim = await self.gate.admit(request)
-            request.scope["device"] = claim.device
+            self.shares.enter(request.scope, claim.device)
             answered = await self._answer(request, route, claim)
         if isinstance(answered, CheckIn):
             return await self._poll(request, claim.device, answered)
@@ -116,11 +129,11 @@ class DeviceApp:
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
     async def _enrol(self, request: Request, route: Route) -> Response:
-        async with self.slots.take():
+        async with self.strangers.take():
             _no_query(request)
             claim, message = await self.gate.admit_newcomer(request, route)
             enrolled = await run_in_threadpool(self.desk.enrol, message)
-            request.scope["device"] = claim.device
+            self.shares.enter(request.scope, claim.device)
             await self.gate.note(claim)
         self.bell.wake()
         return _json(enrolled)
@@ -194,7 +207,8 @@ class DeviceApp:
                 yield piece
 
     async def _health(self, request: Request, _: str) -> Response:
-        await run_in_threadpool(self.desk.service.device_key, "")
+        async with self.strangers.take():
+            await run_in_threadpool(self.desk.service.device_key, "")
         return Response('{"status":"ok"}', media_type="application/json")
 
 
@@ -209,7 +223,7 @@ def error_handlers(now: Any) -> dict[Any, Any]:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code: ErrorCode = "method" if error.status_code == 405 else "not_found"
-        told = f"{request.method} {request.url.path}"[:200]
+        told = f"{request.method} {request.scope['path']}"[:200]
         response = error_response(code, f"no such path or method: {told}. See docs/protocol.md.")
         response.headers.update({"Connection": "close", **(error.headers or {})})
         return response
@@ -269,7 +283,8 @@ def measured(app: ASGIApp, meters: Meters) -> ASGIApp:
             status = seen["status"]
             path = getattr(scope.get("route"), "path", "unknown")
             seconds = time.perf_counter() - started
-            meters.request(scope["method"] if path != "unknown" else "", path, status, seconds)
+            is_ours = path != "unknown" and status != 405  # a stranger may make methods up
+            meters.request(scope["method"] if is_ours else "", path, status, seconds)
             level = logging.DEBUG if status < 400 else logging.INFO
             told = {"method": scope["method"], "path": path, "status": status}
             told |= {"device": scope.get("device"), "seconds": round(seconds, 4)}
@@ -314,9 +329,9 @@ def _range(text: str, size: int) -> tuple[int, int] | None:
     match = _RANGE.fullmatch(text)
     if match is None or match[1] == match[2] == "":
         return None
-    if match[1] == "":
-        return max(size - int(match[2]), 0), size
-    start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
+    start, stop = max(size - int(match[2] or 0), 0), size
+    if match[1] != "":
+        start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
     if start >= size or start >= stop:
         raise ProtocolError("range", f"the range must begin before {size}, got {text[:60]}.")
     return start, stop

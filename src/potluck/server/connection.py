@@ -45,7 +45,10 @@ class Connection(H11Protocol):
             self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
+        """Answer what is not HTTP, instead of whatever was under way."""
+        if self.cycle:  # none before the first request
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             error = Error(code="malformed", message="the request must be HTTP/1.1, got another.")
             body = encode_message(error)

@@ -82,9 +82,8 @@ class Desk:
                 bytes.fromhex(message.public_key),
                 name=message.name or "",
                 device_class=message.device_class,
+                into=self.run,
             )
-        if enrolled.run != self.run:
-            raise ProtocolError("token", "the token is for another run. Ask for another one.")
         return Enrolled(
             device=enrolled.device,
             run=self.name,

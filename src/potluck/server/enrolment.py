@@ -63,11 +63,16 @@ def enrol(
     *,
     name: str = "",
     device_class: str = "",
+    into: str | None = None,
 ) -> Enrolled:
     """Use up a token and take in a device.
 
+    Args:
+        into: the run that the device asks to be in; a token for another one is left as it is.
+
     Raises:
-        RefusedError: token: unknown, used by another, or expired; conflict: the key is known.
+        RefusedError: token: unknown, used by another, expired or of another run; conflict: the key
+            is known.
     """
     if len(public_key) != 32:
         raise RefusedError(
@@ -75,10 +80,11 @@ def enrol(
         )
     id = device_id(public_key)
     with database.write() as db:
-        unused = (tokens.c.hash == _hash(token)) & tokens.c.device.is_(None)
+        right = (tokens.c.hash == _hash(token)) & (tokens.c.run == (into or tokens.c.run))
+        unused = right & tokens.c.device.is_(None)
         claim = update(tokens).where(unused & (tokens.c.expires_ms > now)).values(device=id)
         won = db.execute(claim).rowcount == 1
-        used = one(db, select(tokens).where(tokens.c.hash == _hash(token)))
+        used = one(db, select(tokens).where(right))
         if used is None or used.device != id:
             raise RefusedError(
                 "token", "a token must be unused and not expired. Ask for another one."

@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import AsyncGenerator
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Scope
 
 from potluck.core import ProtocolError
 from potluck.protocol import (
@@ -33,9 +35,16 @@ from potluck.protocol import (
 from potluck.server.service import Service
 
 BODY_SECONDS = 120.0
-"""For a whole body: 4 MiB at 35 KB/s."""
+"""For a whole chunk: 4 MiB at 35 KB/s."""
+MESSAGE_SECONDS = 20.0
+"""For a whole message: 64 KiB at 3.3 KB/s."""
+STRANGER_SECONDS = 4.0
+"""For a newcomer's message, whose sender nobody knows yet."""
 PIECE_SECONDS = 20.0
 """Without a byte of a body, before the request is given up."""
+MAX_HEADERS = 100
+DEVICE_REQUESTS = 6
+"""Of one device at once. It should have one; what broke off may not have been noticed yet."""
 
 
 class Slots:
@@ -70,6 +79,37 @@ class Slots:
             self._free.release()
 
 
+class Shares:
+    """How many requests each device has under way: none can take all slots, or all polls."""
+
+    def __init__(self, limit: int = DEVICE_REQUESTS) -> None:
+        self._limit = limit
+        self._count: Counter[str] = Counter()
+
+    def enter(self, scope: Scope, device: str) -> None:
+        """One more, which is noted in the request's scope.
+
+        Raises:
+            ProtocolError: overloaded.
+        """
+        if self._count[device] >= self._limit:
+            raise ProtocolError(
+                "overloaded",
+                f"a device has at most {self._limit} requests under way, got one more. "
+                "Wait for the answers.",
+            )
+        self._count[device] += 1
+        scope["device"] = device
+
+    def leave(self, scope: Scope) -> None:
+        """The request of this scope is over, however it ended; it may have been nobody's."""
+        device = scope.get("device")
+        if device is not None:
+            self._count[device] -= 1
+            if not self._count[device]:
+                del self._count[device]
+
+
 class Gate:
     """Lets signed requests of the devices of one run in, each one once."""
 
@@ -86,7 +126,7 @@ class Gate:
         Raises:
             ProtocolError: why not.
         """
-        claim = read_claim(request.scope["headers"])
+        claim = _read_claim(request)
         found = await run_in_threadpool(self._service.device_key, claim.device)
         if found is not None and found.run != self._run:
             found = None
@@ -97,10 +137,10 @@ class Gate:
 
     async def admit_newcomer(self, request: Request, route: Route) -> tuple[Claim, Enrol]:
         """The claim and message of a newcomer, signed with the key that is in the message."""
-        claim = read_claim(request.scope["headers"])
+        claim = _read_claim(request)
         if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
-        body = await read_body(request, route, claim)
+        body = await read_body(request, route, claim, STRANGER_SECONDS)
         message = parse_message(body, Enrol, limit=route.max_bytes)
         known = await run_in_threadpool(self._service.device_key, claim.device)
         last = 0 if known is None else known.sequence
@@ -160,6 +200,15 @@ class Gate:
         self._writing = False
 
 
+def _read_claim(request: Request) -> Claim:
+    headers = request.scope["headers"]
+    if len(headers) > MAX_HEADERS:
+        raise ProtocolError(
+            "malformed", f"a request has at most {MAX_HEADERS} headers, got {len(headers)}."
+        )
+    return read_claim(headers)
+
+
 def authority_of(request: Request) -> str:
     """The `Host` header, which must be there once.
 
@@ -207,17 +256,21 @@ def check_form(request: Request, route: Route) -> int:
     return length
 
 
-async def read_body(request: Request, route: Route, claim: Claim) -> bytes:
-    """The body, as it was announced and signed.
+async def read_body(
+    request: Request, route: Route, claim: Claim, seconds: float | None = None
+) -> bytes:
+    """The body, as it was announced and signed, if it comes in time.
 
     Raises:
         ProtocolError: malformed, media, too_large, digest.
     """
     length = check_form(request, route)
+    if seconds is None:
+        seconds = BODY_SECONDS if route.request == "bytes" else MESSAGE_SECONDS
     body = bytearray()
     stream = request.stream()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             while len(body) < length:
                 async with asyncio.timeout(PIECE_SECONDS):
                     body += await anext(stream)

@@ -217,12 +217,23 @@ class Service:
     # What a device does.
 
     def enrol(
-        self, token: str, public_key: bytes, *, name: str = "", device_class: str = ""
+        self,
+        token: str,
+        public_key: bytes,
+        *,
+        name: str = "",
+        device_class: str = "",
+        into: str | None = None,
     ) -> enrolment.Enrolled:
         """Take in a device, once for every token."""
-        now = self.time.now()
         return enrolment.enrol(
-            self.database, token, public_key, now, name=name, device_class=device_class
+            self.database,
+            token,
+            public_key,
+            self.time.now(),
+            name=name,
+            device_class=device_class,
+            into=into,
         )
 
     def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[bool]:

@@ -56,7 +56,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        extra = "server" if (error.name or "").split(".")[0] in _SERVER_MODULES else "sim"
+        module = (error.name or "").split(".")[0]
+        extra = "ray" if module == "ray" else "server" if module in _SERVER_MODULES else "sim"
         return f"this command needs {error.name}. Install it with: pip install 'potluck[{extra}]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"

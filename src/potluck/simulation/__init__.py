@@ -1,12 +1,14 @@
 """Federated training on one machine: rounds, executors and run directories."""
 
 from potluck.simulation.build import build_algorithm, build_data, build_task
+from potluck.simulation.cluster import Cluster
 from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
 from potluck.simulation.rounds import Round, make_executor, rounds
 from potluck.simulation.runs import RunRecord, discard_run, read_run, read_weights, train
 from potluck.simulation.workers import Workers, available_cores
 
 __all__ = [
+    "Cluster",
     "CohortResult",
     "Executor",
     "Failure",

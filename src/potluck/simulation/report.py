@@ -44,7 +44,8 @@ _HELD = (
 
 # What leaves the numbers of a run as they are, or only says when it stops.
 _NOT_THE_EXPERIMENT = (
-    "seed", "rounds", "target", "stop_at_target", "executor", "workers", "evaluate_train",
+    "seed", "rounds", "target", "stop_at_target", "executor", "workers", "ray_address",
+    "evaluate_train",
 )  # fmt: skip
 
 

@@ -21,12 +21,13 @@ from potluck.core import (
     sample_cohort,
 )
 from potluck.core.cohorts import cohort_size
+from potluck.simulation.cluster import Cluster
 from potluck.simulation.compression import compressed
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
-ExecutorName: TypeAlias = Literal["loop", "workers"]
+ExecutorName: TypeAlias = Literal["loop", "workers", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
@@ -68,7 +69,7 @@ def rounds(
         seed: of every random stream of the run.
         codec: in which updates travel: "bfloat16", "int8" and "int4" are shorter and lose a little,
             which each client adds to its next update; so it then keeps a state.
-        executor: "loop", "workers", or an executor of the caller's, which stays open.
+        executor: "loop", "workers", "ray", or an executor of the caller's, which stays open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
         resume: (number, state, client_states) of an earlier round, to go on from the round after
@@ -166,13 +167,22 @@ def _rounds(
             runner.close()
 
 
-def make_executor(name: str, task: Task, num_workers: int | None = None) -> Executor:
-    """An executor by its name; the caller closes it."""
+def make_executor(
+    name: str, task: Task, num_workers: int | None = None, *, address: str | None = None
+) -> Executor:
+    """An executor by its name; the caller closes it.
+
+    Args:
+        num_workers: for "workers" and "ray"; as many as there are cores if None.
+        address: for "ray": see `Cluster`.
+    """
     if name == "loop":
         return Loop(task)
     if name == "workers":
         return Workers(task, num_workers)
-    raise ValueError(f"executor must be 'loop' or 'workers', got executor={name!r}.")
+    if name == "ray":
+        return Cluster(task, num_workers, address=address)
+    raise ValueError(f"executor must be 'loop', 'workers' or 'ray', got executor={name!r}.")
 
 
 def _round(

@@ -166,7 +166,7 @@ class _Run:
             self._close()
             return
         (self.directory / "final.safetensors").unlink(missing_ok=True)
-        executor = make_executor(run.executor, task, run.workers)
+        executor = make_executor(run.executor, task, run.workers, address=run.ray_address)
         if run.evaluate_train is not None:
             executor = WithTrainLoss(executor, task, run.evaluate_train)
         last: _Position | None = start

@@ -1,0 +1,214 @@
+"""Ray: the bits of the plain loop, on one machine or two, whoever dies in between."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from potluck import Cluster, FedAvg, Loop, Scaffold, Task, TwoNN, datasets, partitions, rounds
+from potluck.core import WorkerError
+from potluck.simulation import make_executor
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if it were a notebook
+
+pytestmark = [
+    # Ray's own: sockets and files that it leaves to the end of the process.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+class Slow(nn.Module):
+    """Takes a while, so that one can die meanwhile; and draws random numbers."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10)
+        )
+        self.seconds = seconds
+
+    def forward(self, inputs):
+        if self.training and torch.is_grad_enabled():
+            time.sleep(self.seconds)
+        return self.layers(inputs)
+
+
+class Deadly(nn.Module):
+    """Ends its process when it meets client 3, whose first pixel is 77."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, inputs):
+        if self.training and (inputs.flatten(1)[:, 0] == 77).any():
+            os._exit(1)
+        return self.layer(inputs.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return partitions.dirichlet(datasets.digits(), clients=24, alpha=0.5, seed=1, min_examples=12)
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """A cluster of two real nodes on this machine: ours, without workers, and another is added by
+    the tests that need it."""
+    os.environ["RAY_health_check_period_ms"] = "500"
+    os.environ["RAY_health_check_failure_threshold"] = "3"
+    cluster = cluster_utils.Cluster(
+        initialize_head=True,
+        connect=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False},
+    )
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def history(algorithm, task, executor, num_rounds=3):
+    return list(rounds(algorithm, task, cohort=0.5, num_rounds=num_rounds, seed=3, executor=executor))
+
+
+def assert_same_bits(one, other):
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours.cohort.tolist() == theirs.cohort.tolist()
+        assert ours.weights.tobytes() == theirs.weights.tobytes()
+        assert ours.loss == theirs.loss or ours.number == 0
+        assert ours.metrics == theirs.metrics
+        assert ours[5:8] == theirs[5:8]
+        assert ours.client_states.keys() == theirs.client_states.keys()
+        for client, state in ours.client_states.items():
+            assert state.tobytes() == theirs.client_states[client].tobytes()
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        FedAvg(client_lr=0.1, local_epochs=2, batch_size=14, client_schedule=lambda t: 0.9**t),
+        Scaffold(client_lr=0.1, local_epochs=1, batch_size=14),
+    ],
+    ids=["fedavg", "scaffold"],
+)
+def test_the_cluster_gives_the_bits_of_the_loop(two_nodes, data, algorithm):
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    executor = Cluster(task, 2)
+    try:
+        assert_same_bits(history(algorithm, task, "loop"), history(algorithm, task, executor))
+        assert executor.num_lost == 0
+    finally:
+        executor.close()
+
+
+def worker_processes(executor):
+    """The process numbers of an executor's workers."""
+    return [
+        ray.get(hand.actor.__ray_call__.remote(lambda self: os.getpid()))
+        for hand in executor._hands._idle
+    ]
+
+
+def test_a_worker_that_is_killed_changes_nothing(two_nodes, data):
+    task = Task(model=lambda: Slow(0.02), data=data)
+    algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
+    plain = history(algorithm, Task(model=lambda: Slow(0), data=data), Loop(task))
+    executor = Cluster(task, 2)
+    try:
+        killed = rounds(algorithm, task, cohort=0.5, num_rounds=3, seed=3, executor=executor)
+        results = [next(killed)]
+        victim = worker_processes(executor)[0]
+        timer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
+        timer.start()
+        results += list(killed)
+        timer.join()
+        assert executor.num_lost == 1
+        assert_same_bits(plain, results)
+    finally:
+        executor.close()
+
+
+def test_a_node_that_is_killed_changes_nothing(two_nodes, data):
+    node = two_nodes.add_node(num_cpus=2)
+    two_nodes.wait_for_nodes()
+    task = Task(model=lambda: Slow(0.02), data=data)
+    algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
+    plain = history(algorithm, Task(model=lambda: Slow(0), data=data), Loop(task))
+    executor = Cluster(task, 4)
+    try:
+        killed = rounds(algorithm, task, cohort=0.5, num_rounds=3, seed=3, executor=executor)
+        results = [next(killed)]
+        timer = threading.Timer(0.3, two_nodes.remove_node, (node,), {"allow_graceful": False})
+        timer.start()
+        results += list(killed)
+        timer.join()
+        assert executor.num_lost >= 1
+        assert_same_bits(plain, results)
+    finally:
+        executor.close()
+
+
+def test_a_client_that_kills_workers_is_named_and_the_others_count(two_nodes, data):
+    inputs = data.train.inputs.copy()
+    inputs[data.offsets[3], 0, 0, 0] = 77
+    deadly = type(data)(
+        **{name: getattr(data, name) for name in data.__slots__}
+        | {"train": type(data.train)(inputs, data.train.targets)}
+    )
+    task = Task(model=Deadly, data=deadly)
+    algorithm = FedAvg(client_lr=0.1, batch_size=14)
+    executor = Cluster(task, 2)
+    try:
+        cohort = np.arange(8)
+        received = task.initial_weights(1)
+        result = executor.train(algorithm, received, cohort, seed=1, round=1)
+        assert [failure.client for failure in result.failures] == [3]
+        assert "three workers died" in result.failures[0].reason
+        others = Loop(task).train(algorithm, received, cohort[cohort != 3], seed=1, round=1)
+        assert result.aggregate.tobytes() == others.aggregate.tobytes()
+        assert executor.num_lost == 3
+    finally:
+        executor.close()
+
+
+def test_data_are_placed_once_and_traffic_grows_with_workers(two_nodes, data):
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    algorithm = FedAvg(client_lr=0.1, batch_size=14)
+    executor = Cluster(task, 2)
+    handed_over = []
+    try:
+        deal = executor._hands.deal
+
+        def counted(*args):
+            dealt = deal(*args)
+            handed_over.append(len(dealt.handed_over))
+            return dealt
+
+        executor._hands.deal = counted
+        for count in (2, 12, 24):
+            weights = task.initial_weights(1)
+            executor.train(algorithm, weights, np.arange(count), seed=1, round=1)
+        assert max(handed_over) <= 2
+    finally:
+        executor.close()
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_with_a_name(data):
+    if ray.is_initialized():
+        ray.shutdown()
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    with pytest.raises(WorkerError, match=r"address='127\.0\.0\.1:1'.*ray start"):
+        Cluster(task, address="127.0.0.1:1")
+    with pytest.raises(ValueError, match="num_workers=0"):
+        make_executor("ray", task, 0)

@@ -180,7 +180,9 @@ def _picture(story: Story, rounds: int) -> RenderableType:
         table.add_row(*row)
     current: dict[str, Any] = story.status.get("open") or {}
     now = "devices enrol"
-    if current:
+    if story.is_over:
+        now = "the run is over"
+    elif current:
         now = f"round {current['number']} of {rounds}"
         now += f", attempt {current['attempt']}" if current["attempt"] > 1 else ""
         now += f": {current['reported']} of {current['goal']} reports"

@@ -8,10 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What `make results` runs: days of CNN and LSTM among it. It can be stopped at any moment.
 RESULTS ?= table4 table1 table2 figure1 figure2
 
-.PHONY: help demo test check docs results quick soak bench clean
+.PHONY: help demo demo-serve test check docs results quick soak bench clean
 
 help:
 	@echo "make demo     install, then FedSGD against FedAvg on embedded data: a table, a picture"
+	@echo "make demo-serve  install, then a server and ten devices on this machine, some killed"
 	@echo "make test     install what tests need, and run them"
 	@echo "make check    ruff and pyright"
 	@echo "make docs     write the documents that are made from the code"
@@ -25,13 +26,21 @@ $(VENV)/.sim: pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e ".[sim]"
 	@touch $@
 
+$(VENV)/.served: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e ".[sim,server,device]"
+	@touch $@ $(VENV)/.sim
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
-	@touch $@ $(VENV)/.sim
+	@touch $@ $(VENV)/.sim $(VENV)/.served
 
 demo: $(VENV)/.sim
 	$(BIN)/potluck demo --out demo
+
+demo-serve: $(VENV)/.served
+	$(BIN)/potluck demo serve --out demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""A proxy of plain HTTP/1.1 on loopback that loses answers, or cuts bodies off.
+"""A proxy of plain HTTP/1.1 on loopback that loses answers, or cuts bodies and answers off.
 
 It sees which request a connection carries by the head that a device sends in front of each body.
 """
@@ -9,6 +9,7 @@ import contextlib
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class FaultProxy:
     Args:
         lose: whether to lose the answer to a request, and the connection with it.
         cut: after how many bytes of the body to break the connection; None: not at all.
+        cut_answer: the same of the answer, its head included.
     """
 
     def __init__(
@@ -38,10 +40,14 @@ class FaultProxy:
         *,
         lose: Callable[[Seen], bool] = lambda seen: False,
         cut: Callable[[Seen], int | None] = lambda seen: None,
+        cut_answer: Callable[[Seen], int | None] = lambda seen: None,
     ) -> None:
         self._port = port
         self._lose = lose
         self._cut = cut
+        self._cut_answer = cut_answer
+        self.answered: Counter[str] = Counter()
+        """The bytes of the answers that passed, by path."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
@@ -99,10 +105,18 @@ class FaultProxy:
 
     def _answer(self, client: socket.socket, server: socket.socket, current: list[Seen]) -> None:
         with contextlib.suppress(OSError):
+            request, room = None, None  # what may still pass of this answer
             while data := server.recv(65_536):
-                if self._lose(current[0]):
+                if current[0] is not request:
+                    request = current[0]
+                    room = self._cut_answer(request)
+                if self._lose(request):
                     break
-                client.sendall(data)
+                client.sendall(data if room is None else data[:room])
+                self.answered[request.path] += len(data if room is None else data[:room])
+                room = None if room is None else room - len(data)
+                if room is not None and room <= 0:
+                    break
         _close(client)
         _close(server)
 

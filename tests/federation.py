@@ -30,6 +30,7 @@ model = "{model}"
 clients = {clients}
 [algorithm]
 client_lr = 0.1
+local_epochs = {local_epochs}
 [run]
 rounds = {rounds}
 cohort = {cohort}
@@ -77,16 +78,16 @@ class UnitTrainer:
 class Device:
     """A device at work in a thread. `died` is what ended it, unless the run did."""
 
-    def __init__(self, address, invitation, folder, trainer):
-        self.clock, self.events, self.died = HastyClock(), [], None
-        self._arguments = (address, invitation, folder, trainer)
+    def __init__(self, address, invitation, folder, trainer, *, clock=None, **options):
+        self.clock, self.events, self.died = clock or HastyClock(), [], None
+        self._arguments, self._options = (address, invitation, folder, trainer), options
         self.folder = folder
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self):
         try:
-            for event in join(*self._arguments, clock=self.clock):
+            for event in join(*self._arguments, clock=self.clock, **self._options):
                 self.events.append(event)
         except BaseException as error:
             self.died = error
@@ -119,6 +120,7 @@ class Federation:
         codec="float32",
         own=None,
         plaintext=False,
+        local_epochs=1,
     ):
         self.folder = folder
         self.file = folder / "experiment.toml"
@@ -126,6 +128,7 @@ class Federation:
         if own is not None:
             task, partition = f'data = "folder"\npath = "{own}"', 'kind = "own"'
         values = {"task": task, "partition": partition, "model": model, "clients": clients}
+        values["local_epochs"] = local_epochs
         text = EXPERIMENT.format(rounds=rounds, cohort=cohort, server=server, codec=codec, **values)
         self.file.write_text(text)
         self.experiment = load_experiment(self.file)
@@ -158,11 +161,11 @@ class Federation:
     def invite(self):
         return self.operator.post("enroll")["invitations"][0]
 
-    def join(self, k, trainer=None, address=None):
+    def join(self, k, trainer=None, address=None, **options):
         """The k-th device, counted from 0; they must enrol in this order."""
         trainer = trainer or TorchTrainer(lambda: one_client(self.data, k), 1)
         folder = self.folder / f"device{k}"
-        device = Device(address or self.server.address, self.invite(), folder, trainer)
+        device = Device(address or self.server.address, self.invite(), folder, trainer, **options)
         self.devices.append(device)
         self.until(lambda: (folder / "enrolment.json").exists() or device.died)
         return device

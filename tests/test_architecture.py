@@ -30,6 +30,10 @@ TOP = {  # may import everything
     "progress",
     "serving",
     "joining",
+    "loopback",
+    "nursery",
+    "demo_serve",
+    "demo_story",
     "template",
     "terminal",
 }

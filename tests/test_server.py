@@ -317,10 +317,51 @@ def test_a_device_in_the_wrong_condition_is_not_selected(tmp_path):
     fleet.service.close()
 
 
+def lasting(fleet, seconds):
+    """A round of the first device, of so many seconds."""
+    fleet.service.tick()
+    work = fleet.assign(fleet.devices[0])
+    fleet.clock.pass_(seconds / 2)
+    fleet.service.extend_lease(fleet.devices[0], work.assignment)
+    fleet.clock.pass_(seconds / 2)
+    fleet.send(fleet.devices[0], work.assignment)
+    fleet.service.tick()
+
+
+def test_a_device_is_held_for_as_long_as_rounds_were_measured_to_take(tmp_path):
+    """Not for the time until the first device comes, nor for the first round, nor for an odd one:
+    the median of those from the second on."""
+    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2, goal=1)
+    first, second = fleet.devices
+
+    def held():
+        """What a device is told that comes 1 s after the round has begun."""
+        fleet.service.tick()
+        fleet.clock.pass_(5000)  # nobody comes
+        work = fleet.assign(first)
+        fleet.clock.pass_(1)
+        seconds = fleet.service.check_in(second).retry_after_seconds
+        assert fleet.service.come_back(first) <= seconds + 10
+        fleet.send(first, work.assignment)
+        fleet.service.tick()
+        return seconds
+
+    assert held() == 0.1  # nothing was measured
+    lasting(fleet, 400)
+    assert 399 <= held() <= 409  # + U(0, 10)
+    for seconds in (300, 2, 2):  # beside 400 and 1
+        lasting(fleet, seconds)
+    assert 1 <= held() <= 3  # the median is 2, and so is the window
+    fleet.service.close()
+
+
 def test_waiting_devices_come_back_over_the_whole_window(tmp_path):
     fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=60, goal=1, pace_seconds=30.0)
+    for _ in range(2):
+        lasting(fleet, 1000)
     fleet.service.tick()
     fleet.assign(fleet.devices[0])
+    fleet.clock.pass_(1000)  # as long as it usually takes: the next round may begin
     waits = [fleet.service.check_in(device).retry_after_seconds for device in fleet.devices[1:]]
     assert 0.1 <= min(waits) < 5
     assert 25 < max(waits) <= 30

@@ -16,6 +16,7 @@ import typer
 
 from potluck.cli_reproduce import reproduce
 from potluck.command import Debug, ExperimentFile, Overrides, command
+from potluck.demo_serve import demo_serve
 from potluck.joining import app as joining_app
 from potluck.serving import app as serving_app
 
@@ -40,6 +41,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 demo_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+demo_app.command("serve")(demo_serve)
 app.add_typer(demo_app, name="demo")
 app.add_typer(serving_app)
 app.add_typer(joining_app)
@@ -245,6 +247,7 @@ def init(
 @demo_app.callback()
 @command
 def demo(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the runs, table and picture go.")
     ] = Path("demo"),
@@ -255,6 +258,8 @@ def demo(
     FedSGD and FedAvg train the same model over 100 clients that share scikit-learn's digits, IID
     and two-shard, until it reaches 95 % on the test digits, three seeds each.
     """
+    if context.invoked_subcommand is not None:
+        return
     from potluck.simulation import demo as demonstration
     from potluck.simulation import discard_run, read_run, train
     from potluck.simulation.report import markdown, measure

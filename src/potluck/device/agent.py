@@ -65,7 +65,15 @@ class Event(NamedTuple):
     """Something that a person may want to see."""
 
     what: Literal[
-        "waiting", "training", "evaluating", "trained", "accepted", "refused", "failed", "finished"
+        "enrolled",
+        "waiting",
+        "training",
+        "evaluating",
+        "trained",
+        "accepted",
+        "refused",
+        "failed",
+        "finished",
     ]
     round: int
     detail: str = ""

@@ -59,6 +59,7 @@ def join(
             invited = parse_invitation(invitation)
             with Connection(url, invited.certificate, home, record, clock) as connection:
                 enrolment = enrol(url, invited, home, connection, trainer, name)
+            yield Event("enrolled", 0, f"in {enrolment.run}")
         elif invitation is not None:
             _check_same(enrolment, parse_invitation(invitation), home)
         # A server may move; its certificate, run and key may not.

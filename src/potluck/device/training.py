@@ -127,6 +127,8 @@ class TorchTrainer:
         from potluck.tasks import Evaluator, evaluation_batches
 
         task, _ = self._prepare(plan, spec)
+        if task.data.client_test(0).num_examples == 0:
+            raise DataError("a device must have test examples to evaluate on, got none.")
         evaluator = Evaluator(task)
         evaluator.load(weights)
         total: dict[str, Any] = {}

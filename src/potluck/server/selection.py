@@ -2,8 +2,8 @@
 
 A device that checks in is given a slot, or is told how long to wait: until the next round is
 expected to begin, plus its own place in a window, so that a thousand devices do not come at once
-(pace steering). Checking in again is answered with the same assignment: a device that was
-restarted goes on where it was.
+(pace steering). What is expected is what was measured, and nothing at first. Checking in again is
+answered with the same assignment: a device that was restarted goes on where it was.
 
 A lease is extended by progress and by uploaded bytes, never beyond the report deadline. Whether it
 ran out is the leader's decision alone (`rounds.expire_leases`): everyone else sees the state of the
@@ -261,7 +261,7 @@ def _assign(db: Connection, member: Row[Any], run: Row[Any], round: Row[Any], no
     settings = RoundSettings.model_validate_json(run.settings)
     if round.selection_deadline_ms is None:  # the first device starts the clock
         deadline = now + milliseconds(settings.selection_seconds)
-        values = {"selection_deadline_ms": deadline}
+        values = {"selection_deadline_ms": deadline, "started_ms": now}
         db.execute(update(rounds).where(rounds.c.id == round.id).values(values))
     end = now + settings.lease_ms
     if round.report_deadline_ms is not None:
@@ -317,26 +317,40 @@ def _retry_after(
 ) -> float:
     """Seconds to the next round's expected start, plus U(0, window), the same at every asking.
 
-    The last rounds' mean duration tells when this one ends; the window grows with the population,
-    to at most a hundred check-ins in a second.
+    The window is as long as a round, and at most `pace_seconds`; but it grows with the population,
+    so that at most a hundred devices check in in a second. Before rounds were measured there is
+    nothing to wait for: a check-in may well be held until there is work.
     """
+    length = _usual_seconds(db, run)
     start = 0.0
-    if round is not None and round.state in _TAKING:
-        closed = (
-            select((rounds.c.closed_ms - rounds.c.opened_ms).label("duration"))
-            .where(rounds.c.run == run.id, rounds.c.state == "COMMITTED")
-            .order_by(rounds.c.closed_ms.desc())
-            .limit(5)
-            .subquery()
-        )
-        mean = db.scalar(select(func.avg(closed.c.duration)))
-        if mean is not None:
-            start = max(float(mean) + round.opened_ms - now, 0.0) / 1000
+    if round is not None and round.state in _TAKING and round.started_ms is not None:
+        start = max(length + (round.started_ms - now) / 1000, 0.0)
     population = db.scalar(select(func.max(devices.c.client)).where(devices.c.run == run.id)) or 0
-    window = max(settings.pace_seconds, population / 100)
+    window = max(min(settings.pace_seconds, length), population / 100)
     number = 0 if round is None else round.number
     place = derive_seed(run.seed, "pace", number, member.client) / 2**63
     return round_up(start + place * window)
+
+
+def _usual_seconds(db: Connection, run: Row[Any]) -> float:
+    """The median length of the last five committed rounds; 0 before the second.
+
+    A round begins with its first device: that nobody came says nothing. The first round is left
+    out, in which devices import, load and compile what they will use.
+    """
+    lengths = (
+        select(rounds.c.closed_ms - rounds.c.started_ms)
+        .where(
+            rounds.c.run == run.id,
+            rounds.c.state == "COMMITTED",
+            rounds.c.kind == "train",
+            rounds.c.number > 1,
+        )
+        .order_by(rounds.c.number.desc())
+        .limit(5)
+    )
+    measured = sorted(db.scalars(lengths))
+    return measured[(len(measured) - 1) // 2] / 1000 if measured else 0.0
 
 
 def round_up(seconds: float) -> float:

@@ -37,7 +37,7 @@ class RoundSettings(BaseModel):
     lease_seconds: Seconds | None = None
     """How long a device may be silent before its slot is free again; None: `report_seconds`."""
     pace_seconds: Seconds = 10.0
-    """The window over which waiting devices come back."""
+    """The widest window over which waiting devices come back, however long rounds are."""
     attempts: Annotated[int, Field(ge=1)] = 3
     """Abandoned attempts in a row after which the run is paused."""
     federated_every: Annotated[int, Field(ge=0)] = 0

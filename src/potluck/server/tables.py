@@ -132,6 +132,7 @@ rounds = Table(
     Column("selection_deadline_ms", BigInteger),  # NULL until the first device is selected
     Column("report_deadline_ms", BigInteger),  # NULL until TRAINING
     Column("opened_ms", BigInteger, nullable=False),
+    Column("started_ms", BigInteger),  # NULL until the first device is selected
     Column("closed_ms", BigInteger),
     Column("swept", Boolean, nullable=False),  # its blobs are gone
     Index("uq_rounds_attempt", "run", "kind", "number", "attempt", unique=True),

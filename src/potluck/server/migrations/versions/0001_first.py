@@ -104,6 +104,7 @@ def upgrade() -> None:
         sa.Column("selection_deadline_ms", sa.BigInteger(), nullable=True),
         sa.Column("report_deadline_ms", sa.BigInteger(), nullable=True),
         sa.Column("opened_ms", sa.BigInteger(), nullable=False),
+        sa.Column("started_ms", sa.BigInteger(), nullable=True),
         sa.Column("closed_ms", sa.BigInteger(), nullable=True),
         sa.Column("swept", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_rounds_run")),

@@ -66,12 +66,18 @@ def data():
 def two_nodes():
     """A cluster of two real nodes on this machine: ours, without workers, and another is added by
     the tests that need it."""
-    os.environ["RAY_health_check_period_ms"] = "500"
-    os.environ["RAY_health_check_failure_threshold"] = "3"
     cluster = cluster_utils.Cluster(
         initialize_head=True,
         connect=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False},
+        head_node_args={
+            "num_cpus": 2,
+            "include_dashboard": False,
+            "_system_config": {
+                "health_check_period_ms": 500,
+                "health_check_timeout_ms": 2000,
+                "health_check_failure_threshold": 3,
+            },
+        },
     )
     yield cluster
     ray.shutdown()
@@ -79,7 +85,9 @@ def two_nodes():
 
 
 def history(algorithm, task, executor, num_rounds=3):
-    return list(rounds(algorithm, task, cohort=0.5, num_rounds=num_rounds, seed=3, executor=executor))
+    return list(
+        rounds(algorithm, task, cohort=0.5, num_rounds=num_rounds, seed=3, executor=executor)
+    )
 
 
 def assert_same_bits(one, other):

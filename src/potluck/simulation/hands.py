@@ -194,7 +194,7 @@ class Hands:
             if self._failed_starts == _STARTS:
                 self._end(hand)
                 raise WorkerError(
-                    f"workers must start, got {_STARTS} in a row that did not: {_last_line(error)}. "
+                    f"workers must start, got {_STARTS} in a row that did not ({_reason(error)}). "
                     "What the task is made of must be importable on every machine of the cluster."
                 ) from None
             self._replace(hand)
@@ -216,6 +216,6 @@ class Hands:
             self._ray.kill(hand.actor)
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _reason(error: Exception) -> str:
+    lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

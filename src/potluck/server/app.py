@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -74,13 +74,13 @@ class DeviceApp:
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
 
-    def asgi(self) -> ASGIApp:
-        """The application."""
+    def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
+        """The application; `others` are paths that are not for devices."""
         by_path: dict[str, list[Route]] = {}
         for route in ROUTES:
             by_path.setdefault(route.path.partition("?")[0], []).append(route)
         paths = [_path(path, self._endpoint, routes) for path, routes in by_path.items()]
-        paths.append(_path(HEALTH, self._health, ["GET"]))
+        paths += [_path(HEALTH, self._health, ["GET"]), *others]
         app = Starlette(routes=paths, exception_handlers=error_handlers(self.desk.service.time.now))
         app.router.redirect_slashes = False
         return measured(app, self.meters)

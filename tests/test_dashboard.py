@@ -52,8 +52,9 @@ def enter(client: httpx.Client, key: str, **headers: str) -> httpx.Response:
 
 
 @pytest.fixture
-def fleet(tmp_path):
-    made = Fleet(f"sqlite:///{tmp_path / 'p.db'}", tmp_path / "blobs", count=3, minimum=1.0)
+def fleet(database_url, tmp_path):
+    """On SQLite, and on PostgreSQL where there is one."""
+    made = Fleet(database_url, tmp_path / "blobs", count=3, minimum=1.0)
     yield made
     made.service.close()
 
@@ -320,3 +321,16 @@ def test_a_long_curve_is_thinned_and_an_empty_one_is_not_drawn():
     assert draw("Loss", {"training": []}) == ""
     assert "<svg" in draw("Loss", {"training": [(0, 0.0)]})
     assert "1 kB" in draw("Bytes", {"up": [(1, 1000.0)]}, label=lambda v: f"{v / 1000:g} kB")
+
+
+def test_a_key_of_one_process_signs_in_at_another_and_both_show_the_same(fleet):
+    other = fleet.open()
+    key = issue_key(fleet.service.database, fleet.run, 0, actor="test")
+    session = sign_in(other.database, fleet.run, key, 1)
+    assert session is not None
+    assert is_session(fleet.service.database, fleet.run, session, 2)
+    fleet.round()
+    assert Showing(other, fleet.run).look() == Showing(fleet.service, fleet.run).look()
+    sign_out(other.database, fleet.run, session, 3)
+    assert not is_session(fleet.service.database, fleet.run, session, 4)
+    other.close()

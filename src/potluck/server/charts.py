@@ -18,7 +18,6 @@ WIDTH, HEIGHT = 440, 260
 MAX_POINTS = 240
 _COLORS = ("#2563eb", "#d97706", "#059669", "#db2777")
 _DASHES = ("none", "6,3", "2,3", "8,3,2,3")
-_DOTTED = 24
 _DIGITS = re.compile(r"(\d+\.\d\d)\d+")
 
 
@@ -53,9 +52,10 @@ def draw(
 
         chart.add_y_axis(tick_formatter=said)
     for (name, points), color, dash in zip(shown.items(), _COLORS, _DASHES, strict=False):
-        chart.add_line(points, name=name, stroke_color=color, stroke_dasharray=dash)
-        if len(points) <= _DOTTED:
-            chart.add_dots(points, fill_color=color, radius=3)
+        if len(points) > 1:
+            chart.add_line(points, name=name, stroke_color=color, stroke_dasharray=dash)
+        else:
+            chart.add_dots(points, name=name, fill_color=color, radius=4)
     svg = _DIGITS.sub(r"\1", chart.to_svg(width=WIDTH, height=HEIGHT))
     told = "; ".join(f"{name}: {points[-1][1]:.4g}" for name, points in shown.items())
     told = html.escape(f"{title}, after round {last}: {told}")

@@ -27,6 +27,8 @@ _SERVER_MODULES = (
     "alembic",
     "h11",
     "httpx",
+    "jinja2",
+    "leather",
     "obstore",
     "prometheus_client",
     "psycopg",

@@ -90,6 +90,7 @@ def serve(
         ("run", server.desk.name),
         ("address", server.address),
         ("certificate", server.certificate or "none: plain HTTP"),
+        ("dashboard", server.dashboard.invite()),
         ("admin", home / "admin.sock"),
     ):
         typer.echo(f"{name:12} {value}")
@@ -155,6 +156,16 @@ def devices(home: HomeFolder = HOME, debug: Debug = False) -> None:
         for row in _operator(home).get("devices")
     ]
     show_table(("client", "device", "name", "class", "enrolled", "revoked"), rows)
+
+
+@app.command()
+@command
+def dashboard(home: HomeFolder = HOME, debug: Debug = False) -> None:
+    """Print a link that opens the dashboard in a browser, once and within an hour.
+
+    The link is a secret: who opens it sees the run until signing out, or for a week.
+    """
+    typer.echo(_operator(home).post("dashboard")["link"])
 
 
 @app.command()

@@ -33,13 +33,20 @@ class AdminApp:
     """The routes for operators."""
 
     def __init__(
-        self, desk: Desk, bell: Bell, meters: Meters, credential: str, certificate: str | None
+        self,
+        desk: Desk,
+        bell: Bell,
+        meters: Meters,
+        credential: str,
+        certificate: str | None,
+        invite: Callable[[], str],
     ) -> None:
         self._desk = desk
         self._bell = bell
         self._meters = meters
         self._credential = credential.encode()
         self._certificate = certificate
+        self._invite = invite
 
     def asgi(self) -> ASGIApp:
         """The application."""
@@ -60,6 +67,7 @@ class AdminApp:
             "pause": self._pause,
             "resume": self._resume,
             "revoke": self._revoke,
+            "dashboard": lambda _: {"link": self._invite()},
         }
         paths = [
             Path(f"/admin/{name}", self._get(do), methods=["GET"]) for name, do in gets.items()

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -76,10 +76,10 @@ class DeviceApp:
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
 
-    def asgi(self) -> ASGIApp:
-        """The application."""
+    def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
+        """The application; `others` are paths that are not for devices."""
         handlers = error_handlers(self.desk.service.time.now)
-        app = Starlette(routes=self.paths(), exception_handlers=handlers)
+        app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,7 +91,7 @@ class DeviceApp:
         return measured(counted, self.meters)
 
     def paths(self) -> list[Path]:
-        """All that is answered at the devices' address."""
+        """All that is answered to devices."""
         by_path: dict[str, list[Route]] = {}
         for route in ROUTES:
             by_path.setdefault(route.path.partition("?")[0], []).append(route)

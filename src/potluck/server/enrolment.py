@@ -114,7 +114,7 @@ def revoke(database: Database, device: str, now: int, *, actor: str) -> None:
         audit.append(db, now, actor, "revoke", device=device)
 
 
-def claim_sequence(database: Database, device: str, sequence: int) -> None:
+def claim_sequence(database: Database, device: str, sequence: int, now: int) -> None:
     """Note the sequence number of a signed request: each one counts once, also after a restart.
 
     Raises:
@@ -122,20 +122,23 @@ def claim_sequence(database: Database, device: str, sequence: int) -> None:
     """
     with database.write() as db:
         newer = (devices.c.id == device) & (devices.c.sequence < sequence)
-        if db.execute(update(devices).where(newer).values(sequence=sequence)).rowcount == 0:
+        if (
+            db.execute(update(devices).where(newer).values(sequence=sequence, seen_ms=now)).rowcount
+            == 0
+        ):
             raise RefusedError(
                 "replayed", f"a sequence number must be new, got sequence={sequence}. Count on."
             )
 
 
-def claim_sequences(database: Database, claims: Sequence[tuple[str, int]]) -> list[bool]:
+def claim_sequences(database: Database, claims: Sequence[tuple[str, int]], now: int) -> list[bool]:
     """Note many (device, sequence number) in one transaction: whether each one was new."""
     with database.write() as db:
         return [
             db.execute(
                 update(devices)
                 .where(devices.c.id == device, devices.c.sequence < sequence)
-                .values(sequence=sequence)
+                .values(sequence=sequence, seen_ms=now)
             ).rowcount
             == 1
             for device, sequence in claims
@@ -170,6 +173,7 @@ def _insert(
         "device_class": device_class[:200],
         "sequence": 0,
         "enrolled_ms": now,
+        "seen_ms": now,
     }
     db.execute(insert(devices).values(values))
     audit.append(db, now, f"device {id}", "enrol", run=run, client=count)

@@ -33,6 +33,8 @@ from potluck.server.settings import RoundSettings, milliseconds
 from potluck.server.tables import OPEN, assignments, devices, reports, rounds, runs
 
 Step = Literal["train", "close", "abandon", "wait"]
+LEASE_RAN_OUT = "the lease ran out"
+"""Why an assignment expired: its device was silent; and not: it was not needed any more."""
 _GRACE_MS = 30_000
 
 
@@ -117,7 +119,7 @@ def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, n
 def expire_leases(db: Connection, now: int) -> None:
     """Free the slots of devices that were silent for too long."""
     late = (assignments.c.state == "active") & (assignments.c.lease_ms <= now)
-    values = {"state": "expired", "reason": "the lease ran out"}
+    values = {"state": "expired", "reason": LEASE_RAN_OUT}
     db.execute(update(assignments).where(late).values(values))
 
 

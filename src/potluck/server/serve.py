@@ -30,6 +30,7 @@ from potluck.server.admin import AdminApp
 from potluck.server.app import DeviceApp
 from potluck.server.bell import Bell
 from potluck.server.connection import Connection
+from potluck.server.dashboard import Dashboard
 from potluck.server.desk import Desk
 from potluck.server.home import Home
 from potluck.server.meters import Meters
@@ -81,9 +82,12 @@ class Server:
             self._socket.close()
             raise
         devices = DeviceApp(desk, self._bell, self._meters, long_poll_seconds=long_poll_seconds)
-        admin = AdminApp(desk, self._bell, self._meters, home.new_credential(), pinned)
+        self.dashboard = Dashboard(desk, self._bell, self.address)
+        admin = AdminApp(
+            desk, self._bell, self._meters, home.new_credential(), pinned, self.dashboard.invite
+        )
         self._servers = [
-            _uvicorn(devices.asgi(), certificate, private_key),
+            _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
             _uvicorn(admin.asgi(), None, None),
         ]
 

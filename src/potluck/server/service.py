@@ -238,11 +238,11 @@ class Service:
 
     def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[bool]:
         """Note many (device, sequence number) at once: whether each one was new."""
-        return enrolment.claim_sequences(self.database, claims)
+        return enrolment.claim_sequences(self.database, claims, self.time.now())
 
     def claim_sequence(self, device: str, sequence: int) -> None:
         """Note the sequence number of a signed request, or refuse a replay."""
-        enrolment.claim_sequence(self.database, device, sequence)
+        enrolment.claim_sequence(self.database, device, sequence, self.time.now())
 
     def device(self, device: str) -> Row[Any]:
         """A device that may take part: its key, sequence number, run and client index."""

@@ -2,6 +2,7 @@
 
     runs ─┬─ models         a version after every committed round; version 0 is the initial model
           ├─ tokens         single-use permissions to enrol, as hashes
+          ├─ sign_ins       keys and sessions of the dashboard, as hashes
           ├─ devices        `client` is the order of enrolment, and the index in random streams
           └─ rounds ─┬─ assignments ── uploads      a device at work; the bytes it is sending
                      ├─ reports                     accepted, at most one for each device
@@ -99,6 +100,16 @@ tokens = Table(
     Column("device", String(32)),  # who used it
 )
 
+sign_ins = Table(
+    "sign_ins",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    _run(),
+    Column("kind", String(16), nullable=False),  # key, session
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+)
+
 devices = Table(
     "devices",
     metadata,
@@ -110,6 +121,7 @@ devices = Table(
     Column("device_class", String(200), nullable=False),
     Column("sequence", BigInteger, nullable=False),  # of its last signed request
     Column("enrolled_ms", BigInteger, nullable=False),
+    Column("seen_ms", BigInteger, nullable=False),  # of its last signed request
     Column("revoked_ms", BigInteger),
     Index("uq_devices_client", "run", "client", unique=True),
 )

@@ -58,6 +58,7 @@ def upgrade() -> None:
         sa.Column("device_class", sa.String(length=200), nullable=False),
         sa.Column("sequence", sa.BigInteger(), nullable=False),
         sa.Column("enrolled_ms", sa.BigInteger(), nullable=False),
+        sa.Column("seen_ms", sa.BigInteger(), nullable=False),
         sa.Column("revoked_ms", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_devices_run")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_devices")),
@@ -128,6 +129,16 @@ def upgrade() -> None:
         unique=True,
         sqlite_where=sa.text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')"),
         postgresql_where=sa.text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')"),
+    )
+    op.create_table(
+        "sign_ins",
+        sa.Column("hash", sa.String(length=64), nullable=False),
+        sa.Column("run", sa.String(length=32), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("expires_ms", sa.BigInteger(), nullable=False),
+        sa.Column("created_ms", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_sign_ins_run")),
+        sa.PrimaryKeyConstraint("hash", name=op.f("pk_sign_ins")),
     )
     op.create_table(
         "tokens",

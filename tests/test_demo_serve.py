@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_what_cannot_work_is_told_in_one_line(tmp_path):
         assert "the address must be free and ours" in error_of("--devices", 2, "--port", port)
     (tmp_path / "bad.toml").write_text("name = 1\n")
     assert error_of("--experiment", tmp_path / "bad.toml").startswith("error: ")
+    (tmp_path / "own").mkdir()
+    np.savez(tmp_path / "own/one.npz", inputs=np.eye(5, dtype=np.float32), targets=np.arange(5) % 2)
+    own = 'data = "folder"\nmodel = "logistic"\npath = "own"'
+    text = f'name = "own"\n[task]\n{own}\n[partition]\nkind = "own"\n'
+    text += "[algorithm]\nclient_lr = 0.1\n[run]\nrounds = 2\n"
+    (tmp_path / "bad.toml").write_text(text)
+    told = error_of("--experiment", tmp_path / "bad.toml", "--devices", 2)
+    assert "a client for every device, got clients=1" in told
     assert "must be a readable file" in error_of("--experiment", tmp_path / "none.toml")
     assert "at most devices=2, got drop_outs=3" in error_of("--devices", 2, "--drop-outs", 3)
     assert "can share a core" in error_of("--devices", 10**6)

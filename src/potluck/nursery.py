@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from potluck.core import PotluckError, RunError, Spec, Update, Vector
+from potluck.core import ConfigError, PotluckError, RunError, Spec, Update, Vector
 from potluck.device import Event, TorchTrainer, one_client, run_until_stopped
 from potluck.device.training import Sums
 from potluck.experiment import load_experiment
@@ -128,7 +128,12 @@ class Nursery:
         self._end(list(self._children), _SERVER_SECONDS)
 
     def _start(self, asked: dict[str, Any]) -> None:
-        device = int(asked["device"])
+        device, clients = int(asked["device"]), self._data.num_clients
+        if device >= clients:
+            raise ConfigError(
+                f"the experiment must have a client for every device, got clients={clients}. "
+                f"Start {clients} devices or fewer."
+            )
         pid = self._fork(device, lambda: self._be_device(device, asked))
         say({"is": "started", "device": device, "pid": pid})
 

@@ -10,9 +10,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from record import ROOT, record
 
 from potluck.protocol import Enrolled, Error, parse_message
-from record import ROOT, record
 from remote import Served
 from test_access import DEVICES, FAULTS, _faulty, at_work
 from test_malformed import assert_unharmed, attacked

@@ -192,6 +192,16 @@ def test_the_admin_socket_is_for_who_has_the_credential(tmp_path):
                 parse_message(answer.content, Error)
 
 
+def test_a_folder_that_others_could_read_is_its_owners_alone_from_then_on(tmp_path):
+    (tmp_path / "home").mkdir(mode=0o755)
+    with Served(tmp_path) as served:
+        for path in (served.home.folder, served.home.folder / "blobs"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="must be its own"):
+        Home(tmp_path / "file").make()
+
+
 def test_two_servers_do_not_share_a_folder_and_a_stale_socket_is_replaced(tmp_path):
     with Served(tmp_path) as served, pytest.raises(RunError, match="another server"):
         Served(tmp_path).__enter__()

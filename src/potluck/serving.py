@@ -6,7 +6,6 @@ All but `serve` are thin clients of the admin socket in the server's folder.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +83,6 @@ def serve(
         private_key=private_key,
     )
     log_to_stderr(log_level)
-    os.umask(0o077)  # what devices send is for the owner alone, also in a folder that was there
     server = open_server(file, [*(overrides or []), *changes], home, listen, database, blobs)
     for name, value in (
         ("run", server.desk.name),

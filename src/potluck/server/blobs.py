@@ -91,7 +91,7 @@ class FolderStore:
         self._temporary = self._folder / "temporary"
         with _disk_errors():
             for path in (self._folder, self._parts, self._temporary):
-                path.mkdir(parents=True, exist_ok=True)
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)  # updates are private
             self._sweep()
 
     def put(self, key: str, pieces: Iterable[bytes]) -> None:

@@ -29,8 +29,20 @@ class Home:
         self.folder = Path(folder)
 
     def make(self) -> None:
-        """Make the folder, for its owner alone."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Make the folder, for its owner alone, also if it was there for others.
+
+        Raises:
+            RunError: it cannot be made so.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.folder.stat().st_mode & 0o077:
+                self.folder.chmod(0o700)
+        except OSError as error:
+            raise RunError(
+                f"the server's folder must be its own, got {error.strerror!r} for "
+                f"{str(self.folder)!r}. Name another one with --home."
+            ) from None
 
     @property
     def database(self) -> str:

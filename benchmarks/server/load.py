@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from wire import Body, LoadDevice, Place, expect, trusting
+from wire import MOVED, Body, LoadDevice, Place, expect, trusting
 
 KEY_BYTES = 32
 
@@ -55,7 +55,7 @@ async def rounds(job: dict[str, Any]) -> dict[str, Any]:
     """Take part until the run is finished; `seconds` of each report, from check-in to accepted."""
     body = Body.of(Path(job["update"]).read_bytes())
     seconds: list[float] = []
-    moved = [0]
+    vectors = [0]
 
     async def live(device: LoadDevice) -> None:
         while True:
@@ -68,11 +68,11 @@ async def rounds(job: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
             await device.take_part(given, body)
             seconds.append(time.perf_counter() - start)
-            moved[0] += 2 * len(body.data)
+            vectors[0] += 2 * len(body.data)
 
     devices = devices_of(job)
     await asyncio.gather(*map(live, devices))
-    return {"seconds": seconds, "vector_bytes": moved}
+    return {"seconds": seconds, "vector_bytes": vectors, "bytes": MOVED}
 
 
 async def poll(job: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +151,10 @@ async def come_back(job: dict[str, Any]) -> dict[str, Any]:
         tries, was_cut = 0, False
         while time.time() < until:
             try:
-                wire = await device.connect()
+                await device.connect()
                 arrived.append(time.time())
                 head = device.head("POST", "/v1/check-in", device.check_in_body)
                 answer = await asyncio.wait_for(device.send(head, device.check_in_body), 60)
-                del wire
             except OSError:
                 device.close()
                 tries, was_cut = tries + 1, True
@@ -233,7 +232,7 @@ async def cut(job: dict[str, Any]) -> dict[str, Any]:
         if cuts and start <= cuts[0] < start + len(chunk):
             part = chunk[: cuts.pop(0) - start]
             wire = await device.connect()
-            wire.begin()
+            wire.begin().cancel()  # no answer is waited for
             await wire.write(memoryview(head))
             await wire.write(part)
             await asyncio.sleep(0.2)  # what was written is on its way

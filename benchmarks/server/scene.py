@@ -4,8 +4,8 @@
         scene.load("rounds", count=20)
 
 The model is the paper's 2NN over invented data with as many features as the size asks for; only
-its bytes matter. The server may be held to one core and to a limit of memory. Keys are made once
-and kept in a folder; enrolment is done anew, by the protocol.
+its bytes matter. The server may be held to one core; the devices then have the others. Keys are
+made once and kept in a folder; enrolment is done anew, by the protocol.
 """
 
 from __future__ import annotations
@@ -73,10 +73,9 @@ class Scene:
         long_poll: float = 25.0,
         pace: float = 10.0,
         core: int | None = None,
-        memory_bytes: int | None = None,
     ) -> None:
         self.folder, self.home, self.devices = folder, Home(folder / "home"), devices
-        self._core, self._memory_bytes = core, memory_bytes
+        self._core = core
         self._process: subprocess.Popen[bytes] | None = None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -107,8 +106,6 @@ class Scene:
         """Start the server, and wait until it answers."""
         begin = time.perf_counter()
         pin = [] if self._core is None else ["taskset", "-c", str(self._core)]
-        if self._memory_bytes is not None:
-            pin += ["prlimit", f"--data={self._memory_bytes}"]
         command = [sys.executable, "-m", "potluck", "serve", "load.toml", "--home", "home"]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -164,14 +161,6 @@ class Scene:
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
         raise RuntimeError(f"no {name} in /proc")
-
-    def socket_bytes(self) -> int:
-        """Sent and received on the loopback interface by everybody, headers included."""
-        for line in Path("/proc/net/dev").read_text().splitlines():
-            name, _, fields = line.partition(":")
-            if name.strip() == "lo":
-                return int(fields.split()[0])
-        raise RuntimeError("no loopback interface")
 
     def status(self) -> dict[str, Any]:
         """What the operator is told."""

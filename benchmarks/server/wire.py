@@ -1,4 +1,4 @@
-"""A device that trains nothing: real keys, real signatures, real TLS, and as little else as possible.
+"""A device that trains nothing: real keys, real signatures, real TLS, and little else.
 
 It speaks the protocol with `potluck.protocol`, over connections that cost less than the server's:
 an asyncio protocol that reads into one shared buffer, and uploads one body that all devices share.
@@ -30,6 +30,8 @@ from potluck.protocol import (
 RUNTIME = Runtime(name="load", version="1")
 _PIECE = 128 * 1024
 _SCRATCH = memoryview(bytearray(256 * 1024))  # all connections of a process read into it in turn
+MOVED = [0]
+"""Bytes that the connections of this process sent and received, inside TLS."""
 _TYPES = {"POST": "application/json", "PUT": "application/octet-stream"}
 
 
@@ -80,6 +82,7 @@ class Wire(asyncio.BufferedProtocol):
         return _SCRATCH
 
     def buffer_updated(self, nbytes: int) -> None:
+        MOVED[0] += nbytes
         data = _SCRATCH[:nbytes]
         if self._left < 0:
             self._head += data
@@ -121,14 +124,19 @@ class Wire(asyncio.BufferedProtocol):
     async def write(self, data: memoryview) -> None:
         """Send bytes no faster than the other side reads; stop early when it has answered."""
         for start in range(0, len(data), _PIECE):
-            if self.transport is None or self._answer is None or self._answer.done():
+            if self.transport is None or self._answered():
                 return
-            self.transport.write(data[start : start + _PIECE])
+            piece = data[start : start + _PIECE]
+            MOVED[0] += len(piece)
+            self.transport.write(piece)
             await self._may_write.wait()
 
     def close(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+
+    def _answered(self) -> bool:
+        return self._answer is not None and self._answer.done() and not self._answer.cancelled()
 
     def _read_head(self, head: bytes) -> None:
         first, *lines = head.decode("latin-1").split("\r\n")
@@ -227,9 +235,7 @@ class LoadDevice:
             self.close()
         return Answer(status, headers, content, time.perf_counter() - start)
 
-    async def call(
-        self, method: str, path: str, body: bytes = b""
-    ) -> Answer:
+    async def call(self, method: str, path: str, body: bytes = b"") -> Answer:
         """A request, tried again where the protocol says so."""
         tries = 0
         while True:

@@ -2,7 +2,9 @@
 
 SQLite by default, PostgreSQL by URL. A writing transaction of SQLite begins IMMEDIATE, so writers
 queue instead of failing half-way; with `synchronous = FULL` and a write-ahead log a commit that
-returned is on the disk. On PostgreSQL transactions are READ COMMITTED, and those that decide
+returned is on the disk. Writers of one process queue for a lock of ours, not for SQLite's, which
+would be asked again and again; those that come while one writes share its commit, and so one fsync
+(`groups`). On PostgreSQL transactions are READ COMMITTED, and those that decide
 something lock the row that they decide about (`for_update`).
 
 Whatever goes wrong between us and the database is one `StorageError`, which a server answers with
@@ -26,6 +28,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
 from potluck.core import StorageError
+from potluck.server.groups import Groups
 
 _BUSY_SECONDS = 20
 _LOCK = 0x706F746C75636B  # of PostgreSQL's advisory locks: schema changes and the audit log
@@ -38,6 +41,7 @@ class Database:
         """Connect to `sqlite:///path`, `postgresql+psycopg://…`, or a path of a file."""
         self.engine = _engine(url)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._groups = Groups(self._begin)
 
     @contextlib.contextmanager
     def read(self) -> Generator[Connection]:
@@ -48,10 +52,22 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Generator[Connection]:
         """All or nothing: committed at the end of the block, rolled back on any exception."""
-        with _storage_errors(), self.engine.connect() as plain:
-            db = plain.execution_options(potluck_write=True)
-            with db.begin():
-                yield db
+        with _storage_errors():
+            if self.is_sqlite:
+                with self._groups.join() as db:
+                    yield db
+            else:
+                with self.engine.begin() as db:
+                    yield db
+
+    def _begin(self) -> Connection:
+        db = self.engine.connect().execution_options(potluck_write=True)
+        try:
+            db.begin()
+        except BaseException:
+            db.close()
+            raise
+        return db
 
     def upgrade(self) -> None:
         """Bring the schema to the newest version; several processes may do so at once."""

@@ -76,8 +76,8 @@ class UnitTrainer:
 class Device:
     """A device at work in a thread. `died` is what ended it, unless the run did."""
 
-    def __init__(self, address, invitation, folder, trainer):
-        self.clock, self.events, self.died = HastyClock(), [], None
+    def __init__(self, address, invitation, folder, trainer, clock=None):
+        self.clock, self.events, self.died = clock or HastyClock(), [], None
         self._arguments = (address, invitation, folder, trainer)
         self.folder = folder
         self._thread = threading.Thread(target=self._run)

@@ -314,5 +314,8 @@ def test_the_tables_that_pages_of_algorithms_show_are_valid(written, page):
     head, rest = GOOD.split("[algorithm]")
     run = rest[rest.index("[run]") :]
     for shown in re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        if shown.startswith("[run]"):
+            assert load_experiment(written(GOOD.replace("[run]\n", shown)))
+            continue
         algorithm = "" if shown.startswith("[algorithm]") else "[algorithm]\nclient_lr = 0.1\n"
         build_algorithm(load_experiment(written(f"{head}{algorithm}{shown}{run}")))

@@ -18,14 +18,17 @@ from alembic.migration import MigrationContext
 from obstore.store import MemoryStore
 from sqlalchemy import delete, select, text, update
 
-from fleet import Fleet
-from potluck.core import RefusedError, StorageError
+from fleet import Clock, Fleet
+from potluck.core import RefusedError, RunError, StorageError
 from potluck.protocol import decode_blocks
+from potluck.server import Service
 from potluck.server.aggregation import BLOCK, Stored, aggregate
 from potluck.server.blobs import FolderStore, open_blobs
 from potluck.server.database import Database
+from potluck.server.home import Home
 from potluck.server.objects import ObjectStore
 from potluck.server.tables import audit, metadata, tokens
+from potluck.simulation.build import build_algorithm
 
 
 @pytest.fixture(params=["folder", "objects", "s3"])
@@ -272,6 +275,31 @@ def test_one_process_leads_and_another_takes_over_when_it_is_silent(database_url
     other.close()  # and says so
     assert fleet.service.tick()
     fleet.service.close()
+
+
+def test_the_next_life_of_a_killed_leader_leads_at_once_and_a_strangers_does_not(
+    database_url, tmp_path
+):
+    home, clock = Home(tmp_path / "home"), Clock()
+    life = home.begin()
+    service = functools.partial(
+        Service.open, database_url, str(tmp_path / "blobs"), build=build_algorithm, clock=clock
+    )
+    first = service(life=life)
+    assert first.tick()
+    stranger = service()
+    assert not stranger.tick()
+    with pytest.raises(RunError, match="another server"):
+        home.begin()
+    life.close()  # without resigning, as the kernel does after a kill
+    second = service(life=home.begin())
+    assert second.tick()
+    clock.pass_(1)
+    assert not first.tick()
+    assert second.tick()
+    assert not stranger.tick()
+    for one in (first, second, stranger):
+        one.close()
 
 
 def test_a_leader_that_was_fenced_changes_nothing(database_url, tmp_path):

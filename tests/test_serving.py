@@ -27,6 +27,7 @@ from potluck.server.home import Home
 from potluck.server.logs import JsonFormatter
 from potluck.server.serve import Listen
 from potluck.server.tls import certificate_fingerprint, ensure_certificate
+from potluck.serving import open_server
 from remote import Caller, Served
 
 EXPERIMENT = """
@@ -141,6 +142,23 @@ def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path):
     assert not (home / "admin.sock").exists()
     for line in (tmp_path / "log").read_text().splitlines():
         assert {"time", "level", "logger", "event"} <= set(json.loads(line))
+
+
+def test_a_server_goes_on_without_waiting_for_pytorch(tmp_path):
+    file = tmp_path / "kitchen.toml"
+    file.write_text(EXPERIMENT)
+    open_server(file, [], tmp_path / "home", Listen(port=0)).close()
+    code = f"""
+import sys
+from pathlib import Path
+from potluck.server.serve import Listen
+from potluck.serving import open_server
+server = open_server(Path({str(file)!r}), [], Path({str(tmp_path / "home")!r}), Listen(port=0))
+print("torch" in sys.modules, server.desk.spec.dim, sorted(server.desk.plan))
+server.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False 650 ['algorithm', 'needs', 'task']"
 
 
 def test_operators_ask_and_are_answered(tmp_path):

@@ -255,7 +255,8 @@ class Agent:
             yield Event("refused", round, str(error))
             return
         self._outbox.accept()
-        yield Event("accepted", round)
+        attempt = f"attempt {answer.attempt}" if answer.attempt > 1 else ""
+        yield Event("accepted", round, attempt)
         self._clock.wait(answer.retry_after_seconds)
 
     def _send_evaluation(

@@ -3,7 +3,8 @@
 One request at a time. Before each the next sequence number is stored, and the request recorded.
 A request without an answer, or with one that is not of the protocol (a proxy's page, say), is tried
 again after a random time that grows; a refusal is raised. A wrong clock is corrected by what the
-server says, once for a request.
+server says, once for a request. Between corrections time is counted by the monotonic clock, so a
+jump of the machine's clock moves no deadline in the middle of the work.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Connection:
         self._record = record
         self._clock = clock
         self._uniform = uniform
-        self._ahead_ms = 0  # the server's clock before ours
+        self._offset_ms = clock.now_ms() - _elapsed_ms(clock)  # of the server's time, as known
         # Neither proxies nor .netrc from the environment: the pin is on this very connection.
         self._client = httpx.Client(
             verify=client_context(certificate), timeout=_TIMEOUT, trust_env=False
@@ -124,7 +125,7 @@ class Connection:
 
     def now_ms(self) -> int:
         """Unix time as the server counts it, as far as it is known."""
-        return self._clock.now_ms() + self._ahead_ms
+        return _elapsed_ms(self._clock) + self._offset_ms
 
     def backoff(self) -> Backoff:
         """A new wait between tries."""
@@ -254,9 +255,9 @@ class Connection:
         """
         if server_time_ms > LATEST_MS:
             return
-        ahead = server_time_ms - self._clock.now_ms()
-        if abs(ahead - self._ahead_ms) > MAX_SKEW_MS // 10:
-            self._ahead_ms = ahead
+        offset = server_time_ms - _elapsed_ms(self._clock)
+        if abs(offset - self._offset_ms) > MAX_SKEW_MS // 10:
+            self._offset_ms = offset
 
     def _sign(self, method: str, path: str, body: bytes) -> dict[str, str]:
         first = 1 if self._home.has_sequence() or self._home.enrolment() is None else self.now_ms()
@@ -269,6 +270,10 @@ class Connection:
             sequence=self._home.next_sequence(first),
             time_ms=self.now_ms(),
         )
+
+
+def _elapsed_ms(clock: Clock) -> int:
+    return round(clock.monotonic() * 1000)
 
 
 def check_url(url: str, certificate: str | None) -> httpx.URL:

@@ -4,6 +4,7 @@
     run-<name>.key              signs the manifests of a run; devices pin its public half
     certificate.pem, tls.key    the server's own certificate; devices pin its fingerprint
     admin.sock, admin.key       where operators talk to the server, and with what
+    lock                        held by the process that serves; names its life
 
 The folder is readable by its owner alone. Losing a key means that every device enrols again;
 several servers of one run share the keys.
@@ -11,6 +12,7 @@ several servers of one run share the keys.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from pathlib import Path
@@ -20,6 +22,34 @@ from potluck.protocol import new_key
 from potluck.protocol.keys import KEY_BYTES
 
 DEFAULT = Path("potluck-server")
+
+
+class Life:
+    """A process's hold on a server's folder, until `close` or the process's end.
+
+    The kernel lets go of the lock of a process that was killed. So whoever holds it knows that the
+    life before, whose name is in the file, is over: what that one led may be taken at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise RunError(
+                f"a server's folder serves one process at a time, got {str(path.parent)!r}, where "
+                "another server is at work. Stop it, or name another --home."
+            ) from None
+        self.before = os.pread(self._file, 64, 0).decode("ascii", "replace")
+        self.id = secrets.token_hex(16)
+        os.pwrite(self._file, self.id.encode(), 0)
+
+    def close(self) -> None:
+        """Let another process serve."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 class Home:
@@ -43,6 +73,15 @@ class Home:
                 f"the server's folder must be its own, got {error.strerror!r} for "
                 f"{str(self.folder)!r}. Name another one with --home."
             ) from None
+
+    def begin(self) -> Life:
+        """Be the one process that serves from this folder.
+
+        Raises:
+            RunError: another one does.
+        """
+        self.make()
+        return Life(self.folder / "lock")
 
     @property
     def database(self) -> str:

@@ -4,7 +4,8 @@ The leader alone moves rounds from state to state. It beats at least every third
 `LEASE_SECONDS`; when the others have seen no new beat for that long, by their own monotonic
 clocks, the first to notice takes over with the next fencing number. Every transition checks, in
 its own transaction, that its number is still the newest, so a leader that slept and woke up
-changes nothing.
+changes nothing. A process that was started again in the place of one that is known to be dead (its
+`predecessor`) does not wait for that one's lease.
 """
 
 from __future__ import annotations
@@ -30,8 +31,16 @@ class FencedError(PotluckError):
 class Candidate:
     """One process's part in the election."""
 
-    def __init__(self, time: CommonTime, lease_seconds: float = LEASE_SECONDS) -> None:
-        self.id = secrets.token_hex(16)
+    def __init__(
+        self,
+        time: CommonTime,
+        lease_seconds: float = LEASE_SECONDS,
+        *,
+        id: str | None = None,
+        predecessor: str = "",
+    ) -> None:
+        self.id = id or secrets.token_hex(16)
+        self._nobody = ("", predecessor)  # holders that do not lead any more
         self.fence = 0  # ours, while we lead
         self.taken = False  # whether the last `beat` took over
         self._time = time
@@ -80,7 +89,7 @@ class Candidate:
         """Whether nobody leads; and set our time by whoever does."""
         with database.read() as db:
             row = one(db, select(leader))
-        if row is None or row.holder == "":
+        if row is None or row.holder in self._nobody:
             return True
         if (row.fence, row.heartbeat_ms) != self._seen:
             first = self._seen is None
@@ -100,7 +109,8 @@ class Candidate:
             )
             return
         if row.holder != self.id or row.fence != self.fence:
-            if self.fence or (row.holder and (row.fence, row.heartbeat_ms) != self._seen):
+            seen = (row.fence, row.heartbeat_ms) == self._seen
+            if self.fence or not (seen or row.holder in self._nobody):
                 raise FencedError("another process leads")
             self.fence, self.taken = row.fence + 1, True
         if row.heartbeat_ms > self._time.now():

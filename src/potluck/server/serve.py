@@ -34,7 +34,7 @@ from potluck.server.dashboard import Dashboard
 from potluck.server.desk import Desk
 from potluck.server.home import Home
 from potluck.server.meters import Meters
-from potluck.server.service import Service
+from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings
 from potluck.server.tls import certificate_fingerprint, ensure_certificate
 
@@ -114,6 +114,13 @@ class Server:
                     self._home.socket.unlink()
                 await asyncio.to_thread(self.desk.service.close)
 
+    def close(self) -> None:
+        """Give up a server that never ran."""
+        self._socket.close()
+        self._admin_socket.close()
+        self._home.socket.unlink(missing_ok=True)
+        self.desk.service.close()
+
     def stop(self) -> None:
         """Finish what is under way and return from `run`; from any thread."""
         self._stopping = True
@@ -174,6 +181,46 @@ def open_desk(
     settings: RoundSettings,
 ) -> Desk:
     """Begin the run of an experiment, or go on with it."""
+    service = _open_service(experiment, home, database, blobs, build)
+    try:
+        key = home.run_key(experiment.name, is_new=service.find_run(experiment.name) is None)
+        run = service.create_run(experiment, weights, spec, settings, plan=plan)
+    except BaseException:
+        service.close()
+        raise
+    return _desk(service, experiment, key, Begun(run, spec, plan), settings)
+
+
+def resume_desk(
+    experiment: Experiment,
+    home: Home,
+    *,
+    database: str | None,
+    blobs: str | None,
+    build: Callable[[Experiment], Algorithm],
+    settings: RoundSettings,
+) -> Desk | None:
+    """Go on with the run of an experiment, if it was begun: without its data, and so at once."""
+    service = _open_service(experiment, home, database, blobs, build)
+    try:
+        begun = service.resume_run(experiment, settings)
+        if begun is not None:
+            key = home.run_key(experiment.name, is_new=False)
+            return _desk(service, experiment, key, begun, settings)
+    except BaseException:
+        service.close()
+        raise
+    service.close()
+    return None
+
+
+def _open_service(
+    experiment: Experiment,
+    home: Home,
+    database: str | None,
+    blobs: str | None,
+    build: Callable[[Experiment], Algorithm],
+) -> Service:
     algorithm = build(experiment)
     if algorithm.vectors != 1 or algorithm.client_vectors != 0:
         raise ConfigError(
@@ -182,21 +229,24 @@ def open_desk(
         )
     if len(experiment.name) > 64:
         raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
-    home.make()
-    service = Service.open(database or home.database, blobs or home.blobs, build=build)
+    life = home.begin()
     try:
-        key = home.run_key(experiment.name, is_new=service.find_run(experiment.name) is None)
-        run = service.create_run(experiment, weights, spec, settings)
+        return Service.open(database or home.database, blobs or home.blobs, build=build, life=life)
     except BaseException:
-        service.close()
+        life.close()
         raise
+
+
+def _desk(
+    service: Service, experiment: Experiment, key: bytes, begun: Begun, settings: RoundSettings
+) -> Desk:
     return Desk(
         service=service,
-        run=run,
+        run=begun.id,
         name=experiment.name,
         key=key,
-        spec=spec,
-        plan=plan,
+        spec=begun.spec,
+        plan=begun.plan,
         settings=settings,
         codec=experiment.run.codec or "float32",
     )
@@ -258,15 +308,7 @@ def _listen(listen: Listen) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    probe = socket.socket(socket.AF_UNIX)
-    try:
-        probe.connect(str(path))
-    except OSError:
-        path.unlink(missing_ok=True)
-    else:
-        raise RunError(f"another server answers at {path}. Stop it, or name another --home.")
-    finally:
-        probe.close()
+    path.unlink(missing_ok=True)  # of the life before: the folder is held by us alone
     made = socket.socket(socket.AF_UNIX)
     old = os.umask(0o177)
     try:

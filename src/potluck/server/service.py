@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.numpy import save
 from sqlalchemy import Row, func, insert, select, update
@@ -32,6 +32,7 @@ from potluck.server import commit as commits
 from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
+from potluck.server.home import Life
 from potluck.server.lead import experiment_of, lead, open_round_of
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError
 from potluck.server.settings import RoundSettings
@@ -45,6 +46,14 @@ from potluck.server.tables import (
 from potluck.server.tables import rounds as all_rounds
 
 
+class Begun(NamedTuple):
+    """What a run that was begun brings along."""
+
+    id: str
+    spec: Spec
+    plan: dict[str, Any]
+
+
 class Service:
     """An open server: a database, blobs, and this process's part in leading."""
 
@@ -55,12 +64,15 @@ class Service:
         build: Callable[[Experiment], Algorithm],
         clock: Clock,
         lease_seconds: float = LEASE_SECONDS,
+        life: Life | None = None,
     ) -> None:
         self.database = database
         self.blobs = blobs
         self.time = CommonTime(clock)
         self._build = build
-        self._candidate = Candidate(self.time, lease_seconds)
+        self._life = life
+        names = {} if life is None else {"id": life.id, "predecessor": life.before}
+        self._candidate = Candidate(self.time, lease_seconds, **names)
         self._ticking = threading.Lock()
         self._works = commits.Works(
             database=database, blobs=blobs, check=self._candidate.check, now=self.time.now
@@ -75,6 +87,7 @@ class Service:
         build: Callable[[Experiment], Algorithm],
         clock: Clock | None = None,
         lease_seconds: float = LEASE_SECONDS,
+        life: Life | None = None,
     ) -> Service:
         """Open, or begin, a server's state; older databases are brought up to date.
 
@@ -82,17 +95,22 @@ class Service:
             url: of the database, or the path of an SQLite file.
             blobs: a folder, or the URL of an object store.
             build: from an experiment to its algorithm (`potluck.simulation.build_algorithm`).
+            life: this process's hold on its folder, given up by `close`; what the life before it
+                led is taken over at once.
         """
         faults.arm()
         database = Database(url)
         database.upgrade()
-        return cls(database, open_blobs(blobs), build, clock or SystemClock(), lease_seconds)
+        clock = clock or SystemClock()
+        return cls(database, open_blobs(blobs), build, clock, lease_seconds, life)
 
     def close(self) -> None:
         """Let another process lead at once, and close the database."""
         with self._ticking:
             self._candidate.resign(self.database)
         self.database.close()
+        if self._life is not None:
+            self._life.close()
 
     # What an operator does.
 
@@ -103,9 +121,13 @@ class Service:
         spec: Spec,
         settings: RoundSettings,
         *,
+        plan: Mapping[str, Any] | None = None,
         actor: str = "admin",
     ) -> str:
         """Begin a run from its initial weights, or find the one that was begun. Returns its id.
+
+        Args:
+            plan: what devices do with the model, kept for `resume_run`.
 
         Raises:
             RefusedError: conflict: a run of this name has another experiment or other settings.
@@ -121,11 +143,12 @@ class Service:
             "experiment": experiment.model_dump_json(),
             "settings": settings.model_dump_json(),
             "spec": shape,
+            "plan": json.dumps(dict(plan or {})),
         }
         with self.database.read() as db:
             old = one(db, select(runs).where(runs.c.name == experiment.name))
         if old is not None:
-            return _same_run(old, values)
+            return _same_run(old, values, ("experiment", "settings", "spec"))
         faults.reach("run.before-model")
         state = self._build(experiment).server_init(weights)
         made = commits.store_version(self.blobs, state)
@@ -142,6 +165,21 @@ class Service:
             audit.append(db, now, actor, "create", run=id, name=experiment.name, model=made.sha256)
         faults.reach("run.after-row")
         return id
+
+    def resume_run(self, experiment: Experiment, settings: RoundSettings) -> Begun | None:
+        """A run that was begun, by its name alone: it takes no data, no model and no PyTorch.
+
+        Raises:
+            RefusedError: conflict: it has another experiment or other settings.
+        """
+        with self.database.read() as db:
+            old = one(db, select(runs).where(runs.c.name == experiment.name))
+        if old is None:
+            return None
+        values = {"experiment": experiment.model_dump_json()}
+        values["settings"] = settings.model_dump_json()
+        id = _same_run(old, values, ("experiment", "settings"))
+        return Begun(id, _spec_of(old), json.loads(old.plan))
 
     def issue_token(self, run: str, *, valid_seconds: float = 7 * 86400, actor: str) -> str:
         """A token with which one device can enrol."""
@@ -203,11 +241,8 @@ class Service:
             number = row.version if version is None else version
             audit.append(db, self.time.now(), actor, "export", run=run, version=number)
         state = commits.load_version(self.blobs, self._version(run, number))
-        pairs = json.loads(row.spec)
-        spec = Spec(tuple(n for n, _ in pairs), tuple(tuple(shape) for _, shape in pairs))
-        return save(
-            spec.unflatten(state.weights), {"run": run, "name": row.name, "version": str(number)}
-        )
+        told = {"run": run, "name": row.name, "version": str(number)}
+        return save(_spec_of(row).unflatten(state.weights), told)
 
     def verify_audit(self) -> audit.Break | None:
         """Read the audit log; None when nothing in it was changed."""
@@ -418,8 +453,13 @@ class Service:
         return row
 
 
-def _same_run(old: Row[Any], values: Mapping[str, str]) -> str:
-    for name in ("experiment", "settings", "spec"):
+def _spec_of(run: Row[Any]) -> Spec:
+    pairs = json.loads(run.spec)
+    return Spec(tuple(n for n, _ in pairs), tuple(tuple(shape) for _, shape in pairs))
+
+
+def _same_run(old: Row[Any], values: Mapping[str, str], names: Sequence[str]) -> str:
+    for name in names:
         if getattr(old, name) != values[name]:
             raise RefusedError(
                 "conflict",

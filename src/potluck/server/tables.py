@@ -66,6 +66,7 @@ runs = Table(
     Column("experiment", Text, nullable=False),
     Column("settings", Text, nullable=False),
     Column("spec", Text, nullable=False),
+    Column("plan", Text, nullable=False),  # what devices do with the model
     Column("seed", BigInteger, nullable=False),
     Column("state", String(16), nullable=False),  # running, paused, finished
     Column("reason", Text, nullable=False),  # why it is paused

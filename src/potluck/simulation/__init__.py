@@ -4,6 +4,7 @@ from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
 from potluck.simulation.rounds import Round, make_executor, rounds
 from potluck.simulation.runs import RunRecord, discard_run, read_run, read_weights, train
+from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers, available_cores
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Loop",
     "Round",
     "RunRecord",
+    "Vmap",
     "Workers",
     "available_cores",
     "build_algorithm",

@@ -13,10 +13,11 @@ from potluck.algorithms import Algorithm
 from potluck.core import DivergedError, Poisson, TrainingError, Vector, sample_cohort
 from potluck.core.cohorts import cohort_size
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
+from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
-ExecutorName: TypeAlias = Literal["loop", "workers"]
+ExecutorName: TypeAlias = Literal["loop", "workers", "vmap"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
@@ -55,7 +56,7 @@ def rounds(
         cohort: the fraction C of all clients (0.0 means one), their number, or `Poisson(rate)`.
         num_rounds: stop after this round; without it, until the caller stops.
         seed: of every random stream of the run.
-        executor: "loop", "workers", or an executor of the caller's, which stays open.
+        executor: "loop", "workers", "vmap", or an executor of the caller's, which stays open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
         resume: (number, state, client_states) of an earlier round, to go on from the round after
@@ -154,7 +155,9 @@ def make_executor(name: str, task: Task, num_workers: int | None = None) -> Exec
         return Loop(task)
     if name == "workers":
         return Workers(task, num_workers)
-    raise ValueError(f"executor must be 'loop' or 'workers', got executor={name!r}.")
+    if name == "vmap":
+        return Vmap(task)
+    raise ValueError(f"executor must be 'loop', 'workers' or 'vmap', got executor={name!r}.")
 
 
 def _round(

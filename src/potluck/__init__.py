@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         schedules,
     )
     from potluck.core import Poisson, PotluckError
-    from potluck.simulation import Cluster, Loop, Round, Workers, rounds
+    from potluck.simulation import Cluster, Loop, Round, Vmap, Workers, rounds
     from potluck.tasks import (
         CNN,
         FederatedData,
@@ -59,7 +59,7 @@ _HOMES = {
         "schedules",
     ),
     "potluck.core": ("Poisson", "PotluckError"),
-    "potluck.simulation": ("Cluster", "Loop", "Round", "Workers", "rounds"),
+    "potluck.simulation": ("Cluster", "Loop", "Round", "Vmap", "Workers", "rounds"),
     "potluck.tasks": (
         "CNN",
         "FederatedData",
@@ -93,6 +93,7 @@ __all__ = [
     "Scaffold",
     "Task",
     "TwoNN",
+    "Vmap",
     "Workers",
     "Yogi",
     "datasets",

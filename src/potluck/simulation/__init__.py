@@ -5,6 +5,7 @@ from potluck.simulation.cluster import Cluster
 from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
 from potluck.simulation.rounds import Round, make_executor, rounds
 from potluck.simulation.runs import RunRecord, discard_run, read_run, read_weights, train
+from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers, available_cores
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Loop",
     "Round",
     "RunRecord",
+    "Vmap",
     "Workers",
     "available_cores",
     "build_algorithm",

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm
+from potluck.algorithms import Algorithm, Runtime
 from potluck.core import DivergedError, FixedPointMean, Update, Vector
-from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means
+from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
 
 
 class Failure(NamedTuple):
@@ -155,9 +155,17 @@ class Outcome(NamedTuple):
     failure: Failure | None = None
 
 
+class ClientRuntime(Runtime, Protocol):
+    """A runtime that is told whose examples it trains on."""
+
+    def take(self, examples: Examples) -> None:
+        """Use these examples from the next `begin` on."""
+        ...
+
+
 def train_client(
     task: Task,
-    runtime: TorchRuntime,
+    runtime: ClientRuntime,
     mean: FixedPointMean,
     algorithm: Algorithm,
     received: Vector,

@@ -24,10 +24,11 @@ from potluck.core.cohorts import cohort_size
 from potluck.simulation.cluster import Cluster
 from potluck.simulation.compression import compressed
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
+from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
-ExecutorName: TypeAlias = Literal["loop", "workers", "ray"]
+ExecutorName: TypeAlias = Literal["loop", "workers", "vmap", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
@@ -69,7 +70,8 @@ def rounds(
         seed: of every random stream of the run.
         codec: in which updates travel: "bfloat16", "int8" and "int4" are shorter and lose a little,
             which each client adds to its next update; so it then keeps a state.
-        executor: "loop", "workers", "ray", or an executor of the caller's, which stays open.
+        executor: "loop", "workers", "vmap", "ray", or an executor of the caller's, which
+            stays open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
         resume: (number, state, client_states) of an earlier round, to go on from the round after
@@ -180,9 +182,13 @@ def make_executor(
         return Loop(task)
     if name == "workers":
         return Workers(task, num_workers)
+    if name == "vmap":
+        return Vmap(task)
     if name == "ray":
         return Cluster(task, num_workers, address=address)
-    raise ValueError(f"executor must be 'loop', 'workers' or 'ray', got executor={name!r}.")
+    raise ValueError(
+        f"executor must be 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}."
+    )
 
 
 def _round(

@@ -1,6 +1,7 @@
 """Tasks: data sets, partitions, models, losses, metrics, evaluation and local training."""
 
 from potluck.tasks import datasets, own_data, partitions
+from potluck.tasks.cohort import CohortRuntime, LocalRun
 from potluck.tasks.data import Dataset, Examples, FederatedData, divide
 from potluck.tasks.evaluation import (
     Evaluator,
@@ -29,11 +30,13 @@ __all__ = [
     "CNN",
     "CharLSTM",
     "CharacterAccuracy",
+    "CohortRuntime",
     "Dataset",
     "Evaluator",
     "Examples",
     "FederatedData",
     "FederatedMetric",
+    "LocalRun",
     "LogisticRegression",
     "Loss",
     "Metric",

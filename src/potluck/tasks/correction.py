@@ -9,7 +9,8 @@ never written. Averaged buffers and frozen parameters have no gradient and are n
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +64,27 @@ class CorrectedStep:
     def _views(self, vector: Tensor) -> list[Tensor]:
         views = self._spec.unflatten(vector)
         return [views[name] for name in self._named]
+
+
+class Pull(NamedTuple):
+    """The correction of one step of many clients, in those that make it."""
+
+    gradient_clip: float | None
+    proximal: float
+    received: Mapping[str, Tensor]  # by name, each [clients, …]; empty without a proximal term
+    drift: Mapping[str, Tensor]  # the same; empty without a drift
+
+    def apply(self, parameters: Mapping[str, Tensor], lr: float) -> None:
+        """All of it but the clipping, in place: before the gradient, whatever its size."""
+        if self.received:
+            for name, parameter in parameters.items():
+                parameter.lerp_(self.received[name], lr * self.proximal)
+        if self.drift:
+            for name, parameter in parameters.items():
+                parameter.add_(self.drift[name], alpha=-lr)
+
+    def clip_factors(self, squares: Tensor) -> Tensor:
+        """From the squared norms of the gradients [clients] to what they are multiplied by."""
+        assert self.gradient_clip is not None
+        norms = squares.clamp(min=0.0).sqrt()
+        return self.gradient_clip / norms.clamp(min=self.gradient_clip)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from potluck.core import Correction, Spec, Vector
@@ -117,16 +117,36 @@ class TorchRuntime:
                     tensor.add_(gradient, alpha=-lr)
 
 
+class Judged(nn.Module):
+    """A module and the loss of its outputs as one module, so that `functional_call` gives other
+    weights to both: to a loss that reads the module's parameters, too."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.module = task.module().train()
+        self.loss = task.loss
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of one batch."""
+        return self.loss(self.module(inputs), targets)
+
+    def at(self, tensors: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """The same as a pure function of the module's tensors by name, but for what the model
+        writes into them."""
+        named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(self, named, (inputs, targets))
+
+
 def pure_loss(task: Task) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The task's loss as a pure function of (weights [dim], inputs, targets).
 
     Unlike a runtime's step it has no state, so it can be differentiated, vectorised over clients
     (`torch.func.vmap`) and exported.
     """
-    module = task.module().train()
-    spec = spec_of(module)
+    judged = Judged(task)
+    spec = spec_of(judged.module)
 
     def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        return task.loss(functional_call(module, spec.unflatten(weights), (inputs,)), targets)
+        return judged.at(spec.unflatten(weights), inputs, targets)
 
     return loss

@@ -1,0 +1,97 @@
+"""A cohort whose clients all make one step from the same weights, as one large batch.
+
+It is exact where the update of an algorithm is linear in the local weights: `FedAvg` and `FedProx`
+with E = 1 and B = ∞, that is federated SGD. Then the mean of the updates is the update of the
+mean, and the algorithm makes that one itself. Elsewhere clients are trained side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.algorithms import FedAvg, FedProx
+from potluck.core import FixedPointMean, Vector
+from potluck.simulation.executors import CohortResult, Outcome, summarise
+from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
+from potluck.simulation.trial import compare, play
+from potluck.tasks import LocalRun, Task, TorchRuntime
+from potluck.tasks.pooled import PooledStep
+
+_LINEAR = (FedAvg, FedProx)  # Δ is the local weights less those received; the weight is n
+
+
+class Pooling:
+    """Trains such cohorts for one task; `plain` is what its first step is compared with."""
+
+    def __init__(self, task: Task, plain: TorchRuntime) -> None:
+        self._task, self._plain = task, plain
+        self._pooled = PooledStep(task)
+        self._is_tried = self._is_refused = False
+
+    def train(self, work: Work, cohort: NDArray[np.int64]) -> CohortResult | None:
+        """The result of a cohort; None if it is none of these, or not for this model."""
+        if self._is_refused or type(work.algorithm) not in _LINEAR or len(cohort) == 0:
+            return None
+        work = work._replace(mean=FixedPointMean(len(work.received)))
+        try:
+            recorders = self._recorded(work, cohort)
+            return None if recorders is None else self._train(work, recorders)
+        except Exception:  # the model mixes examples, or one client's data cannot be used
+            self._is_refused = not self._is_tried
+            return None
+
+    def _recorded(self, work: Work, cohort: NDArray[np.int64]) -> list[Recorder] | None:
+        """The clients, if each asks for one step from what it received."""
+        recorders: list[Recorder] = []
+        for client in map(int, cohort):
+            recorder = Recorder(self._task, client)
+            try:
+                work.train(client, recorder)
+                return None  # without asking
+            except Unanswered:
+                if not _is_one_step(recorder.run, work.received):
+                    return None
+            recorders.append(recorder)
+        return recorders
+
+    def _train(self, work: Work, recorders: Sequence[Recorder]) -> CohortResult | None:
+        if not self._is_tried:
+            few = recorders[:2]
+            both, _, shares = self._step(work.received, few)
+            alone = np.stack([play(self._plain, recorder).weights for recorder in few])
+            expected = (shares @ alone).astype(np.float32)
+            self._is_tried = compare(work.received, Answer(both, 0.0), Answer(expected, 0.0))
+        local, losses, shares = self._step(work.received, recorders)
+        if not (np.isfinite(losses).all() and np.isfinite(local).all()):
+            return None  # side by side, whoever it was is named
+        outcomes = [
+            Outcome(recorder.client, float(n := len(recorder.run.rows)), loss, n, 1)
+            for recorder, loss in zip(recorders, losses, strict=True)
+        ]
+        first = recorders[0]
+        first.answers.append(Answer(local, losses[0]))
+        outcome, _ = work.train(first.client, first)
+        if outcome.failure is not None or outcome.weight != outcomes[0].weight:
+            return None
+        return summarise(work.mean, outcomes, {})._replace(loss=float(shares @ np.array(losses)))
+
+    def _step(
+        self, received: Vector, recorders: Sequence[Recorder]
+    ) -> tuple[Vector, list[float], NDArray[np.float64]]:
+        """The mean of the local weights, the losses, and the shares [clients]."""
+        runs = [recorder.run for recorder in recorders]
+        sizes = np.array([len(run.rows) for run in runs], np.float64)
+        shares = sizes / sizes.sum()
+        batches = [run.rows[run.steps[0][0]] for run in runs]
+        local, losses = self._pooled.step(received, batches, shares, runs[0].steps[0][1])
+        return local, losses, shares
+
+
+def _is_one_step(run: LocalRun, received: Vector) -> bool:
+    """One step from what was received, of the plain gradient: a pull towards where it starts
+    from is none."""
+    clip, _, drift = run.correction
+    return len(run.steps) == 1 and run.start is received and clip is None and drift is None

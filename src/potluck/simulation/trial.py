@@ -1,0 +1,59 @@
+"""A few steps in the plain loop beside the same in a faster program: they must agree.
+
+A model may do what nobody foresaw: draw from a stream of its own, keep Python state, mix the
+examples of a batch. So no program is trusted with a model before it was tried on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from potluck.core import Vector
+from potluck.simulation.recording import Answer, Recorder
+from potluck.tasks import LocalRun, TorchRuntime
+
+_STEPS = 3
+_TOLERANCE = 1e-3  # of the movement of the weights in so few steps
+
+
+class DisagreesError(Exception):
+    """A program does not give what the plain loop gives."""
+
+
+def shortened(run: LocalRun) -> LocalRun:
+    """The first steps of a run."""
+    return run._replace(steps=run.steps[:_STEPS])
+
+
+def play(plain: TorchRuntime, recorder: Recorder) -> Answer:
+    """The first steps of what was recorded, in the plain runtime."""
+    run = recorder.run
+    plain.take(recorder.examples)
+    plain.begin(run.start, run.rows - recorder.first_row, run.seed, run.correction)
+    for batch, lr in run.steps[:_STEPS]:
+        plain.step(batch, lr)
+    weights, loss = plain.end()
+    return Answer(weights.copy(), loss)
+
+
+def compare(start: Vector, found: Answer, expected: Answer) -> bool:
+    """Whether anything could be said: not where the plain loop gives what is not finite.
+
+    Raises:
+        DisagreesError: the two differ.
+    """
+    if not np.isfinite(expected.loss) or not np.isfinite(expected.weights).all():
+        return False
+    moved = float(np.abs(expected.weights - start).max())
+    apart = float(np.abs(found.weights - expected.weights).max())
+    allowed = _TOLERANCE * moved + 1e-6 * float(np.abs(start).max(initial=1.0))
+    if not apart <= allowed:  # also what is not a number
+        raise DisagreesError(
+            f"after {_STEPS} steps its weights differ from the plain loop's by {apart:.2g}, "
+            f"got a movement of {moved:.2g}"
+        )
+    if not abs(found.loss - expected.loss) <= 1e-3 * max(abs(expected.loss), 1.0):
+        raise DisagreesError(
+            f"its loss differs from the plain loop's {expected.loss:g}, got loss={found.loss:g}"
+        )
+    return True

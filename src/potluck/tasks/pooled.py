@@ -1,0 +1,82 @@
+"""One step that many clients make from the same weights: one large batch.
+
+Where every client makes a single step from w (FedSGD), the weighted mean of what they report is a
+step down the weighted mean of their gradients, which is the gradient of one weighted loss:
+
+    Σ_k share_k (w − lr ∇ℓ_k(w)) = w − lr ∇ Σ_k share_k ℓ_k(w)        with Σ_k share_k = 1
+
+So the examples of all clients go through the model together, whose weights are read once instead
+of once a client, and no client's gradient is ever written. This holds for models that treat each
+example by itself, without batch normalization or dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from potluck.core import Vector
+from potluck.tasks.local import Judged
+from potluck.tasks.task import Task, bind, spec_of
+
+_EXAMPLES = 1000  # that go through the model together, at least one client's
+
+
+class PooledStep:
+    """One module in training mode, whose weights are shared by all clients."""
+
+    def __init__(self, task: Task) -> None:
+        self._data, self._loss = task.data.train, task.loss
+        self._module = Judged(task).module
+        self._vector = torch.zeros(spec_of(self._module).dim)
+        bind(self._module, self._vector)
+        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+
+    def step(
+        self,
+        start: Vector,
+        batches: Sequence[NDArray[np.int64]],
+        shares: NDArray[np.float64],
+        lr: float,
+    ) -> tuple[Vector, list[float]]:
+        """The weighted mean of the clients' weights after their step, and their losses.
+
+        Args:
+            batches: the rows of the packed examples, one array a client.
+            shares: of the clients in the mean: [clients], their sum is 1.
+        """
+        self._vector.numpy()[...] = start
+        losses: list[float] = []
+        sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for part in _parts(batches):
+            found = self._losses(batches[part])
+            pooled = torch.stack(found) @ torch.from_numpy(shares[part]).float()
+            gradients = torch.autograd.grad(pooled, self._parameters, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:  # type: ignore[reportUnnecessaryComparison]
+                    total += gradient
+            losses += [float(loss.detach()) for loss in found]
+        with torch.no_grad():
+            for parameter, total in zip(self._parameters, sums, strict=True):
+                parameter.add_(total, alpha=-lr)
+        return self._vector.numpy().copy(), losses
+
+    def _losses(self, batches: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+        rows = np.concatenate(batches)
+        outputs = self._module(torch.from_numpy(self._data.inputs.take(rows, axis=0)))
+        targets = torch.from_numpy(self._data.targets.take(rows, axis=0))
+        ends = np.cumsum([len(batch) for batch in batches]).tolist()
+        slices = [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
+        return [self._loss(outputs[rows], targets[rows]) for rows in slices]
+
+
+def _parts(batches: Sequence[NDArray[np.int64]]) -> list[slice]:
+    """The clients in order, in parts of about as many examples as go together."""
+    sizes = np.array([len(batch) for batch in batches])
+    number = (np.cumsum(sizes) - sizes) // _EXAMPLES
+    starts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(batches)], strict=True)]

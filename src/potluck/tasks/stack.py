@@ -1,0 +1,230 @@
+"""One local step of many clients at once, written out for plain stacks of linear layers.
+
+For a module that is a chain of flattening, linear layers and ReLU, judged by cross-entropy, the
+gradient has a closed form over the matrix of clients. With batches [clients, batch, in]:
+
+    h_0 = x,   z_l = h_{l-1} W_lᵀ + b_l,   h_l = max(z_l, 0)
+    ∂ℓ/∂z_L = (softmax(z_L) − onehot(y)) · weight     weight = 1 / batch, 0 where it is filled
+    ∂ℓ/∂z_l = (∂ℓ/∂z_{l+1} W_{l+1}) · [z_l > 0]
+    W_l ← W_l − lr (∂ℓ/∂z_l)ᵀ h_{l-1},   b_l ← b_l − lr Σ ∂ℓ/∂z_l
+
+The gradient of a layer is never written: its product of two thin matrices is added to W in place.
+Nor is it for its norm, since ‖Gᵀ H‖² = Σ (G Gᵀ) ∘ (H Hᵀ), two products of batch × batch.
+
+Short batches are filled up to the longest of their group; what is filled has weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from potluck.tasks.correction import Pull
+from potluck.tasks.metrics import cross_entropy
+from potluck.tasks.task import Task
+
+
+class Layer(NamedTuple):
+    """A linear layer of a stack."""
+
+    weight: str  # the name of its parameter
+    bias: str | None
+    relu: bool  # whether one follows
+
+
+def layers_of(module: nn.Module, task: Task) -> list[Layer] | None:
+    """The layers of a module that is a plain stack under cross-entropy; None if it is none."""
+    if task.loss not in (cross_entropy, functional.cross_entropy):
+        return None
+    data = task.data.train
+    if task.data.padding is not None or data.targets.ndim != 1 or data.inputs.dtype != np.float32:
+        return None
+    if data.targets.dtype != np.int64 or data.targets.min(initial=0) < 0:  # < 0 may be left out
+        return None
+    chain = _chain(module)
+    if chain is None or (data.inputs.ndim != 2 and chain[0] is not _FLATTEN):
+        return None
+    names = {id(p): name for name, p in module.named_parameters()}
+    layers: list[Layer] = []
+    for step in chain:
+        if isinstance(step, nn.Linear):
+            bias = None if step.bias is None else names[id(step.bias)]  # type: ignore[reportUnnecessaryComparison]
+            layers.append(Layer(names[id(step.weight)], bias, relu=False))
+        elif step is _RELU:
+            if not layers:
+                return None
+            layers[-1] = layers[-1]._replace(relu=True)
+        elif layers and data.inputs.ndim != 2:
+            return None  # flattened after a layer that saw several axes
+    used = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
+    plain = len(used) == len(set(used)) and sorted(used) == sorted(names.values())
+    trained = all(p.requires_grad for p in module.parameters())
+    last = bool(layers) and not layers[-1].relu
+    return layers if plain and trained and last and not list(module.buffers()) else None
+
+
+class Stack:
+    """The step of one stack."""
+
+    by_size = True
+
+    def __init__(self, task: Task, layers: Sequence[Layer]) -> None:
+        examples = task.data.train
+        self._inputs = examples.inputs.reshape(examples.num_examples, -1)
+        self._targets = examples.targets
+        self._layers = layers
+        self._room = torch.empty(0)
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """Nothing is drawn and nothing counted."""
+
+    def key(self, client: int, rows: NDArray[np.int64]) -> Hashable:
+        """Less than half of a batch is filled."""
+        return len(rows).bit_length()
+
+    def step(
+        self,
+        weights: Mapping[str, Tensor],
+        clients: Sequence[int],
+        batches: Sequence[NDArray[np.int64]],
+        lr: float,
+        pull: Pull,
+    ) -> Tensor:
+        """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients]."""
+        inputs, targets, shares = self._stacked(batches)
+        hidden, logits = self._forward(weights, inputs)
+        likelihoods = logits.log_softmax(-1)  # [clients, batch, classes]
+        losses = -(likelihoods.gather(2, targets).squeeze(2) * shares).sum(1)
+        out = likelihoods.exp_()
+        out.scatter_add_(2, targets, torch.full(targets.shape, -1.0))
+        errors = self._backward(weights, hidden, out.mul_(shares.unsqueeze(2)))
+        if pull.gradient_clip is not None:
+            factors = pull.clip_factors(self._squares(hidden, errors)).view(-1, 1, 1)
+            errors = [error * factors for error in errors]
+        pull.apply(weights, lr)
+        for layer, below, error in zip(self._layers, hidden, errors, strict=True):
+            weights[layer.weight].baddbmm_(error.transpose(1, 2), below, alpha=-lr)
+            if layer.bias is not None:
+                weights[layer.bias].add_(error.sum(1), alpha=-lr)
+        return losses
+
+    def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs [clients, batch, in], targets [clients, batch, 1], weights [clients, batch or 1]
+        of the examples in the loss."""
+        longest = max(part.shape[1] for part in batches)
+        if all(part.shape[1] == longest for part in batches):
+            rows = batches[0] if len(batches) == 1 else np.concatenate(batches)
+            shares = torch.full((len(rows), 1), 1.0 / longest)
+        else:
+            parts = [_filled(part, longest) for part in batches]
+            rows = np.concatenate([rows for rows, _ in parts])
+            shares = torch.cat([shares for _, shares in parts])
+        width = self._inputs.shape[1]
+        if len(self._room) < rows.size * width:
+            self._room = torch.empty(rows.size * width)
+        inputs = self._room[: rows.size * width].view(rows.size, width)
+        np.take(self._inputs, rows.ravel(), axis=0, out=inputs.numpy(), mode="clip")
+        targets = torch.from_numpy(self._targets[rows])
+        return inputs.view(*rows.shape, width), targets.unsqueeze(2), shares
+
+    def _forward(
+        self, weights: Mapping[str, Tensor], inputs: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """What each layer sees, and the logits."""
+        seen = [inputs]
+        for layer in self._layers:
+            weight = weights[layer.weight].transpose(1, 2)
+            if layer.bias is None:
+                out = torch.bmm(seen[-1], weight)
+            else:
+                out = torch.baddbmm(weights[layer.bias].unsqueeze(1), seen[-1], weight)
+            seen.append(out.relu_() if layer.relu else out)
+        return seen[:-1], seen[-1]
+
+    def _backward(
+        self, weights: Mapping[str, Tensor], hidden: Sequence[Tensor], error: Tensor
+    ) -> list[Tensor]:
+        """∂ℓ/∂z of every layer, from that of the last."""
+        errors = [error]
+        for i in range(len(self._layers) - 1, 0, -1):
+            error = torch.bmm(errors[0], weights[self._layers[i].weight])
+            if self._layers[i - 1].relu:
+                error.mul_(hidden[i] > 0)
+            errors.insert(0, error)
+        return errors
+
+    def _squares(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+        """The squared norms of the gradients, [clients]."""
+        total = torch.zeros(len(errors[0]))
+        for layer, below, error in zip(self._layers, hidden, errors, strict=True):
+            grams = torch.bmm(error, error.transpose(1, 2)), torch.bmm(below, below.transpose(1, 2))
+            total += (grams[0] * grams[1]).sum((1, 2))
+            if layer.bias is not None:
+                total += error.sum(1).square().sum(1)
+        return total
+
+
+def _filled(batches: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], Tensor]:
+    """Batches [clients, batch] and the weights of their examples, both [clients, longest]."""
+    clients, size = batches.shape
+    rows = np.repeat(batches[:, :1], longest, axis=1)  # any of the client's own
+    rows[:, :size] = batches
+    shares = torch.zeros(clients, longest)
+    shares[:, :size] = 1.0 / size
+    return rows, shares
+
+
+_FLATTEN, _RELU = "flatten", "relu"
+
+
+def _chain(module: nn.Module) -> list[Any] | None:
+    """The steps from input to output of a module that is a chain: linear layers, "flatten" and
+    "relu". None if it is anything else, or cannot be followed."""
+    if any(_is_changed(part) for part in module.modules()):
+        return None
+    try:
+        graph = fx.symbolic_trace(module).graph
+    except Exception:  # whatever a user's own Python does when it is followed
+        return None
+    nodes = list(graph.nodes)
+    steps: list[Any] = []
+    if nodes[0].op != "placeholder" or nodes[-1].op != "output":
+        return None
+    for before, node in pairwise(nodes):
+        if list(node.all_input_nodes) != [before] or len(before.users) != 1:
+            return None
+        if node.op != "output":
+            steps.append(_step(module, node))
+    return None if not steps or None in steps else steps
+
+
+def _step(module: nn.Module, node: fx.Node) -> Any:
+    """What a node does; None if it has no place in a stack."""
+    rest = (*node.args[1:], *node.kwargs.items())
+    if node.op == "call_module":
+        part = module.get_submodule(str(node.target))
+        if type(part) is nn.Linear:
+            return part
+        if type(part) is nn.Flatten and (part.start_dim, part.end_dim) == (1, -1):
+            return _FLATTEN
+        return _RELU if type(part) is nn.ReLU else None
+    if node.target in ("flatten", torch.flatten) and rest in ((1,), (("start_dim", 1),)):
+        return _FLATTEN
+    relus = ("relu", torch.relu, functional.relu)
+    return _RELU if node.target in relus and rest in ((), (("inplace", False),)) else None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_changed(part: nn.Module) -> bool:
+    """Whether more happens in a part than its class says: hooks, or a forward of its own."""
+    hooks: list[Any] = [vars(part)[name] for name in _HOOKS]
+    return any(hooks) or "forward" in vars(part)

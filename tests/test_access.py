@@ -82,7 +82,9 @@ def names_of(paths) -> set[str]:
 
 def apps(served) -> tuple[DeviceApp, AdminApp]:
     bell, meters = Bell(), Meters()
-    return DeviceApp(served.desk, bell, meters), AdminApp(served.desk, bell, meters, "x", None, lambda: "")
+    return DeviceApp(served.desk, bell, meters), AdminApp(
+        served.desk, bell, meters, "x", None, lambda: ""
+    )
 
 
 def refused(answer: httpx.Response, code: str) -> Error:

@@ -186,9 +186,7 @@ def make_executor(
         return Vmap(task)
     if name == "ray":
         return Cluster(task, num_workers, address=address)
-    raise ValueError(
-        f"executor must be 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}."
-    )
+    raise ValueError(f"executor must be 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}.")
 
 
 def _round(

@@ -1,6 +1,6 @@
 """Malformed requests against a real server, while honest devices train; and docs/openapi.json.
 
-The full number of requests is in tests/soak/test_security.py.
+The full number of requests is in tests/soak/test_security_in_full.py.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ OPERATORS = {
     "GET /admin/audit": _OPERATOR,
     "GET /admin/metrics": _OPERATOR,
     "POST /admin/enroll": _OPERATOR,
+    "POST /admin/dashboard": _OPERATOR,
     "POST /admin/pause": _OPERATOR,
     "POST /admin/resume": _OPERATOR,
     "POST /admin/revoke": _OPERATOR,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         schedules,
     )
     from potluck.core import Poisson, PotluckError
-    from potluck.simulation import Loop, Round, Vmap, Workers, rounds
+    from potluck.simulation import Auto, Loop, Round, Vmap, Workers, rounds
     from potluck.tasks import (
         CNN,
         FederatedData,
@@ -59,7 +59,7 @@ _HOMES = {
         "schedules",
     ),
     "potluck.core": ("Poisson", "PotluckError"),
-    "potluck.simulation": ("Loop", "Round", "Vmap", "Workers", "rounds"),
+    "potluck.simulation": ("Auto", "Loop", "Round", "Vmap", "Workers", "rounds"),
     "potluck.tasks": (
         "CNN",
         "FederatedData",
@@ -78,6 +78,7 @@ __all__ = [
     "CNN",
     "Adagrad",
     "Adam",
+    "Auto",
     "Average",
     "FedAvg",
     "FedProx",

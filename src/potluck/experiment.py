@@ -237,7 +237,7 @@ class RunSection(_Section):
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_train: Annotated[int, Field(ge=1)] | None = None
     """Training examples on which the averaged model's loss is taken too: `train_loss`."""
-    executor: Literal["loop", "workers", "vmap"] = "workers"
+    executor: Literal["auto", "loop", "workers", "vmap"] = "workers"
     workers: Annotated[int, Field(ge=1)] | None = None
     skip_failures: bool = False
 

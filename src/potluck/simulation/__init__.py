@@ -1,5 +1,6 @@
 """Federated training on one machine: rounds, executors and run directories."""
 
+from potluck.simulation.auto import Auto
 from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
 from potluck.simulation.rounds import Round, make_executor, rounds
@@ -8,6 +9,7 @@ from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers, available_cores
 
 __all__ = [
+    "Auto",
     "CohortResult",
     "Executor",
     "Failure",

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from potluck.algorithms import Algorithm
 from potluck.core import DivergedError, Poisson, TrainingError, Vector, sample_cohort
 from potluck.core.cohorts import cohort_size
+from potluck.simulation.auto import Auto
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
 from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
-ExecutorName: TypeAlias = Literal["loop", "workers", "vmap"]
+ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
@@ -36,6 +37,7 @@ class Round(NamedTuple):
     failures: tuple[Failure, ...]
     state: Any  # the server state after this round
     client_states: ClientStates = NO_STATES  # of all clients seen so far, if they keep any
+    executor: str = ""  # what trained the cohort and why, in words, where that was a choice
 
 
 def rounds(
@@ -56,7 +58,8 @@ def rounds(
         cohort: the fraction C of all clients (0.0 means one), their number, or `Poisson(rate)`.
         num_rounds: stop after this round; without it, until the caller stops.
         seed: of every random stream of the run.
-        executor: "loop", "workers", "vmap", or an executor of the caller's, which stays open.
+        executor: "loop", "workers", "vmap", "auto", or an executor of the caller's, which stays
+            open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
         resume: (number, state, client_states) of an earlier round, to go on from the round after
@@ -157,7 +160,11 @@ def make_executor(name: str, task: Task, num_workers: int | None = None) -> Exec
         return Workers(task, num_workers)
     if name == "vmap":
         return Vmap(task)
-    raise ValueError(f"executor must be 'loop', 'workers' or 'vmap', got executor={name!r}.")
+    if name == "auto":
+        return Auto(task, num_workers)
+    raise ValueError(
+        f"executor must be 'auto', 'loop', 'workers' or 'vmap', got executor={name!r}."
+    )
 
 
 def _round(
@@ -185,6 +192,7 @@ def _round(
         failures=failures,
         state=state,
         client_states=client_states,
+        executor="" if result is None else result.executor,
     )
 
 

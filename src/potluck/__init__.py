@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         schedules,
     )
     from potluck.core import Poisson, PotluckError
-    from potluck.simulation import Cluster, Loop, Round, Vmap, Workers, rounds
+    from potluck.simulation import Auto, Cluster, Loop, Round, Vmap, Workers, rounds
     from potluck.tasks import (
         CNN,
         FederatedData,
@@ -59,7 +59,7 @@ _HOMES = {
         "schedules",
     ),
     "potluck.core": ("Poisson", "PotluckError"),
-    "potluck.simulation": ("Cluster", "Loop", "Round", "Vmap", "Workers", "rounds"),
+    "potluck.simulation": ("Auto", "Cluster", "Loop", "Round", "Vmap", "Workers", "rounds"),
     "potluck.tasks": (
         "CNN",
         "FederatedData",
@@ -78,6 +78,7 @@ __all__ = [
     "CNN",
     "Adagrad",
     "Adam",
+    "Auto",
     "Average",
     "Cluster",
     "FedAvg",

@@ -239,7 +239,7 @@ class RunSection(_Section):
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_train: Annotated[int, Field(ge=1)] | None = None
     """Training examples on which the averaged model's loss is taken too: `train_loss`."""
-    executor: Literal["loop", "workers", "vmap", "ray"] = "workers"
+    executor: Literal["auto", "loop", "workers", "vmap", "ray"] = "workers"
     workers: Annotated[int, Field(ge=1)] | None = None
     ray_address: str | None = None
     """For executor = "ray": "auto" or "ray://host:10001"; None starts a cluster on this machine."""

@@ -72,7 +72,8 @@ stop_at_target = true
 # evaluate_every = 1          # rounds
 # evaluate_train = 5000       # the model's loss on so many training examples too
 # executor = "workers"        # workers: a process per core; loop: one process; vmap: a cohort as
-                              # one program, for small models; ray: workers on many machines
+                              # one program, for small models; ray: workers on many machines;
+                              # auto: times the first three and chooses
 # workers = 2                 # number of processes; all cores if left out
 # ray_address = "auto"        # a Ray cluster that runs; one on this machine if left out
 # skip_failures = false       # true: leave a client that fails out of its round and go on

@@ -115,7 +115,11 @@ def with_bar(
     tally = Tally.of(history)
     with Progress(*columns, console=console, expand=True, speed_estimate_period=120) as progress:
         task = progress.add_task(str(tally), total=num_rounds, completed=tally.number)
+        chosen = ""
         for round, tally in _tallied(rounds, history):
+            if round.executor not in ("", chosen):
+                chosen = round.executor
+                progress.console.print(f"executor: {chosen}", markup=False, highlight=False)
             progress.update(task, completed=tally.number, description=str(tally))
             yield round
 
@@ -135,8 +139,12 @@ def with_lines(
     """
     printed = -math.inf
     pending: str | None = None
+    chosen = ""
     recent: deque[float] = deque(maxlen=20)  # seconds of a round; the first of all is no measure
     for round, tally in _tallied(rounds, history):
+        if round.executor not in ("", chosen):
+            chosen = round.executor
+            _write(out, f"executor: {chosen}")
         now = clock()
         recent += [round.seconds] * (round.number > 1)
         if round.metrics is not None:

@@ -1,5 +1,6 @@
 """Federated training on one machine: rounds, executors and run directories."""
 
+from potluck.simulation.auto import Auto
 from potluck.simulation.build import build_algorithm, build_data, build_task
 from potluck.simulation.cluster import Cluster
 from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
@@ -9,6 +10,7 @@ from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers, available_cores
 
 __all__ = [
+    "Auto",
     "Cluster",
     "CohortResult",
     "Executor",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -230,6 +231,7 @@ def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, 
             )
         return ray, False
     try:
+        _knock(address)
         ray.init(
             address=address or "local",
             num_cpus=num_workers if address is None else None,
@@ -243,3 +245,10 @@ def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, 
             "Start one with `ray start --head`, or leave the address out."
         ) from None
     return ray, True
+
+
+def _knock(address: str | None) -> None:
+    """See whether anybody answers at host:port; Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10.0).close()

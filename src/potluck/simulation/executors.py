@@ -39,6 +39,7 @@ class CohortResult(NamedTuple):
     num_steps: int
     failures: tuple[Failure, ...]
     states: Mapping[int, Vector]  # by client, what those that gave an update keep from now on
+    executor: str = ""  # what trained it and why, in words, where that was a choice
 
 
 NO_STATES: Mapping[int, Vector] = MappingProxyType({})

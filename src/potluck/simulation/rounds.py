@@ -21,6 +21,7 @@ from potluck.core import (
     sample_cohort,
 )
 from potluck.core.cohorts import cohort_size
+from potluck.simulation.auto import Auto
 from potluck.simulation.cluster import Cluster
 from potluck.simulation.compression import compressed
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
@@ -28,7 +29,7 @@ from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
 
-ExecutorName: TypeAlias = Literal["loop", "workers", "vmap", "ray"]
+ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
@@ -47,6 +48,7 @@ class Round(NamedTuple):
     failures: tuple[Failure, ...]
     state: Any  # the server state after this round
     client_states: ClientStates = NO_STATES  # of all clients seen so far, if they keep any
+    executor: str = ""  # what trained the cohort and why, in words, where that was a choice
 
 
 def rounds(
@@ -70,7 +72,7 @@ def rounds(
         seed: of every random stream of the run.
         codec: in which updates travel: "bfloat16", "int8" and "int4" are shorter and lose a little,
             which each client adds to its next update; so it then keeps a state.
-        executor: "loop", "workers", "vmap", "ray", or an executor of the caller's, which
+        executor: "loop", "workers", "vmap", "ray", "auto", or an executor of the caller's, which
             stays open.
         evaluate_every: evaluate after every so many rounds, and after the last.
         skip_failures: leave clients that fail out of the round instead of stopping there.
@@ -186,7 +188,11 @@ def make_executor(
         return Vmap(task)
     if name == "ray":
         return Cluster(task, num_workers, address=address)
-    raise ValueError(f"executor must be 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}.")
+    if name == "auto":
+        return Auto(task, num_workers)
+    raise ValueError(
+        f"executor must be 'auto', 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}."
+    )
 
 
 def _round(
@@ -215,6 +221,7 @@ def _round(
         failures=failures,
         state=state,
         client_states=client_states,
+        executor="" if result is None else result.executor,
     )
 
 

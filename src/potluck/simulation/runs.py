@@ -2,7 +2,7 @@
 
     manifest.json            experiment, seed, versions, machine, commit, checksums
     rounds.jsonl             a line a round, from round 0; never a clock time
-    timings.jsonl            the wall time of every round
+    timings.jsonl            the wall time of every round, and what trained it if that was chosen
     checkpoint.safetensors   the server state after some round, and what the clients keep;
                              replaced as a whole
     final.safetensors        the weights after the last round, once there is one
@@ -276,10 +276,13 @@ class _Run:
             "downlink_bytes": round.downlink_bytes,
             "failures": [failure._asdict() for failure in round.failures],
         }
+        timing: dict[str, Any] = {"round": round.number, "seconds": round.seconds}
+        if round.executor:
+            timing["executor"] = round.executor
         with _disk_errors(self.directory):
             for file, content in (
                 (self._rounds, summary),
-                (self._timings, {"round": round.number, "seconds": round.seconds}),
+                (self._timings, timing),
             ):
                 assert file is not None
                 line = json.dumps(content).encode() + b"\n"

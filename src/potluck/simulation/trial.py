@@ -12,7 +12,7 @@ from potluck.core import Vector
 from potluck.simulation.recording import Answer, Recorder
 from potluck.tasks import LocalRun, TorchRuntime
 
-_STEPS = 3
+TRIED_STEPS = 3
 _TOLERANCE = 1e-3  # of the movement of the weights in so few steps
 
 
@@ -20,17 +20,17 @@ class DisagreesError(Exception):
     """A program does not give what the plain loop gives."""
 
 
-def shortened(run: LocalRun) -> LocalRun:
+def shortened(run: LocalRun, num_steps: int = TRIED_STEPS) -> LocalRun:
     """The first steps of a run."""
-    return run._replace(steps=run.steps[:_STEPS])
+    return run._replace(steps=run.steps[:num_steps])
 
 
-def play(plain: TorchRuntime, recorder: Recorder) -> Answer:
+def play(plain: TorchRuntime, recorder: Recorder, num_steps: int = TRIED_STEPS) -> Answer:
     """The first steps of what was recorded, in the plain runtime."""
     run = recorder.run
     plain.take(recorder.examples)
     plain.begin(run.start, run.rows - recorder.first_row, run.seed, run.correction)
-    for batch, lr in run.steps[:_STEPS]:
+    for batch, lr in run.steps[:num_steps]:
         plain.step(batch, lr)
     weights, loss = plain.end()
     return Answer(weights.copy(), loss)
@@ -49,7 +49,7 @@ def compare(start: Vector, found: Answer, expected: Answer) -> bool:
     allowed = _TOLERANCE * moved + 1e-6 * float(np.abs(start).max(initial=1.0))
     if not apart <= allowed:  # also what is not a number
         raise DisagreesError(
-            f"after {_STEPS} steps its weights differ from the plain loop's by {apart:.2g}, "
+            f"after {TRIED_STEPS} steps its weights differ from the plain loop's by {apart:.2g}, "
             f"got a movement of {moved:.2g}"
         )
     if not abs(found.loss - expected.loss) <= 1e-3 * max(abs(expected.loss), 1.0):

@@ -10,7 +10,9 @@ counted alike, since a model may do with a number what it cannot do with many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -47,6 +49,7 @@ class Vectorised:
         self._draws: dict[Hashable, list[Draw]] = {}
         self._has_draws: bool | None = None  # unknown before the first step
         self._given = Given(())
+        self._is_known = False  # that the model can be vectorised
         over = (0, 0, 0, None, 0, 0, 0)
         self._gradient = cast(
             "Callable[..., tuple[dict[str, Tensor], tuple[Tensor, dict[str, Tensor]]]]",
@@ -82,9 +85,11 @@ class Vectorised:
         draws = self._draws_for(weights, counters, inputs[0], targets[0])
         masks = drawn(draws, [self._streams[client] for client in clients])
         try:
-            gradients, (losses, state) = self._gradient(
-                trained, frozen, buffers, counters, inputs, targets, masks
-            )
+            with nullcontext() if self._is_known else _slow_operators_refused():
+                gradients, (losses, state) = self._gradient(
+                    trained, frozen, buffers, counters, inputs, targets, masks
+                )
+            self._is_known = True
         except Exception as error:
             first, *_ = (str(error) or "failed").splitlines()
             raise RuntimeError(f"at {self._given.last}: {type(error).__name__}: {first}") from error
@@ -151,6 +156,14 @@ class Vectorised:
             self._draws[shape] = recording.draws
             self._has_draws = bool(self._has_draws or recording.draws)
         return self._draws[shape]
+
+
+@contextmanager
+def _slow_operators_refused() -> Generator[None]:
+    """Within it, operators that PyTorch would loop over are errors instead of warnings."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="There is a performance drop")
+        yield
 
 
 def _flat(targets: NDArray[Any]) -> NDArray[Any]:

@@ -1,0 +1,185 @@
+"""The `auto` executor: whichever of the others is fastest for this task, by the clock.
+
+    before the first round: time a few local steps of its first clients, in `loop` and in `vmap`
+    two rounds with the faster; if the other was not far behind, two rounds with that
+    when training has taken a second: two rounds with `workers`
+    from then on: the one whose second round was the fastest
+
+The steps that are timed first are copies of what the clients do next and leave no trace; the rounds
+count. The first of two warms up. Processes must be started, which only a run of some length
+repays, so they come last.
+
+The choice decides neither cohorts nor batches, and results only to float tolerance. It is made
+anew for another algorithm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.algorithms import Algorithm
+from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Loop
+from potluck.simulation.recording import Work
+from potluck.simulation.timing import Estimate, estimate
+from potluck.simulation.vmap import Vmap
+from potluck.simulation.workers import Workers, available_cores
+from potluck.tasks import Task
+
+_Name: TypeAlias = Literal["loop", "vmap", "workers"]
+_FAR = 2.0  # times the faster's time, from which on a whole round is not spent on the other
+_ROUNDS = 2  # with each, of which the last counts
+_WORKERS_AFTER_SECONDS = 1.0  # of training
+
+
+class Auto:
+    """Times the executors on the first clients, and trains with the fastest.
+
+    Args:
+        task: as for every executor.
+        num_workers: processes of `workers`; the number of cores this process may use if None. With
+            1 there are none.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        num_workers: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._task, self._clock = task, clock
+        self._num_workers = num_workers or available_cores()
+        self._executors: dict[_Name, Executor] = {"loop": Loop(task)}
+        self._name: _Name = "loop"
+        self._algorithm: Algorithm | None = None  # the one that the choice is for
+        self._per_step: dict[_Name, float] = {}  # seconds of a local step, as measured so far
+        self._tried: set[_Name] = set()  # of which this was a round, and not foreseen
+        self._next: list[_Name] = []  # to be tried after the present one
+        self._rounds = 0  # with the present one since it was chosen
+        self._spent = 0.0  # seconds of training since the choice began
+        self._is_settled = False
+
+    @property
+    def choice(self) -> str:
+        """What trains now, and why, in words; empty before the first round."""
+        others = sorted((s, n) for n, s in self._per_step.items() if n != self._name)
+        if self._name not in self._per_step and not others:
+            return ""
+        vmap = self._executors.get("vmap")
+        words = self._name
+        if self._name == "vmap" and isinstance(vmap, Vmap):
+            words += f" in chunks of {vmap.chunk}"
+        if self._name == "workers":
+            words += f", {self._num_workers} processes"
+        compared = ", ".join(
+            f"{name} {_microseconds(seconds)}" for seconds, name in others if np.isfinite(seconds)
+        )
+        mine = self._per_step.get(self._name)
+        measured = "" if mine is None else f", {_microseconds(mine)} a local step"
+        return words + measured + (f" ({compared})" if compared else "")
+
+    def train(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector] = NO_STATES,
+    ) -> CohortResult:
+        """Local training of one cohort, each client of which received the same."""
+        if len(cohort) > 0 and algorithm != self._algorithm:
+            mean = FixedPointMean(len(received))
+            work = Work(self._task, algorithm, received, seed, round, states, mean)
+            self._begin(algorithm, estimate(work, cohort, self._clock))
+        started = self._clock()
+        try:
+            result = self._executors[self._name].train(
+                algorithm, received, cohort, seed=seed, round=round, states=states
+            )
+        except WorkerError:
+            if self._is_settled or self._name != "workers":
+                raise
+            self._per_step["workers"] = np.inf  # this algorithm does not reach them
+            self._settle()
+            return self.train(algorithm, received, cohort, seed=seed, round=round, states=states)
+        words = self.choice
+        if not self._is_settled and result.num_steps > 0:
+            self._learn(self._clock() - started, result.num_steps)
+        return result._replace(executor=words)
+
+    def evaluate(self, weights: Vector) -> dict[str, float]:
+        """Central evaluation on the task's test examples."""
+        return self._executors[self._name].evaluate(weights)
+
+    def close(self) -> None:
+        """End the processes, if there are any. May be called twice."""
+        for executor in self._executors.values():
+            executor.close()
+
+    def _begin(self, algorithm: Algorithm, costs: Estimate) -> None:
+        """Start to choose for an algorithm."""
+        self._algorithm = algorithm
+        self._spent, self._is_settled = 0.0, False
+        self._per_step = {"loop": costs.loop}
+        order: list[_Name] = ["loop"]
+        if costs.vmap < _FAR * costs.loop:
+            self._executors["vmap"] = Vmap(self._task, costs.chunk)
+            self._per_step["vmap"] = costs.vmap
+            order = ["vmap", "loop"] if costs.vmap < costs.loop else ["loop", "vmap"]
+        far = _FAR * self._per_step[order[0]]
+        self._name, self._next = order[0], [n for n in order[1:] if self._per_step[n] <= far]
+        self._rounds, self._tried = 0, set()
+
+    def _learn(self, seconds: float, num_steps: int) -> None:
+        """After a round: whom the next one is given to."""
+        self._spent += seconds
+        self._rounds += 1
+        vmap = self._executors.get("vmap")
+        refused = self._name == "vmap" and isinstance(vmap, Vmap) and vmap.refused is not None
+        if self._rounds < _ROUNDS and not refused:
+            return
+        self._per_step[self._name] = np.inf if refused else seconds / num_steps
+        self._tried.add(self._name)
+        if self._next:
+            self._name, self._rounds = self._next.pop(), 0
+        elif self._name == "workers":
+            self._settle()
+        elif self._spent >= _WORKERS_AFTER_SECONDS:
+            self._try_workers()
+        else:
+            self._name = self._fastest()
+
+    def _try_workers(self) -> None:
+        try:
+            if self._num_workers > 1:
+                if "workers" not in self._executors:
+                    self._executors["workers"] = Workers(self._task, self._num_workers)
+                self._name, self._rounds = "workers", 0
+                return
+        except WorkerError:  # the task does not reach other processes
+            pass
+        self._settle()
+
+    def _settle(self) -> None:
+        self._name, self._is_settled = self._fastest(), True
+        if self._name != "workers" and "workers" in self._executors:
+            self._executors.pop("workers").close()
+
+    def _fastest(self) -> _Name:
+        """Of those that were given a round: what was foreseen of the others is not like it."""
+        order: list[_Name] = ["loop", "vmap", "workers"]
+        tried = [name for name in order if name in self._tried]
+        name = min(tried, key=lambda name: self._per_step[name], default=self._name)
+        return name if np.isfinite(self._per_step[name]) else "loop"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f} µs" if seconds < 0.01 else f"{1e3 * seconds:.0f} ms"

@@ -1,0 +1,106 @@
+"""What a local step costs, in the plain loop and side by side: a few copies of the first steps.
+
+The time of few steps is taken from that of more, so that what surrounds the steps of a client
+cancels: in a round it is spread over many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from potluck.simulation.executors import kernel_threads
+from potluck.simulation.recording import Recorder, Unanswered, Work
+from potluck.simulation.trial import play, shortened
+from potluck.simulation.vmap import chunk_for
+from potluck.tasks import CohortRuntime, TorchRuntime
+
+_FEW, _MORE = 1, 4  # steps
+_REPEATS = 2  # of which the faster counts, the first of all being no measure
+_HOPELESS = 1.5  # times the loop's time, from which on a program is not timed any further
+
+
+class Estimate(NamedTuple):
+    """What a local step of one client costs."""
+
+    loop: float  # seconds
+    vmap: float  # seconds; infinite where clients cannot be trained side by side
+    chunk: int  # clients that are trained side by side at that cost
+
+
+def estimate(work: Work, cohort: NDArray[np.int64], clock: Callable[[], float]) -> Estimate:
+    """Time the first steps of a cohort's largest clients. Nothing of it is kept."""
+    offsets = work.task.data.offsets
+    sizes = offsets[cohort + 1] - offsets[cohort]
+    cohort = cohort[np.argsort(-sizes, kind="stable")]
+    with torch.random.fork_rng(devices=[]), kernel_threads(1):
+        plain = TorchRuntime(work.task)
+        usual = min(chunk_for(plain.spec.num_bytes), len(cohort))
+        recorders = _recorded(work, cohort[:usual])
+        if not recorders:
+            return Estimate(0.0, np.inf, usual)
+
+        def alone(some: Sequence[Recorder], steps: int) -> None:
+            for recorder in some:
+                play(plain, recorder, steps)
+
+        loop = vmap = np.inf
+        chunk = usual
+        try:
+            loop = _per_step(alone, recorders[:1], clock)
+            together = CohortRuntime(work.task)
+
+            def side_by_side(some: Sequence[Recorder], steps: int) -> None:
+                together.train([shortened(recorder.run, steps) for recorder in some])
+
+            for clients in sorted({max(usual // 4, 2), usual}):
+                seconds = _per_step(side_by_side, recorders[:clients], clock)
+                if seconds < vmap:
+                    chunk, vmap = clients, seconds
+                if vmap > _HOPELESS * loop:
+                    return Estimate(loop, vmap, usual)
+        except Exception:  # not to be vectorised, or somebody's data: the round will tell
+            return Estimate(loop, np.inf, usual)
+    return Estimate(loop, vmap, chunk)
+
+
+def _recorded(work: Work, clients: NDArray[np.int64]) -> list[Recorder]:
+    """What clients with steps ask for first."""
+    recorders: list[Recorder] = []
+    for client in map(int, clients):
+        recorder = Recorder(work.task, client)
+        try:
+            work.train(client, recorder)
+        except Unanswered:
+            recorders.append(recorder)
+    return recorders
+
+
+def _per_step(
+    train: Callable[[Sequence[Recorder], int], None],
+    recorders: Sequence[Recorder],
+    clock: Callable[[], float],
+) -> float:
+    """Seconds of a step of one client, where these are trained at a time."""
+
+    def seconds(steps: int) -> float:
+        started = clock()
+        train(recorders, steps)
+        return clock() - started
+
+    def best(steps: int) -> float:
+        return min(seconds(steps) for _ in range(_REPEATS))
+
+    seconds(_FEW)
+    longest = max(len(recorder.run.steps) for recorder in recorders)
+    few = sum(min(len(recorder.run.steps), _FEW) for recorder in recorders)
+    more = sum(min(len(recorder.run.steps), _MORE) for recorder in recorders)
+    whole = best(_MORE)
+    if longest <= _FEW:
+        return whole / more
+    slope = (whole - best(_FEW)) / (more - few)
+    return slope if slope > 0.0 else whole / more

@@ -176,8 +176,8 @@ class Auto:
     def _fastest(self) -> _Name:
         """Of those that were given a round: what was foreseen of the others is not like it."""
         order: list[_Name] = ["loop", "vmap", "workers"]
-        tried = [name for name in order if name in self._tried] or [self._name]
-        name: _Name = min(tried, key=lambda name: self._per_step[name])
+        tried: list[_Name] = [name for name in order if name in self._tried] or [self._name]
+        name = min(tried, key=lambda name: self._per_step[name])
         return name if np.isfinite(self._per_step[name]) else "loop"
 
 

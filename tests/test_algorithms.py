@@ -37,7 +37,7 @@ ALGORITHMS = {
 }
 EXECUTORS = ("loop", "workers")
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
-every_executor = pytest.mark.parametrize("executor", (*EXECUTORS, "vmap"))
+every_executor = pytest.mark.parametrize("executor", [*EXECUTORS, "vmap"])
 
 
 @pytest.fixture(scope="module")

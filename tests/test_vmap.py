@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ from potluck import (
 )
 from potluck.core import Correction, DivergedError, TrainingError, derive_seed
 from potluck.simulation.vmap import chunk_for
-from potluck.tasks import CohortRuntime, Examples, FederatedData, LocalRun, TorchRuntime
+from potluck.tasks import CohortRuntime, Examples, FederatedData, LocalRun, TorchRuntime, compiled
+from potluck.tasks.compiled import CompiledLater
 from potluck.tasks.pooled import PooledStep, _parts
 from slope import slope_task
 
@@ -469,3 +471,70 @@ def test_sequences_are_trimmed_to_the_longest_of_their_group():
         ours = history(task, vmap, cohort=1.0)
         assert vmap.refused is None
         assert_alike(history(task, Loop(task), cohort=1.0), ours)
+
+
+def ticking(seconds):
+    """A clock on which every look takes so long."""
+    now = iter(np.arange(0.0, 1e9, seconds))
+    return lambda: float(next(now))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiled_step_is_the_step(pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    task = Task(model=Normed, data=pairs)
+    runtime = CohortRuntime(task, compiles=True)
+    gradient = runtime._gradient._plain_gradient
+    # Every look at the clock takes less time than the one before: what comes last is the fastest.
+    now = iter(np.cumsum(1.0 / np.arange(1, 1000)))
+    gradient._after, gradient._clock = 0.6, lambda: float(next(now))
+    start = task.initial_weights(0)
+    runs = [
+        LocalRun(
+            start, np.arange(10) + task.data.offsets[k], [(slice(0, 10), 0.1)] * 8, 0, Correction()
+        )
+        for k in (0, 1)
+    ]
+    weights, losses = runtime.train(runs)
+    assert gradient.num_compiled == 1
+    expected, expected_losses = CohortRuntime(task, plain=True).train(runs)
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+
+
+def test_what_cannot_be_compiled_goes_on_as_it_is():
+    calls = []
+
+    def prints(tensor):
+        calls.append(len(calls))
+        return {"sum": tensor * float(tensor.sum())}  # leaves the graph
+
+    later = CompiledLater(prints, after_seconds=2.5, clock=ticking(1.0))
+    ones = torch.ones(3)
+    for _ in range(5):
+        assert torch.equal(later(ones)["sum"], 3 * ones)
+    assert list(later._chosen) == [((3,),)]
+    assert later.num_compiled == 0
+    later(torch.ones(4))
+    assert len(later._chosen) == 1  # a shape at a time
+
+
+def test_a_compiled_function_that_differs_or_is_no_faster_is_not_kept(monkeypatch):
+    for seconds, kept in (({"plain": 2.0, "fast": 1.0}, 1), ({"plain": 1.0, "fast": 1.0}, 0)):
+        now = [0.0]
+
+        def plain(tensor, now=now, seconds=seconds):
+            now[0] += seconds["plain"]
+            return 2 * tensor
+
+        def fast(tensor, now=now, seconds=seconds):
+            now[0] += seconds["fast"]
+            return tensor + tensor
+
+        later = CompiledLater(plain, after_seconds=1.0, clock=lambda now=now: now[0])
+        monkeypatch.setattr(compiled, "_compiled", lambda function, fast=fast: fast)
+        later(torch.ones(2))
+        assert later.num_compiled == kept
+        monkeypatch.setattr(compiled, "_compiled", lambda function: lambda tensor: 3 * tensor)
+        later(torch.ones(5))
+        assert later.num_compiled == kept

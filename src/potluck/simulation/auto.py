@@ -131,7 +131,7 @@ class Auto:
         self._per_step = {"loop": costs.loop}
         order: list[_Name] = ["loop"]
         if costs.vmap < _FAR * costs.loop:
-            self._executors["vmap"] = Vmap(self._task, costs.chunk)
+            self._executors["vmap"] = Vmap(self._task, costs.chunk, compiles=True)
             self._per_step["vmap"] = costs.vmap
             order = ["vmap", "loop"] if costs.vmap < costs.loop else ["loop", "vmap"]
         far = _FAR * self._per_step[order[0]]
@@ -175,10 +175,12 @@ class Auto:
 
     def _fastest(self) -> _Name:
         """Of those that were given a round: what was foreseen of the others is not like it."""
-        order: list[_Name] = ["loop", "vmap", "workers"]
-        tried: list[_Name] = [name for name in order if name in self._tried] or [self._name]
-        name = min(tried, key=lambda name: self._per_step[name])
-        return name if np.isfinite(self._per_step[name]) else "loop"
+        fastest: _Name = "loop"
+        seconds = self._per_step["loop"] if "loop" in self._tried else np.inf
+        for name in self._tried:
+            if self._per_step[name] < seconds:
+                fastest, seconds = name, self._per_step[name]
+        return fastest
 
 
 def _microseconds(seconds: float) -> str:

@@ -59,9 +59,17 @@ class Vmap:
         task: as for every executor.
         chunk: clients that are trained side by side; by the size of the model if None.
         num_threads: of PyTorch's kernels.
+        compiles: compile a step that takes long, where a C++ compiler is at hand. When that is
+            depends on the clock, so the bits of a run do not repeat.
     """
 
-    def __init__(self, task: Task, chunk: int | None = None, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        task: Task,
+        chunk: int | None = None,
+        num_threads: int = 1,
+        compiles: bool = False,
+    ) -> None:
         if chunk is not None and chunk < 1:
             raise ValueError(
                 f"chunk must be at least 1, got chunk={chunk}. Leave it out to fit the model."
@@ -69,7 +77,7 @@ class Vmap:
         self._task = task
         self._num_threads = num_threads
         self._plain = TorchRuntime(task)
-        self._cohort = CohortRuntime(task)
+        self._cohort = CohortRuntime(task, compiles=compiles)
         self._pooling = Pooling(task, self._plain)
         self._evaluator = Evaluator(task)
         self._test = evaluation_batches(task)

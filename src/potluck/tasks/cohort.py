@@ -79,14 +79,20 @@ class Gradient(Protocol):
 class CohortRuntime:
     """Trains clients side by side; every row of its result is what that client would get alone."""
 
-    def __init__(self, task: Task, *, plain: bool = False) -> None:
-        """`plain`: without what is written out for particular models, which is for tests."""
+    def __init__(self, task: Task, *, plain: bool = False, compiles: bool = False) -> None:
+        """
+        Args:
+            plain: without what is written out for particular models, which is for tests.
+            compiles: a step that takes long is compiled, at a moment that depends on the clock.
+        """
         module = task.module().train()
         self.spec: Spec = spec_of(module)
         layers = None if plain else layers_of(module, task)
         self.is_stack = layers is not None
         self._gradient: Gradient = (
-            Vectorised(task, self.spec) if layers is None else Stack(task, layers)
+            Vectorised(task, self.spec, compiles=compiles)
+            if layers is None
+            else Stack(task, layers)
         )
 
     def train(self, runs: Sequence[LocalRun]) -> tuple[Vector, NDArray[np.float32]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from potluck.core import Spec
+from potluck.tasks.compiled import CompiledLater
 from potluck.tasks.correction import Pull
 from potluck.tasks.data import lengths, trimmed
 from potluck.tasks.draws import Draw, Given, Recording, drawn
@@ -34,7 +35,7 @@ _Tensors = Mapping[str, Tensor]
 class Vectorised:
     """The step of one task's model."""
 
-    def __init__(self, task: Task, spec: Spec) -> None:
+    def __init__(self, task: Task, spec: Spec, *, compiles: bool = False) -> None:
         self._data, self._padding = task.data.train, task.data.padding
         self.by_size = self._padding is None
         self._judged = Judged(task)
@@ -50,11 +51,9 @@ class Vectorised:
         self._has_draws: bool | None = None  # unknown before the first step
         self._given = Given(())
         self._is_known = False  # that the model can be vectorised
-        over = (0, 0, 0, None, 0, 0, 0)
-        self._gradient = cast(
-            "Callable[..., tuple[dict[str, Tensor], tuple[Tensor, dict[str, Tensor]]]]",
-            vmap(grad_and_value(self._loss, has_aux=True), in_dims=over, randomness="error"),
-        )
+        self._gradient = self._mapped(self._loss)
+        plain = self._mapped(self._plain_loss)
+        self._plain_gradient = CompiledLater(plain) if compiles else plain
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Clients with these seeds start, none of which has made a step."""
@@ -85,11 +84,16 @@ class Vectorised:
         draws = self._draws_for(weights, counters, inputs[0], targets[0])
         masks = drawn(draws, [self._streams[client] for client in clients])
         try:
-            with nullcontext() if self._is_known else _slow_operators_refused():
-                gradients, (losses, state) = self._gradient(
-                    trained, frozen, buffers, counters, inputs, targets, masks
+            if self._is_known and not masks:
+                gradients, (losses, state) = self._plain_gradient(
+                    trained, frozen, buffers, counters, inputs, targets
                 )
-            self._is_known = True
+            else:
+                with nullcontext() if self._is_known else _slow_operators_refused():
+                    gradients, (losses, state) = self._gradient(
+                        trained, frozen, buffers, counters, inputs, targets, masks
+                    )
+                self._is_known = True
         except Exception as error:
             first, *_ = (str(error) or "failed").splitlines()
             raise RuntimeError(f"at {self._given.last}: {type(error).__name__}: {first}") from error
@@ -120,12 +124,35 @@ class Vectorised:
         targets: Tensor,
         masks: Sequence[Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one client's batch, and its buffers and counters afterwards."""
-        state = {name: buffer.clone() for name, buffer in {**buffers, **counters}.items()}
+        """The loss of one client's batch with these masks, and its buffers and counters
+        afterwards."""
         self._given = Given(masks)
         with self._given:
-            loss = self._judged.at({**trained, **frozen, **state}, inputs, targets)
-        return loss, state
+            return self._plain_loss(trained, frozen, buffers, counters, inputs, targets)
+
+    def _plain_loss(
+        self,
+        trained: _Tensors,
+        frozen: _Tensors,
+        buffers: _Tensors,
+        counters: _Tensors,
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of a model that draws nothing."""
+        state = {name: buffer.clone() for name, buffer in {**buffers, **counters}.items()}
+        return self._judged.at({**trained, **frozen, **state}, inputs, targets), state
+
+    @staticmethod
+    def _mapped(loss: Callable[..., Any]) -> Callable[..., Any]:
+        """From the loss of one client to (gradients, (losses, state)) of many."""
+
+        def gradient(*arguments: Any) -> Any:
+            over = (0, 0, 0, None, *[0] * (len(arguments) - 4))
+            of_one = grad_and_value(loss, has_aux=True)
+            return vmap(of_one, in_dims=over, randomness="error")(*arguments)
+
+        return gradient
 
     def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [clients, batch, …]."""

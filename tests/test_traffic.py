@@ -35,8 +35,10 @@ def data(tmp_path_factory):
 def captured(folder, *, rounds=3, trainer=None, codec="float32"):
     """What all devices wrote in a whole run, and their data."""
     data = made_up(folder / "own")
-    server = f'goal = {COUNT}\npopulation = {COUNT}\nover_selection = 1.0\ncodec = "{codec}"'
-    federation = Federation(folder, clients=COUNT, rounds=rounds, own=folder / "own", server=server)
+    server = f"goal = {COUNT}\npopulation = {COUNT}\nover_selection = 1.0"
+    federation = Federation(
+        folder, clients=COUNT, rounds=rounds, own=folder / "own", server=server, codec=codec
+    )
     with federation, Intermediary(federation.port, federation.operator._home) as between:
         for k in range(COUNT):
             federation.join(k, trainer(data[k][0]) if trainer else None, between.address)

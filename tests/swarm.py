@@ -58,7 +58,7 @@ class Swarm:
         self.trainers.append(Balking())
         clock = PatientClock()
         clock.skew_ms = skew_ms
-        device = Device(address, invitation, folder, self.trainers[-1], clock)
+        device = Device(address, invitation, folder, self.trainers[-1], clock=clock)
         self.devices.append(device)
         if wait:
             until(lambda: (folder / "enrolment.json").exists() or device.died)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from sqlalchemy import select
 from fault_proxy import FaultProxy
 from federation import Federation, HastyClock
 from potluck.core import DataError
-from potluck.device import LinuxSensor, TorchTrainer, one_client
+from potluck.device import LinuxSensor, TorchTrainer, one_client, run_until_stopped
 from potluck.plan import plan_of
 from potluck.server.tables import assignments
 from potluck.simulation import build_task
@@ -139,7 +140,7 @@ def test_sigterm_after_training_wastes_nothing(tmp_path):
             device = Process(federation, proxy.address, invited=True)
             device.until("trained round 1")
             assert lost.wait(60)  # it tries to send, in vain
-            assert device.end(signal.SIGTERM)[0] == 143
+            assert device.end(signal.SIGTERM)[0] == 143, device.lines
         assert federation.status()["version"] == 0
         assert (tmp_path / "device/outbox/report.json").exists()
         device = Process(federation, federation.server.address)
@@ -147,6 +148,33 @@ def test_sigterm_after_training_wastes_nothing(tmp_path):
         assert device.lines[0] == "accepted round 1"
         assert not any("training" in line for line in device.lines)
         assert federation.status()["version"] == 1
+
+
+def test_a_stop_is_a_stop_though_cleaning_up_after_it_fails(tmp_path):
+    federation = Federation(tmp_path, clients=3, rounds=1, server="goal = 1", plaintext=True)
+
+    def show(event):
+        if event.what == "training":
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                raise RuntimeError("a library tidies up")
+
+    def take_part(show):
+        return run_until_stopped(
+            federation.server.address,
+            federation.invite(),
+            tmp_path / secrets.token_hex(4),
+            TorchTrainer(lambda: one_client(federation.data, 0), 1),
+            name=None,
+            limit_bytes=None,
+            show=show,
+        )
+
+    with federation:
+        assert not take_part(show)
+        with pytest.raises(ZeroDivisionError):  # and what is no stop is none
+            take_part(lambda event: 1 / 0)
 
 
 def test_a_device_that_is_unplugged_stops_training_and_says_why(tmp_path):

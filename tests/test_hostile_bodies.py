@@ -145,7 +145,7 @@ def test_more_headers_than_anyone_needs_are_refused(served, count):
     started = time.monotonic()
     answer = exchanged(served, written("GET", path, headers, b""))
     assert time.monotonic() - started < 5.0
-    assert answer == b"" or b'"code":"malformed"' in answer
+    assert answer.startswith(b"HTTP/1.1 400 ") or answer == b""  # it may close while we still send
     assert refused(device.send("GET", path)) == "not_found"  # and it serves on
 
 

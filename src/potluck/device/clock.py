@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 
@@ -41,7 +41,7 @@ class SystemClock:
     """The machine's clock. `stop` may be called from a signal handler or another thread."""
 
     def __init__(self) -> None:
-        self._stop = threading.Event()
+        self._stop: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it, always
         self._held = False
 
     def now_ms(self) -> int:
@@ -54,9 +54,12 @@ class SystemClock:
 
     def wait(self, seconds: float) -> None:
         """Wait; see `Clock`."""
-        stopped = self._stop.wait(seconds) if seconds > 0 else self._stop.is_set()
-        if stopped:
-            raise Stopped
+        try:
+            self._stop.get(seconds > 0, max(seconds, 0.0))
+        except Empty:
+            return
+        self.stop()  # for the waits to come
+        raise Stopped
 
     @contextmanager
     def hold(self) -> Generator[None]:
@@ -69,7 +72,7 @@ class SystemClock:
 
     def stop(self) -> None:
         """End every wait, the present one and those to come."""
-        self._stop.set()
+        self._stop.put(None)
 
     def interrupt(self) -> None:
         """Stop from a signal handler: wherever the program is, unless it holds."""

@@ -99,12 +99,21 @@ def run_until_stopped(
         with closing(events):
             for event in events:
                 show(event)
-    except Stopped:
+    except BaseException as error:
+        if not _is_of_a_stop(error):
+            raise
         return False
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return True
+
+
+def _is_of_a_stop(error: BaseException | None) -> bool:
+    """Whether a stop ended the work, or what failed while it was cleaned up after."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
 
 
 def enrol(

@@ -71,7 +71,7 @@ def test_every_experiment_of_the_repository_is_valid(path):
     [
         ("run.round=5", "unknown key run.round: did you mean run.rounds?"),
         ("algorithm.lr=5", "unknown key algorithm.lr: did you mean algorithm.client_lr?"),
-        ("colour=5", "unknown key colour: remove it. Known here: algorithm, name"),
+        ("colour=5", "unknown key colour: remove it. Known here: algorithm, devices, name"),
         ("run.rounds=0", "run.rounds must be at least 1, got run.rounds = 0."),
         ("run.rounds=1.5", "run.rounds must be an integer, got run.rounds = 1.5."),
         ("run.rounds=many", "run.rounds must be an integer, got run.rounds = 'many'."),

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -119,6 +119,10 @@ def report(
         float | None,
         typer.Option(metavar="SCORE", help="Count rounds to this instead of the runs' own target."),
     ] = None,
+    x: Annotated[
+        Literal["rounds", "hours"],
+        typer.Option("--x", help="Draw over rounds, or over the hours of simulated devices."),
+    ] = "rounds",
     out: Annotated[
         Path | None,
         typer.Option(metavar="PREFIX", help="Write PREFIX.md, PREFIX.png and PREFIX.svg too."),
@@ -131,7 +135,7 @@ def report(
     far), and its crossing of the target is interpolated. Seeds of one experiment are averaged.
     """
     from potluck.simulation import read_run
-    from potluck.simulation.report import HEADER, draw, markdown, measure, notes, table
+    from potluck.simulation.report import draw, header, markdown, measure, notes, table
     from potluck.terminal import show_table
 
     records = [read_run(directory) for directory in _run_directories(paths)]
@@ -140,7 +144,7 @@ def report(
             typer.echo(f"left out, for it has no rounds yet: {record.directory}", err=True)
     costs = [measure(record, target) for record in records if record.rounds]
     rows = table(costs)
-    show_table(HEADER, rows, keys=2)
+    show_table(header(costs), rows, keys=2)
     for note in notes(costs):
         typer.echo(f"\n{note}")
     if out is not None:
@@ -149,8 +153,8 @@ def report(
         out.parent.mkdir(parents=True, exist_ok=True)
         pictures = [out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".svg")]
         text = out.with_name(f"{out.name}.md")
-        text.write_text("\n".join([markdown(HEADER, rows), *notes(costs)]).rstrip() + "\n")
-        draw(costs, pictures)
+        text.write_text("\n".join([markdown(header(costs), rows), *notes(costs)]).rstrip() + "\n")
+        draw(costs, pictures, x)
         typer.echo(f"written: {', '.join(map(str, [text, *pictures]))}", err=True)
 
 
@@ -291,7 +295,7 @@ def _train(
 ) -> None:
     from potluck.experiment import load_experiment
     from potluck.simulation import build_data, build_task, discard_run, read_weights
-    from potluck.simulation.report import HEADER, notes, table
+    from potluck.simulation.report import header, notes, table
     from potluck.tasks import federated_evaluation
     from potluck.tasks.describe import describe
     from potluck.terminal import outcome, per_client_rows, show_pairs, show_table, summary
@@ -312,7 +316,7 @@ def _train(
             show_pairs(per_client_rows(federated_evaluation(task, read_weights(directory))))
     if seeds > 1:
         typer.echo()
-        show_table(HEADER, table(costs), keys=2)
+        show_table(header(costs), table(costs), keys=2)
         for note in notes(costs):
             typer.echo(f"\n{note}")
     where = shlex.quote(str(out / experiment.name))

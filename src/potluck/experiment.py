@@ -246,6 +246,38 @@ class RunSection(_Section):
     skip_failures: bool = False
 
 
+_Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10**7)]
+
+
+class DevicesSection(_Section):
+    """[devices]: simulated devices, whose rounds take virtual time.
+
+    The keys from `selection` on are those of a server's rounds, with its defaults.
+    """
+
+    profile: Literal["ideal", "hospitals", "phones", "browsers"] | None = None
+    trace: str | None = None
+    """Instead of a profile: a CSV file, relative to the experiment file."""
+    trace_days: Annotated[int, Field(ge=1, le=366)] = 1
+    """After so many the windows of a trace come again."""
+    examples_per_second: _Positive | None = None
+    """Local training of this model on the middle device; None is the profile's round figure."""
+    utc_offsets: Annotated[list[Annotated[float, Field(ge=-12, le=14)]], Field(min_length=1)] = [
+        0.0
+    ]
+    """Hours; the time zones in which a profile's devices live."""
+    start_hour: Annotated[float, Field(ge=0, lt=24)] = 0.0
+    """The hour of the day, UTC, at which the run begins."""
+    selection: Literal["open", "sampled"] = "open"
+    minimum: Annotated[float, Field(gt=0, le=1)] = 0.8
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
+    selection_seconds: _Seconds = 120.0
+    report_seconds: _Seconds = 600.0
+    lease_seconds: _Seconds | None = None
+    pace_seconds: _Seconds = 10.0
+    attempts: Annotated[int, Field(ge=1)] = 3
+
+
 class ServeSection(_Section):
     """[server]: what `potluck serve` does with the experiment; it decides no numbers of a model.
 
@@ -282,6 +314,7 @@ class Experiment(_Section):
     partition: PartitionSection
     algorithm: AlgorithmSection
     run: RunSection
+    devices: DevicesSection | None = None
     server: Annotated[ServeSection, Field(exclude=True)] = ServeSection()
 
 
@@ -304,18 +337,45 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     for override in overrides:
         _override(content, override)
     experiment = check_experiment(content, str(path))
-    return _with_absolute_path(experiment, path.parent)
+    return _with_absolute_paths(experiment, path.parent)
 
 
 def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
     """Validate the content of an experiment file; `origin` names it in errors."""
     try:
-        return Experiment.model_validate(content)
+        experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Experiment)}") from None
+    if experiment.devices is not None:
+        _check_devices(experiment.devices, origin)
+    return experiment
 
 
-def _with_absolute_path(experiment: Experiment, folder: Path) -> Experiment:
+def _check_devices(devices: DevicesSection, origin: str) -> None:
+    """What the schema cannot say: which keys of [devices] go together."""
+    if (devices.profile is None) == (devices.trace is None):
+        got = "both" if devices.trace is not None else "neither"
+        raise ConfigError(
+            f"{origin}: [devices] must have devices.profile or devices.trace, got {got}. "
+            "Give one of the two."
+        )
+    source, others = "a trace", ("examples_per_second", "utc_offsets")
+    if devices.trace is None:
+        source, others = "a profile", ("trace_days",)
+    for name in others:
+        if name in devices.model_fields_set:
+            raise ConfigError(
+                f"{origin}: devices.{name} must be left out with {source}, got devices.{name} = "
+                f"{getattr(devices, name)!r}. Remove it."
+            )
+
+
+def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
+    devices = experiment.devices
+    if devices is not None and devices.trace is not None:
+        trace = str((folder / devices.trace).resolve())
+        devices = devices.model_copy(update={"trace": trace})
+        experiment = experiment.model_copy(update={"devices": devices})
     task = experiment.task
     if task.data not in ("folder", "table"):
         return experiment

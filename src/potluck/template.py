@@ -78,6 +78,22 @@ stop_at_target = true
 # ray_address = "auto"        # a Ray cluster that runs; one on this machine if left out
 # skip_failures = false       # true: leave a client that fails out of its round and go on
 
+# [devices]                   # simulated devices: rounds take virtual time (docs/virtual-time.md)
+# profile = "phones"          # ideal, hospitals, phones or browsers
+# trace = "devices.csv"       # or a file with a line for every window of every device
+# trace_days = 1              # after so many its windows come again
+# examples_per_second = 100.0 # local training of this model on the middle device: measure it
+# utc_offsets = [0.0]         # the time zones of the devices
+# start_hour = 0.0            # UTC, at the beginning of the run
+# selection = "open"          # this key and those below: as in [server]
+# minimum = 0.8
+# over_selection = 1.3
+# selection_seconds = 120.0
+# report_seconds = 600.0
+# lease_seconds = 600.0
+# pace_seconds = 10.0
+# attempts = 3                # abandoned in a row, then the run stops
+
 # [server]                    # for `potluck serve`; `train` passes over it
 # selection = "open"          # open: whoever comes; sampled: the cohorts of the simulation
 # goal = 20                   # reports that close a round; the cohort if left out

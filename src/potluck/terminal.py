@@ -43,6 +43,7 @@ class Tally(NamedTuple):
     metrics: dict[str, float] | None = None  # the latest
     uplink_bytes: int = 0  # of all rounds
     failures: int = 0
+    virtual_seconds: float | None = None  # of simulated devices
 
     @classmethod
     def of(cls, lines: Sequence[Mapping[str, Any]]) -> Tally:
@@ -55,6 +56,7 @@ class Tally(NamedTuple):
             metrics=next((line["metrics"] for line in reversed(lines) if line["metrics"]), None),
             uplink_bytes=sum(line["uplink_bytes"] for line in lines),
             failures=sum(len(line["failures"]) for line in lines),
+            virtual_seconds=lines[-1].get("virtual_seconds"),
         )
 
     def after(self, round: Round) -> Tally:
@@ -65,6 +67,7 @@ class Tally(NamedTuple):
             metrics=round.metrics or self.metrics,
             uplink_bytes=self.uplink_bytes + round.uplink_bytes,
             failures=self.failures + len(round.failures),
+            virtual_seconds=None if round.virtual is None else round.virtual.seconds,
         )
 
     def __str__(self) -> str:
@@ -76,6 +79,8 @@ class Tally(NamedTuple):
             name = "accuracy" if metric == "accuracy" else "test loss"
             parts.append(f"{name} {self.metrics[metric]:.4f}")
         parts.append(f"up {format_bytes(self.uplink_bytes)}")
+        if self.virtual_seconds is not None:
+            parts.append(f"virtual {format_seconds(self.virtual_seconds)}")
         if self.failures:
             parts.append(f"{self.failures} failed")
         return "  ".join(parts)
@@ -215,6 +220,11 @@ def outcome(cost: Cost) -> list[tuple[str, str]]:
     if cost.target is not None:
         grid = "" if cost.to_target is None else f" (on the paper's grid {format_on_grid(cost)})"
         pairs.insert(2, (f"rounds to {cost.target:g}", format_rounds(cost) + grid))
+    if cost.virtual_seconds is not None:
+        pairs.insert(-2, ("virtual time", format_seconds(cost.virtual_seconds)))
+        if cost.virtual_to_target is not None:
+            named = f"virtual time to {cost.target:g}"
+            pairs.insert(-2, (named, format_seconds(cost.virtual_to_target)))
     if cost.bytes_to_target is not None:
         up, down = (format_bytes(number) for number in cost.bytes_to_target)
         pairs.insert(3, (f"uplink, downlink to {cost.target:g}", f"{up}, {down}"))

@@ -12,6 +12,7 @@ from potluck.core.codecs import (
 from potluck.core.cohorts import Poisson, sample_cohort
 from potluck.core.correction import Correction
 from potluck.core.errors import (
+    AbandonedError,
     ChecksumError,
     ConfigError,
     DataError,
@@ -31,6 +32,7 @@ from potluck.core.update import Update, Vector
 
 __all__ = [
     "CODECS",
+    "AbandonedError",
     "ChecksumError",
     "Codec",
     "ConfigError",

@@ -9,6 +9,7 @@
     ├── TrainingError      local training failed at a named client and round
     │   └── DivergedError  its loss or weights are no longer finite
     ├── WorkerError        a worker process died or failed
+    ├── AbandonedError     too few devices came or reported, attempt after attempt
     ├── ProtocolError      bytes from the network that are refused, with a code
     ├── StorageError       a server's database or blobs cannot be read or written now
     └── RefusedError       a server does not do what a device or an operator asked, and says why
@@ -55,6 +56,10 @@ class DivergedError(TrainingError):
 
 class WorkerError(PotluckError):
     """A worker process died or failed."""
+
+
+class AbandonedError(PotluckError):
+    """Too few devices came or reported, attempt after attempt."""
 
 
 class ProtocolError(PotluckError):

@@ -6,6 +6,9 @@ from potluck.algorithms import FedAvg, FedProx, Scaffold
 from potluck.core import ConfigError
 from potluck.experiment import Experiment
 from potluck.plan import LANGUAGE_MODELS, build_planned_algorithm, build_planned_task, plan_of
+from potluck.simulation.profiles import PROFILES, draw_fleet
+from potluck.simulation.trace import read_trace
+from potluck.simulation.virtual import RoundRules, VirtualTime
 from potluck.tasks import Dataset, FederatedData, Task, datasets, own_data, partitions
 
 _LABELLED = ("iid", "shards", "dirichlet", "unbalanced")
@@ -54,6 +57,33 @@ def build_task(experiment: Experiment, data: FederatedData) -> Task:
 def build_algorithm(experiment: Experiment) -> FedAvg | FedProx | Scaffold:
     """The algorithm of an experiment."""
     return build_planned_algorithm(experiment.algorithm)
+
+
+def build_virtual_time(experiment: Experiment, population: int, seed: int) -> VirtualTime | None:
+    """The devices of a run with this seed; None where the experiment has no [devices].
+
+    Raises:
+        ConfigError: a trace file that cannot be used.
+    """
+    section = experiment.devices
+    if section is None:
+        return None
+    if section.trace is not None:
+        fleet = read_trace(
+            section.trace, population, days=section.trace_days, start_hour=section.start_hour
+        )
+    else:
+        assert section.profile is not None  # checked when the experiment was read
+        fleet = draw_fleet(
+            PROFILES[section.profile],
+            population,
+            seed=seed,
+            examples_per_second=section.examples_per_second,
+            utc_offsets=section.utc_offsets,
+            start_hour=section.start_hour,
+        )
+    rules = RoundRules(**section.model_dump(include={*RoundRules.__dataclass_fields__}))
+    return VirtualTime(fleet=fleet, rules=rules, passes=experiment.algorithm.local_epochs)
 
 
 def _check_fit(experiment: Experiment) -> None:

@@ -28,7 +28,9 @@ _FREE = (
 )
 
 
-def make_manifest(experiment: Experiment, seed: int, task: Task) -> dict[str, Any]:
+def make_manifest(
+    experiment: Experiment, seed: int, task: Task, devices_digest: str | None = None
+) -> dict[str, Any]:
     """The manifest of a run that starts now."""
     spec = spec_of(task.module())
     return {
@@ -39,6 +41,7 @@ def make_manifest(experiment: Experiment, seed: int, task: Task) -> dict[str, An
         "dim": spec.dim,
         "spec_digest": spec.digest(),
         "data_digest": task.data.digest(),
+        "devices_digest": devices_digest,
         "data_checksums": dict(task.data.checksums),
         "versions": {
             "potluck": metadata.version("potluck"),
@@ -53,7 +56,7 @@ def make_manifest(experiment: Experiment, seed: int, task: Task) -> dict[str, An
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first thing that makes two manifests different runs: name, old and new value."""
-    for key in ("experiment", "seed", "data_digest", "spec_digest"):
+    for key in ("experiment", "seed", "data_digest", "spec_digest", "devices_digest"):
         found = _difference(key, old.get(key), new[key])
         if found is not None:
             return found

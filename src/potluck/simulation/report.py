@@ -18,12 +18,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from potluck.simulation.figures import COLOURS, save_figure
 from potluck.simulation.runs import RunRecord
 
 Curve: TypeAlias = Sequence[tuple[int, float]]  # (round, score), rounds ascending
+Points: TypeAlias = Sequence[tuple[float, float]]  # the same, or (virtual hour, score)
+Axis: TypeAlias = Literal["rounds", "hours"]
 
 HEADER = (
     "experiment",
@@ -37,6 +39,7 @@ HEADER = (
     "up / down in all",
     "wall time",
 )
+_VIRTUAL = ("virtual time to target", "virtual time")  # where a run has simulated devices
 _HELD = (
     "≈: the run ended before the next round of the paper's grid; "
     "its last score is taken to hold until there."
@@ -70,9 +73,12 @@ class Cost(NamedTuple):
     rounds: int
     seconds: float
     is_finished: bool
+    hours: Points | None = None  # the curve over virtual hours, with simulated devices
+    virtual_to_target: float | None = None  # seconds
+    virtual_seconds: float | None = None  # in all
 
 
-def rounds_to_target(curve: Curve, target: float) -> float | None:
+def rounds_to_target(curve: Points, target: float) -> float | None:
     """The round, interpolated, in which the best score so far reaches the target; None if never."""
     best = best_so_far(curve)
     if best and best[0][1] >= target:
@@ -83,7 +89,7 @@ def rounds_to_target(curve: Curve, target: float) -> float | None:
     return None
 
 
-def best_so_far(curve: Curve) -> list[tuple[int, float]]:
+def best_so_far(curve: Points) -> list[tuple[float, float]]:
     """The curve made monotone: each score replaced by the largest up to it."""
     best = -math.inf
     return [(number, best := max(best, score)) for number, score in curve]
@@ -129,6 +135,10 @@ def measure(record: RunRecord, target: float | None = None) -> Cost:
     reached_on_grid = None if target is None else rounds_to_target(grid, sign * target)
     best_round, best = max(rising, key=lambda point: point[1])
     last = int(record.rounds[-1]["round"])
+    hours = _hours(scored, metric)
+    to_target = None
+    if hours is not None and target is not None:
+        to_target = rounds_to_target([(x, sign * score) for x, score in hours], sign * target)
     return Cost(
         name=str(manifest["name"]),
         seed=int(manifest["seed"]),
@@ -148,6 +158,9 @@ def measure(record: RunRecord, target: float | None = None) -> Cost:
         rounds=last,
         seconds=sum(record.seconds),
         is_finished=record.is_finished,
+        hours=hours,
+        virtual_to_target=None if to_target is None else to_target * 3600.0,
+        virtual_seconds=record.rounds[-1].get("virtual_seconds"),
     )
 
 
@@ -159,15 +172,22 @@ def group(costs: Iterable[Cost]) -> list[list[Cost]]:
     return [sorted(runs, key=lambda cost: cost.seed) for runs in groups.values()]
 
 
+def header(costs: Iterable[Cost]) -> tuple[str, ...]:
+    """The columns of `table`: `HEADER`, and virtual time where a run has any."""
+    return HEADER + _VIRTUAL if any(cost.hours is not None for cost in costs) else HEADER
+
+
 def table(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
-    """A row of cells, as in `HEADER`, for every run and for the mean of every experiment."""
+    """A row of cells, as in `header`, for every run and for the mean of every experiment."""
+    costs = list(costs)
+    width = len(header(costs))
     groups = group(costs)
     rows: list[tuple[str, ...]] = []
     for name, runs in zip(_labels(groups), groups, strict=True):
         rows += [_row(name, cost) for cost in runs]
         if len(runs) > 1:
             rows.append(_mean_row(name, runs))
-    return rows
+    return [row[:width] for row in rows]
 
 
 def notes(costs: Iterable[Cost]) -> list[str]:
@@ -181,15 +201,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def mean_of_best(runs: Sequence[Cost]) -> list[tuple[int, float]]:
-    """The mean of the seeds' best scores so far.
+def mean_of_best(runs: Sequence[Cost], x: Axis = "rounds") -> list[tuple[float, float]]:
+    """The mean of the seeds' best scores so far, over rounds or over virtual hours.
 
     A run that reached its target keeps its best after its end. Where one ends that has not, the
     mean ends too: with fewer seeds it would jump.
     """
     sign = 1.0 if runs[0].metric == "accuracy" else -1.0
-    curves = [best_so_far([(n, sign * score) for n, score in run.curve]) for run in runs]
-    short = [run.curve[-1][0] for run in runs if run.to_target is None]
+    shown = [curve_of(run, x) for run in runs]
+    curves = [best_so_far([(n, sign * score) for n, score in curve]) for curve in shown]
+    short = [curve[-1][0] for run, curve in zip(runs, shown, strict=True) if run.to_target is None]
     end = min(short, default=max(curve[-1][0] for curve in curves))
     numbers = sorted({n for curve in curves for n, _ in curve if n <= end})
     columns = [[_at(curve, n) for curve in curves] for n in numbers]
@@ -197,8 +218,26 @@ def mean_of_best(runs: Sequence[Cost]) -> list[tuple[int, float]]:
     return list(zip(numbers, means, strict=True))
 
 
-def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
-    """Draw score against rounds into each of `paths`; their suffixes (.png, .svg) are the formats.
+def curve_of(run: Cost, x: Axis) -> Points:
+    """The scores of a run over rounds, or over virtual hours.
+
+    Raises:
+        ValueError: over hours, and the run has no simulated devices.
+    """
+    if x == "rounds":
+        return run.curve
+    if run.hours is None:
+        raise ValueError(
+            f"curves over hours need simulated devices, got {str(run.directory)!r} without. "
+            "Leave the run out, or draw over rounds."
+        )
+    return run.hours
+
+
+def draw(costs: Iterable[Cost], paths: Sequence[Path], x: Axis = "rounds") -> None:
+    """Draw score against rounds, or virtual hours, into each of `paths`.
+
+    Their suffixes (.png, .svg) are the formats.
 
     A thin line is a run as it was evaluated; a thick line is what is counted: the best score so
     far, averaged over the seeds of an experiment.
@@ -217,12 +256,12 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path]) -> None:
         colour = COLOURS[i % len(COLOURS)]
         style = ("-", "--", ":")[i // len(COLOURS) % 3]
         for run in runs:
-            axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=0.7, alpha=0.35)
-        numbers, scores = zip(*mean_of_best(runs), strict=True)
-        label = _legend(name, runs)
+            axes.plot(*zip(*curve_of(run, x), strict=True), color=colour, linewidth=0.7, alpha=0.35)
+        numbers, scores = zip(*mean_of_best(runs, x), strict=True)
+        label = _legend(name, runs, x)
         axes.plot(numbers, scores, style, color=colour, linewidth=2.0, label=label)
     metrics = sorted({run.metric for runs in groups for run in runs})
-    axes.set_xlabel("round")
+    axes.set_xlabel("round" if x == "rounds" else "virtual hours")
     axes.set_ylabel(f"test {' and '.join(metrics)}")
     axes.set_xlim(left=0)
     if metrics == ["accuracy"]:
@@ -265,6 +304,15 @@ def format_on_grid(cost: Cost) -> str:
     if cost.on_grid is None:
         return "–"
     return f"{'≈ ' if cost.held else ''}{cost.on_grid:.1f}"
+
+
+def _hours(scored: Sequence[dict[str, Any]], metric: str) -> Points | None:
+    """The curve over virtual hours; None where a run has no simulated devices."""
+    if "virtual_seconds" not in scored[0]:
+        return None
+    return [
+        (float(line["virtual_seconds"]) / 3600.0, float(line["metrics"][metric])) for line in scored
+    ]
 
 
 def _is_on_grid(number: int) -> bool:
@@ -329,6 +377,8 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
         "–" if cost.bytes_to_target is None else _traffic(*cost.bytes_to_target),
         _traffic(*cost.bytes),
         format_seconds(cost.seconds),
+        "–" if cost.virtual_to_target is None else format_seconds(cost.virtual_to_target),
+        "–" if cost.virtual_seconds is None else format_seconds(cost.virtual_seconds),
     )
 
 
@@ -349,6 +399,8 @@ def _mean_row(name: str, runs: Sequence[Cost]) -> tuple[str, ...]:
         _mean_traffic(paid) if one_target and len(paid) == len(runs) else "–",
         _mean_traffic([run.bytes for run in runs]),
         format_seconds(statistics.fmean(run.seconds for run in runs)),
+        _mean_seconds([run.virtual_to_target for run in runs]) if one_target else "–",
+        _mean_seconds([run.virtual_seconds for run in runs]),
     )
 
 
@@ -366,6 +418,12 @@ def _mean_of_reached(values: Sequence[float | None]) -> str:
     return _mean(reached, ".1f")
 
 
+def _mean_seconds(values: Sequence[float | None]) -> str:
+    """The mean, where every run has a value."""
+    given = [value for value in values if value is not None]
+    return format_seconds(statistics.fmean(given)) if len(given) == len(values) else "–"
+
+
 def _mean_traffic(traffic: Sequence[tuple[int, int]]) -> str:
     uplink, downlink = (statistics.fmean(column) for column in zip(*traffic, strict=True))
     return _traffic(uplink, downlink)
@@ -378,12 +436,15 @@ def _traffic(uplink: float, downlink: float) -> str:
     return f"{up} / {down}"
 
 
-def _at(curve: Curve, number: int) -> float:
+def _at(curve: Points, number: float) -> float:
     """The score at a round, or at the last evaluated one before it."""
     return curve[max(bisect_right(curve, number, key=lambda point: point[0]) - 1, 0)][1]
 
 
-def _legend(name: str, runs: Sequence[Cost]) -> str:
+def _legend(name: str, runs: Sequence[Cost], x: Axis) -> str:
+    if x == "hours":
+        seconds = _mean_seconds([run.virtual_to_target for run in runs])
+        return name if seconds == "–" else f"{name}: {seconds}"
     if any(run.target is None or run.to_target is None for run in runs):
         return name
     reached = [run.to_target for run in runs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +26,7 @@ from potluck.simulation.auto import Auto
 from potluck.simulation.cluster import Cluster
 from potluck.simulation.compression import compressed
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
+from potluck.simulation.virtual import Timing, VirtualTime, timeline
 from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task
@@ -49,6 +51,7 @@ class Round(NamedTuple):
     state: Any  # the server state after this round
     client_states: ClientStates = NO_STATES  # of all clients seen so far, if they keep any
     executor: str = ""  # what trained the cohort and why, in words, where that was a choice
+    virtual: Timing | None = None  # how the round went on simulated devices, if there are any
 
 
 def rounds(
@@ -63,6 +66,7 @@ def rounds(
     evaluate_every: int = 1,
     skip_failures: bool = False,
     resume: tuple[int, Any] | tuple[int, Any, ClientStates] | None = None,
+    virtual: VirtualTime | None = None,
 ) -> Iterator[Round]:
     """Train, and yield every round as it is done, from round 0, the initial model.
 
@@ -78,8 +82,11 @@ def rounds(
         skip_failures: leave clients that fail out of the round instead of stopping there.
         resume: (number, state, client_states) of an earlier round, to go on from the round after
             it; the last may be left out where clients keep nothing.
+        virtual: simulated devices; the cohort of a round is then those whose updates arrived in
+            time, and a `Round` tells when that was.
 
     Raises:
+        AbandonedError: too few simulated devices came or reported, attempt after attempt.
         DivergedError: a client's loss or weights are no longer finite; client and round are named.
         TrainingError: local training of a client failed otherwise.
     """
@@ -112,6 +119,7 @@ def rounds(
         evaluate_every,
         skip_failures,
         resume,
+        virtual,
     )
 
 
@@ -126,6 +134,7 @@ def _rounds(
     evaluate_every: int,
     skip_failures: bool,
     resume: tuple[int, Any, ClientStates] | None,
+    virtual: VirtualTime | None,
 ) -> Iterator[Round]:
     started = time.perf_counter()
     own = isinstance(executor, str)
@@ -139,10 +148,26 @@ def _rounds(
             yield _round(algorithm, codec, 0, state, kept, nobody, None, metrics, started)
         else:
             number, state, kept = resume
+        timings: Iterator[Timing] | None = None
+        if virtual is not None:
+            length = algorithm.vectors * len(state.weights)
+            timings = timeline(
+                virtual,
+                sizes=task.data.sizes,
+                cohort=cohort,
+                downlink_bytes=encoded_bytes("float32", length),
+                uplink_bytes=encoded_bytes(codec, length),
+                seed=seed,
+            )
+            timings = islice(timings, number, None)
         while num_rounds is None or number < num_rounds:
             started = time.perf_counter()
             number += 1
-            clients = sample_cohort(task.data.num_clients, cohort, seed=seed, round=number)
+            timing = None if timings is None else next(timings)
+            if timing is None:
+                clients = sample_cohort(task.data.num_clients, cohort, seed=seed, round=number)
+            else:
+                clients = timing.accepted
             result = runner.train(
                 algorithm,
                 algorithm.broadcast(state),
@@ -165,7 +190,8 @@ def _rounds(
                 kept = {**kept, **result.states}  # earlier rounds keep what they had
             due = number % evaluate_every == 0 or number == num_rounds
             metrics = runner.evaluate(state.weights) if due else None
-            yield _round(algorithm, codec, number, state, kept, clients, result, metrics, started)
+            done = _round(algorithm, codec, number, state, kept, clients, result, metrics, started)
+            yield done if timing is None else _timed(done, timing, algorithm, codec)
     finally:
         if own:
             runner.close()
@@ -222,6 +248,17 @@ def _round(
         state=state,
         client_states=client_states,
         executor="" if result is None else result.executor,
+    )
+
+
+def _timed(round: Round, timing: Timing, algorithm: Algorithm, codec: Codec) -> Round:
+    """A round with its virtual time, and with the bytes of the devices whose work was lost too."""
+    length = algorithm.vectors * len(round.weights)
+    received = timing.updates_received - len(round.failures)
+    return round._replace(
+        uplink_bytes=encoded_bytes(codec, length) * received,
+        downlink_bytes=encoded_bytes("float32", length) * timing.models_sent,
+        virtual=timing,
     )
 
 

@@ -1,7 +1,7 @@
 """A run is a directory: what was asked, what every round gave, and where to go on.
 
     manifest.json            experiment, seed, versions, machine, commit, checksums
-    rounds.jsonl             a line a round, from round 0; never a clock time
+    rounds.jsonl             a line a round, from round 0; never a clock time, but virtual time
     timings.jsonl            the wall time of every round, and what trained it if that was chosen
     checkpoint.safetensors   the server state after some round, and what the clients keep;
                              replaced as a whole
@@ -32,10 +32,11 @@ from safetensors.numpy import save
 from potluck.algorithms import Algorithm, ServerState
 from potluck.core import RunError, Vector
 from potluck.experiment import Experiment
-from potluck.simulation.build import build_algorithm, build_data, build_task
+from potluck.simulation.build import build_algorithm, build_data, build_task, build_virtual_time
 from potluck.simulation.manifest import difference, make_manifest
 from potluck.simulation.rounds import ClientStates, Round, make_executor, rounds
 from potluck.simulation.train_loss import WithTrainLoss
+from potluck.simulation.virtual import VirtualTime
 from potluck.tasks import FederatedData, Task
 
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
@@ -80,15 +81,18 @@ def train(
 
     Raises:
         RunError: the directory cannot be written, is in use, or holds another experiment.
-        DivergedError, TrainingError: as `rounds`; the checkpoint is then of the last good round.
+        AbandonedError, DivergedError, TrainingError: as `rounds`; the checkpoint is then of the
+            last good round.
     """
     seed = experiment.run.seed if seed is None else seed
     data = build_data(experiment) if data is None else data
     task = build_task(experiment, data)
     algorithm = build_algorithm(experiment)
-    run = _Run(Path(directory), make_manifest(experiment, seed, task))
+    virtual = build_virtual_time(experiment, data.num_clients, seed)
+    digest = None if virtual is None else virtual.fleet.digest()
+    run = _Run(Path(directory), make_manifest(experiment, seed, task, digest))
     with _locked(run.directory):
-        yield from run.train(experiment, algorithm, task, seed)
+        yield from run.train(experiment, algorithm, task, seed, virtual)
 
 
 def read_run(directory: Path | str) -> RunRecord:
@@ -156,7 +160,12 @@ class _Run:
         self._timings: FileIO | None = None
 
     def train(
-        self, experiment: Experiment, algorithm: Algorithm, task: Task, seed: int
+        self,
+        experiment: Experiment,
+        algorithm: Algorithm,
+        task: Task,
+        seed: int,
+        virtual: VirtualTime | None,
     ) -> Iterator[Round]:
         run = experiment.run
         start = self._open()
@@ -184,6 +193,7 @@ class _Run:
                 evaluate_every=run.evaluate_every,
                 skip_failures=run.skip_failures,
                 resume=start,
+                virtual=virtual,
             ):
                 self._append(round)
                 last = _Position(round.number, round.state, round.client_states)
@@ -276,6 +286,8 @@ class _Run:
             "downlink_bytes": round.downlink_bytes,
             "failures": [failure._asdict() for failure in round.failures],
         }
+        if self._manifest["devices_digest"] is not None:
+            summary |= _virtual(round)
         timing: dict[str, Any] = {"round": round.number, "seconds": round.seconds}
         if round.executor:
             timing["executor"] = round.executor
@@ -312,6 +324,21 @@ class _Run:
         for file in (self._rounds, self._timings):
             if file is not None:
                 file.close()
+
+
+def _virtual(round: Round) -> dict[str, Any]:
+    """What simulated devices add to a line of the log."""
+    timing = round.virtual
+    if timing is None:  # the initial model
+        return {"virtual_seconds": 0.0}
+    return {
+        "virtual_seconds": timing.seconds,
+        "assigned": timing.assigned,
+        "accepted": len(timing.accepted),
+        "dropped": timing.dropped,
+        "late": timing.late,
+        "abandoned": timing.abandoned,
+    }
 
 
 def _whole_lines(path: Path) -> list[str]:

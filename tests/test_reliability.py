@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from pprint import pformat
 
 import pytest
 
+from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from server_kills import kill_servers
 
 
@@ -20,4 +22,23 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(tmp_path, seed):
     points = ("run.before-row", "chunk.torn", "enrol.inside", "abandon.inside", "commit.inside")
     found = kill_servers(tmp_path, devices=5, points=points, times=3, seed=seed)
     assert found["killed_at_points"] == len(points)
-    assert found["holds"], found
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_a_disk_that_is_full_read_only_or_broken_corrupts_nothing(tmp_path, seed):
+    library = build_bad_disk(tmp_path)
+    if library is None:
+        pytest.skip("there is no C compiler, or no Linux, to make a bad disk with")
+    found = break_disks(tmp_path, library, devices=3, faults=FAULTS, seed=seed)
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_a_server_on_a_full_file_system_goes_on_when_there_is_room(tmp_path, seed):
+    small = tmp_path / "small"
+    if not mount_small(small):
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        found = fill_disk(tmp_path, small, devices=3, times=2, seed=seed)
+    finally:
+        unmount(small)
+    assert found["holds"], pformat(found, width=200)

@@ -7,6 +7,7 @@ from pprint import pformat
 
 import pytest
 
+from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from server_kills import kill_servers
 
@@ -42,3 +43,9 @@ def test_a_server_on_a_full_file_system_goes_on_when_there_is_room(tmp_path, see
     finally:
         unmount(small)
     assert found["holds"], pformat(found, width=200)
+
+
+def test_devices_that_are_killed_delay_no_round_and_report_once(tmp_path, seed):
+    found = kill_devices(tmp_path, slots=7, times=1, seed=seed, within_seconds=5.0)
+    assert found["holds"], pformat(found, width=200)
+    assert found["closed_in_time"], found

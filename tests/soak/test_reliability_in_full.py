@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from record import record
 
+from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from potluck.server import faults
 from server_kills import kill_servers
@@ -48,6 +49,16 @@ def test_r1_kills_of_the_server(folder):
         "kill -9 of `potluck serve` at every fault point and at 200 random times, 20 devices: "
         "0 lost, 0 double, 0 foreign, models as undisturbed; serving again within 3 s",
         lambda: kill_servers(folder, devices=20, points=points, times=200, seed=SEED),
+    )
+
+
+def test_r3_kills_of_devices(folder):
+    show(
+        "r3",
+        "kill -9 of 30 % of 20 device processes in each of 10 rounds, half of them in training, "
+        "half in uploading: the round closes at its deadline ± 1 s, slots are leased again, "
+        "nothing is reported twice",
+        lambda: kill_devices(folder, slots=20, times=10, seed=SEED, within_seconds=1.0),
     )
 
 

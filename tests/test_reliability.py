@@ -7,6 +7,7 @@ from pprint import pformat
 
 import pytest
 
+from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from server_kills import kill_servers
@@ -47,5 +48,12 @@ def test_a_server_on_a_full_file_system_goes_on_when_there_is_room(tmp_path, see
 
 def test_devices_that_are_killed_delay_no_round_and_report_once(tmp_path, seed):
     found = kill_devices(tmp_path, slots=7, times=1, seed=seed, within_seconds=5.0)
+    assert found["holds"], pformat(found, width=200)
+    assert found["closed_in_time"], found
+
+
+def test_clocks_that_jump_move_no_deadline_and_lock_nobody_out(tmp_path, seed):
+    jumps = random.Random(seed).sample(JUMPS, 4)
+    found = jump_clocks(tmp_path, devices=4, jumps=jumps, seed=seed, within_seconds=4.0)
     assert found["holds"], pformat(found, width=200)
     assert found["closed_in_time"], found

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from record import record
 
+from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from potluck.server import faults
@@ -59,6 +60,18 @@ def test_r3_kills_of_devices(folder):
         "half in uploading: the round closes at its deadline ± 1 s, slots are leased again, "
         "nothing is reported twice",
         lambda: kill_devices(folder, slots=20, times=10, seed=SEED, within_seconds=1.0),
+    )
+
+
+def test_r7_jumps_of_clocks(folder):
+    jumps = JUMPS * 5
+    random.Random(SEED).shuffle(jumps)
+    show(
+        "r7",
+        "40 jumps in the middle of rounds, the server's clock ± 1 h and a device's ± 1 day, half "
+        "of them with a restart, 20 devices: rounds close at their deadline ± 1 s, devices are "
+        "told to resynchronise, none is refused after one retry",
+        lambda: jump_clocks(folder, devices=20, jumps=jumps, seed=SEED, within_seconds=1.0),
     )
 
 

@@ -1,8 +1,8 @@
 """A TCP proxy on loopback that makes the way to a server as bad as it is told; TLS passes through.
 
 The line may be slow (bytes a second, each connection), late (seconds before each piece), sliced
-(bytes in a piece), reset (the chance of a connection to be cut, at some byte), and half open (the
-chance of a connection to fall silent, at some byte, without being closed).
+(bytes in a piece), reset (the chance of a request to have its connection cut, at some byte of it or
+of its answer), and half open (the chance of it to fall silent there, without being closed).
 """
 
 from __future__ import annotations
@@ -27,20 +27,28 @@ class Weather(NamedTuple):
     slice_bytes: int = 65_536
     resets: float = 0.0
     half_open: float = 0.0
-    within_bytes: int = 8_000  # a reset or silence comes before so many bytes have passed
+    within_bytes: int = 3_000  # before so many bytes of a request and its answer have passed
+
+
+class _Exchange:
+    """What is known of the request that a connection carries."""
+
+    def __init__(self) -> None:
+        self.is_answered = True
+        self.fate, self.left = "", 0
 
 
 class BadLine:
-    """Listens in a thread until the end of the block. `weather` may be changed meanwhile."""
+    """Listens in a thread until the end of the block."""
 
     def __init__(self, port: int, weather: Weather, *, seed: int) -> None:
-        self.weather = weather
         self.counts: Counter[str] = Counter()
-        self._port, self._dice = port, random.Random(seed)
+        """What happened, by name, and how many requests there were."""
+        self._weather, self._port, self._dice = weather, port, random.Random(seed)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.address = f"https://127.0.0.1:{self._socket.getsockname()[1]}"
         self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
+        self._stop, self._cleared = asyncio.Event(), asyncio.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._run()))
 
     def __enter__(self) -> BadLine:
@@ -52,6 +60,15 @@ class BadLine:
         self._thread.join(30)
         assert not self._thread.is_alive()
         self._loop.close()
+
+    def change(self, weather: Weather) -> None:
+        """Another weather from now on, also for what is under way.
+
+        Where it leaves nothing half open, what was is closed.
+        """
+        self._weather = weather
+        if not weather.half_open:
+            self._loop.call_soon_threadsafe(self._cleared.set)
 
     async def _run(self) -> None:
         tasks: set[asyncio.Task[None]] = set()
@@ -73,21 +90,16 @@ class BadLine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        weather, lot = self.weather, self._dice.random()
-        fate = "reset" if lot < weather.resets else "passed"
-        if weather.resets <= lot < weather.resets + weather.half_open:
-            fate = "half-open"
-        self.counts[fate] += 1
-        left = [self._dice.randrange(weather.within_bytes)] if fate != "passed" else None
         there, back = await asyncio.open_connection("127.0.0.1", self._port, limit=65_536)
-        ways = [self._pass(reader, back, weather, left), self._pass(there, writer, weather, left)]
+        now = _Exchange()
+        ways = [self._pass(reader, back, now, up=True), self._pass(there, writer, now, up=False)]
         tasks = [asyncio.create_task(way) for way in ways]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            was_cut = any(task.exception() is None and task.result() for task in done)
-            if was_cut and fate == "half-open":
-                await self._stop.wait()  # silent, and open on both sides
-            elif was_cut:
+            fates = {task.result() for task in done if task.exception() is None}
+            if "half-open" in fates:
+                await self._cleared.wait()  # silent, and open on both sides
+            elif "reset" in fates:
                 for end in (writer, back):
                     end.get_extra_info("socket").setsockopt(
                         socket.SOL_SOCKET, socket.SO_LINGER, _RESET
@@ -102,19 +114,33 @@ class BadLine:
         self,
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
-        weather: Weather,
-        left: list[int] | None,
-    ) -> bool:
-        """Pass bytes on in one direction; whether it was to be cut off."""
-        while data := await source.read(weather.slice_bytes):
+        now: _Exchange,
+        *,
+        up: bool,
+    ) -> str:
+        """Pass bytes on in one direction. Returns what becomes of the connection."""
+        while data := await source.read(self._weather.slice_bytes):
+            weather = self._weather
             if weather.latency[1]:
                 await asyncio.sleep(self._dice.uniform(*weather.latency))
             if weather.rate:
                 await asyncio.sleep(len(data) / weather.rate)
-            if left is not None:
-                data, left[0] = data[: left[0]], left[0] - len(data)
+            if up and now.is_answered:
+                self._draw(now, weather)
+            now.is_answered = not up
+            if now.fate:
+                data, now.left = data[: now.left], now.left - len(data)
             sink.write(data)
             await sink.drain()
-            if left is not None and left[0] <= 0:
-                return True
-        return False
+            if now.fate and now.left <= 0:
+                self.counts[now.fate] += 1
+                return now.fate
+        return ""
+
+    def _draw(self, now: _Exchange, weather: Weather) -> None:
+        """Decide what becomes of a request."""
+        self.counts["requests"] += 1
+        lot, now.left = self._dice.random(), self._dice.randrange(weather.within_bytes)
+        now.fate = "reset" if lot < weather.resets else ""
+        if weather.resets <= lot < weather.resets + weather.half_open:
+            now.fate = "half-open"

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from record import record
 
+from bad_weather import STORM, weather
+from churn import churn
 from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
@@ -20,6 +22,7 @@ from potluck.server import faults
 from server_kills import kill_servers
 
 pytestmark = pytest.mark.soak
+MINUTES = float(os.environ.get("POTLUCK_SOAK_MINUTES", "60"))
 SEED = int(os.environ.get("POTLUCK_SEED", "20261124"))
 
 
@@ -63,6 +66,18 @@ def test_r3_kills_of_devices(folder):
     )
 
 
+def test_r5_a_bad_line(folder):
+    show(
+        "r5",
+        "a line with latency 0–2 s, 5 % resets, slices, 64 KB/s and half-open connections; 50 "
+        "devices, 50 rounds: each committed or abandoned with its reason, none open for more than "
+        "5 s after its deadline",
+        lambda: weather(
+            folder, STORM, devices=50, rounds=50, seconds=30.0, seed=SEED, within_seconds=5.0
+        ),
+    )
+
+
 def test_r7_jumps_of_clocks(folder):
     jumps = JUMPS * 5
     random.Random(SEED).shuffle(jumps)
@@ -97,5 +112,20 @@ def test_r8_bad_disks(folder):
         "a full file system 10 times; ENOSPC, EROFS and EIO under database and blobs 5 times each; "
         "20 devices: answers 503 and no other 5xx, nothing lost, database intact, the next round "
         "committed without a restart",
+        act,
+    )
+
+
+def test_r12_devices_that_come_and_go(folder):
+    def act() -> dict[str, Any]:
+        found = churn(folder, devices=200, part=0.1, minutes=MINUTES, seed=SEED, every_seconds=5.0)
+        leaks = found["memory_mb_per_hour"][2] >= 1.0 or found["descriptors_per_hour"][1] > 1.0
+        return found | {"holds": found["holds"] and not leaks}
+
+    show(
+        "r12",
+        "200 devices, 10 % of which leave and come again in each minute, for POTLUCK_SOAK_MINUTES: "
+        "memory grows by less than 1 MB an hour (the upper end of the 95 % interval), no "
+        "descriptors are lost, no exception is logged",
         act,
     )

@@ -22,7 +22,8 @@ from serve_process import ServerProcess, experiment
 from swarm import name_of, until
 
 UPLOAD_SECONDS = 3.0
-LEASE_SECONDS, REPORT_SECONDS = 2.0, 14.0
+LEASE_SECONDS = 6.0  # above that of a chunk's way, which extends the lease when it has come
+REPORT_SECONDS = 20.0
 BYTES = 4 * 55_210  # of the model "2nn" on digits
 
 
@@ -79,6 +80,7 @@ def kill_devices(
         "devices_that_gave_up": given_up,
         "faults_logged": faults[:3],
         "holds": proof.holds
+        and proof.committed >= len(struck)
         and not (given_up or faults or code)
         and told["released"] == told["killed"]
         and told["leased_again"] >= len(struck) * (total - slots)

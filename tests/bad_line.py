@@ -70,6 +70,10 @@ class BadLine:
         if not weather.half_open:
             self._loop.call_soon_threadsafe(self._cleared.set)
 
+    def lead_to(self, port: int) -> None:
+        """Lead to another server, from the next connection on."""
+        self._port = port
+
     async def _run(self) -> None:
         tasks: set[asyncio.Task[None]] = set()
 

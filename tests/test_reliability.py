@@ -14,6 +14,7 @@ from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from server_kills import kill_servers
+from two_servers import kill_one_of_two
 
 
 @pytest.fixture
@@ -90,3 +91,10 @@ def test_a_slope_is_found_under_noise_that_drifts():
         flat = slope(hours, 100 + noise)
         assert flat.low < 1.0  # and none is none
         assert abs(flat.per_hour) < 2.0
+
+
+def test_of_two_servers_on_one_database_one_is_killed_and_nothing_is_lost(
+    tmp_path, postgresql, seed
+):
+    found = kill_one_of_two(tmp_path, postgresql(), devices=4, times=1, seed=seed)
+    assert found["holds"], pformat(found, width=200)

@@ -20,6 +20,7 @@ from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from potluck.server import faults
 from server_kills import kill_servers
+from two_servers import kill_one_of_two
 
 pytestmark = pytest.mark.soak
 MINUTES = float(os.environ.get("POTLUCK_SOAK_MINUTES", "60"))
@@ -128,4 +129,14 @@ def test_r12_devices_that_come_and_go(folder):
         "memory grows by less than 1 MB an hour (the upper end of the 95 % interval), no "
         "descriptors are lost, no exception is logged",
         act,
+    )
+
+
+def test_two_servers_on_one_postgresql(folder, postgresql):
+    show(
+        "two-servers",
+        "two processes of `potluck serve` on one PostgreSQL, one of them killed in the middle of "
+        "20 rounds, the leader or the other; 20 devices: 0 lost, 0 double, 0 foreign, models as "
+        "undisturbed",
+        lambda: kill_one_of_two(folder, postgresql(), devices=20, times=20, seed=SEED),
     )

@@ -20,6 +20,8 @@ from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from potluck.server import faults
 from server_kills import kill_servers
+from test_server_machine import SEEN
+from test_server_machine import run as run_machine
 from two_servers import kill_one_of_two
 
 pytestmark = pytest.mark.soak
@@ -114,6 +116,24 @@ def test_r8_bad_disks(folder):
         "20 devices: answers 503 and no other 5xx, nothing lost, database intact, the next round "
         "committed without a restart",
         act,
+    )
+
+
+def test_r9_the_round_as_a_machine():
+    def act() -> dict[str, Any]:
+        SEEN.clear()
+        run_machine(2000, 50)
+        ends = dict(sorted(SEEN.items()))
+        rare = ("train COMMITTED", "train ABANDONED", "evaluate COMMITTED", "evaluate ABANDONED")
+        return {"rounds": ends, "holds": ends["runs"] >= 2000 and all(ends.get(k) for k in rare)}
+
+    show(
+        "r9",
+        "hypothesis drives the round in 2,000 runs × 50 steps over two processes: over-selection, "
+        "leases, deadlines, minimum, abandonment, repeated and late reports, restarts, jumps of "
+        "the clock, evaluation rounds; all invariants after every step",
+        act,
+        seed=None,
     )
 
 

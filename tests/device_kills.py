@@ -23,16 +23,22 @@ from swarm import name_of, until
 
 UPLOAD_SECONDS = 3.0
 LEASE_SECONDS = 6.0  # above that of a chunk's way, which extends the lease when it has come
-REPORT_SECONDS = 20.0
 BYTES = 4 * 55_210  # of the model "2nn" on digits
 
 
 def kill_devices(
-    folder: Path, *, slots: int, times: int, seed: int, within_seconds: float
+    folder: Path,
+    *,
+    slots: int,
+    times: int,
+    seed: int,
+    within_seconds: float,
+    train_seconds: float = 3.0,
 ) -> dict[str, Any]:
     """Kill 30 % of the devices of so many rounds, half of them in training, half in uploading.
 
     Args:
+        train_seconds: long enough for all to be at it when the last one begins.
         within_seconds: how far from its deadline a round may close.
     """
     dice = random.Random(seed)
@@ -40,7 +46,7 @@ def kill_devices(
     total = slots + num_killed // 2
     text = experiment(
         clients=slots, model="2nn", minimum=0.5, population=total, selection_seconds=30.0,
-        report_seconds=REPORT_SECONDS, lease_seconds=LEASE_SECONDS,
+        report_seconds=LEASE_SECONDS + 2 * train_seconds + 2 * UPLOAD_SECONDS + 2, lease_seconds=LEASE_SECONDS,
     )  # fmt: skip
     text = text.replace(f"clients = {slots}", f"clients = {total}", 1)
     server = ServerProcess(folder / "server", text)
@@ -50,7 +56,9 @@ def kill_devices(
     with BadLine(server.port, Weather(rate=BYTES / UPLOAD_SECONDS), seed=seed) as line:
         try:
             for i in range(total):
-                one = DeviceProcess(folder / "devices" / str(i), line.address, seconds=3.0)
+                one = DeviceProcess(
+                    folder / "devices" / str(i), line.address, seconds=train_seconds
+                )
                 one.start(server.invite())
                 devices.append(one)
                 until(lambda: devices[-1].is_enrolled)

@@ -65,7 +65,9 @@ def test_r3_kills_of_devices(folder):
         "kill -9 of 30 % of 20 device processes in each of 10 rounds, half of them in training, "
         "half in uploading: the round closes at its deadline ± 1 s, slots are leased again, "
         "nothing is reported twice",
-        lambda: kill_devices(folder, slots=20, times=10, seed=SEED, within_seconds=1.0),
+        lambda: kill_devices(
+            folder, slots=20, times=10, seed=SEED, within_seconds=1.0, train_seconds=8.0
+        ),
     )
 
 

@@ -46,7 +46,8 @@ def kill_devices(
     total = slots + num_killed // 2
     text = experiment(
         clients=slots, model="2nn", minimum=0.5, population=total, selection_seconds=30.0,
-        report_seconds=LEASE_SECONDS + 2 * train_seconds + 2 * UPLOAD_SECONDS + 2, lease_seconds=LEASE_SECONDS,
+        report_seconds=LEASE_SECONDS + 2 * (train_seconds + UPLOAD_SECONDS) + 2,
+        lease_seconds=LEASE_SECONDS,
     )  # fmt: skip
     text = text.replace(f"clients = {slots}", f"clients = {total}", 1)
     server = ServerProcess(folder / "server", text)

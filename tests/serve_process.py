@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -56,6 +57,7 @@ class ServerProcess:
         fault: str = "",
         skew: Path | None = None,
         options: tuple[object, ...] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.home = folder, Home(home or folder / "home")
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,11 +66,11 @@ class ServerProcess:
         program = ["-m", "potluck"] if skew is None else [_SKEWED, skew]
         words = [sys.executable, *program, "serve", file, "--home", self.home.folder]
         words += ["--port", port, *options]
-        environment = os.environ | {"POTLUCK_FAULT": fault}
+        variables = os.environ | {"POTLUCK_FAULT": fault} | dict(environment or {})
         self.started = time.monotonic()
         with (folder / "log").open("a") as log:
             self.process = subprocess.Popen(
-                [*map(str, words)], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                [*map(str, words)], stdout=subprocess.PIPE, stderr=log, text=True, env=variables
             )
         self.told: dict[str, str] = {}
         self.serving_seconds = self.serving_cpu_seconds = 0.0

@@ -95,7 +95,12 @@ def kill_servers(
 def drain(server: ServerProcess, swarm: Swarm) -> None:
     """Begin no further round, and let every device hear what became of its update."""
     server.operator.post("pause", reason="the test is over")
-    until(lambda: server.status()["open"] is None and not swarm.owe())
+    until(lambda: _is_idle(server.status()["open"]) and not swarm.owe())
+
+
+def _is_idle(current: dict[str, Any] | None) -> bool:
+    """Whether no round is open, or one that no device was selected for: it stays so."""
+    return current is None or current["started_ms"] is None
 
 
 def _provoke(point: str, server: ServerProcess, swarm: Swarm, *, before: bool) -> None:

@@ -54,7 +54,7 @@ class Swarm:
         self.trainers: list[Balking] = []
 
     def join(self, address: str, invitation: str | None, *, wait: bool = True, skew_ms=0) -> Device:
-        folder = self.folder / str(len(self.devices))
+        folder = self.folder / str(len(self.trainers))
         self.trainers.append(Balking())
         clock = PatientClock()
         clock.skew_ms = skew_ms
@@ -63,6 +63,15 @@ class Swarm:
         if wait:
             until(lambda: (folder / "enrolment.json").exists() or device.died)
         return device
+
+    def again(self, device: Device, address: str, *, skew_ms: int = 0) -> Device:
+        """The next life of a device, on its folder; its client and its trainer stay."""
+        device.stop()
+        clock = PatientClock()
+        clock.skew_ms = skew_ms
+        trainer = self.trainers[int(device.folder.name)]
+        self.devices.append(Device(address, None, device.folder, trainer, clock=clock))
+        return self.devices[-1]
 
     def owe(self) -> bool:
         """Whether an update is on its way that was not answered for good."""
@@ -80,7 +89,10 @@ class Swarm:
 
     def acknowledged(self) -> dict[str, list[tuple[int, int]]]:
         """For each device's id the (round, attempt) of its reports that were accepted."""
-        return {name_of(d.folder): accepted(d) for d in self.devices}
+        told: dict[str, list[tuple[int, int]]] = {}
+        for device in self.devices:
+            told.setdefault(name_of(device.folder), []).extend(accepted(device))
+        return told
 
 
 def accepted(device: Device) -> list[tuple[int, int]]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import random
+from pprint import pformat
 
+import numpy as np
 import pytest
 
+from bad_weather import STORM, weather
+from churn import churn, slope
+from clock_jumps import JUMPS, jump_clocks
+from device_kills import kill_devices
+from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from server_kills import kill_servers
+from two_servers import kill_one_of_two
 
 
 @pytest.fixture
@@ -20,4 +28,73 @@ def test_a_server_that_is_killed_loses_and_doubles_nothing(tmp_path, seed):
     points = ("run.before-row", "chunk.torn", "enrol.inside", "abandon.inside", "commit.inside")
     found = kill_servers(tmp_path, devices=5, points=points, times=3, seed=seed)
     assert found["killed_at_points"] == len(points)
-    assert found["holds"], found
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_a_disk_that_is_full_read_only_or_broken_corrupts_nothing(tmp_path, seed):
+    library = build_bad_disk(tmp_path)
+    if library is None:
+        pytest.skip("there is no C compiler, or no Linux, to make a bad disk with")
+    found = break_disks(tmp_path, library, devices=3, faults=FAULTS, seed=seed)
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_a_server_on_a_full_file_system_goes_on_when_there_is_room(tmp_path, seed):
+    small = tmp_path / "small"
+    if not mount_small(small):
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        found = fill_disk(tmp_path, small, devices=3, times=2, seed=seed)
+    finally:
+        unmount(small)
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_devices_that_are_killed_delay_no_round_and_report_once(tmp_path, seed):
+    found = kill_devices(tmp_path, slots=7, times=1, seed=seed, within_seconds=5.0)
+    assert found["holds"], pformat(found, width=200)
+    assert found["closed_in_time"], found
+
+
+def test_clocks_that_jump_move_no_deadline_and_lock_nobody_out(tmp_path, seed):
+    jumps = random.Random(seed).sample(JUMPS, 4)
+    found = jump_clocks(tmp_path, devices=4, jumps=jumps, seed=seed, within_seconds=4.0)
+    assert found["holds"], pformat(found, width=200)
+    assert found["closed_in_time"], found
+
+
+def test_a_bad_line_ends_every_round_in_time(tmp_path, seed):
+    storm = STORM._replace(latency=(0.0, 0.2), resets=0.15, half_open=0.02)
+    found = weather(
+        tmp_path, storm, devices=5, rounds=3, seconds=8.0, seed=seed, within_seconds=10.0
+    )
+    assert found["holds"], pformat(found, width=200)
+    assert found["closed_in_time"], found
+
+
+def test_devices_that_come_and_go_leave_nothing_behind(tmp_path, seed):
+    found = churn(tmp_path, devices=8, part=4.0, minutes=0.25, seed=seed, every_seconds=0.5)
+    assert found["holds"], pformat(found, width=200)
+    assert found["left_and_came_again"] >= 5
+    # 15 s tell nothing of an hour; but a descriptor lost with every life would be seen.
+    assert found["descriptors"][1] < 100
+
+
+def test_a_slope_is_found_under_noise_that_drifts():
+    hours = np.linspace(0, 1, 400)
+    for seed in range(20):
+        dice = np.random.default_rng(seed)
+        noise = np.zeros(400)
+        for i in range(1, 400):
+            noise[i] = 0.8 * noise[i - 1] + dice.normal(0, 0.3)
+        assert slope(hours, 100 + 5.0 * hours + noise).low > 2.0  # 5 MB an hour are a leak
+        flat = slope(hours, 100 + noise)
+        assert flat.low < 1.0  # and none is none
+        assert abs(flat.per_hour) < 2.0
+
+
+def test_of_two_servers_on_one_database_one_is_killed_and_nothing_is_lost(
+    tmp_path, postgresql, seed
+):
+    found = kill_one_of_two(tmp_path, postgresql(), devices=4, times=1, seed=seed)
+    assert found["holds"], pformat(found, width=200)

@@ -300,6 +300,15 @@ def test_a_jump_between_two_lives_kills_no_round(fleet, jump):
     assert fleet.status()["version"] == 1
 
 
+def test_a_server_whose_clock_jumped_back_starts_where_the_last_life_was(fleet):
+    fleet.service.tick()
+    before = fleet.service.time.now()
+    fleet.service.database.close()
+    fleet.clock.jump(-3600)
+    fleet.service = fleet.open()
+    assert fleet.service.time.now() == before  # already at the first check of a signature
+
+
 def test_a_device_in_the_wrong_condition_is_not_selected(tmp_path):
     fleet = Fleet(
         str(tmp_path / "db"), tmp_path / "blobs", needs_charging=True, needs_memory_bytes=100

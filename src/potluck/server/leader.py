@@ -117,3 +117,11 @@ class Candidate:
             self._time.set(row.heartbeat_ms)  # common time never goes back
         values = {"holder": self.id, "fence": self.fence, "heartbeat_ms": self._time.now()}
         db.execute(update(leader).values(values))
+
+
+def follow(database: Database, time: CommonTime) -> None:
+    """Start no time behind the last beat of whoever led: the common time never goes back."""
+    with database.read() as db:
+        row = one(db, select(leader.c.heartbeat_ms))
+    if row is not None and row.heartbeat_ms > time.now():
+        time.set(row.heartbeat_ms)

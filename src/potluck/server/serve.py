@@ -164,7 +164,8 @@ class Server:
                     )
             except Exception as error:
                 self._meters.error()
-                _LOG.error("evaluation", exc_info=True, extra={"reason": str(error)[:500]})
+                known = isinstance(error, StorageError)
+                _LOG.error("evaluation", exc_info=not known, extra={"reason": str(error)[:500]})
             await asyncio.wait([self._bell.next_change()], timeout=1.0)
 
 

@@ -34,7 +34,7 @@ from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
 from potluck.server.home import Life
 from potluck.server.lead import experiment_of, lead, open_round_of
-from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError
+from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
 from potluck.server.settings import RoundSettings
 from potluck.server.tables import (
     devices,
@@ -102,7 +102,9 @@ class Service:
         database = Database(url)
         database.upgrade()
         clock = clock or SystemClock()
-        return cls(database, open_blobs(blobs), build, clock, lease_seconds, life)
+        service = cls(database, open_blobs(blobs), build, clock, lease_seconds, life)
+        follow(database, service.time)
+        return service
 
     def close(self) -> None:
         """Let another process lead at once, and close the database."""

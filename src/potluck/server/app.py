@@ -39,6 +39,7 @@ from potluck.protocol import (
     parse_message,
     parse_offset,
 )
+from potluck.server.batches import Batches
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
 from potluck.server.gate import Gate, Slots, check_form, read_body
@@ -68,11 +69,11 @@ class DeviceApp:
         self.meters = meters
         self.slots = Slots()
         self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body of at most 4 MiB each
-        self.polls = Slots(16, waiting=_MAX_POLLS, seconds=60.0)  # all look again at once
         self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
+        self._check_ins: Batches[tuple[str, CheckIn], Message] = Batches(desk.check_ins)
 
     def asgi(self) -> ASGIApp:
         """The application."""
@@ -111,7 +112,7 @@ class DeviceApp:
         body = await read_body(request, route, claim)
         message: Message = parse_message(body, route.request, limit=route.max_bytes)
         if isinstance(message, CheckIn):
-            given = await run_in_threadpool(self.desk.check_in, device, message)
+            given = await self._check_ins.do((device, message))
             return message if self._may_poll(given) else _json(given)
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
@@ -152,8 +153,7 @@ class DeviceApp:
                 change = self.bell.next_change()
                 if await request.is_disconnected():  # a slot of the round would be lost on it
                     return Response(status_code=499)
-                async with self.polls.take():
-                    given = await run_in_threadpool(self.desk.check_in, device, message)
+                given = await self._check_ins.do((device, message))
                 left = end - time.monotonic()
                 if not self._may_poll(given) or left <= 0 or self.bell.closed:
                     return _json(given)

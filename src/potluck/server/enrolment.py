@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from potluck.core import RefusedError
 from potluck.server import audit, faults
@@ -112,28 +112,39 @@ def claim_sequence(database: Database, device: str, sequence: int) -> None:
     """Note the sequence number of a signed request: each one counts once, also after a restart.
 
     Raises:
-        RefusedError: replayed.
+        RefusedError: unknown, replayed.
     """
-    with database.write() as db:
-        newer = (devices.c.id == device) & (devices.c.sequence < sequence)
-        if db.execute(update(devices).where(newer).values(sequence=sequence)).rowcount == 0:
-            raise RefusedError(
-                "replayed", f"a sequence number must be new, got sequence={sequence}. Count on."
-            )
+    (found,) = claim_sequences(database, [(device, sequence)])
+    if found is not None:
+        raise found
 
 
-def claim_sequences(database: Database, claims: Sequence[tuple[str, int]]) -> list[bool]:
-    """Note many (device, sequence number) in one transaction: whether each one was new."""
+def claim_sequences(
+    database: Database, claims: Sequence[tuple[str, int]]
+) -> list[RefusedError | None]:
+    """Note many (device, sequence number) in one transaction: for each one None, or why not."""
+    answers: list[RefusedError | None] = []
+    new: dict[str, int] = {}
     with database.write() as db:
-        return [
-            db.execute(
-                update(devices)
-                .where(devices.c.id == device, devices.c.sequence < sequence)
-                .values(sequence=sequence)
-            ).rowcount
-            == 1
-            for device, sequence in claims
-        ]
+        names = sorted({device for device, _ in claims})
+        query = select(devices.c.id, devices.c.sequence)
+        here = devices.c.id.in_(names) & devices.c.revoked_ms.is_(None)
+        rows = db.execute(query.where(here).order_by(devices.c.id).with_for_update())
+        last = {row.id: row.sequence for row in rows}
+        for device, sequence in claims:
+            if device not in last:
+                answers.append(RefusedError("unknown", f"device={device!r} is not enrolled."))
+            elif sequence <= last[device]:
+                told = f"a sequence number must be new, got sequence={sequence}. Count on."
+                answers.append(RefusedError("replayed", told))
+            else:
+                last[device] = new[device] = sequence
+                answers.append(None)
+        if new:
+            one_each = update(devices).where(devices.c.id == bindparam("device"))
+            values = [{"device": device, "number": number} for device, number in new.items()]
+            db.execute(one_each.values(sequence=bindparam("number")), values)
+    return answers
 
 
 def find_run(db: Connection, run: str) -> None:

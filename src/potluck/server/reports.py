@@ -31,7 +31,7 @@ from potluck.server.aggregation import check_claims, check_update
 from potluck.server.blobs import BlobStore
 from potluck.server.database import Database, one
 from potluck.server.selection import extend_lease, find_assignment, find_device
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import settings_of
 from potluck.server.tables import assignments, reports, uploads
 
 CHUNK_BYTES = 4 << 20
@@ -125,7 +125,7 @@ def append_chunk(
     end = _offset(blobs, row.round, upload)
     if end == offset and data:
         end = blobs.append(upload, offset, data)
-    settings = RoundSettings.model_validate_json(found.settings)
+    settings = settings_of(found.settings)
     if found.lease_ms - now < settings.lease_ms // 2:
         extend_lease(database, device, row.assignment, now)
     return Upload(upload, end)
@@ -254,7 +254,7 @@ def _check_claims(found: Row[Any], claims: Claims) -> None:
         raise RefusedError(
             "bad_update", f"an update has {expected} bytes, got num_bytes={claims.num_bytes}."
         )
-    settings = RoundSettings.model_validate_json(found.settings)
+    settings = settings_of(found.settings)
     check_claims(settings, weight=claims.weight, loss=claims.loss, num_steps=claims.num_steps)
 
 
@@ -274,7 +274,7 @@ def _check_bytes(
             row.sha256,
             weight=row.weight,
             slots=found.slots,
-            settings=RoundSettings.model_validate_json(found.settings),
+            settings=settings_of(found.settings),
         )
     except RefusedError as error:
         blobs.drop(row.id)

@@ -34,7 +34,7 @@ from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
 from potluck.server.lead import experiment_of, lead, open_round_of
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import RoundSettings, settings_of
 from potluck.server.tables import (
     devices,
     evaluations,
@@ -225,8 +225,8 @@ class Service:
             self.database, token, public_key, now, name=name, device_class=device_class
         )
 
-    def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[bool]:
-        """Note many (device, sequence number) at once: whether each one was new."""
+    def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[RefusedError | None]:
+        """Note many (device, sequence number) at once: for each one None, or why not."""
         return enrolment.claim_sequences(self.database, claims)
 
     def claim_sequence(self, device: str, sequence: int) -> None:
@@ -259,6 +259,10 @@ class Service:
         """Work, a time to come back, or the end."""
         shown = attributes or selection.Attributes()
         return selection.check_in(self.database, device, shown, self.time.now())
+
+    def check_ins(self, asked: Sequence[tuple[str, selection.Attributes]]) -> list[selection.Given]:
+        """Many check-ins at once: for each what it is given, or why it is refused."""
+        return selection.check_ins(self.database, asked, self.time.now())
 
     def extend_lease(self, device: str, assignment: str) -> float:
         """Note progress. Returns the seconds until the device must be heard of again."""
@@ -355,7 +359,7 @@ class Service:
                 evaluations.c.run == run, evaluations.c.kind == "central"
             )
             known = set(db.scalars(done))
-            last = RoundSettings.model_validate_json(row.settings).num_rounds
+            last = settings_of(row.settings).num_rounds
             every = run_section.evaluate_every
             return [
                 (number, version)

@@ -27,7 +27,6 @@ from potluck.core import ProtocolError, StorageError
 from potluck.protocol import (
     ROUTES,
     STATUS,
-    Accepted,
     CheckIn,
     Claim,
     Error,
@@ -68,7 +67,7 @@ class DeviceApp:
         self.bell = bell
         self.meters = meters
         self.slots = Slots()
-        self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body of at most 4 MiB each
+        self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body each, of 1 MiB; at most of 4
         self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
@@ -110,7 +109,7 @@ class DeviceApp:
                 return await self._model(request, request.path_params["sha256"])
             return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
         body = await read_body(request, route, claim)
-        message: Message = parse_message(body, route.request, limit=route.max_bytes)
+        message: Message = parse_message(bytes(body), route.request, limit=route.max_bytes)
         if isinstance(message, CheckIn):
             given = await self._check_ins.do((device, message))
             return message if self._may_poll(given) else _json(given)
@@ -130,14 +129,14 @@ class DeviceApp:
         upload = _upload(request)
         offset = parse_offset(request.scope["query_string"])
         check_form(request, route)
-        with refusals():  # 409 and 404 before the body
-            await run_in_threadpool(self.desk.service.find_report, claim.device, upload)
+        # 409 and 404 before the body.
+        before = await run_in_threadpool(self.desk.stands, claim.device, upload)
         data = await read_body(request, route, claim)
-        stood = await run_in_threadpool(self.desk.chunk, claim.device, upload, offset, data)
         self.meters.received(len(data))
-        if isinstance(stood, Accepted):  # it may be the one that the round waited for
-            self.bell.wake()
-        return _json(stood)
+        desk = self.desk
+        return _json(
+            await run_in_threadpool(desk.chunk, claim.device, upload, offset, data, before)
+        )
 
     def _may_poll(self, given: Message) -> bool:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")

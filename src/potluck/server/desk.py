@@ -182,13 +182,31 @@ class Desk:
             answer, length = self.service.find_report(device, upload)
         return self._settle(device, answer, length)
 
-    def chunk(self, device: str, upload: str, offset: int, data: bytes) -> Upload | Accepted:
-        """A part of an update; the last one completes it."""
+    def stands(self, device: str, upload: str) -> tuple[reports.Upload | reports.Accepted, int]:
+        """Where an upload stands, and how long it will be: before a chunk's body is read."""
         with refusals():
-            answer, length = self.service.find_report(device, upload)
+            return self.service.find_report(device, upload)
+
+    def chunk(
+        self,
+        device: str,
+        upload: str,
+        offset: int,
+        data: bytes | bytearray,
+        stood: tuple[reports.Upload | reports.Accepted, int],
+    ) -> Upload | Accepted:
+        """A part of an update that `stood` so; the last part completes it."""
+        answer, length = stood
+        with refusals():
             if isinstance(answer, reports.Accepted):
                 return self._accepted(device, answer)
-            answer = self.service.append_chunk(device, upload, offset, data)
+            try:
+                answer = self.service.append_chunk(device, upload, offset, data)
+            except RefusedError:  # or was it accepted while the body came?
+                answer, _ = self.service.find_report(device, upload)
+                if isinstance(answer, reports.Accepted):
+                    return self._accepted(device, answer)
+                raise
         if offset + len(data) > answer.offset:
             raise ProtocolError(
                 "offset",
@@ -230,12 +248,12 @@ class Desk:
         return Upload(upload=answer.upload, offset=answer.offset, chunk_bytes=answer.chunk_bytes)
 
     def _accepted(self, device: str, answer: reports.Accepted) -> Accepted:
-        number, attempt = self.service.place(answer.round)
+        number, attempt, seconds = self.service.after_report(device, answer.round)
         return Accepted(
             round=number,
             attempt=attempt,
             sha256=answer.sha256,
-            retry_after_seconds=self.come_back(device),
+            retry_after_seconds=min(seconds, 86_400.0),
         )
 
     def _assignment(self, given: Assigned) -> Assignment:

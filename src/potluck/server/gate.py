@@ -112,7 +112,7 @@ class Gate:
         if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
         body = await read_body(request, route, claim)
-        message = parse_message(body, Enrol, limit=route.max_bytes)
+        message = parse_message(bytes(body), Enrol, limit=route.max_bytes)
         known = await run_in_threadpool(self._service.device_key, claim.device)
         last = 0 if known is None else known.sequence
         self._verify(claim, bytes.fromhex(message.public_key), request, last)
@@ -204,7 +204,7 @@ def check_form(request: Request, route: Route) -> int:
     return length
 
 
-async def read_body(request: Request, route: Route, claim: Claim) -> bytes:
+async def read_body(request: Request, route: Route, claim: Claim) -> bytearray:
     """The body, as it was announced and signed.
 
     Raises:
@@ -224,7 +224,7 @@ async def read_body(request: Request, route: Route, claim: Claim) -> bytes:
         ) from None
     digest = hashlib.sha256(body).hexdigest()
     check_body(digest, claim)
-    return bytes(body)
+    return body
 
 
 def _overloaded() -> ProtocolError:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import RefusedError, derive_seed
 from potluck.server import faults
@@ -160,32 +160,17 @@ def find_assignment(
 
     With `lock` the round stays as it is until the transaction ends.
     """
-    member, _ = find_device(db, device)
-    mine = (assignments.c.id == assignment) & (assignments.c.device == member.id)
-    place = one(db, select(assignments.c.round).where(mine))
-    if place is None:  # another device's looks like none
+    place = {"assignment": assignment, "device": device}
+    if lock and db.dialect.name == "postgresql":  # on SQLite a writer is alone
+        round = select(assignments.c.round).where(assignments.c.id == assignment)
+        here = rounds.c.id == round.scalar_subquery()
+        db.execute(select(rounds.c.id).where(here).with_for_update())
+    found = db.execute(_FOUND, place).one_or_none()
+    if found is None:
+        find_device(db, device)
         raise RefusedError("unknown", f"got assignment={assignment!r}, which is none of yours.")
-    if lock:
-        db.execute(select(rounds.c.id).where(rounds.c.id == place.round).with_for_update())
-    query = (
-        select(
-            assignments,
-            rounds.c.state.label("round_state"),
-            rounds.c.kind,
-            rounds.c.number,
-            rounds.c.attempt,
-            rounds.c.goal,
-            rounds.c.slots,
-            rounds.c.report_deadline_ms,
-            runs.c.id.label("run"),
-            runs.c.settings,
-            runs.c.spec,
-        )
-        .join(rounds, rounds.c.id == assignments.c.round)
-        .join(runs, runs.c.id == rounds.c.run)
-        .where(mine)
-    )
-    found = db.execute(query).one()
+    if found.revoked_ms is not None:
+        raise _revoked()
     if found.state in ("expired", "failed") or (
         found.state == "active" and found.round_state not in _TAKING
     ):
@@ -203,6 +188,29 @@ def prolong(db: Connection, found: Row[Any], now: int) -> int:
     if end > found.lease_ms and found.state == "active":
         db.execute(update(assignments).where(assignments.c.id == found.id).values(lease_ms=end))
     return max(end, found.lease_ms)
+
+
+# Built once: putting a statement together costs more than running it.
+_FOUND = (
+    select(
+        assignments,
+        devices.c.revoked_ms,
+        rounds.c.state.label("round_state"),
+        rounds.c.kind,
+        rounds.c.number,
+        rounds.c.attempt,
+        rounds.c.goal,
+        rounds.c.slots,
+        rounds.c.report_deadline_ms,
+        runs.c.id.label("run"),
+        runs.c.settings,
+        runs.c.spec,
+    )
+    .join(devices, devices.c.id == assignments.c.device)
+    .join(rounds, rounds.c.id == assignments.c.round)
+    .join(runs, runs.c.id == rounds.c.run)
+    .where(assignments.c.id == bindparam("assignment"), assignments.c.device == bindparam("device"))
+)
 
 
 class Look:

@@ -59,6 +59,8 @@ class Service:
         self.database = database
         self.blobs = blobs
         self.time = CommonTime(clock)
+        self.on_goal: Callable[[], None] = lambda: None
+        """Called, in any thread, when a round has the last report that it waited for: `tick`."""
         self._build = build
         self._candidate = Candidate(self.time, lease_seconds)
         self._ticking = threading.Lock()
@@ -284,7 +286,9 @@ class Service:
         """Where an upload stands, and how many bytes it will have."""
         return reports.find_report(self.database, self.blobs, device, upload)
 
-    def append_chunk(self, device: str, upload: str, offset: int, data: bytes) -> reports.Upload:
+    def append_chunk(
+        self, device: str, upload: str, offset: int, data: bytes | bytearray
+    ) -> reports.Upload:
         """Send a chunk of it."""
         return reports.append_chunk(
             self.database, self.blobs, device, upload, offset, data, self.time.now()
@@ -292,21 +296,26 @@ class Service:
 
     def finish_report(self, device: str, upload: str) -> reports.Accepted:
         """Have it checked and accepted."""
-        return reports.finish_report(self.database, self.blobs, device, upload, self.time.now())
+        now = self.time.now()
+        answer = reports.finish_report(self.database, self.blobs, device, upload, now)
+        return self._accepted(answer)
 
     def report_metrics(
         self, device: str, assignment: str, metrics: Mapping[str, tuple[float, float]]
     ) -> reports.Accepted:
         """Report a federated evaluation."""
         now = self.time.now()
-        return reports.report_metrics(self.database, device, assignment, metrics, now)
+        return self._accepted(
+            reports.report_metrics(self.database, device, assignment, metrics, now)
+        )
 
-    def place(self, round: str) -> tuple[int, int]:
-        """Number and attempt of a round."""
+    def after_report(self, device: str, round: str) -> tuple[int, int, float]:
+        """Number and attempt of a reported round, and after how many seconds to check in."""
         query = select(all_rounds.c.number, all_rounds.c.attempt).where(all_rounds.c.id == round)
         with self.database.read() as db:
             number, attempt = db.execute(query).one()
-        return number, attempt
+            look = selection.Look(db, [device], self.time.now())
+            return number, attempt, look.retry_after(device)
 
     def find_model(self, run: str, sha256: str) -> Row[Any]:
         """The model of a run with this digest: its key and num_bytes."""
@@ -385,6 +394,11 @@ class Service:
         with self.database.read() as db:
             rows = db.execute(query.order_by(evaluations.c.kind)).all()
         return [as_dict(row) | {"metrics": json.loads(row.metrics)} for row in rows]
+
+    def _accepted(self, answer: reports.Accepted) -> reports.Accepted:
+        if answer.is_goal:
+            self.on_goal()
+        return answer
 
     def _turn(self, run: str, old: str, new: str, reason: str, actor: str, action: str) -> None:
         with self.database.write() as db:

@@ -45,14 +45,31 @@ def issue_token(
     database: Database, run: str, now: int, *, valid_seconds: float = 7 * 86400, actor: str
 ) -> str:
     """Make a token with which one device can enrol; it cannot be read again."""
-    token = secrets.token_urlsafe(32)
+    return issue_tokens(database, run, 1, now, valid_seconds=valid_seconds, actor=actor)[0]
+
+
+def issue_tokens(
+    database: Database,
+    run: str,
+    count: int,
+    now: int,
+    *,
+    valid_seconds: float = 7 * 86400,
+    actor: str,
+) -> list[str]:
+    """Make tokens, all in one transaction: each one lets one device enrol."""
+    made = [secrets.token_urlsafe(32) for _ in range(count)]
+    expires = now + round(valid_seconds * 1000)
     with database.write() as db:
         find_run(db, run)
-        expires = now + round(valid_seconds * 1000)
-        values = {"hash": _hash(token), "run": run, "expires_ms": expires, "created_ms": now}
-        db.execute(insert(tokens).values(values))
-        audit.append(db, now, actor, "token", run=run, token=_hash(token)[:16])
-    return token
+        rows = [
+            {"hash": _hash(token), "run": run, "expires_ms": expires, "created_ms": now}
+            for token in made
+        ]
+        db.execute(insert(tokens), rows)
+        for token in made:
+            audit.append(db, now, actor, "token", run=run, token=_hash(token)[:16])
+    return made
 
 
 def enrol(

@@ -151,6 +151,14 @@ class Service:
             self.database, run, self.time.now(), valid_seconds=valid_seconds, actor=actor
         )
 
+    def issue_tokens(
+        self, run: str, count: int, *, valid_seconds: float = 7 * 86400, actor: str
+    ) -> list[str]:
+        """Many tokens at once."""
+        return enrolment.issue_tokens(
+            self.database, run, count, self.time.now(), valid_seconds=valid_seconds, actor=actor
+        )
+
     def revoke(self, device: str, *, actor: str) -> None:
         """Throw a device out, for good."""
         enrolment.revoke(self.database, device, self.time.now(), actor=actor)

@@ -133,14 +133,18 @@ def _restart(bench: Bench, devices: int) -> dict[str, Any]:
         up = time.time()
         seen = back()
     arrivals = [at - up for at in seen["arrived"] if at >= up]
-    end = max((at - up for at in seen["returned"]), default=0.0)
+    # The last few of thousands have long pauses behind them: the mean is over the time in which
+    # 95 of 100 devices come back, and not over the emptier time until the last.
+    back_after = sorted(at - up for at in seen["returned"])
+    end = back_after[int(0.95 * (len(back_after) - 1))] if back_after else 0.0
     bins = Counter(int(at) for at in arrivals if at <= end)
     mean = sum(bins.values()) / max(end, 1.0)
     peak = max(bins.values(), default=0)
     told = {
         "returned": len(seen["returned"]),
         "devices": devices,
-        "seconds_until_all_are_back": round(end, 1),
+        "seconds_until_95_percent_are_back": round(end, 1),
+        "seconds_until_all_are_back": round(back_after[-1], 1) if back_after else None,
         "peak_per_second": peak,
         "mean_per_second": round(mean, 1),
         "arrivals_by_second": [bins[i] for i in range(int(end) + 1)],
@@ -223,35 +227,43 @@ def s6(bench: Bench) -> list[dict[str, Any]]:
 
 
 def x7(bench: Bench) -> list[dict[str, Any]]:
-    """Ten times the devices that the server serves at its peak, all asking at once and again."""
-    width, seconds = bench.pick((100, 30), (30, 10))
+    """Ten times the devices that the server serves at its peak, all asking at once and again.
+
+    The peak is looked for: more and more devices, each asking again as soon as it is answered.
+    """
+    widths, seconds = bench.pick(((25, 50, 100, 200), 20), ((10, 20, 40), 6))
+    devices = 10 * widths[-1]
     with bench.scene(
-        model_bytes=MB, devices=10 * width, population=10 * width + 1, long_poll=0, core=0
+        model_bytes=MB, devices=devices, population=devices + 1, long_poll=0, core=0
     ) as scene:
         scene.enrol()
-        told: dict[str, Any] = {}
-        found = {}
-        for name, count in (("peak", width), ("overload", 10 * width)):
-            start = time.time() + bench.pick(8, 5)
-            begin, end = start + 5, start + 5 + seconds
-            seen = scene.load("flood", count=count, processes=2, start=start, end=end, pause=0.0)
-            good = [at for at in seen["good"] if begin <= at < end]
-            found[name] = len(good) / seconds
-            told[name] = {
-                "devices": count,
-                "answered_per_second": round(found[name], 1),
-                "refused": Counter(seen["bad"]),
-                "without_retry_after": sum(seen["unexplained"]),
-            }
-        told["memory_mb"] = round(scene.memory_bytes() / MB, 1)
+        tried = {width: _flood(scene, width, seconds) for width in widths}
+        width = max(tried, key=lambda width: tried[width]["answered_per_second"])
+        overload = _flood(scene, 10 * width, seconds)
+        memory = scene.memory_bytes() / MB
         is_alive = scene.is_alive
-    part = found["overload"] / found["peak"]
-    odd = set(told["overload"]["refused"]) - {"429", "503"}
-    is_right = part >= 0.8 and is_alive and told["memory_mb"] <= 1000
-    is_right = is_right and not odd and told["overload"]["without_retry_after"] == 0
+    part = overload["answered_per_second"] / tried[width]["answered_per_second"]
+    told = {"by_devices": tried, "overload": overload, "memory_mb": round(memory, 1)}
+    is_right = part >= 0.8 and is_alive and memory <= 1000
+    is_right = is_right and set(overload["refused"]) <= {"429", "503"}
+    is_right = is_right and overload["without_retry_after"] == 0
     return [_row("X7", f"{10 * width} devices where {width} are the peak",
                  "goodput ≥ 80 %, 429/503 with Retry-After, ≤ 1 GB",
-                 f"{100 * part:.0f} %, {told['memory_mb']:.0f} MB", is_right, told)]  # fmt: skip
+                 f"{100 * part:.0f} %, {memory:.0f} MB", is_right, told)]  # fmt: skip
+
+
+def _flood(scene: Scene, devices: int, seconds: float) -> dict[str, Any]:
+    """Check-ins of so many devices that ask again at once; the first seconds do not count."""
+    start = time.time() + 4
+    begin, end = start + 4, start + 4 + seconds
+    seen = scene.load("flood", count=devices, processes=2, start=start, end=end, pause=0.0)
+    good = [at for at in seen["good"] if begin <= at < end]
+    return {
+        "devices": devices,
+        "answered_per_second": round(len(good) / seconds, 1),
+        "refused": Counter(seen["bad"]),
+        "without_retry_after": sum(seen["unexplained"]),
+    }
 
 
 def costs(bench: Bench) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from potluck.reproduction.comparison import Result, train_loss
 from potluck.simulation.figures import COLOURS, save_figure
-from potluck.simulation.report import Curve, best_so_far, mean_of_best
+from potluck.simulation.report import Curve, Points, best_so_far, mean_of_best
 
 _STYLES = ("-", "--", ":")
 
@@ -54,7 +54,7 @@ def draw_train_loss(results: Sequence[Result], paths: Sequence[Path]) -> None:
     save_figure(figure, paths)
 
 
-def _from_round_1(curve: Curve) -> Curve:
+def _from_round_1(curve: Points) -> Points:
     """Without the initial model, for which a logarithmic axis has no place."""
     return [(number, score) for number, score in curve if number > 0]
 
@@ -96,15 +96,15 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
-def _thin(axes: Any, i: int, curve: Curve) -> None:
+def _thin(axes: Any, i: int, curve: Points) -> None:
     axes.plot(*_columns(curve), color=COLOURS[i % len(COLOURS)], linewidth=0.6, alpha=0.4)
 
 
-def _thick(axes: Any, i: int, curve: Curve, label: str) -> None:
+def _thick(axes: Any, i: int, curve: Points, label: str) -> None:
     style = _STYLES[i // len(COLOURS) % len(_STYLES)]
     colour = COLOURS[i % len(COLOURS)]
     axes.plot(*_columns(curve), style, color=colour, linewidth=1.8, label=label)
 
 
-def _columns(curve: Curve) -> tuple[list[int], list[float]]:
+def _columns(curve: Points) -> tuple[list[float], list[float]]:
     return [number for number, _ in curve], [score for _, score in curve]

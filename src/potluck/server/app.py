@@ -27,7 +27,6 @@ from potluck.core import ProtocolError, StorageError
 from potluck.protocol import (
     ROUTES,
     STATUS,
-    Accepted,
     CheckIn,
     Claim,
     Error,
@@ -39,6 +38,7 @@ from potluck.protocol import (
     parse_message,
     parse_offset,
 )
+from potluck.server.batches import Batches
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
 from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
@@ -69,12 +69,12 @@ class DeviceApp:
         self.slots = Slots()
         self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
         self.shares = Shares()
-        self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body of at most 4 MiB each
-        self.polls = Slots(16, waiting=_MAX_POLLS, seconds=60.0)  # all look again at once
+        self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body each, of 1 MiB; at most of 4
         self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
+        self._check_ins: Batches[tuple[str, CheckIn], Message] = Batches(desk.check_ins)
 
     def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
         """The application; `others` are paths that are not for devices."""
@@ -122,9 +122,9 @@ class DeviceApp:
                 return await self._model(request, request.path_params["sha256"])
             return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
         body = await read_body(request, route, claim)
-        message: Message = parse_message(body, route.request, limit=route.max_bytes)
+        message: Message = parse_message(bytes(body), route.request, limit=route.max_bytes)
         if isinstance(message, CheckIn):
-            given = await run_in_threadpool(self.desk.check_in, device, message)
+            given = await self._check_ins.do((device, message))
             return message if self._may_poll(given) else _json(given)
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
@@ -142,14 +142,14 @@ class DeviceApp:
         upload = _upload(request)
         offset = parse_offset(request.scope["query_string"])
         check_form(request, route)
-        with refusals():  # 409 and 404 before the body
-            await run_in_threadpool(self.desk.service.find_report, claim.device, upload)
+        # 409 and 404 before the body.
+        before = await run_in_threadpool(self.desk.stands, claim.device, upload)
         data = await read_body(request, route, claim)
-        stood = await run_in_threadpool(self.desk.chunk, claim.device, upload, offset, data)
         self.meters.received(len(data))
-        if isinstance(stood, Accepted):  # it may be the one that the round waited for
-            self.bell.wake()
-        return _json(stood)
+        desk = self.desk
+        return _json(
+            await run_in_threadpool(desk.chunk, claim.device, upload, offset, data, before)
+        )
 
     def _may_poll(self, given: Message) -> bool:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
@@ -165,8 +165,7 @@ class DeviceApp:
                 change = self.bell.next_change()
                 if await request.is_disconnected():  # a slot of the round would be lost on it
                     return Response(status_code=499)
-                async with self.polls.take():
-                    given = await run_in_threadpool(self.desk.check_in, device, message)
+                given = await self._check_ins.do((device, message))
                 left = end - time.monotonic()
                 if not self._may_poll(given) or left <= 0 or self.bell.closed:
                     return _json(given)

@@ -50,7 +50,7 @@ class BlobStore(Protocol):
         """Remove the blob of this key, and all whose keys continue it with a slash."""
         ...
 
-    def append(self, part: str, offset: int, data: bytes) -> int:
+    def append(self, part: str, offset: int, data: bytes | bytearray) -> int:
         """Append to a part if it is `offset` bytes long. Returns its length, durable."""
         ...
 
@@ -131,7 +131,7 @@ class FolderStore:
             else:
                 path.unlink(missing_ok=True)
 
-    def append(self, part: str, offset: int, data: bytes) -> int:
+    def append(self, part: str, offset: int, data: bytes | bytearray) -> int:
         faults.reach("chunk.before-write")
         with _disk_errors(), (self._parts / part).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # a retry may meet the request that it repeats

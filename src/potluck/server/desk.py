@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,21 +93,52 @@ class Desk:
 
     def check_in(self, device: str, message: CheckIn) -> Assignment | Wait | Finished:
         """Work, a time to come back, or the end."""
+        (given,) = self.check_ins([(device, message)])
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    def check_ins(
+        self, asked: Sequence[tuple[str, CheckIn]]
+    ) -> list[Assignment | Wait | Finished | Exception]:
+        """Many check-ins at once: for each one its answer, or the ProtocolError it is refused."""
+        answers: dict[int, Assignment | Wait | Finished | Exception] = {}
+        good: list[int] = []
+        for number, (device, message) in enumerate(asked):
+            try:
+                early = self._early(device, message)
+            except ProtocolError as error:
+                early = error
+            if early is None:
+                good.append(number)
+            else:
+                answers[number] = early
+        shown = [(asked[n][0], Attributes(**asked[n][1].eligibility.model_dump())) for n in good]
+        for number, given in zip(good, self.service.check_ins(shown), strict=True):
+            answers[number] = self._told(given)
+        return [answers[number] for number in range(len(asked))]
+
+    def _early(self, device: str, message: CheckIn) -> Wait | None:
         if message.run != self.name:
             raise ProtocolError(
                 "not_found", f"the run must be {self.name}, got run={message.run}. Enrol in it."
             )
+        if self.codec in message.accepts:
+            return None
         with refusals():
-            if self.codec not in message.accepts:
-                return Wait(retry_after_seconds=self.come_back(device), reason="unsupported")
-            shown = Attributes(**message.eligibility.model_dump())
-            answer = self.service.check_in(device, shown)
-        if isinstance(answer, selection.Finished):
-            return Finished(run=self.name, rounds=answer.version)
-        if isinstance(answer, selection.Wait):
-            seconds = min(answer.retry_after_seconds, 86_400.0)
-            return Wait(retry_after_seconds=seconds, reason=_REASONS[answer.reason])
-        return self._assignment(answer)
+            return Wait(retry_after_seconds=self.come_back(device), reason="unsupported")
+
+    def _told(self, given: selection.Given) -> Assignment | Wait | Finished | ProtocolError:
+        match given:
+            case RefusedError():
+                return _in_words(given)
+            case selection.Finished():
+                return Finished(run=self.name, rounds=given.version)
+            case selection.Wait():
+                seconds = min(given.retry_after_seconds, 86_400.0)
+                return Wait(retry_after_seconds=seconds, reason=_REASONS[given.reason])
+            case Assigned():
+                return self._assignment(given)
 
     def progress(self, device: str, message: Progress) -> Lease:
         """A longer lease."""
@@ -150,13 +181,31 @@ class Desk:
             answer, length = self.service.find_report(device, upload)
         return self._settle(device, answer, length)
 
-    def chunk(self, device: str, upload: str, offset: int, data: bytes) -> Upload | Accepted:
-        """A part of an update; the last one completes it."""
+    def stands(self, device: str, upload: str) -> tuple[reports.Upload | reports.Accepted, int]:
+        """Where an upload stands, and how long it will be: before a chunk's body is read."""
         with refusals():
-            answer, length = self.service.find_report(device, upload)
+            return self.service.find_report(device, upload)
+
+    def chunk(
+        self,
+        device: str,
+        upload: str,
+        offset: int,
+        data: bytes | bytearray,
+        stood: tuple[reports.Upload | reports.Accepted, int],
+    ) -> Upload | Accepted:
+        """A part of an update that `stood` so; the last part completes it."""
+        answer, length = stood
+        with refusals():
             if isinstance(answer, reports.Accepted):
                 return self._accepted(device, answer)
-            answer = self.service.append_chunk(device, upload, offset, data)
+            try:
+                answer = self.service.append_chunk(device, upload, offset, data)
+            except RefusedError:  # or was it accepted while the body came?
+                answer, _ = self.service.find_report(device, upload)
+                if isinstance(answer, reports.Accepted):
+                    return self._accepted(device, answer)
+                raise
         if offset + len(data) > answer.offset:
             raise ProtocolError(
                 "offset",
@@ -198,12 +247,12 @@ class Desk:
         return Upload(upload=answer.upload, offset=answer.offset, chunk_bytes=answer.chunk_bytes)
 
     def _accepted(self, device: str, answer: reports.Accepted) -> Accepted:
-        number, attempt = self.service.place(answer.round)
+        number, attempt, seconds = self.service.after_report(device, answer.round)
         return Accepted(
             round=number,
             attempt=attempt,
             sha256=answer.sha256,
-            retry_after_seconds=self.come_back(device),
+            retry_after_seconds=min(seconds, 86_400.0),
         )
 
     def _assignment(self, given: Assigned) -> Assignment:
@@ -248,7 +297,11 @@ def refusals() -> Generator[None]:
     try:
         yield
     except RefusedError as error:
-        raise ProtocolError(_CODES.get(error.code, error.code), str(error)) from None
+        raise _in_words(error) from None
+
+
+def _in_words(error: RefusedError) -> ProtocolError:
+    return ProtocolError(_CODES.get(error.code, error.code), str(error))
 
 
 def _lease(seconds: float) -> Lease:

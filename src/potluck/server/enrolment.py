@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from potluck.core import RefusedError
 from potluck.server import audit, faults
@@ -45,14 +45,31 @@ def issue_token(
     database: Database, run: str, now: int, *, valid_seconds: float = 7 * 86400, actor: str
 ) -> str:
     """Make a token with which one device can enrol; it cannot be read again."""
-    token = secrets.token_urlsafe(32)
+    return issue_tokens(database, run, 1, now, valid_seconds=valid_seconds, actor=actor)[0]
+
+
+def issue_tokens(
+    database: Database,
+    run: str,
+    count: int,
+    now: int,
+    *,
+    valid_seconds: float = 7 * 86400,
+    actor: str,
+) -> list[str]:
+    """Make tokens, all in one transaction: each one lets one device enrol."""
+    made = [secrets.token_urlsafe(32) for _ in range(count)]
+    expires = now + round(valid_seconds * 1000)
     with database.write() as db:
         find_run(db, run)
-        expires = now + round(valid_seconds * 1000)
-        values = {"hash": _hash(token), "run": run, "expires_ms": expires, "created_ms": now}
-        db.execute(insert(tokens).values(values))
-        audit.append(db, now, actor, "token", run=run, token=_hash(token)[:16])
-    return token
+        rows = [
+            {"hash": _hash(token), "run": run, "expires_ms": expires, "created_ms": now}
+            for token in made
+        ]
+        db.execute(insert(tokens), rows)
+        for token in made:
+            audit.append(db, now, actor, "token", run=run, token=_hash(token)[:16])
+    return made
 
 
 def enrol(
@@ -118,31 +135,39 @@ def claim_sequence(database: Database, device: str, sequence: int, now: int) -> 
     """Note the sequence number of a signed request: each one counts once, also after a restart.
 
     Raises:
-        RefusedError: replayed.
+        RefusedError: unknown, replayed.
     """
-    with database.write() as db:
-        newer = (devices.c.id == device) & (devices.c.sequence < sequence)
-        if (
-            db.execute(update(devices).where(newer).values(sequence=sequence, seen_ms=now)).rowcount
-            == 0
-        ):
-            raise RefusedError(
-                "replayed", f"a sequence number must be new, got sequence={sequence}. Count on."
-            )
+    (found,) = claim_sequences(database, [(device, sequence)], now)
+    if found is not None:
+        raise found
 
 
-def claim_sequences(database: Database, claims: Sequence[tuple[str, int]], now: int) -> list[bool]:
-    """Note many (device, sequence number) in one transaction: whether each one was new."""
+def claim_sequences(
+    database: Database, claims: Sequence[tuple[str, int]], now: int
+) -> list[RefusedError | None]:
+    """Note many (device, sequence number) in one transaction: for each one None, or why not."""
+    answers: list[RefusedError | None] = []
+    new: dict[str, int] = {}
     with database.write() as db:
-        return [
-            db.execute(
-                update(devices)
-                .where(devices.c.id == device, devices.c.sequence < sequence)
-                .values(sequence=sequence, seen_ms=now)
-            ).rowcount
-            == 1
-            for device, sequence in claims
-        ]
+        names = sorted({device for device, _ in claims})
+        query = select(devices.c.id, devices.c.sequence)
+        here = devices.c.id.in_(names) & devices.c.revoked_ms.is_(None)
+        rows = db.execute(query.where(here).order_by(devices.c.id).with_for_update())
+        last = {row.id: row.sequence for row in rows}
+        for device, sequence in claims:
+            if device not in last:
+                answers.append(RefusedError("unknown", f"device={device!r} is not enrolled."))
+            elif sequence <= last[device]:
+                told = f"a sequence number must be new, got sequence={sequence}. Count on."
+                answers.append(RefusedError("replayed", told))
+            else:
+                last[device] = new[device] = sequence
+                answers.append(None)
+        if new:
+            one_each = update(devices).where(devices.c.id == bindparam("device"))
+            values = [{"device": device, "number": number} for device, number in new.items()]
+            db.execute(one_each.values(sequence=bindparam("number"), seen_ms=now), values)
+    return answers
 
 
 def find_run(db: Connection, run: str) -> None:

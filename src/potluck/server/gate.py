@@ -5,8 +5,9 @@ headers, the device and its key, the signature, the clock, the sequence number, 
 of the body, the body itself, its digest. So nobody without a key makes the server read a body, but
 for a newcomer's, whose key is inside and whose body is small.
 
-Sequence numbers are written in groups: requests that arrive while one transaction is written share
-the next one.
+Sequence numbers are written in batches: requests that arrive while one transaction is written share
+the next one. That transaction also tells whether a device whose key is remembered may still take
+part: between a revocation and the next request there is no time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Scope
 
-from potluck.core import ProtocolError
+from potluck.core import ProtocolError, RefusedError
 from potluck.protocol import (
     MAX_SKEW_MS,
     Claim,
@@ -32,6 +33,7 @@ from potluck.protocol import (
     read_claim,
     verify_request,
 )
+from potluck.server.batches import Batches
 from potluck.server.service import Service
 
 BODY_SECONDS = 120.0
@@ -45,6 +47,7 @@ PIECE_SECONDS = 20.0
 MAX_HEADERS = 100
 DEVICE_REQUESTS = 6
 """Of one device at once. It should have one; what broke off may not have been noticed yet."""
+_MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
 
 
 class Slots:
@@ -116,9 +119,8 @@ class Gate:
     def __init__(self, service: Service, run: str) -> None:
         self._service = service
         self._run = run
-        self._pending: list[tuple[str, int, asyncio.Future[bool]]] = []
-        self._writing = False
-        self._writer: asyncio.Task[None] | None = None  # or it would be collected
+        self._keys: dict[str, bytes] = {}  # a device's id follows from its key: they stay right
+        self._claims: Batches[tuple[str, int], None] = Batches(service.claim_sequences)
 
     async def admit(self, request: Request) -> Claim:
         """The claim of a device's request that may get in; its body is not read.
@@ -127,13 +129,22 @@ class Gate:
             ProtocolError: why not.
         """
         claim = _read_claim(request)
-        found = await run_in_threadpool(self._service.device_key, claim.device)
-        if found is not None and found.run != self._run:
-            found = None
-        key = None if found is None else bytes(found.public_key)
-        self._verify(claim, key, request, 0 if found is None else found.sequence)
+        key, last = self._keys.get(claim.device), 0
+        if key is None:
+            key, last = await self._find(claim.device)
+        self._verify(claim, key, request, last)
         await self._claim(claim)
         return claim
+
+    async def _find(self, device: str) -> tuple[bytes | None, int]:
+        """Key and last sequence number of a device of this run that may take part."""
+        found = await run_in_threadpool(self._service.device_key, device)
+        if found is None or found.run != self._run:
+            return None, 0
+        key = bytes(found.public_key)
+        if len(self._keys) < _MAX_KEYS:
+            self._keys[device] = key
+        return key, found.sequence
 
     async def admit_newcomer(self, request: Request, route: Route) -> tuple[Claim, Enrol]:
         """The claim and message of a newcomer, signed with the key that is in the message."""
@@ -141,7 +152,7 @@ class Gate:
         if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
         body = await read_body(request, route, claim, STRANGER_SECONDS)
-        message = parse_message(body, Enrol, limit=route.max_bytes)
+        message = parse_message(bytes(body), Enrol, limit=route.max_bytes)
         known = await run_in_threadpool(self._service.device_key, claim.device)
         last = 0 if known is None else known.sequence
         self._verify(claim, bytes.fromhex(message.public_key), request, last)
@@ -171,33 +182,19 @@ class Gate:
         )
 
     async def _claim(self, claim: Claim) -> None:
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._pending.append((claim.device, claim.sequence, future))
-        if not self._writing:
-            self._writing = True
-            self._writer = asyncio.get_running_loop().create_task(self._write())
-        if not await future:
+        try:
+            await self._claims.do((claim.device, claim.sequence))
+        except RefusedError as error:
+            if error.code == "replayed":
+                raise ProtocolError(
+                    "replayed",
+                    "Potluck-Sequence must be above that of every earlier request, "
+                    f"got sequence={claim.sequence}. Count on from the last one and sign again.",
+                ) from None
+            self._keys.pop(claim.device, None)  # it was thrown out
             raise ProtocolError(
-                "replayed",
-                "Potluck-Sequence must be above that of every earlier request, "
-                f"got sequence={claim.sequence}. Count on from the last one and sign again.",
-            )
-
-    async def _write(self) -> None:
-        while self._pending:
-            group, self._pending = self._pending[:500], self._pending[500:]
-            claims = [(device, sequence) for device, sequence, _ in group]
-            try:
-                results = await run_in_threadpool(self._service.claim_sequences, claims)
-            except Exception as error:
-                for _, _, future in group:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, _, future), is_new in zip(group, results, strict=True):
-                if not future.done():
-                    future.set_result(is_new)
-        self._writing = False
+                "unknown", f"the device must be enrolled, got device={claim.device}. Enrol again."
+            ) from None
 
 
 def _read_claim(request: Request) -> Claim:
@@ -258,7 +255,7 @@ def check_form(request: Request, route: Route) -> int:
 
 async def read_body(
     request: Request, route: Route, claim: Claim, seconds: float | None = None
-) -> bytes:
+) -> bytearray:
     """The body, as it was announced and signed, if it comes in time.
 
     Raises:
@@ -280,7 +277,7 @@ async def read_body(
         ) from None
     digest = hashlib.sha256(body).hexdigest()
     check_body(digest, claim)
-    return bytes(body)
+    return body
 
 
 def _overloaded() -> ProtocolError:

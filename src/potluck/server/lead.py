@@ -27,7 +27,7 @@ from potluck.server.rounds import (
     rearm,
     start_training,
 )
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import settings_of
 from potluck.server.tables import OPEN, assignments, rounds, runs
 
 
@@ -106,7 +106,7 @@ def _move(works: Works, id: str, round_id: str) -> None:
         here = select(rounds).where(rounds.c.id == round_id)
         round = db.execute(here.with_for_update()).one()
         step, reason = due(round, count(db, round), now)
-        settings = RoundSettings.model_validate_json(run.settings)
+        settings = settings_of(run.settings)
         if step == "train":
             start_training(db, round, settings, now)
         elif step == "close":

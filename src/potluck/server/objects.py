@@ -75,7 +75,7 @@ class ObjectStore:
             elif self.size(prefix) is not None:
                 obstore.delete(self._store, prefix)
 
-    def append(self, part: str, offset: int, data: bytes) -> int:
+    def append(self, part: str, offset: int, data: bytes | bytearray) -> int:
         faults.reach("chunk.before-write")
         size = self.part_size(part)
         if size != offset or not data:

@@ -20,21 +20,24 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from potluck.core import RefusedError
 from potluck.protocol import CODECS, Codec, encoded_bytes
+from potluck.protocol.routes import CHUNK_BYTES as MAX_CHUNK_BYTES
 from potluck.server import audit, faults
 from potluck.server.aggregation import check_claims, check_update
 from potluck.server.blobs import BlobStore
 from potluck.server.database import Database, one
 from potluck.server.selection import extend_lease, find_assignment, find_device
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import settings_of
 from potluck.server.tables import assignments, reports, uploads
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+"""What devices are asked to send at once. It bounds the memory of uploads, and what a cut costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,7 @@ def append_chunk(
     device: str,
     upload: str,
     offset: int,
-    data: bytes,
+    data: bytes | bytearray,
     now: int,
 ) -> Upload:
     """Add a chunk; bytes count from the moment they are on the disk. Extends the lease.
@@ -114,10 +117,10 @@ def append_chunk(
     with database.read() as db:
         row = find_upload(db, device, upload)
         found = find_assignment(db, device, row.assignment)
-    if not 0 <= offset <= offset + len(data) <= row.num_bytes or len(data) > CHUNK_BYTES:
+    if not 0 <= offset <= offset + len(data) <= row.num_bytes or len(data) > MAX_CHUNK_BYTES:
         raise RefusedError(
             "malformed",
-            f"a chunk has at most {CHUNK_BYTES} bytes and ends by {row.num_bytes}, "
+            f"a chunk has at most {MAX_CHUNK_BYTES} bytes and ends by {row.num_bytes}, "
             f"got offset={offset}, length={len(data)}.",
         )
     if found.state == "reported":
@@ -125,7 +128,7 @@ def append_chunk(
     end = _offset(blobs, row.round, upload)
     if end == offset and data:
         end = blobs.append(upload, offset, data)
-    settings = RoundSettings.model_validate_json(found.settings)
+    settings = settings_of(found.settings)
     if found.lease_ms - now < settings.lease_ms // 2:
         extend_lease(database, device, row.assignment, now)
     return Upload(upload, end)
@@ -198,10 +201,9 @@ def find_report(
         RefusedError: unknown, late, conflict.
     """
     with database.read() as db:
-        find_device(db, device)
-        mine = (uploads.c.id == upload) & (uploads.c.device == device)
-        row = one(db, select(uploads).where(mine))
+        row = db.execute(_UPLOAD, {"upload": upload, "device": device}).one_or_none()
         if row is None:  # the round is over: its blobs are gone, the row of the report stays
+            find_device(db, device)
             named = (reports.c.device == device) & reports.c.key.endswith(f"/{upload}")
             kept = one(db, select(reports).where(named))
             if kept is None:
@@ -214,12 +216,16 @@ def find_report(
     return Upload(upload, _offset(blobs, row.round, upload)), row.num_bytes
 
 
+_UPLOAD = select(uploads).where(
+    uploads.c.id == bindparam("upload"), uploads.c.device == bindparam("device")
+)
+
+
 def find_upload(db: Connection, device: str, upload: str) -> Row[Any]:
     """A device's upload; another device's looks like none."""
-    find_device(db, device)
-    mine = (uploads.c.id == upload) & (uploads.c.device == device)
-    row = one(db, select(uploads).where(mine))
+    row = db.execute(_UPLOAD, {"upload": upload, "device": device}).one_or_none()
     if row is None:
+        find_device(db, device)
         raise _unknown_upload(upload)
     return row
 
@@ -232,10 +238,15 @@ def _offset(blobs: BlobStore, round: str, upload: str) -> int:
     return blobs.part_size(upload) or blobs.size(f"reports/{round}/{upload}") or 0
 
 
+_EARLIER = select(reports.c.sha256).where(
+    reports.c.round == bindparam("round"), reports.c.device == bindparam("device")
+)
+
+
 def _earlier(db: Connection, found: Row[Any], sha256: str) -> Accepted | None:
     """The answer of the first time, if this device has reported in this round."""
-    mine = (reports.c.round == found.round) & (reports.c.device == found.device)
-    row = one(db, select(reports.c.sha256).where(mine))
+    place = {"round": found.round, "device": found.device}
+    row = db.execute(_EARLIER, place).one_or_none()
     if row is None:
         return None
     if row.sha256 != sha256:
@@ -254,7 +265,7 @@ def _check_claims(found: Row[Any], claims: Claims) -> None:
         raise RefusedError(
             "bad_update", f"an update has {expected} bytes, got num_bytes={claims.num_bytes}."
         )
-    settings = RoundSettings.model_validate_json(found.settings)
+    settings = settings_of(found.settings)
     check_claims(settings, weight=claims.weight, loss=claims.loss, num_steps=claims.num_steps)
 
 
@@ -274,7 +285,7 @@ def _check_bytes(
             row.sha256,
             weight=row.weight,
             slots=found.slots,
-            settings=RoundSettings.model_validate_json(found.settings),
+            settings=settings_of(found.settings),
         )
     except RefusedError as error:
         blobs.drop(row.id)
@@ -320,6 +331,7 @@ def _insert(db: Connection, found: Row[Any], values: dict[str, Any], now: int) -
     return Accepted(found.round, values["sha256"], count + 1 == found.goal)
 
 
+@lru_cache(maxsize=64)
 def dim_of(spec: str) -> int:
     """The length of a run's vectors, from its stored spec."""
     return sum(math.prod(shape) for _, shape in json.loads(spec))

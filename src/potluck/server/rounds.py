@@ -29,7 +29,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from potluck.core import derive_seed, sample_cohort
 from potluck.server import audit, faults
-from potluck.server.settings import RoundSettings, milliseconds
+from potluck.server.settings import RoundSettings, milliseconds, settings_of
 from potluck.server.tables import OPEN, assignments, devices, reports, rounds, runs
 
 Step = Literal["train", "close", "abandon", "wait"]
@@ -48,7 +48,7 @@ class Counts(NamedTuple):
 
 def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
     """∅ → SELECTING, the next round of a run. Returns its id, or None if it must wait."""
-    settings = RoundSettings.model_validate_json(run.settings)
+    settings = settings_of(run.settings)
     population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 0
     if population < settings.population:
         return None
@@ -100,7 +100,7 @@ def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, n
     if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
         return
     _end_assignments(db, round, "the round was abandoned")
-    settings = RoundSettings.model_validate_json(run.settings)
+    settings = settings_of(run.settings)
     strikes = run.strikes + (run.state == "running")  # a pause is not the devices' fault
     changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
     if strikes >= settings.attempts and round.kind == "evaluate":
@@ -128,7 +128,7 @@ def rearm(db: Connection, now: int) -> None:
     passed leaves some time for the reports that could not be sent."""
     open_ones = select(rounds, runs.c.settings).join(runs).where(rounds.c.state.in_(OPEN))
     for round in db.execute(open_ones).all():
-        settings = RoundSettings.model_validate_json(round.settings)
+        settings = settings_of(round.settings)
         limits = {
             "selection_deadline_ms": milliseconds(settings.selection_seconds),
             "report_deadline_ms": milliseconds(settings.report_seconds),

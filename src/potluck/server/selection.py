@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import RefusedError, derive_seed
 from potluck.server import faults
 from potluck.server.database import Database, one
-from potluck.server.settings import RoundSettings, milliseconds
+from potluck.server.settings import RoundSettings, milliseconds, settings_of
 from potluck.server.tables import assignments, devices, models, reports, rounds, runs
 
 WaitReason = Literal[
@@ -70,6 +71,9 @@ class Finished(NamedTuple):
     version: int
 
 
+Given: TypeAlias = Assigned | Wait | Finished | RefusedError
+
+
 def check_in(
     database: Database, device: str, attributes: Attributes, now: int
 ) -> Assigned | Wait | Finished:
@@ -78,20 +82,26 @@ def check_in(
     Raises:
         RefusedError: unknown, revoked.
     """
+    (given,) = check_ins(database, [(device, attributes)], now)
+    if isinstance(given, RefusedError):
+        raise given
+    return given
+
+
+def check_ins(database: Database, asked: Sequence[tuple[str, Attributes]], now: int) -> list[Given]:
+    """Answer many check-ins at once; the first come are the first to get a slot."""
     with database.read() as db:  # most check-ins end here, and write nothing
-        answer = _look(db, device, attributes, now)
-    if answer is not None:
-        return answer
-    with database.write() as db:
-        member, run = find_device(db, device)
-        round = _open_round(db, run, lock=True)
-        answer = _look(db, device, attributes, now)
-        if answer is None:
-            assert round is not None
-            answer = _assign(db, member, run, round, now)
-            faults.reach("check-in.inside")
-    faults.reach("check-in.after")
-    return answer
+        look = Look(db, [device for device, _ in asked], now)
+        answers = [look.answer(*one) for one in asked]
+    left = [number for number, answer in enumerate(answers) if answer is None]
+    if left:
+        with database.write() as db:
+            look = Look(db, [asked[number][0] for number in left], now, lock=True)
+            for number in left:
+                answers[number] = look.answer(*asked[number]) or look.assign(asked[number][0])
+                faults.reach("check-in.inside")
+        faults.reach("check-in.after")
+    return [cast("Given", answer) for answer in answers]
 
 
 def extend_lease(database: Database, device: str, assignment: str, now: int) -> float:
@@ -127,18 +137,17 @@ def come_back(database: Database, device: str, now: int) -> float:
         RefusedError: unknown, revoked.
     """
     with database.read() as db:
-        member, run = find_device(db, device)
-        settings = RoundSettings.model_validate_json(run.settings)
-        return _retry_after(db, member, run, _open_round(db, run), settings, now)
+        look = Look(db, [device], now)
+        return look.retry_after(device)
 
 
 def find_device(db: Connection, device: str) -> tuple[Row[Any], Row[Any]]:
     """A device that may take part, and its run."""
     member = one(db, select(devices).where(devices.c.id == device))
     if member is None:
-        raise RefusedError("unknown", f"a device must be enrolled, got device={device!r}. Enrol.")
+        raise _unknown_device(device)
     if member.revoked_ms is not None:
-        raise RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
+        raise _revoked()
     run = one(db, select(runs).where(runs.c.id == member.run))
     assert run is not None
     return member, run
@@ -151,32 +160,17 @@ def find_assignment(
 
     With `lock` the round stays as it is until the transaction ends.
     """
-    member, _ = find_device(db, device)
-    mine = (assignments.c.id == assignment) & (assignments.c.device == member.id)
-    place = one(db, select(assignments.c.round).where(mine))
-    if place is None:  # another device's looks like none
+    place = {"assignment": assignment, "device": device}
+    if lock and db.dialect.name == "postgresql":  # on SQLite a writer is alone
+        round = select(assignments.c.round).where(assignments.c.id == assignment)
+        here = rounds.c.id == round.scalar_subquery()
+        db.execute(select(rounds.c.id).where(here).with_for_update())
+    found = db.execute(_FOUND, place).one_or_none()
+    if found is None:
+        find_device(db, device)
         raise RefusedError("unknown", f"got assignment={assignment!r}, which is none of yours.")
-    if lock:
-        db.execute(select(rounds.c.id).where(rounds.c.id == place.round).with_for_update())
-    query = (
-        select(
-            assignments,
-            rounds.c.state.label("round_state"),
-            rounds.c.kind,
-            rounds.c.number,
-            rounds.c.attempt,
-            rounds.c.goal,
-            rounds.c.slots,
-            rounds.c.report_deadline_ms,
-            runs.c.id.label("run"),
-            runs.c.settings,
-            runs.c.spec,
-        )
-        .join(rounds, rounds.c.id == assignments.c.round)
-        .join(runs, runs.c.id == rounds.c.run)
-        .where(mine)
-    )
-    found = db.execute(query).one()
+    if found.revoked_ms is not None:
+        raise _revoked()
     if found.state in ("expired", "failed") or (
         found.state == "active" and found.round_state not in _TAKING
     ):
@@ -187,7 +181,7 @@ def find_assignment(
 
 def prolong(db: Connection, found: Row[Any], now: int) -> int:
     """Extend an assignment's lease, up to the report deadline. Returns its end."""
-    settings = RoundSettings.model_validate_json(found.settings)
+    settings = settings_of(found.settings)
     end = now + settings.lease_ms
     if found.report_deadline_ms is not None:
         end = min(end, found.report_deadline_ms)
@@ -196,56 +190,179 @@ def prolong(db: Connection, found: Row[Any], now: int) -> int:
     return max(end, found.lease_ms)
 
 
-def _look(
-    db: Connection, device: str, attributes: Attributes, now: int
-) -> Assigned | Wait | Finished | None:
-    """The answer to a check-in, or None: give it a slot."""
-    member, run = find_device(db, device)
-    settings = RoundSettings.model_validate_json(run.settings)
-    if run.state == "finished":
-        return Finished(run.version)
-    round = _open_round(db, run)
-    if round is not None and round.state in _TAKING:
+# Built once: putting a statement together costs more than running it.
+_FOUND = (
+    select(
+        assignments,
+        devices.c.revoked_ms,
+        rounds.c.state.label("round_state"),
+        rounds.c.kind,
+        rounds.c.number,
+        rounds.c.attempt,
+        rounds.c.goal,
+        rounds.c.slots,
+        rounds.c.report_deadline_ms,
+        runs.c.id.label("run"),
+        runs.c.settings,
+        runs.c.spec,
+    )
+    .join(devices, devices.c.id == assignments.c.device)
+    .join(rounds, rounds.c.id == assignments.c.round)
+    .join(runs, runs.c.id == rounds.c.run)
+    .where(assignments.c.id == bindparam("assignment"), assignments.c.device == bindparam("device"))
+)
+
+
+class Look:
+    """What check-ins are answered from: devices of one run and its open round, seen once."""
+
+    def __init__(
+        self, db: Connection, names: Sequence[str], now: int, *, lock: bool = False
+    ) -> None:
+        """With `lock` the round stays as it is until the transaction ends."""
+        self._db, self._now = db, now
+        found = db.execute(select(devices).where(devices.c.id.in_(set(names)))).all()
+        self._members = {row.id: row for row in found}
+        if not found:
+            return
+        self._run = db.execute(select(runs).where(runs.c.id == found[0].run)).one()
+        self._settings = settings_of(self._run.settings)
+        self._round = _open_round(db, self._run, lock=lock)
+        self._start, self._window = self._pace()
+        self._mine: dict[str, dict[str, Row[Any]]] = {}
+        if self._round is not None:
+            self._see_round(self._round)
+
+    def member(self, device: str) -> Row[Any]:
+        """A device that may take part.
+
+        Raises:
+            RefusedError: unknown, revoked.
+        """
+        member = self._members.get(device)
+        if member is None or member.run != self._run.id:  # those of another run look like none
+            raise _unknown_device(device)
+        if member.revoked_ms is not None:
+            raise _revoked()
+        return member
+
+    def answer(
+        self, device: str, attributes: Attributes
+    ) -> Assigned | Wait | Finished | RefusedError | None:
+        """The answer to a check-in, or None: give it a slot."""
+        try:
+            member = self.member(device)
+        except RefusedError as error:
+            return error
+        if self._run.state == "finished":
+            return Finished(self._run.version)
+        reason: WaitReason | None = "no round"
+        if self._round is not None and self._round.state in _TAKING:
+            mine = self._mine.get(device, {})
+            if "active" in mine:
+                return self._describe(self._round, mine["active"])
+            reason = self._obstacle(self._round, member, attributes)
+        if self._run.state == "paused":
+            reason = "paused"
+        return None if reason is None else Wait(reason, self.retry_after(device))
+
+    def assign(self, device: str) -> Assigned:
+        """Give a slot to a device that nothing keeps from it."""
+        round, member = self._round, self.member(device)
+        assert round is not None
+        if round.selection_deadline_ms is None:  # the first device starts the clock
+            deadline = self._now + milliseconds(self._settings.selection_seconds)
+            first = (rounds.c.id == round.id) & rounds.c.selection_deadline_ms.is_(None)
+            values = {"selection_deadline_ms": deadline, "started_ms": self._now}
+            self._db.execute(update(rounds).where(first).values(values))
+        end = self._now + self._settings.lease_ms
+        if round.report_deadline_ms is not None:
+            end = min(end, round.report_deadline_ms)
+        id = secrets.token_hex(16)
+        values = {
+            "id": id,
+            "round": round.id,
+            "device": device,
+            "client": member.client,
+            "state": "active",
+            "reason": "",
+            "assigned_ms": self._now,
+            "lease_ms": end,
+        }
+        self._db.execute(insert(assignments).values(values))
+        given = self._db.execute(select(assignments).where(assignments.c.id == id)).one()
+        self._mine.setdefault(device, {})["active"] = given
+        self._taken += 1
+        return self._describe(round, given)
+
+    def retry_after(self, device: str) -> float:
+        """Seconds to the next round's expected start, plus U(0, window), the same at every asking.
+
+        The window is as long as a round, and at most `pace_seconds`; but it grows with the
+        population, so that at most a hundred devices check in in a second. Before rounds were
+        measured there is nothing to wait for: a check-in may well be held until there is work.
+        """
+        number = 0 if self._round is None else self._round.number
+        place = derive_seed(self._run.seed, "pace", number, self.member(device).client) / 2**63
+        return round_up(self._start + place * self._window)
+
+    def _see_round(self, round: Row[Any]) -> None:
         active = select(assignments).where(
             assignments.c.round == round.id,
-            assignments.c.device == device,
+            assignments.c.device.in_(self._members),
             assignments.c.state.in_(("active", "failed")),
         )
-        mine = {row.state: row for row in db.execute(active)}
-        if "active" in mine:
-            return _describe(db, mine["active"], run, round, now)
-        reason = _obstacle(db, member, settings, round, attributes, failed="failed" in mine)
-    else:
-        reason = "no round"
-    if run.state == "paused":
-        reason = "paused"
-    if reason is None:
-        return None
-    return Wait(reason, _retry_after(db, member, run, round, settings, now))
+        for row in self._db.execute(active):
+            self._mine.setdefault(row.device, {})[row.state] = row
+        done = select(reports.c.device).where(
+            reports.c.round == round.id, reports.c.device.in_(self._members)
+        )
+        self._done = set(self._db.scalars(done))
+        taken = select(func.count()).where(
+            assignments.c.round == round.id, assignments.c.state.in_(("active", "reported"))
+        )
+        self._taken = self._db.scalar(taken) or 0
+        self._cohort = None if round.cohort is None else set(json.loads(round.cohort))
+        version = (models.c.run == self._run.id) & (models.c.version == round.version)
+        self._model = self._db.execute(select(models.c.sha256).where(version)).scalar_one()
 
+    def _obstacle(
+        self, round: Row[Any], member: Row[Any], attributes: Attributes
+    ) -> WaitReason | None:
+        if member.id in self._done:
+            return "reported"
+        if "failed" in self._mine.get(member.id, {}):
+            return "failed"
+        if not _is_eligible(self._settings, attributes):
+            return "not eligible"
+        if self._cohort is not None:
+            return None if member.client in self._cohort else "not selected"
+        return "slots taken" if self._taken >= round.slots else None
 
-def _obstacle(
-    db: Connection,
-    member: Row[Any],
-    settings: RoundSettings,
-    round: Row[Any],
-    attributes: Attributes,
-    *,
-    failed: bool,
-) -> WaitReason | None:
-    done = select(reports.c.round).where(reports.c.round == round.id, reports.c.device == member.id)
-    if one(db, done) is not None:
-        return "reported"
-    if failed:
-        return "failed"
-    if not _is_eligible(settings, attributes):
-        return "not eligible"
-    if round.cohort is not None:
-        return None if member.client in json.loads(round.cohort) else "not selected"
-    taken = select(func.count()).where(
-        assignments.c.round == round.id, assignments.c.state.in_(("active", "reported"))
-    )
-    return "slots taken" if (db.scalar(taken) or 0) >= round.slots else None
+    def _pace(self) -> tuple[float, float]:
+        """When the next round is expected, in seconds from now, and the window behind it."""
+        run, round, start = self._run, self._round, 0.0
+        length = _usual_seconds(self._db, run)
+        if round is not None and round.state in _TAKING and round.started_ms is not None:
+            start = max(length + (round.started_ms - self._now) / 1000, 0.0)
+        last = select(func.max(devices.c.client)).where(devices.c.run == run.id)
+        population = self._db.scalar(last) or 0
+        return start, max(min(self._settings.pace_seconds, length), population / 100)
+
+    def _describe(self, round: Row[Any], assignment: Row[Any]) -> Assigned:
+        return Assigned(
+            assignment=assignment.id,
+            round=round.id,
+            kind=round.kind,
+            number=round.number,
+            attempt=round.attempt,
+            client=assignment.client,
+            seed=self._run.seed,
+            version=round.version,
+            model_sha256=self._model,
+            lease_seconds=max(assignment.lease_ms - self._now, 0) / 1000,
+            deadline_ms=round.report_deadline_ms,
+        )
 
 
 def _is_eligible(settings: RoundSettings, attributes: Attributes) -> bool:
@@ -257,49 +374,6 @@ def _is_eligible(settings: RoundSettings, attributes: Attributes) -> bool:
     )
 
 
-def _assign(db: Connection, member: Row[Any], run: Row[Any], round: Row[Any], now: int) -> Assigned:
-    settings = RoundSettings.model_validate_json(run.settings)
-    if round.selection_deadline_ms is None:  # the first device starts the clock
-        deadline = now + milliseconds(settings.selection_seconds)
-        values = {"selection_deadline_ms": deadline, "started_ms": now}
-        db.execute(update(rounds).where(rounds.c.id == round.id).values(values))
-    end = now + settings.lease_ms
-    if round.report_deadline_ms is not None:
-        end = min(end, round.report_deadline_ms)
-    values = {
-        "id": secrets.token_hex(16),
-        "round": round.id,
-        "device": member.id,
-        "client": member.client,
-        "state": "active",
-        "reason": "",
-        "assigned_ms": now,
-        "lease_ms": end,
-    }
-    db.execute(insert(assignments).values(values))
-    given = db.execute(select(assignments).where(assignments.c.id == values["id"])).one()
-    return _describe(db, given, run, round, now)
-
-
-def _describe(
-    db: Connection, assignment: Row[Any], run: Row[Any], round: Row[Any], now: int
-) -> Assigned:
-    version = (models.c.run == run.id) & (models.c.version == round.version)
-    return Assigned(
-        assignment=assignment.id,
-        round=round.id,
-        kind=round.kind,
-        number=round.number,
-        attempt=round.attempt,
-        client=assignment.client,
-        seed=run.seed,
-        version=round.version,
-        model_sha256=db.execute(select(models.c.sha256).where(version)).scalar_one(),
-        lease_seconds=max(assignment.lease_ms - now, 0) / 1000,
-        deadline_ms=round.report_deadline_ms,
-    )
-
-
 def _open_round(db: Connection, run: Row[Any], *, lock: bool = False) -> Row[Any] | None:
     query = select(rounds).where(
         rounds.c.run == run.id, rounds.c.state.in_(("SELECTING", "TRAINING", "AGGREGATING"))
@@ -307,29 +381,12 @@ def _open_round(db: Connection, run: Row[Any], *, lock: bool = False) -> Row[Any
     return one(db, query.with_for_update() if lock else query)
 
 
-def _retry_after(
-    db: Connection,
-    member: Row[Any],
-    run: Row[Any],
-    round: Row[Any] | None,
-    settings: RoundSettings,
-    now: int,
-) -> float:
-    """Seconds to the next round's expected start, plus U(0, window), the same at every asking.
+def _unknown_device(device: str) -> RefusedError:
+    return RefusedError("unknown", f"a device must be enrolled, got device={device!r}. Enrol.")
 
-    The window is as long as a round, and at most `pace_seconds`; but it grows with the population,
-    so that at most a hundred devices check in in a second. Before rounds were measured there is
-    nothing to wait for: a check-in may well be held until there is work.
-    """
-    length = _usual_seconds(db, run)
-    start = 0.0
-    if round is not None and round.state in _TAKING and round.started_ms is not None:
-        start = max(length + (round.started_ms - now) / 1000, 0.0)
-    population = db.scalar(select(func.max(devices.c.client)).where(devices.c.run == run.id)) or 0
-    window = max(min(settings.pace_seconds, length), population / 100)
-    number = 0 if round is None else round.number
-    place = derive_seed(run.seed, "pace", number, member.client) / 2**63
-    return round_up(start + place * window)
+
+def _revoked() -> RefusedError:
+    return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
 
 
 def _usual_seconds(db: Connection, run: Row[Any]) -> float:

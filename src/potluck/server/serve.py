@@ -94,6 +94,7 @@ class Server:
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
         self._loop = asyncio.get_running_loop()
+        self.desk.service.on_goal = self._wake
         with _signals(self._loop, self._stop):
             sockets = [[self._socket], [self._admin_socket]]
             tasks = [
@@ -127,6 +128,11 @@ class Server:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it is over already
                 self._loop.call_soon_threadsafe(self._stop)
+
+    def _wake(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is over already
+                self._loop.call_soon_threadsafe(self._bell.wake)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -35,7 +35,7 @@ from potluck.server.database import Database, as_dict, one
 from potluck.server.home import Life
 from potluck.server.lead import experiment_of, lead, open_round_of
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import RoundSettings, settings_of
 from potluck.server.tables import (
     devices,
     evaluations,
@@ -69,6 +69,8 @@ class Service:
         self.database = database
         self.blobs = blobs
         self.time = CommonTime(clock)
+        self.on_goal: Callable[[], None] = lambda: None
+        """Called, in any thread, when a round has the last report that it waited for: `tick`."""
         self._build = build
         self._life = life
         names = {} if life is None else {"id": life.id, "predecessor": life.before}
@@ -189,6 +191,14 @@ class Service:
             self.database, run, self.time.now(), valid_seconds=valid_seconds, actor=actor
         )
 
+    def issue_tokens(
+        self, run: str, count: int, *, valid_seconds: float = 7 * 86400, actor: str
+    ) -> list[str]:
+        """Many tokens at once."""
+        return enrolment.issue_tokens(
+            self.database, run, count, self.time.now(), valid_seconds=valid_seconds, actor=actor
+        )
+
     def revoke(self, device: str, *, actor: str) -> None:
         """Throw a device out, for good."""
         enrolment.revoke(self.database, device, self.time.now(), actor=actor)
@@ -273,8 +283,8 @@ class Service:
             into=into,
         )
 
-    def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[bool]:
-        """Note many (device, sequence number) at once: whether each one was new."""
+    def claim_sequences(self, claims: Sequence[tuple[str, int]]) -> list[RefusedError | None]:
+        """Note many (device, sequence number) at once: for each one None, or why not."""
         return enrolment.claim_sequences(self.database, claims, self.time.now())
 
     def claim_sequence(self, device: str, sequence: int) -> None:
@@ -308,6 +318,10 @@ class Service:
         shown = attributes or selection.Attributes()
         return selection.check_in(self.database, device, shown, self.time.now())
 
+    def check_ins(self, asked: Sequence[tuple[str, selection.Attributes]]) -> list[selection.Given]:
+        """Many check-ins at once: for each what it is given, or why it is refused."""
+        return selection.check_ins(self.database, asked, self.time.now())
+
     def extend_lease(self, device: str, assignment: str) -> float:
         """Note progress. Returns the seconds until the device must be heard of again."""
         return selection.extend_lease(self.database, device, assignment, self.time.now())
@@ -328,7 +342,9 @@ class Service:
         """Where an upload stands, and how many bytes it will have."""
         return reports.find_report(self.database, self.blobs, device, upload)
 
-    def append_chunk(self, device: str, upload: str, offset: int, data: bytes) -> reports.Upload:
+    def append_chunk(
+        self, device: str, upload: str, offset: int, data: bytes | bytearray
+    ) -> reports.Upload:
         """Send a chunk of it."""
         return reports.append_chunk(
             self.database, self.blobs, device, upload, offset, data, self.time.now()
@@ -336,21 +352,26 @@ class Service:
 
     def finish_report(self, device: str, upload: str) -> reports.Accepted:
         """Have it checked and accepted."""
-        return reports.finish_report(self.database, self.blobs, device, upload, self.time.now())
+        now = self.time.now()
+        answer = reports.finish_report(self.database, self.blobs, device, upload, now)
+        return self._accepted(answer)
 
     def report_metrics(
         self, device: str, assignment: str, metrics: Mapping[str, tuple[float, float]]
     ) -> reports.Accepted:
         """Report a federated evaluation."""
         now = self.time.now()
-        return reports.report_metrics(self.database, device, assignment, metrics, now)
+        return self._accepted(
+            reports.report_metrics(self.database, device, assignment, metrics, now)
+        )
 
-    def place(self, round: str) -> tuple[int, int]:
-        """Number and attempt of a round."""
+    def after_report(self, device: str, round: str) -> tuple[int, int, float]:
+        """Number and attempt of a reported round, and after how many seconds to check in."""
         query = select(all_rounds.c.number, all_rounds.c.attempt).where(all_rounds.c.id == round)
         with self.database.read() as db:
             number, attempt = db.execute(query).one()
-        return number, attempt
+            look = selection.Look(db, [device], self.time.now())
+            return number, attempt, look.retry_after(device)
 
     def find_model(self, run: str, sha256: str) -> Row[Any]:
         """The model of a run with this digest: its key and num_bytes."""
@@ -403,7 +424,7 @@ class Service:
                 evaluations.c.run == run, evaluations.c.kind == "central"
             )
             known = set(db.scalars(done))
-            last = RoundSettings.model_validate_json(row.settings).num_rounds
+            last = settings_of(row.settings).num_rounds
             every = run_section.evaluate_every
             return [
                 (number, version)
@@ -429,6 +450,11 @@ class Service:
         with self.database.read() as db:
             rows = db.execute(query.order_by(evaluations.c.kind)).all()
         return [as_dict(row) | {"metrics": json.loads(row.metrics)} for row in rows]
+
+    def _accepted(self, answer: reports.Accepted) -> reports.Accepted:
+        if answer.is_goal:
+            self.on_goal()
+        return answer
 
     def _turn(self, run: str, old: str, new: str, reason: str, actor: str, action: str) -> None:
         with self.database.write() as db:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -80,6 +81,12 @@ class RoundSettings(BaseModel):
     def lease_ms(self) -> int:
         seconds = self.report_seconds if self.lease_seconds is None else self.lease_seconds
         return milliseconds(seconds)
+
+
+@lru_cache(maxsize=64)
+def settings_of(text: str) -> RoundSettings:
+    """Those that a run was begun with, from the JSON in its row."""
+    return RoundSettings.model_validate_json(text)
 
 
 def milliseconds(seconds: float) -> int:

@@ -1,0 +1,62 @@
+"""Work on many requests at once: what comes while a batch is worked on makes up the next one.
+
+A thread and a transaction cost more than most requests. Alone, a request is worked on at once and
+waits for nobody; the more there are, the less each one costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST = 500
+"""Items in a batch."""
+
+
+class Batches(Generic[T, R]):
+    """Hands items to a function in a thread, one batch after another. Belongs to one event loop."""
+
+    def __init__(self, work: Callable[[Sequence[T]], Sequence[R | Exception]]) -> None:
+        """`work` gives a result, or what to raise, for each item, in their order."""
+        self._work = work
+        self._pending: list[tuple[T, asyncio.Future[R]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def do(self, item: T) -> R:
+        """The result for an item.
+
+        Raises:
+            Exception: what the function gave or raised.
+        """
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._pending.append((item, future))
+        if self._worker is None:
+            self._worker = asyncio.get_running_loop().create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self._pending:
+                batch, self._pending = self._pending[:_MOST], self._pending[_MOST:]
+                await self._do(batch)
+        finally:
+            self._worker = None
+
+    async def _do(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+        try:
+            results = await run_in_threadpool(self._work, [item for item, _ in batch])
+        except Exception as error:
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():  # its request is gone
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

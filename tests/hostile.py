@@ -113,9 +113,13 @@ class Process:
         return psutil.Process(self.process.pid).memory_full_info().uss
 
     def faults(self) -> list[str]:
-        """The lines of the log that tell of an unhandled error."""
-        lines = map(json.loads, self.log.read_text().splitlines())
-        return [str(line) for line in lines if line["level"] == "error" or "trace" in line]
+        """The lines of the log that tell of an unhandled error.
+
+        That the end of the server did not wait for a connection that was left open is none.
+        """
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        faults = [line for line in lines if line["level"] == "error" or "trace" in line]
+        return [str(line) for line in faults if "graceful shutdown" not in line["event"]]
 
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """The first and the newest."""

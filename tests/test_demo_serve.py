@@ -45,6 +45,8 @@ class Demo:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(folder)},
+            # As a terminal would start it: a shell starts what is in the background without it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def until(self, word):

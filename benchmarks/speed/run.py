@@ -205,9 +205,11 @@ def part_f(num_rounds: int) -> dict[str, Any]:
         "auto": Engine(task, auto),
     }
     seconds = in_turns(contenders, dict.fromkeys(contenders, 100), 100, num_rounds)
+    result = table(seconds, "bare loop")
+    result["auto"]["choice"] = auto.choice
     workers.close()
     auto.close()
-    return table(seconds, "bare loop")
+    return result
 
 
 def start_seconds() -> float:

@@ -20,7 +20,7 @@ from potluck.simulation.vmap import chunk_for
 from potluck.tasks import CohortRuntime, TorchRuntime
 
 _FEW, _MORE = 1, 4  # steps
-_REPEATS = 2  # of which the faster counts, the first of all being no measure
+_REPEATS = 3  # of which the fastest counts, the first of all being no measure
 _HOPELESS = 1.5  # times the loop's time, from which on a program is not timed any further
 
 

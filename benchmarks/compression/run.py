@@ -43,8 +43,8 @@ class Study(NamedTuple):
 FULL = Study(
     "full",
     "mnist-cnn-two-shard-e5-b10-c0.1",
-    100,
-    0.98,
+    60,
+    0.97,
     "results/runs/mnist-cnn-two-shard-e5-b10-c0.1/lr-0.1",
 )
 QUICK = Study("quick", "digits-quickstart", 150, 0.90, None)

@@ -1,19 +1,22 @@
-"""Published files, which tests skip where POTLUCK_DATA does not hold them; and databases."""
+"""Published files, which tests skip where POTLUCK_DATA does not hold them; databases and blobs."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 
@@ -103,9 +106,50 @@ def postgresql() -> Iterator[Callable[[], str]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a new database: every test that asks for it runs on both."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'potluck.db'}"
-    return request.getfixturevalue("postgresql")()
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Callable[[], str]]:
+    """Start an S3 endpoint of our own; give the URL of a new, empty bucket at every call."""
+    count = itertools.count()
+    with tempfile.TemporaryFile("w+") as log, pytest.MonkeyPatch.context() as environment:
+        words = [sys.executable, "-m", "moto.server", "--port", "0"]
+        server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log)
+
+        def told() -> str:
+            log.seek(0)
+            return log.read()
+
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", told())):
+            assert server.poll() is None, told()
+            time.sleep(0.05)  # until it listens
+        environment.setenv("AWS_ENDPOINT_URL", address[0])
+        environment.setenv("AWS_REGION", "us-east-1")
+        environment.setenv("AWS_ACCESS_KEY_ID", "potluck")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "potluck")
+
+        def url() -> str:
+            name = f"test-{next(count)}"
+            httpx.put(f"{address[0]}/{name}", timeout=30.0).raise_for_status()
+            return f"s3://{name}/potluck"
+
+        yield url
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module", params=["sqlite-folder", "postgresql-s3"])
+def places(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], tuple[str, str]]:
+    """Give the URLs of a new database and of a new place for blobs at every call.
+
+    Every test that asks for it runs on both kinds.
+    """
+    if request.param == "postgresql-s3":
+        database, bucket = (request.getfixturevalue(name) for name in ("postgresql", "s3"))
+        return lambda: (database(), bucket())
+
+    def local() -> tuple[str, str]:
+        folder = tmp_path_factory.mktemp("places")
+        return f"sqlite:///{folder / 'potluck.db'}", str(folder / "blobs")
+
+    return local

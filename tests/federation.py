@@ -121,8 +121,9 @@ class Federation:
         own=None,
         plaintext=False,
         local_epochs=1,
+        places=(None, None),
     ):
-        self.folder = folder
+        self.folder, self.places = folder, places
         self.file = folder / "experiment.toml"
         task, partition = 'data = "digits"', 'kind = "iid"'
         if own is not None:
@@ -138,7 +139,7 @@ class Federation:
 
     def __enter__(self):
         home = self.folder / "server"
-        self.server = open_server(self.file, [], home, self.listen)
+        self.server = open_server(self.file, [], home, self.listen, *self.places)
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.run()))
         self._thread.start()
         self.operator = Operator(Home(home))

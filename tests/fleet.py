@@ -6,12 +6,14 @@ Device i sends e_i, the i-th unit vector, with weight 1: the model tells who is 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 
 from potluck.core import Spec
 from potluck.experiment import check_experiment
 from potluck.server import Accepted, Assigned, Claims, RoundSettings, Service
+from potluck.server.objects import ObjectStore
 from potluck.simulation.build import build_algorithm
 
 CONTENT = {
@@ -113,3 +115,10 @@ class Fleet:
 
     def status(self) -> dict:
         return self.service.status(self.run)
+
+    def stored(self) -> list[str]:
+        """The keys of all blobs, and of what there is of uploads."""
+        blobs, folder = self.service.blobs, Path(self.blobs)
+        if isinstance(blobs, ObjectStore):
+            return [path for path, _ in blobs._list("")]
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]

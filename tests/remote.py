@@ -61,8 +61,10 @@ class Served:
         certificate=None,
         key=None,
         codec="float32",
+        places=(None, None),
         **settings,
     ):
+        self.places = places
         self.home, self.dim, self.long_poll_seconds = Home(folder / "home"), dim, long_poll_seconds
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 100} | settings
         self.settings = RoundSettings(**values)
@@ -79,8 +81,8 @@ class Served:
         self.desk = open_desk(
             self.experiment,
             self.home,
-            database=None,
-            blobs=None,
+            database=self.places[0],
+            blobs=self.places[1],
             build=build_algorithm,
             weights=np.zeros(self.dim, np.float32),
             spec=Spec(("w",), ((self.dim,),)),

@@ -39,8 +39,9 @@ from remote import Served, read
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    with Served(tmp_path_factory.mktemp("served"), count=50, dim=64) as served:
+def served(tmp_path_factory, places):
+    folder = tmp_path_factory.mktemp("served")
+    with Served(folder, count=50, dim=64, places=places()) as served:
         yield served
 
 
@@ -54,8 +55,8 @@ def refused(answer, code) -> Error:
     return error
 
 
-def test_three_devices_train_a_round_over_tls(tmp_path):
-    with Served(tmp_path, count=3, population=3, num_rounds=2) as served:
+def test_three_devices_train_a_round_over_tls(tmp_path, places):
+    with Served(tmp_path, places=places(), count=3, population=3, num_rounds=2) as served:
         devices = [served.device() for _ in range(3)]
         for number in (1, 2):
             served.until(lambda told: told["open"])
@@ -153,8 +154,8 @@ def test_an_upload_that_was_cut_goes_on_where_it_stands(served):
     assert device.report(given, other).code == "conflict"
 
 
-def test_a_report_is_answered_again_after_its_round_is_over(tmp_path):
-    with Served(tmp_path, count=2) as served:
+def test_a_report_is_answered_again_after_its_round_is_over(tmp_path, places):
+    with Served(tmp_path, places=places(), count=2) as served:
         devices = [served.device(), served.device()]
         served.until(lambda told: told["open"])
         done = [device.take_part(4) for device in devices]
@@ -283,8 +284,8 @@ def test_a_claim_with_a_fault_is_refused(served, fault):
     assert (error.server_time_ms is not None) == (code == "clock")
 
 
-def test_a_signature_serves_one_device_and_once_also_after_a_restart(tmp_path):
-    served = Served(tmp_path)
+def test_a_signature_serves_one_device_and_once_also_after_a_restart(tmp_path, places):
+    served = Served(tmp_path, places=places())
     with served:
         device = served.device()
         headers = device.signed("POST", "/v1/check-in", b"{}")
@@ -322,8 +323,8 @@ def test_a_device_of_another_run_is_unknown(served, tmp_path):
         assert caller.enrol(another.invite()).code == "token"
 
 
-def test_a_check_in_waits_for_work(tmp_path):
-    with Served(tmp_path, count=2, population=2, long_poll_seconds=20.0) as served:
+def test_a_check_in_waits_for_work(tmp_path, places):
+    with Served(tmp_path, places=places(), count=2, population=2, long_poll_seconds=20.0) as served:
         first = served.device()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(first.check_in)
@@ -339,8 +340,8 @@ def test_what_a_device_cannot_encode_it_is_not_asked_for(served):
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4"])
-def test_updates_come_in_the_codec_of_the_run(tmp_path, codec):
-    with Served(tmp_path, count=1, dim=2000, codec=codec) as served:
+def test_updates_come_in_the_codec_of_the_run(tmp_path, places, codec):
+    with Served(tmp_path, places=places(), count=1, dim=2000, codec=codec) as served:
         device = served.device()
         served.until(lambda told: told["open"])
         assert device.check_in().reason == "unsupported"
@@ -355,8 +356,8 @@ def test_updates_come_in_the_codec_of_the_run(tmp_path, codec):
         assert served.weights() == decode_vector(body, codec, 2000).tolist()
 
 
-def test_a_federated_evaluation_changes_no_model(tmp_path):
-    with Served(tmp_path, count=1, federated_every=1) as served:
+def test_a_federated_evaluation_changes_no_model(tmp_path, places):
+    with Served(tmp_path, places=places(), count=1, federated_every=1) as served:
         device = served.device()
         served.until(lambda told: told["open"])
         device.take_part(4)
@@ -375,8 +376,8 @@ def test_a_federated_evaluation_changes_no_model(tmp_path):
         assert served.weights() == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_a_device_that_has_gone_takes_no_slot(tmp_path):
-    with Served(tmp_path, count=1, population=2, long_poll_seconds=20.0) as served:
+def test_a_device_that_has_gone_takes_no_slot(tmp_path, places):
+    with Served(tmp_path, places=places(), count=1, population=2, long_poll_seconds=20.0) as served:
         gone = served.device()
         gone.http.timeout = 0.3
         with pytest.raises(httpx.ReadTimeout):

@@ -52,9 +52,8 @@ def enter(client: httpx.Client, key: str, **headers: str) -> httpx.Response:
 
 
 @pytest.fixture
-def fleet(database_url, tmp_path):
-    """On SQLite, and on PostgreSQL where there is one."""
-    made = Fleet(database_url, tmp_path / "blobs", count=3, minimum=1.0)
+def fleet(places):
+    made = Fleet(*places(), count=3, minimum=1.0)
     yield made
     made.service.close()
 

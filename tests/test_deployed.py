@@ -42,12 +42,10 @@ def simulated(federation):
     return list(made)
 
 
-def test_a_deployed_run_is_the_simulated_one(tmp_path):
+def test_a_deployed_run_is_the_simulated_one(tmp_path, places):
     count = 20
-    server = SAMPLED.format(count)
-    with Federation(
-        tmp_path, model="2nn", clients=count, rounds=3, cohort=0.25, server=server
-    ) as federation:
+    options = {"rounds": 3, "cohort": 0.25, "server": SAMPLED.format(count), "places": places()}
+    with Federation(tmp_path, model="2nn", clients=count, **options) as federation:
         for k in range(count):
             federation.join(k)
         federation.until(lambda: federation.status()["state"] == "finished")
@@ -97,7 +95,7 @@ def test_a_deployed_run_with_short_updates_is_the_simulated_one(tmp_path, codec)
         assert max(taken.values()) > 1  # or no residual was ever added
 
 
-def test_every_answer_to_a_submission_may_be_lost_once(tmp_path):
+def test_every_answer_to_a_submission_may_be_lost_once(tmp_path, places):
     lost = set()
 
     def lose(seen):
@@ -107,8 +105,9 @@ def test_every_answer_to_a_submission_may_be_lost_once(tmp_path):
         lost.add((seen.device, seen.path, seen.digest))
         return True
 
+    server = "over_selection = 1.0\ngoal = 4"
     federation = Federation(
-        tmp_path, clients=4, rounds=3, server="over_selection = 1.0\ngoal = 4", plaintext=True
+        tmp_path, clients=4, rounds=3, server=server, plaintext=True, places=places()
     )
     with federation:
         with FaultProxy(federation.port, lose=lose) as proxy:
@@ -124,7 +123,7 @@ def test_every_answer_to_a_submission_may_be_lost_once(tmp_path):
         np.testing.assert_allclose(moved[4:], 0, atol=1e-6)
 
 
-def test_a_cut_upload_sends_at_most_one_chunk_again(tmp_path):
+def test_a_cut_upload_sends_at_most_one_chunk_again(tmp_path, places):
     generator = random.Random(5)
     cuts = Counter()
 
@@ -139,9 +138,8 @@ def test_a_cut_upload_sends_at_most_one_chunk_again(tmp_path):
     own.mkdir()
     inputs = np.zeros((5, 16_000), np.float32)
     np.savez(own / "only.npz", inputs=inputs, targets=np.array([0, 1, 0, 1, 0]))
-    federation = Federation(
-        tmp_path, model="2nn", clients=1, rounds=1, own=own, server="goal = 1", plaintext=True
-    )
+    options = {"own": own, "server": "goal = 1", "plaintext": True, "places": places()}
+    federation = Federation(tmp_path, model="2nn", clients=1, rounds=1, **options)
     with federation, FaultProxy(federation.port, cut=cut) as proxy:
         device = federation.join(0, UnitTrainer(), proxy.address)
         federation.until(lambda: federation.status()["state"] == "finished")
@@ -215,7 +213,7 @@ def test_a_killed_device_sends_what_it_had_finished_when_it_is_started_again(tmp
         assert federation.weights()[0] - federation.weights(0)[0] == pytest.approx(1.0)
 
 
-def test_rounds_close_without_the_devices_that_are_killed(tmp_path):
+def test_rounds_close_without_the_devices_that_are_killed(tmp_path, places):
     """Three of ten die in training: their leases expire, the others' reports are enough."""
 
     class Killed(BaseException):
@@ -227,7 +225,8 @@ def test_rounds_close_without_the_devices_that_are_killed(tmp_path):
     server = "goal = 10\nminimum = 0.7\nover_selection = 1.0\nreport_seconds = 2.0\n" + (
         "selection_seconds = 2.0\nlease_seconds = 1.0\npopulation = 10"
     )
-    with Federation(tmp_path, rounds=2, clients=10, server=server) as federation:
+    options = {"rounds": 2, "clients": 10, "server": server, "places": places()}
+    with Federation(tmp_path, **options) as federation:
         for k in range(10):
             federation.join(k, UnitTrainer(die) if k in (1, 4, 7) else UnitTrainer())
         federation.until(lambda: federation.status()["state"] == "finished")

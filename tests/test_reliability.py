@@ -94,7 +94,7 @@ def test_a_slope_is_found_under_noise_that_drifts():
 
 
 def test_of_two_servers_on_one_database_one_is_killed_and_nothing_is_lost(
-    tmp_path, postgresql, seed
+    tmp_path, postgresql, s3, seed
 ):
-    found = kill_one_of_two(tmp_path, postgresql(), devices=4, times=1, seed=seed)
+    found = kill_one_of_two(tmp_path, postgresql(), s3(), devices=4, times=1, seed=seed)
     assert found["holds"], pformat(found, width=200)

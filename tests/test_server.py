@@ -1,4 +1,4 @@
-"""The rounds of a served run, on SQLite and on PostgreSQL, with devices that send fingerprints."""
+"""The rounds of a served run, in every place for its state, with devices that send fingerprints."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from potluck.tasks import TorchRuntime
 
 
 @pytest.fixture
-def fleet(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs")
+def fleet(places):
+    fleet = Fleet(*places())
     yield fleet
     fleet.service.close()
 
@@ -31,13 +31,13 @@ def test_a_round_adds_the_mean_of_its_reports_to_the_model(fleet):
     assert fleet.service.verify_audit() is None
 
 
-def test_the_order_of_arrival_changes_no_bit(tmp_path):
+def test_the_order_of_arrival_changes_no_bit(places):
     rng = np.random.default_rng(3)
     vectors = rng.normal(size=(6, 50)).astype(np.float32)
     weights = rng.uniform(0.1, 900, size=6)
     digests = set()
-    for trial in range(4):
-        fleet = Fleet(str(tmp_path / f"{trial}.db"), tmp_path / f"{trial}", count=6, dim=50)
+    for _ in range(4):
+        fleet = Fleet(*places(), count=6, dim=50)
         fleet.service.tick()
         for i in rng.permutation(6):
             work = fleet.assign(fleet.devices[i]).assignment
@@ -49,16 +49,14 @@ def test_the_order_of_arrival_changes_no_bit(tmp_path):
     assert len(digests) == 1
 
 
-def test_a_served_run_is_the_simulated_one(tmp_path):
+def test_a_served_run_is_the_simulated_one(places):
     content = CONTENT | {"partition": {"kind": "iid", "clients": 12}}
     content |= {"run": {"rounds": 4, "cohort": 0.3, "seed": 7}, "name": "same"}
     experiment = check_experiment(content, "test")
     task = build_task(experiment, build_data(experiment))
     algorithm = build_algorithm(experiment)
     simulated = list(rounds(algorithm, task, cohort=0.3, num_rounds=4, seed=7))
-    service = Service.open(
-        str(tmp_path / "db"), str(tmp_path / "blobs"), build=build_algorithm, clock=Clock()
-    )
+    service = Service.open(*places(), build=build_algorithm, clock=Clock())
     settings = RoundSettings.sampled(experiment)
     runtime = TorchRuntime(task)
     run = service.create_run(experiment, task.initial_weights(7), runtime.spec, settings)
@@ -94,8 +92,8 @@ def test_a_served_run_is_the_simulated_one(tmp_path):
     service.close()
 
 
-def test_an_open_round_over_selects_and_closes_at_the_goal(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=10, goal=5, over_selection=1.3)
+def test_an_open_round_over_selects_and_closes_at_the_goal(places):
+    fleet = Fleet(*places(), count=10, goal=5, over_selection=1.3)
     fleet.service.tick()
     works = [fleet.service.check_in(device) for device in fleet.devices]
     assert [isinstance(work, Assigned) for work in works] == [True] * 7 + [False] * 3
@@ -119,8 +117,8 @@ def test_an_open_round_over_selects_and_closes_at_the_goal(database_url, tmp_pat
     fleet.service.close()
 
 
-def test_the_minimum_commits_at_the_deadline_and_one_less_abandons(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=5)
+def test_the_minimum_commits_at_the_deadline_and_one_less_abandons(places):
+    fleet = Fleet(*places(), count=5)
     for device in fleet.devices[:4]:
         fleet.service.tick()
         fleet.take_part(device)
@@ -154,8 +152,8 @@ def test_the_minimum_commits_at_the_deadline_and_one_less_abandons(database_url,
     fleet.service.close()
 
 
-def test_three_abandoned_attempts_pause_the_run_and_say_why(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=4)
+def test_three_abandoned_attempts_pause_the_run_and_say_why(places):
+    fleet = Fleet(*places(), count=4)
     for attempt in (1, 2, 3):
         fleet.service.tick()
         assert fleet.status()["open"]["attempt"] == attempt
@@ -174,8 +172,8 @@ def test_three_abandoned_attempts_pause_the_run_and_say_why(database_url, tmp_pa
     fleet.service.close()
 
 
-def test_an_expired_lease_frees_the_slot_and_progress_keeps_it(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=3, goal=2, lease_seconds=30.0)
+def test_an_expired_lease_frees_the_slot_and_progress_keeps_it(places):
+    fleet = Fleet(*places(), count=3, goal=2, lease_seconds=30.0)
     fleet.service.tick()
     silent, busy = (fleet.assign(device) for device in fleet.devices[:2])
     assert fleet.service.check_in(fleet.devices[2]).reason == "slots taken"
@@ -225,8 +223,8 @@ def test_the_same_report_again_is_answered_alike_and_another_conflicts(fleet):
         ([1, 0, 0, 0], {"codec": "pickle"}, "malformed"),
     ],
 )
-def test_a_bad_update_is_refused_and_the_round_goes_on(tmp_path, vector, changes, code):
-    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=4, goal=3, over_selection=1.4)
+def test_a_bad_update_is_refused_and_the_round_goes_on(places, vector, changes, code):
+    fleet = Fleet(*places(), count=4, goal=3, over_selection=1.4)
     fleet.service.tick()
     bad = fleet.assign(fleet.devices[0])
     with pytest.raises(RefusedError) as refused:
@@ -236,7 +234,7 @@ def test_a_bad_update_is_refused_and_the_round_goes_on(tmp_path, vector, changes
         fleet.take_part(device)
     fleet.service.tick()
     assert fleet.weights().tolist() == [0.0] + [np.float32(1 / 3)] * 3
-    assert not list((tmp_path / "blobs" / "parts").iterdir())
+    assert not [key for key in fleet.stored() if key.startswith("parts/")]
     fleet.service.close()
 
 
@@ -309,10 +307,8 @@ def test_a_server_whose_clock_jumped_back_starts_where_the_last_life_was(fleet):
     assert fleet.service.time.now() == before  # already at the first check of a signature
 
 
-def test_a_device_in_the_wrong_condition_is_not_selected(tmp_path):
-    fleet = Fleet(
-        str(tmp_path / "db"), tmp_path / "blobs", needs_charging=True, needs_memory_bytes=100
-    )
+def test_a_device_in_the_wrong_condition_is_not_selected(places):
+    fleet = Fleet(*places(), needs_charging=True, needs_memory_bytes=100)
     fleet.service.tick()
     device = fleet.devices[0]
     for attributes in (
@@ -337,10 +333,10 @@ def lasting(fleet, seconds):
     fleet.service.tick()
 
 
-def test_a_device_is_held_for_as_long_as_rounds_were_measured_to_take(tmp_path):
+def test_a_device_is_held_for_as_long_as_rounds_were_measured_to_take(places):
     """Not for the time until the first device comes, nor for the first round, nor for an odd one:
     the median of those from the second on."""
-    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2, goal=1)
+    fleet = Fleet(*places(), count=2, goal=1)
     first, second = fleet.devices
 
     def held():
@@ -364,8 +360,8 @@ def test_a_device_is_held_for_as_long_as_rounds_were_measured_to_take(tmp_path):
     fleet.service.close()
 
 
-def test_waiting_devices_come_back_over_the_whole_window(tmp_path):
-    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=60, goal=1, pace_seconds=30.0)
+def test_waiting_devices_come_back_over_the_whole_window(places):
+    fleet = Fleet(*places(), count=60, goal=1, pace_seconds=30.0)
     for _ in range(2):
         lasting(fleet, 1000)
     fleet.service.tick()
@@ -379,8 +375,8 @@ def test_waiting_devices_come_back_over_the_whole_window(tmp_path):
     fleet.service.close()
 
 
-def test_federated_evaluation_is_a_round_that_changes_no_model(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=2, federated_every=1)
+def test_federated_evaluation_is_a_round_that_changes_no_model(places):
+    fleet = Fleet(*places(), count=2, federated_every=1)
     fleet.round()
     works = [fleet.assign(device) for device in fleet.devices]
     assert {(work.kind, work.number, work.version) for work in works} == {("evaluate", 1, 1)}
@@ -397,8 +393,8 @@ def test_federated_evaluation_is_a_round_that_changes_no_model(database_url, tmp
     fleet.service.close()
 
 
-def test_central_evaluation_is_done_once_for_every_version_that_is_due(tmp_path):
-    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", run={"evaluate_every": 2})
+def test_central_evaluation_is_done_once_for_every_version_that_is_due(places):
+    fleet = Fleet(*places(), run={"evaluate_every": 2})
     for _ in range(3):
         fleet.round()
     for _ in range(2):
@@ -454,13 +450,13 @@ def test_a_run_is_begun_once_and_another_of_its_name_is_refused(fleet):
         create(fleet.experiment, zeros, fleet.spec, other)
 
 
-def test_a_damaged_update_abandons_the_attempt_and_not_the_server(tmp_path):
-    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs")
+def test_a_damaged_update_abandons_the_attempt_and_not_the_server(places):
+    fleet = Fleet(*places())
     fleet.service.tick()
     for device in fleet.devices:
         fleet.take_part(device)
-    blob = next((tmp_path / "blobs" / "reports").rglob("*/*"))
-    blob.write_bytes(bytes([1]) * 16)
+    key = next(key for key in fleet.stored() if key.startswith("reports/"))
+    fleet.service.blobs.put(key, iter([bytes([1]) * 16]))
     fleet.service.tick()
     assert (fleet.status()["version"], fleet.status()["open"]["attempt"]) == (0, 2)
     fleet.round()
@@ -468,9 +464,8 @@ def test_a_damaged_update_abandons_the_attempt_and_not_the_server(tmp_path):
     fleet.service.close()
 
 
-def test_the_updates_of_a_round_that_is_over_are_gone(tmp_path):
-    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs")
+def test_the_updates_of_a_round_that_is_over_are_gone(places):
+    fleet = Fleet(*places())
     fleet.round()
-    left = [p for p in (tmp_path / "blobs").rglob("*") if p.is_file()]
-    assert {p.parent.name for p in left} == {"models"}
+    assert {key.partition("/")[0] for key in fleet.stored()} == {"models"}
     fleet.service.close()

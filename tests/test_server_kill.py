@@ -39,13 +39,6 @@ def folder(tmp_path):
         yield Path(name)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, folder):
-    if request.param == "sqlite":
-        return f"sqlite:///{folder / 'potluck.db'}"
-    return request.getfixturevalue("postgresql")()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     place = tmp_path_factory.mktemp("undisturbed")
@@ -84,32 +77,34 @@ def test_kill_9_at_every_fault_point_changes_nothing(undisturbed, folder, points
         assert results == [undisturbed] * len(again)
 
 
-INSIDE = [point for point in faults.POINTS if point.endswith((".inside", "-row", ".after"))]
+NO_FILE = ("chunk.torn", "chunk.before-sync", "blob.written", "blob.synced", "blob.renamed")
+"""Points that only a folder has."""
+ELSEWHERE = [point for point in faults.POINTS if point not in NO_FILE]
 
 
 @pytest.mark.parametrize(
     "point",
     [
         pytest.param(point, marks=[] if i % 5 == 0 else pytest.mark.soak)
-        for i, point in enumerate(INSIDE)
+        for i, point in enumerate(ELSEWHERE)
     ],
 )
-def test_kill_9_at_fault_points_on_postgresql(undisturbed, folder, postgresql, point):
-    assert lives(postgresql(), folder, NUM_ROUNDS, point) == [undisturbed]
+def test_kill_9_at_fault_points_on_postgresql_and_s3(undisturbed, postgresql, s3, point):
+    assert lives(postgresql(), s3(), NUM_ROUNDS, point) == [undisturbed]
 
 
-def kill_at_random(undisturbed, url, blobs, count: int) -> None:
+def kill_at_random(undisturbed, database, blobs, count: int) -> None:
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed of the kills: {seed}")
-    [result] = lives(url, blobs, NUM_ROUNDS, "--random", count, seed, 0.15)[-1:]
+    [result] = lives(database, blobs, NUM_ROUNDS, "--random", count, seed, 0.15)[-1:]
     assert result == undisturbed
 
 
-def test_kill_9_at_20_random_times_changes_nothing(undisturbed, folder, url):
-    kill_at_random(undisturbed, url, folder / "blobs", 20)
+def test_kill_9_at_20_random_times_changes_nothing(undisturbed, places):
+    kill_at_random(undisturbed, *places(), 20)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("times", range(20))
-def test_kill_9_at_400_random_times_changes_nothing(undisturbed, folder, url, times):
-    kill_at_random(undisturbed, url, folder / "blobs", 10)
+def test_kill_9_at_400_random_times_changes_nothing(undisturbed, places, times):
+    kill_at_random(undisturbed, *places(), 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,16 @@ class Machine(RuleBasedStateMachine):
     In half of the runs every second round is followed by a federated evaluation.
     """
 
+    def __init__(self, places: Callable[[], tuple[str, str]] | None = None) -> None:
+        super().__init__()
+        self.places = places
+
     @initialize(selection=st.sampled_from(["open", "sampled"]), every=st.sampled_from([0, 2]))
     def begin(self, selection, every) -> None:
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        local = str(self.folder / "db"), str(self.folder / "blobs")
         self.fleet = Fleet(
-            str(self.folder / "db"), self.folder / "blobs", count=COUNT, goal=GOAL,
+            *(self.places() if self.places else local), count=COUNT, goal=GOAL,
             minimum=0.66, over_selection=1.3, lease_seconds=100.0, selection=selection,
             federated_every=every,
         )  # fmt: skip
@@ -192,13 +198,18 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def run(examples: int, steps: int) -> None:
+def run(examples: int, steps: int, places: Callable[[], tuple[str, str]] | None = None) -> None:
+    """In memory, if there is any, or in these places: each run needs new ones."""
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     options = {"deadline": None, "suppress_health_check": checks, "print_blob": True}
     chosen = settings(max_examples=examples, stateful_step_count=steps, database=None, **options)
-    run_state_machine_as_test(Machine, settings=chosen)
+    run_state_machine_as_test(lambda: Machine(places), settings=chosen)
 
 
 @pytest.mark.parametrize("part", range(10))
 def test_the_round_keeps_its_invariants_in_100_runs_of_30_steps(part):
     run(10, 30)
+
+
+def test_the_round_keeps_its_invariants_on_postgresql_and_s3(postgresql, s3):
+    run(5, 30, lambda: (postgresql(), s3()))

@@ -32,16 +32,12 @@ from potluck.simulation.build import build_algorithm
 
 
 @pytest.fixture(params=["folder", "objects", "s3"])
-def store(request, tmp_path, monkeypatch):
+def store(request, tmp_path):
     if request.param == "folder":
-        yield FolderStore(tmp_path)
-    elif request.param == "objects":
-        yield ObjectStore(MemoryStore())
-    else:
-        url = os.environ.get("POTLUCK_TEST_S3", "")
-        if not url:
-            pytest.skip("POTLUCK_TEST_S3 names no bucket (s3://name/prefix) of an S3 endpoint")
-        yield open_blobs(f"{url}/{os.getpid()}-{request.node.name[:20].replace('[', '-')}")
+        return FolderStore(tmp_path)
+    if request.param == "objects":
+        return ObjectStore(MemoryStore())
+    return open_blobs(request.getfixturevalue("s3")())
 
 
 def content(store, key, *span):
@@ -146,8 +142,8 @@ def test_a_read_only_disk_is_a_storage_error(tmp_path, small_disk):
     fleet.service.close()
 
 
-def test_the_migrations_make_the_tables(database_url):
-    database = Database(database_url)
+def test_the_migrations_make_the_tables(places):
+    database = Database(places()[0])
     database.upgrade()
     database.upgrade()
     with database.engine.connect() as db:
@@ -204,8 +200,8 @@ def race(count, act):
     return results
 
 
-def test_of_50_uses_of_one_token_exactly_one_wins(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=1)
+def test_of_50_uses_of_one_token_exactly_one_wins(places):
+    fleet = Fleet(*places(), count=1)
     token = fleet.service.issue_token(fleet.run, actor="test")
     results = race(50, lambda i: fleet.service.enrol(token, bytes([99, i]) * 16))
     winners = [result for result in results if result != "token"]
@@ -231,16 +227,16 @@ def test_an_expired_token_and_a_known_key_are_refused(tmp_path):
     fleet.service.close()
 
 
-def test_devices_that_enrol_at_once_get_indices_without_gaps(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=1)
+def test_devices_that_enrol_at_once_get_indices_without_gaps(places):
+    fleet = Fleet(*places(), count=1)
     given = [fleet.service.issue_token(fleet.run, actor="test") for _ in range(12)]
     enrolled = race(12, lambda i: fleet.service.enrol(given[i], bytes([7, i]) * 16))
     assert sorted(result.client for result in enrolled) == list(range(1, 13))
     fleet.service.close()
 
 
-def test_a_sequence_number_counts_once(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=1)
+def test_a_sequence_number_counts_once(places):
+    fleet = Fleet(*places(), count=1)
     results = race(8, lambda i: fleet.service.claim_sequence(fleet.devices[0], 5))
     assert sorted(map(str, results)) == ["None"] + ["replayed"] * 7
     again = fleet.open()
@@ -251,16 +247,16 @@ def test_a_sequence_number_counts_once(database_url, tmp_path):
     fleet.service.close()
 
 
-def test_slots_are_not_given_twice_when_all_check_in_at_once(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=12, goal=4)
+def test_slots_are_not_given_twice_when_all_check_in_at_once(places):
+    fleet = Fleet(*places(), count=12, goal=4)
     fleet.service.tick()
     answers = race(12, lambda i: type(fleet.service.check_in(fleet.devices[i])).__name__)
     assert sorted(answers) == ["Assigned"] * 4 + ["Wait"] * 8
     fleet.service.close()
 
 
-def test_one_process_leads_and_another_takes_over_when_it_is_silent(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs")
+def test_one_process_leads_and_another_takes_over_when_it_is_silent(places):
+    fleet = Fleet(*places())
     other = fleet.open()
     assert fleet.service.tick()
     assert not other.tick()
@@ -277,14 +273,10 @@ def test_one_process_leads_and_another_takes_over_when_it_is_silent(database_url
     fleet.service.close()
 
 
-def test_the_next_life_of_a_killed_leader_leads_at_once_and_a_strangers_does_not(
-    database_url, tmp_path
-):
+def test_the_next_life_of_a_killed_leader_leads_at_once_and_a_strangers_does_not(places, tmp_path):
     home, clock = Home(tmp_path / "home"), Clock()
     life = home.begin()
-    service = functools.partial(
-        Service.open, database_url, str(tmp_path / "blobs"), build=build_algorithm, clock=clock
-    )
+    service = functools.partial(Service.open, *places(), build=build_algorithm, clock=clock)
     first = service(life=life)
     assert first.tick()
     stranger = service()
@@ -302,8 +294,8 @@ def test_the_next_life_of_a_killed_leader_leads_at_once_and_a_strangers_does_not
         one.close()
 
 
-def test_a_leader_that_was_fenced_changes_nothing(database_url, tmp_path):
-    fleet = Fleet(database_url, tmp_path / "blobs", count=1)
+def test_a_leader_that_was_fenced_changes_nothing(places):
+    fleet = Fleet(*places(), count=1)
     other = fleet.open()
     fleet.service.tick()
     assert not other.tick()

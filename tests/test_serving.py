@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from potluck.core import ProtocolError, RefusedError, RunError
 from potluck.experiment import check_experiment, load_experiment
 from potluck.protocol import Accepted, Assignment, Error, Upload, parse_message
 from potluck.server import RoundSettings
+from potluck.server.blobs import open_blobs
 from potluck.server.gate import Slots
 from potluck.server.home import Home
 from potluck.server.logs import JsonFormatter
@@ -68,8 +70,9 @@ def error_of(*words: object) -> str:
 class Process:
     """`potluck serve` as a process of its own."""
 
-    def __init__(self, file, home, port=0):
+    def __init__(self, file, home, places, port=0):
         words = [sys.executable, "-m", "potluck", "serve", file, "--home", home, "--port", port]
+        words += ["--database", places[0], "--blobs", places[1]]
         self.log = (home.parent / "log").open("a")
         self.process = subprocess.Popen(
             [*map(str, words)], stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -101,10 +104,10 @@ def take_part(caller: Caller, *, finish: bool = True) -> tuple[Upload, bytes]:
     return upload, body
 
 
-def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path):
-    file, home = tmp_path / "kitchen.toml", tmp_path / "home"
+def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path, places):
+    file, home, where = tmp_path / "kitchen.toml", tmp_path / "home", places()
     file.write_text(EXPERIMENT)
-    server = Process(file, home)
+    server = Process(file, home, where)
     callers = []
     try:
         certificate = (home / "certificate.pem").read_text()
@@ -116,7 +119,7 @@ def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path):
         take_part(callers[0])
         upload, body = take_part(callers[1], finish=False)
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        server = Process(file, home, server.port)
+        server = Process(file, home, where, server.port)
         for caller in callers:
             caller.http.close()
             caller.__init__(server.told["address"], certificate, key=caller.key)
@@ -359,6 +362,26 @@ def test_a_failing_disk_is_unavailable_and_not_a_fault(tmp_path):
         assert parse_message(answer.content, Error).code == "unavailable"
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         parts.with_name("gone").rename(parts)
+        assert isinstance(device.put(upload.upload, 0, bytes(16)), Accepted)
+
+
+def test_an_object_store_that_is_away_is_unavailable_and_the_upload_goes_on_later(
+    tmp_path, s3, monkeypatch
+):
+    bucket = s3()
+    with socket.create_server(("127.0.0.1", 0)) as taken, monkeypatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        away = open_blobs(bucket)  # nobody listens there any more
+    with Served(tmp_path, places=(None, bucket)) as served:
+        device, service = served.device(), served.desk.service
+        served.until(lambda told: told["open"])
+        upload, here = device.report(device.assigned(), bytes(16)), service.blobs
+        for blobs in (away, open_blobs("s3://no-such-bucket")):
+            service.blobs = blobs
+            answer = device.send("PUT", f"/v1/uploads/{upload.upload}?offset=0", bytes(16))
+            assert parse_message(answer.content, Error).code == "unavailable"
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        service.blobs = here
         assert isinstance(device.put(upload.upload, 0, bytes(16)), Accepted)
 
 

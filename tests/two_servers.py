@@ -19,10 +19,11 @@ from swarm import Swarm, until
 
 
 def kill_one_of_two(
-    folder: Path, url: str, *, devices: int, times: int, seed: int
+    folder: Path, url: str, blobs: str | None = None, *, devices: int, times: int, seed: int
 ) -> dict[str, Any]:
-    """Kill one of two servers so many times; `url` is that of an empty PostgreSQL database."""
-    dice, blobs = random.Random(seed), folder / "blobs"
+    """Kill one of two servers so many times; `url` is that of an empty PostgreSQL database, and
+    `blobs` a place that both reach; None: a folder."""
+    dice, blobs = random.Random(seed), blobs or str(folder / "blobs")
     text = experiment(
         clients=devices, minimum=0.5, selection_seconds=5.0, report_seconds=8.0, lease_seconds=6.0
     )
@@ -69,7 +70,7 @@ def kill_one_of_two(
             swarm.stop()
             codes = [server.end() for server in servers]
     faults = servers[0].faults() + servers[1].faults()
-    proof = prove(url, str(blobs), swarm.acknowledged(), folder / "again")
+    proof = prove(url, blobs, swarm.acknowledged(), folder / "again")
     return proof._asdict() | {
         "killed": times,
         "killed_while_leading": leaders,

@@ -6,11 +6,15 @@ streams them into one. Any server process can take any chunk.
 
 Credentials and endpoint come from the environment, by the usual names (`AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`).
+
+A killed server leaves an object that it was writing in parts unfinished, where nobody sees it and
+it costs room; a rule of the bucket that aborts unfinished uploads after a day removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -24,6 +28,8 @@ from potluck.server import faults
 from potluck.server.blobs import PIECE_BYTES
 
 _OFFSET_DIGITS = 15
+_RETRIES: Any = {"max_retries": 5, "retry_timeout": datetime.timedelta(seconds=15)}
+"""A request waits while this goes on; obstore's own default is three minutes."""
 
 
 class ObjectStore:
@@ -38,7 +44,7 @@ class ObjectStore:
         plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
         with _store_errors():
             options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
-            return cls(from_url(url, **options))
+            return cls(from_url(url, retry_config=_RETRIES, **options))
 
     def put(self, key: str, pieces: Iterable[bytes]) -> None:
         with _store_errors():

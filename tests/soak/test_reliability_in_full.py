@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from record import record
 
+from abandonment import abandon_rounds
 from bad_weather import STORM, weather
 from churn import churn
 from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
+from lost_answers import lose_answers
+from orders import report_in_orders
 from potluck.server import faults
 from server_kills import kill_servers
 from test_server_machine import SEEN
@@ -71,6 +74,17 @@ def test_r3_kills_of_devices(folder):
     )
 
 
+def test_r4_lost_answers(folder):
+    show(
+        "r4",
+        "a proxy loses every answer to a submission once, those of reports, chunks and federated "
+        "evaluations; 20 devices, 20 rounds: every retry is answered 200 with the message that was "
+        "lost (but for when to come back), each report counts once",
+        lambda: lose_answers(folder, devices=20, rounds=20, evaluations=2),
+        seed=None,
+    )
+
+
 def test_r5_a_bad_line(folder):
     show(
         "r5",
@@ -80,6 +94,18 @@ def test_r5_a_bad_line(folder):
         lambda: weather(
             folder, STORM, devices=50, rounds=50, seconds=30.0, seed=SEED, within_seconds=5.0
         ),
+    )
+
+
+def test_r6_too_few_reports(folder):
+    show(
+        "r6",
+        "20 rounds in a row with 2 reports of at least 3: abandoned, model, version and ledger (by "
+        "which a privacy budget would be charged) unchanged; what their six devices still hold is "
+        "answered 409, or 200 as before where it had arrived; the body of a late chunk is not "
+        "read; the next round counts all of them",
+        lambda: abandon_rounds(folder, times=20),
+        seed=None,
     )
 
 
@@ -136,6 +162,18 @@ def test_r9_the_round_as_a_machine():
         "the clock, evaluation rounds; all invariants after every step",
         act,
         seed=None,
+    )
+
+
+def test_r10_any_order(folder, postgresql):
+    show(
+        "r10",
+        "100 rounds of 8 dense updates at 1, 2 and 4 processes of `potluck serve` on one "
+        "PostgreSQL, in random orders, one by one and all at once: the models of 1 process on "
+        "SQLite that got them in order, bit for bit",
+        lambda: report_in_orders(
+            folder, postgresql, devices=8, orders=100, processes=(1, 2, 4), seed=SEED
+        ),
     )
 
 

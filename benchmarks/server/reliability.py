@@ -50,7 +50,7 @@ def _told(found: dict[str, Any]) -> str:
     """What was counted, as words; long lists are in the file alone."""
     parts = []
     for name, value in found.items():
-        if name in ("seed", "seconds") or (isinstance(value, list) and len(value) > 4):
+        if name in ("seed", "seconds", "passed") or (isinstance(value, list) and len(value) > 4):
             continue
         shown = f"({_told(value)})" if isinstance(value, dict) else json.dumps(value)
         parts.append(f"{name.replace('_', ' ')} {shown}")

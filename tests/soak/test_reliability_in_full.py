@@ -6,12 +6,12 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from record import record
+from record import record, record_part
 
 from abandonment import abandon_rounds
 from bad_weather import STORM, weather
@@ -40,37 +40,68 @@ def folder():
         yield Path(name)
 
 
-def show(name: str, must: str, act: Callable[[], dict[str, Any]], seed: int | None = SEED) -> None:
-    """Do it, keep what was found, and fail if it does not hold."""
+def show(
+    name: str,
+    must: str,
+    act: Callable[[], dict[str, Any]],
+    seed: int | None = SEED,
+    *,
+    part: str = "",
+    parts: Sequence[str] = (),
+) -> None:
+    """Do it, or a part of it, keep what was found, and fail if it does not hold."""
     print(f"seed {seed}")
     started = time.monotonic()
     found = act()
     holds = found.pop("holds") and all(v for k, v in found.items() if k.endswith("_in_time"))
     found |= {"seed": seed, "seconds": round(time.monotonic() - started)}
-    record(name, must, found, passed=holds)
+    if part:
+        record_part(name, must, part, parts, found, passed=holds)
+    else:
+        record(name, must, found, passed=holds)
     assert holds, found
 
 
-def test_r1_kills_of_the_server(folder):
+R1_PARTS = ("points 1", "points 2", "times 1", "times 2")
+
+
+@pytest.mark.parametrize("part", R1_PARTS)
+def test_r1_kills_of_the_server(folder, part):
     points = list(faults.POINTS)
     random.Random(SEED).shuffle(points)
+    which = int(part[-1]) - 1
+    points = points[which::2] if part.startswith("points") else []
+    times = 100 if part.startswith("times") else 0
+    seed = SEED + R1_PARTS.index(part)
     show(
         "r1",
-        "kill -9 of `potluck serve` at every fault point and at 200 random times, 20 devices: "
+        f"kill -9 of `potluck serve` at each of {len(faults.POINTS)} fault points and at 200 "
+        "random times, in four runs of 20 devices: "
         "0 lost, 0 double, 0 foreign, models as undisturbed; serving again within 3 s",
-        lambda: kill_servers(folder, devices=20, points=points, times=200, seed=SEED),
+        lambda: kill_servers(folder, devices=20, points=points, times=times, seed=seed),
+        seed,
+        part=part,
+        parts=R1_PARTS,
     )
 
 
-def test_r3_kills_of_devices(folder):
+R3_PARTS = ("rounds 1 to 5", "rounds 6 to 10")
+
+
+@pytest.mark.parametrize("part", R3_PARTS)
+def test_r3_kills_of_devices(folder, part):
+    seed = SEED + R3_PARTS.index(part)
     show(
         "r3",
         "kill -9 of 30 % of 20 device processes in each of 10 rounds, half of them in training, "
         "half in uploading: the round closes at its deadline ± 1 s, slots are leased again, "
         "nothing is reported twice",
         lambda: kill_devices(
-            folder, slots=20, times=10, seed=SEED, within_seconds=1.0, train_seconds=8.0
+            folder, slots=20, times=5, seed=seed, within_seconds=1.0, train_seconds=8.0
         ),
+        seed,
+        part=part,
+        parts=R3_PARTS,
     )
 
 

@@ -66,9 +66,11 @@ def kill_devices(
             for _ in range(times):
                 id, killed = _strike(server, devices, num_killed, struck, dice)
                 struck[id] = [(name_of(one.folder), phase) for one, phase in killed]
+                for one, _ in killed:
+                    one.start(held=True)  # to be there when the next round begins
                 until(lambda id=id: (server.status()["open"] or {}).get("id") != id)
                 for one, _ in killed:
-                    one.start()
+                    one.release()
             server.operator.post("pause", reason="the test is over")
             until(lambda: _is_over(server) and not any(one.owes for one in devices))
         finally:

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 
 from bad_line import BadLine, Weather
 from device_process import DeviceProcess
@@ -66,9 +66,11 @@ def kill_devices(
             for _ in range(times):
                 id, killed = _strike(server, devices, num_killed, struck, dice)
                 struck[id] = [(name_of(one.folder), phase) for one, phase in killed]
+                for one, _ in killed:
+                    one.start(held=True)  # to be there when the next round begins
                 until(lambda id=id: (server.status()["open"] or {}).get("id") != id)
                 for one, _ in killed:
-                    one.start()
+                    one.release()
             server.operator.post("pause", reason="the test is over")
             until(lambda: _is_over(server) and not any(one.owes for one in devices))
         finally:
@@ -91,7 +93,8 @@ def kill_devices(
         "holds": proof.holds
         and proof.committed >= len(struck)
         and not (given_up or faults or code)
-        and told["released"] == told["killed"]
+        and told["released"] + told["killed_when_accepted"] == told["killed"]
+        and told["released"] >= told["killed"] - told["killed_sending"]
         and told["leased_again"] >= len(struck) * (total - slots)
         and told["closed_at_the_deadline"] == len(struck),
         "closed_in_time": told["furthest_from_the_deadline_seconds"] <= within_seconds,
@@ -140,7 +143,8 @@ def _told(url: str, struck: dict[str, list[tuple[str, str]]]) -> dict[str, Any]:
         closed = db.execute(select(rounds).where(rounds.c.id.in_(struck))).all()
         given = db.execute(select(assignments).where(assignments.c.round.in_(struck))).all()
     database.close()
-    released = [row for row in given if _is_released(row, struck)]
+    hit = [row for row in given if row.device in [device for device, _ in struck[row.round]]]
+    released = [row for row in hit if (row.state, row.reason) == ("expired", LEASE_RAN_OUT)]
     distances = [(row.closed_ms - row.report_deadline_ms) / 1000 for row in closed]
     again = sum(
         any(row.assigned_ms >= lost.lease_ms for lost in released if lost.round == row.round)
@@ -150,12 +154,9 @@ def _told(url: str, struck: dict[str, list[tuple[str, str]]]) -> dict[str, Any]:
         "killed": sum(map(len, struck.values())),
         "killed_sending": sum(phase == "sending" for k in struck.values() for _, phase in k),
         "released": len(released),
+        # Killed before it heard so: there is no slot to be released.
+        "killed_when_accepted": sum(row.state == "reported" for row in hit),
         "leased_again": again,
         "closed_at_the_deadline": sum(distance >= 0 for distance in distances),
         "furthest_from_the_deadline_seconds": round(max(map(abs, distances)), 2),
     }
-
-
-def _is_released(row: Row[Any], struck: dict[str, list[tuple[str, str]]]) -> bool:
-    was_killed = row.device in [device for device, _ in struck[row.round]]
-    return was_killed and (row.state, row.reason) == ("expired", LEASE_RAN_OUT)

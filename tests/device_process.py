@@ -3,7 +3,8 @@
 python device_process.py URL FOLDER SECONDS [INVITATION]      SECONDS: how long it trains
 
 It sends e_i, the unit vector of its client's index, with weight 1. What happens is appended to
-FOLDER/events, which survives it: `accepted ROUND ATTEMPT`, `training ROUND`.
+FOLDER/events, which survives it: `accepted ROUND ATTEMPT`, `training ROUND`; and `started` before
+each life. While there is a FOLDER/held it has loaded all it needs, and does not begin.
 """
 
 from __future__ import annotations
@@ -57,12 +58,20 @@ class DeviceProcess:
         self.folder = folder
         folder.mkdir(parents=True)
         self._words = [sys.executable, __file__, address, str(folder), str(seconds)]
-        self._log = folder / "log"
+        self._log, self._events, self._held = folder / "log", folder / "events", folder / "held"
 
-    def start(self, invitation: str = "") -> None:
+    def start(self, invitation: str = "", *, held: bool = False) -> None:
+        if held:
+            self._held.touch()
+        with self._events.open("a") as events:
+            events.write("started 0 1\n")  # what the life before was in the middle of is over
         with self._log.open("a") as log:
             words = [*self._words, *([invitation] if invitation else [])]
             self.process = subprocess.Popen(words, stdout=log, stderr=log)
+
+    def release(self) -> None:
+        """Let one that was started and held begin."""
+        self._held.unlink()
 
     @property
     def is_enrolled(self) -> bool:
@@ -73,15 +82,17 @@ class DeviceProcess:
         return (self.folder / "outbox" / "report.json").exists()
 
     def events(self) -> list[list[str]]:
-        path = self.folder / "events"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [line.split() for line in self._events.read_text().splitlines()]
 
     @property
     def phase(self) -> str:
         """What it is in the middle of: training, sending, or something else."""
-        if self.owes:
-            return "sending"
-        return "training" if (self.events() or [[""]])[-1][0] == "training" else ""
+        match self.events()[-1][0]:
+            case "training":
+                return "training"
+            case "trained" if self.owes:
+                return "sending"
+        return ""
 
     def kill_in(self, phase: str) -> bool:
         """kill -9, if it is in this phase; it is held still while that is looked at."""
@@ -104,6 +115,8 @@ class DeviceProcess:
 
 def main(url: str, folder: str, seconds: str, invitation: str = "") -> None:
     trainer = SlowUnit(float(seconds))
+    while (Path(folder) / "held").exists():
+        time.sleep(0.02)
     with (Path(folder) / "events").open("a") as events:
         for event in join(url, invitation or None, folder, trainer, clock=BriskClock()):
             attempt = event.detail.split()[-1] if event.what == "accepted" and event.detail else 1

@@ -48,6 +48,9 @@ class FaultProxy:
         self._cut_answer = cut_answer
         self.answered: Counter[str] = Counter()
         """The bytes of the answers that passed, by path."""
+        self.lost: dict[Seen, bytes] = {}
+        """The answers that were lost, whole; and what passed when their requests came again."""
+        self.again: dict[Seen, bytes] = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
@@ -111,7 +114,10 @@ class FaultProxy:
                     request = current[0]
                     room = self._cut_answer(request)
                 if self._lose(request):
+                    self.lost[request] = _whole(data, server)
                     break
+                if request in self.lost:
+                    self.again[request] = self.again.get(request, b"") + data
                 client.sendall(data if room is None else data[:room])
                 self.answered[request.path] += len(data if room is None else data[:room])
                 room = None if room is None else room - len(data)
@@ -127,6 +133,19 @@ def _read(head: re.Match[bytes]) -> Seen:
         headers.get(b"potluck-" + name, b"").decode() for name in (b"device", b"digest")
     )
     return Seen(head[1].decode(), head[2].decode(), device, digest)
+
+
+def _whole(answer: bytes, server: socket.socket) -> bytes:
+    """An answer that has begun, to its end."""
+    while True:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        if length is not None and len(body) >= int(length[1]):
+            return answer
+        more = server.recv(65_536)
+        if not more:
+            return answer
+        answer += more
 
 
 def _close(connection: socket.socket) -> None:

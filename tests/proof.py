@@ -78,7 +78,8 @@ def _replayed(run, weights, committed, count: int, folder: Path) -> int:
     """Do the run again without disturbance; how many of its models are others."""
     experiment = Experiment.model_validate_json(run.experiment)
     settings = RoundSettings.model_validate_json(run.settings)
-    settings = settings.model_copy(update={"population": count, "lease_seconds": None})
+    changes = {"population": count, "lease_seconds": None, "federated_every": 0}
+    settings = settings.model_copy(update=changes)
     spec = Spec(*zip(*((n, tuple(shape)) for n, shape in json.loads(run.spec)), strict=True))
     clock = Clock()
     folder.mkdir(parents=True)

@@ -205,6 +205,9 @@ class Caller:
         return answer
 
     def report(self, given: Assignment, body: bytes, **changes) -> Message:
+        return self.ask("report", self.report_of(given, body, **changes))
+
+    def report_of(self, given: Assignment, body: bytes, **changes) -> Report:
         values = {
             "assignment": given.assignment,
             "round": given.round,
@@ -217,7 +220,7 @@ class Caller:
             "num_steps": 1,
             "metrics": {},
         }
-        return self.ask("report", Report(**(values | changes)))
+        return Report(**(values | changes))
 
     def put(self, upload: str, offset: int, data: bytes) -> Message:
         return read(self.send("PUT", f"/v1/uploads/{upload}?offset={offset}", data))

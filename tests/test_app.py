@@ -166,7 +166,7 @@ def test_a_report_is_answered_again_after_its_round_is_over(tmp_path, places):
                 assert answer.sha256 == accepted.sha256
         assert served.weights() == [0.5, 0.5, 0.0, 0.0]
         late = Progress(assignment=done[0][0].assignment, phase="train", fraction=0.1)
-        assert devices[0].ask("progress", late) is not None
+        assert devices[0].ask("progress", late).code == "late"
 
 
 def test_a_bad_update_is_refused_by_itself(served):

@@ -123,6 +123,27 @@ def test_every_answer_to_a_submission_may_be_lost_once(tmp_path, places):
         np.testing.assert_allclose(moved[4:], 0, atol=1e-6)
 
 
+def test_a_report_is_asked_about_until_it_is_answered_also_after_its_deadline(tmp_path):
+    """It counted, and the server was away for longer than the round: the device must know."""
+    dark = []
+
+    def lose(seen):
+        dark.extend([seen.method] if seen.method == "PUT" and not dark else [])
+        return dark[-1:] == ["PUT"]
+
+    server = "goal = 1\nreport_seconds = 0.5\nselection_seconds = 0.5"
+    federation = Federation(tmp_path, clients=1, rounds=1, server=server, plaintext=True)
+    with federation, FaultProxy(federation.port, lose=lose) as proxy:
+        device = federation.join(0, UnitTrainer(), proxy.address)
+        federation.until(lambda: federation.status()["version"] == 1)
+        over = device.clock.now_ms() + 1_500  # its deadline was 1,000 ms after the assignment
+        federation.until(lambda: device.clock.now_ms() > over)
+        dark.append("light again")
+        federation.until(lambda: federation.status()["state"] == "finished")
+        device.end()
+    assert (device.died, device.count("accepted"), device.count("refused")) == (None, 1, 0)
+
+
 def test_a_cut_upload_sends_at_most_one_chunk_again(tmp_path, places):
     generator = random.Random(5)
     cuts = Counter()

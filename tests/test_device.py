@@ -171,16 +171,16 @@ def test_an_update_that_is_owed_survives_and_its_residual_counts_once_accepted(t
     outbox = Outbox(tmp_path / "outbox")
     assert outbox.owed() is None
     residual = np.array([0.5, -0.25], np.float32)
-    outbox.put(REPORT, NOW, b"\x01\x02\x03", residual)
+    outbox.put(REPORT, b"\x01\x02\x03", residual)
     outbox = Outbox(tmp_path / "outbox")
     owed = outbox.owed()
-    assert (owed.report, owed.deadline_ms, owed.body.read_bytes()) == (REPORT, NOW, b"\x01\x02\x03")
+    assert (owed.report, owed.body.read_bytes()) == (REPORT, b"\x01\x02\x03")
     assert outbox.residual(2) is None
     outbox.accept()
     assert outbox.owed() is None
     np.testing.assert_array_equal(outbox.residual(2), residual)
     assert outbox.residual(3) is None
-    outbox.put(REPORT, NOW, b"\x04", 2 * residual)
+    outbox.put(REPORT, b"\x04", 2 * residual)
     outbox.drop()
     assert outbox.owed() is None
     np.testing.assert_array_equal(outbox.residual(2), residual)
@@ -188,7 +188,7 @@ def test_an_update_that_is_owed_survives_and_its_residual_counts_once_accepted(t
 
 def test_an_update_without_its_report_is_not_owed(tmp_path):
     outbox = Outbox(tmp_path)
-    outbox.put(REPORT, NOW, b"\x01", np.zeros(1, np.float32))
+    outbox.put(REPORT, b"\x01", np.zeros(1, np.float32))
     (tmp_path / "report.json").write_bytes(b"{")
     assert outbox.owed() is None
 

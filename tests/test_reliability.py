@@ -8,11 +8,14 @@ from pprint import pformat
 import numpy as np
 import pytest
 
+from abandonment import abandon_rounds
 from bad_weather import STORM, weather
 from churn import churn, slope
 from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
+from lost_answers import lose_answers
+from orders import report_in_orders
 from server_kills import kill_servers
 from two_servers import kill_one_of_two
 
@@ -54,6 +57,23 @@ def test_devices_that_are_killed_delay_no_round_and_report_once(tmp_path, seed):
     found = kill_devices(tmp_path, slots=7, times=1, seed=seed, within_seconds=5.0)
     assert found["holds"], pformat(found, width=200)
     assert found["closed_in_time"], found
+
+
+def test_a_submission_whose_answer_was_lost_is_answered_as_the_first_time(tmp_path):
+    found = lose_answers(tmp_path, devices=3, rounds=2, evaluations=1)
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_an_abandoned_round_changes_nothing_and_what_is_left_of_it_is_late(tmp_path):
+    found = abandon_rounds(tmp_path, times=2)
+    assert found["holds"], pformat(found, width=200)
+
+
+def test_the_same_reports_make_the_same_models_in_any_order_at_two_servers(
+    tmp_path, postgresql, seed
+):
+    found = report_in_orders(tmp_path, postgresql, devices=4, orders=3, processes=(2,), seed=seed)
+    assert found["holds"], pformat(found, width=200)
 
 
 def test_clocks_that_jump_move_no_deadline_and_lock_nobody_out(tmp_path, seed):

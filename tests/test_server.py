@@ -207,6 +207,41 @@ def test_the_same_report_again_is_answered_alike_and_another_conflicts(fleet):
     assert fleet.weights().tolist() == [0.25] * 4
 
 
+def test_a_report_that_counts_is_not_taken_back(fleet):
+    fleet.service.tick()
+    device = fleet.devices[0]
+    work = fleet.assign(device)
+    first = fleet.send(device, work.assignment)
+    for act in (
+        lambda: fleet.service.fail(device, work.assignment, "no power"),
+        lambda: fleet.service.extend_lease(device, work.assignment),
+    ):
+        with pytest.raises(RefusedError, match="has reported") as late:
+            act()
+        assert late.value.code == "late"
+    assert fleet.send(device, work.assignment) == first
+    assert fleet.status()["open"]["reported"] == 1
+
+
+def test_an_upload_to_a_round_that_is_over_is_late_and_not_unknown(fleet):
+    fleet.service.tick()
+    device = fleet.devices[0]
+    work, body = fleet.assign(device), fleet.vector(device).tobytes()
+    upload = fleet.service.begin_report(device, work.assignment, claims(fleet.vector(device)))
+    fleet.service.append_chunk(device, upload.upload, 0, body[:7])
+    fleet.clock.pass_(121)
+    fleet.service.tick()  # abandoned, and swept
+    assert fleet.status()["open"]["attempt"] == 2
+    for act in (
+        lambda: fleet.service.find_report(device, upload.upload),
+        lambda: fleet.service.append_chunk(device, upload.upload, 7, body[7:]),
+        lambda: fleet.service.finish_report(device, upload.upload),
+    ):
+        with pytest.raises(RefusedError) as late:
+            act()
+        assert late.value.code == "late"
+
+
 @pytest.mark.parametrize(
     ("vector", "changes", "code"),
     [

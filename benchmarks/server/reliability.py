@@ -31,7 +31,7 @@ def main() -> None:
         passed = "yes" if result["passed"] else "**no**"
         cells = (
             f"[{result['test']}]({result['test'].lower()}.json)", result["must_show"], passed,
-            found.get("seconds", ""), found.get("seed", ""), result["date"],
+            found.get("seconds", ""), _seeds(found), result["date"],
             f"`{result['commit']}`", result["machine"],
         )  # fmt: skip
         text += f"| {' | '.join(map(str, cells))} |\n"
@@ -46,11 +46,17 @@ def _order(path: Path) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (path.stem, 0)
 
 
+def _seeds(found: dict[str, Any]) -> str:
+    """Its seed, or those of its parts."""
+    places = [found, *(part for part in found.values() if isinstance(part, dict))]
+    return ", ".join(str(place["seed"]) for place in places if place.get("seed") is not None)
+
+
 def _told(found: dict[str, Any]) -> str:
     """What was counted, as words; long lists are in the file alone."""
     parts = []
     for name, value in found.items():
-        if name in ("seed", "seconds") or (isinstance(value, list) and len(value) > 4):
+        if name in ("seed", "seconds", "passed") or (isinstance(value, list) and len(value) > 4):
             continue
         shown = f"({_told(value)})" if isinstance(value, dict) else json.dumps(value)
         parts.append(f"{name.replace('_', ' ')} {shown}")

@@ -6,18 +6,21 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from record import record
+from record import record, record_part
 
+from abandonment import abandon_rounds
 from bad_weather import STORM, weather
 from churn import churn
 from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
+from lost_answers import lose_answers
+from orders import report_in_orders
 from potluck.server import faults
 from server_kills import kill_servers
 from test_server_machine import SEEN
@@ -37,37 +40,79 @@ def folder():
         yield Path(name)
 
 
-def show(name: str, must: str, act: Callable[[], dict[str, Any]], seed: int | None = SEED) -> None:
-    """Do it, keep what was found, and fail if it does not hold."""
+def show(
+    name: str,
+    must: str,
+    act: Callable[[], dict[str, Any]],
+    seed: int | None = SEED,
+    *,
+    part: str = "",
+    parts: Sequence[str] = (),
+) -> None:
+    """Do it, or a part of it, keep what was found, and fail if it does not hold."""
     print(f"seed {seed}")
     started = time.monotonic()
     found = act()
     holds = found.pop("holds") and all(v for k, v in found.items() if k.endswith("_in_time"))
     found |= {"seed": seed, "seconds": round(time.monotonic() - started)}
-    record(name, must, found, passed=holds)
+    if part:
+        record_part(name, must, part, parts, found, passed=holds)
+    else:
+        record(name, must, found, passed=holds)
     assert holds, found
 
 
-def test_r1_kills_of_the_server(folder):
+R1_PARTS = ("points 1", "points 2", "times 1", "times 2")
+
+
+@pytest.mark.parametrize("part", R1_PARTS)
+def test_r1_kills_of_the_server(folder, part):
     points = list(faults.POINTS)
     random.Random(SEED).shuffle(points)
+    which = int(part[-1]) - 1
+    points = points[which::2] if part.startswith("points") else []
+    times = 100 if part.startswith("times") else 0
+    seed = SEED + R1_PARTS.index(part)
     show(
         "r1",
-        "kill -9 of `potluck serve` at every fault point and at 200 random times, 20 devices: "
+        f"kill -9 of `potluck serve` at each of {len(faults.POINTS)} fault points and at 200 "
+        "random times, in four runs of 20 devices: "
         "0 lost, 0 double, 0 foreign, models as undisturbed; serving again within 3 s",
-        lambda: kill_servers(folder, devices=20, points=points, times=200, seed=SEED),
+        lambda: kill_servers(folder, devices=20, points=points, times=times, seed=seed),
+        seed,
+        part=part,
+        parts=R1_PARTS,
     )
 
 
-def test_r3_kills_of_devices(folder):
+R3_PARTS = ("rounds 1 to 5", "rounds 6 to 10")
+
+
+@pytest.mark.parametrize("part", R3_PARTS)
+def test_r3_kills_of_devices(folder, part):
+    seed = SEED + R3_PARTS.index(part)
     show(
         "r3",
         "kill -9 of 30 % of 20 device processes in each of 10 rounds, half of them in training, "
         "half in uploading: the round closes at its deadline ± 1 s, slots are leased again, "
         "nothing is reported twice",
         lambda: kill_devices(
-            folder, slots=20, times=10, seed=SEED, within_seconds=1.0, train_seconds=8.0
+            folder, slots=20, times=5, seed=seed, within_seconds=1.0, train_seconds=8.0
         ),
+        seed,
+        part=part,
+        parts=R3_PARTS,
+    )
+
+
+def test_r4_lost_answers(folder):
+    show(
+        "r4",
+        "a proxy loses every answer to a submission once, those of reports, chunks and federated "
+        "evaluations; 20 devices, 20 rounds: every retry is answered 200 with the message that was "
+        "lost (but for when to come back), each report counts once",
+        lambda: lose_answers(folder, devices=20, rounds=20, evaluations=2),
+        seed=None,
     )
 
 
@@ -80,6 +125,18 @@ def test_r5_a_bad_line(folder):
         lambda: weather(
             folder, STORM, devices=50, rounds=50, seconds=30.0, seed=SEED, within_seconds=5.0
         ),
+    )
+
+
+def test_r6_too_few_reports(folder):
+    show(
+        "r6",
+        "20 rounds in a row with 2 reports of at least 3: abandoned, model, version and ledger (by "
+        "which a privacy budget would be charged) unchanged; what their six devices still hold is "
+        "answered 409, or 200 as before where it had arrived; the body of a late chunk is not "
+        "read; the next round counts all of them",
+        lambda: abandon_rounds(folder, times=20),
+        seed=None,
     )
 
 
@@ -136,6 +193,18 @@ def test_r9_the_round_as_a_machine():
         "the clock, evaluation rounds; all invariants after every step",
         act,
         seed=None,
+    )
+
+
+def test_r10_any_order(folder, postgresql):
+    show(
+        "r10",
+        "100 rounds of 8 dense updates at 1, 2 and 4 processes of `potluck serve` on one "
+        "PostgreSQL, in random orders, one by one and all at once: the models of 1 process on "
+        "SQLite that got them in order, bit for bit",
+        lambda: report_in_orders(
+            folder, postgresql, devices=8, orders=100, processes=(1, 2, 4), seed=SEED
+        ),
     )
 
 

@@ -241,7 +241,7 @@ class Agent:
             num_steps=num_steps,
             metrics={},
         )
-        self._outbox.put(report, assignment.deadline_ms, encoded.body, encoded.residual)
+        self._outbox.put(report, encoded.body, encoded.residual)
         return report
 
     def _send(self, owed: Owed) -> Generator[Event]:

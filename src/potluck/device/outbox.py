@@ -2,7 +2,7 @@
 
     outbox/update       the encoded bytes
     outbox/residual     what the encoding lost; the next update gets it, once this one is accepted
-    outbox/report.json  what announces it, and its deadline; written last: with it the update exists
+    outbox/report.json  what announces it; written last: with it the update exists
 
 A device that is killed sends it when it is started again. It is dropped when the server refuses it
 for good.
@@ -14,25 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
-from potluck.core import Vector
+from potluck.core import ProtocolError, Vector
 from potluck.device.home import write_file
-from potluck.protocol import Message, Report
-from potluck.protocol.messages import Milliseconds
-from potluck.protocol.strict_json import encode_json
-
-
-class _Owed(Message):
-    report: Report
-    deadline_ms: Milliseconds
+from potluck.protocol import Report, encode_message, parse_message
 
 
 class Owed(NamedTuple):
     """An update to send."""
 
     report: Report
-    deadline_ms: int
     body: Path
 
 
@@ -47,20 +38,19 @@ class Outbox:
         self._next = folder / "residual"
         self._residual = folder / "accepted-residual"
 
-    def put(self, report: Report, deadline_ms: int, body: bytes, residual: Vector) -> None:
+    def put(self, report: Report, body: bytes, residual: Vector) -> None:
         """Owe an update. When this returns it survives a power cut."""
         write_file(self._body, body)
         write_file(self._next, residual.astype("<f4").tobytes())
-        owed = _Owed(report=report, deadline_ms=deadline_ms)
-        write_file(self._report, encode_json(owed.model_dump()))
+        write_file(self._report, encode_message(report))
 
     def owed(self) -> Owed | None:
         """What is to be sent, if anything."""
         try:
-            found = _Owed.model_validate_json(self._report.read_bytes())
-        except (FileNotFoundError, ValidationError):
+            report = parse_message(self._report.read_bytes(), Report)
+        except (FileNotFoundError, ProtocolError):
             return None
-        return Owed(found.report, found.deadline_ms, self._body)
+        return Owed(report, self._body)
 
     def accept(self) -> None:
         """The server has it: the next update makes up for what this one lost."""

@@ -14,16 +14,16 @@ _DIGEST_TRIES = 2
 
 
 def send_update(connection: Connection, owed: Owed, check: Callable[[], None]) -> Accepted:
-    """Announce an update and send what the server lacks of it.
+    """Announce an update and send what the server lacks of it, until the server says what became of
+    it: also after the deadline, as it may count already.
 
     Args:
         check: called before each chunk; what it raises ends the upload, which can go on later.
 
     Raises:
-        RefusedError: the server does not take it, or its deadline has passed.
+        RefusedError: the server does not take it; late, if it comes after the deadline.
     """
-    until = owed.deadline_ms
-    answer = connection.ask(_REPORT, owed.report, Upload, Accepted, until_ms=until)
+    answer = connection.ask(_REPORT, owed.report, Upload, Accepted)
     digests = 0
     while isinstance(answer, Upload):
         check()
@@ -34,7 +34,7 @@ def send_update(connection: Connection, owed: Owed, check: Callable[[], None]) -
             if error.code not in ("offset", "digest") or digests > _DIGEST_TRIES:
                 raise
             path = f"/v{VERSION}/uploads/{answer.upload}"
-            answer = connection.call("GET", path, b"", Upload, Accepted, until_ms=until)
+            answer = connection.call("GET", path, b"", Upload, Accepted)
     return answer
 
 
@@ -48,4 +48,4 @@ def _send_chunk(connection: Connection, owed: Owed, upload: Upload) -> Upload | 
             f"the server asks for bytes from {upload.offset} on, and there are none.",
         )
     path = f"/v{VERSION}/uploads/{upload.upload}?offset={upload.offset}"
-    return connection.call("PUT", path, chunk, Upload, Accepted, until_ms=owed.deadline_ms)
+    return connection.call("PUT", path, chunk, Upload, Accepted)

@@ -338,8 +338,13 @@ def dim_of(spec: str) -> int:
 
 
 def drop_uploads(db: Connection, blobs: BlobStore, round: str) -> None:
-    """Forget what was on its way to a round that is over."""
-    for id in db.scalars(select(uploads.c.id).where(uploads.c.round == round)).all():
+    """Drop what was on its way to a round that is over.
+
+    An upload that became no report is remembered: what still comes for it is late, not unknown.
+    """
+    mine = uploads.c.round == round
+    for id in db.scalars(select(uploads.c.id).where(mine)).all():
         with contextlib.suppress(FileNotFoundError):
             blobs.drop(id)
-    db.execute(delete(uploads).where(uploads.c.round == round))
+    reported = select(reports.c.assignment).where(reports.c.round == round)
+    db.execute(delete(uploads).where(mine, uploads.c.assignment.in_(reported)))

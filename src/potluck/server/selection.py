@@ -111,7 +111,7 @@ def extend_lease(database: Database, device: str, assignment: str, now: int) -> 
         RefusedError: unknown; late: the assignment is over.
     """
     with database.write() as db:
-        found = find_assignment(db, device, assignment, lock=True)
+        found = _find_active(db, device, assignment)
         lease = prolong(db, found, now)
         faults.reach("lease.inside")
     faults.reach("lease.after")
@@ -125,7 +125,7 @@ def fail(database: Database, device: str, assignment: str, reason: str) -> None:
         RefusedError: unknown; late: the assignment is over.
     """
     with database.write() as db:
-        found = find_assignment(db, device, assignment, lock=True)
+        found = _find_active(db, device, assignment)
         values = {"state": "failed", "reason": reason[:500]}
         db.execute(update(assignments).where(assignments.c.id == found.id).values(values))
 
@@ -176,6 +176,14 @@ def find_assignment(
     ):
         why = found.reason or "the round closed"
         raise RefusedError("late", f"this assignment is over ({why}). Check in again.")
+    return found
+
+
+def _find_active(db: Connection, device: str, assignment: str) -> Row[Any]:
+    """An assignment that has not reported: a report that counts is not taken back."""
+    found = find_assignment(db, device, assignment, lock=True)
+    if found.state == "reported":
+        raise RefusedError("late", "this assignment is over (it has reported). Check in again.")
     return found
 
 

@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
@@ -55,6 +55,15 @@ _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong
 """Said to a device that is known, of a body whose length was right: the connection goes on."""
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 _HEX = re.compile(r"[0-9a-f]{32,64}")
+
+
+class Waiting(NamedTuple):
+    """A check-in that found no work, and may wait for some."""
+
+    message: CheckIn
+    answer: Message
+    rings: int
+    """Of the bell, before the answer was looked for."""
 
 
 class DeviceApp:
@@ -106,12 +115,12 @@ class DeviceApp:
             claim = await self.gate.admit(request)
             self.shares.enter(request.scope, claim.device)
             answered = await self._answer(request, route, claim)
-        if isinstance(answered, CheckIn):
+        if isinstance(answered, Waiting):
             return await self._poll(request, claim.device, answered)
         return answered
 
-    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response | CheckIn:
-        """The answer, or the check-in that may wait for one."""
+    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response | Waiting:
+        """The answer, or the check-in that may wait for another one."""
         device = claim.device
         if route.request == "bytes":
             return await self._chunk(request, route, claim)
@@ -124,8 +133,9 @@ class DeviceApp:
         body = await read_body(request, route, claim)
         message: Message = parse_message(bytes(body), route.request, limit=route.max_bytes)
         if isinstance(message, CheckIn):
+            rings = self.bell.rings
             given = await self._check_ins.do((device, message))
-            return message if self._may_poll(given) else _json(given)
+            return Waiting(message, given, rings) if self._may_poll(given) else _json(given)
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
     async def _enrol(self, request: Request, route: Route) -> Response:
@@ -155,22 +165,27 @@ class DeviceApp:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
         return waits and self.long_poll_seconds > 0 and self._polls < _MAX_POLLS
 
-    async def _poll(self, request: Request, device: str, message: CheckIn) -> Response:
+    async def _poll(self, request: Request, device: str, waiting: Waiting) -> Response:
         """Ask again whenever something has changed, until there is work or the time is over."""
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
         self.meters.polls(self._polls)
+        gone = asyncio.ensure_future(request.receive())  # the body was read: what comes is the end
+        message, given, rings = waiting
         try:
-            while True:
-                change = self.bell.next_change()
-                if await request.is_disconnected():  # a slot of the round would be lost on it
+            while self._may_poll(given) and not self.bell.closed:
+                if self.bell.rings == rings:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        break
+                    await self.bell.next_ring(left, gone)
+                if gone.done():  # a slot of the round would be lost on it
                     return Response(status_code=499)
+                rings = self.bell.rings
                 given = await self._check_ins.do((device, message))
-                left = end - time.monotonic()
-                if not self._may_poll(given) or left <= 0 or self.bell.closed:
-                    return _json(given)
-                await asyncio.wait([change], timeout=left)
+            return _json(given)
         finally:
+            gone.cancel()
             self._polls -= 1
             self.meters.polls(self._polls)
 

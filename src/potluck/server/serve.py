@@ -40,7 +40,6 @@ from potluck.server.tls import certificate_fingerprint, ensure_certificate
 
 TICK_SECONDS = 0.2
 _CLOSE_SECONDS = 5
-_MAX_HEADER_BYTES = 32_768
 _LOG = logging.getLogger("potluck.server")
 
 Evaluate = Callable[[Vector], Mapping[str, float]]
@@ -90,6 +89,11 @@ class Server:
             _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
             _uvicorn(admin.asgi(), None, None),
         ]
+
+    def serve(self) -> None:
+        """`run`, in an event loop of its own: uvloop's where there is one."""
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(self.run())
 
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
@@ -172,7 +176,15 @@ class Server:
                 self._meters.error()
                 known = isinstance(error, StorageError)
                 _LOG.error("evaluation", exc_info=not known, extra={"reason": str(error)[:500]})
-            await asyncio.wait([self._bell.next_change()], timeout=1.0)
+            await self._bell.next_ring(1.0)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # it has no Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 def open_desk(
@@ -346,7 +358,6 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
         ssl_keyfile=key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         backlog=1024,
     )
     server = uvicorn.Server(config)

@@ -8,11 +8,12 @@ Every error, on every path, is one message of the protocol.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
@@ -27,11 +28,13 @@ from potluck.core import ProtocolError, StorageError
 from potluck.protocol import (
     ROUTES,
     STATUS,
+    Accepted,
     CheckIn,
     Claim,
     Error,
     ErrorCode,
     Message,
+    Report,
     Route,
     Wait,
     encode_message,
@@ -43,8 +46,11 @@ from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
 from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
 from potluck.server.meters import Meters
+from potluck.server.places import Places
 
 HEALTH = "/health"
+LARGE_BYTES = 1 << 20
+"""Of a model: above, a connection that has carried it is closed."""
 SEND_SECONDS = 60.0
 """For a piece of an answer, before a reader that is too slow is given up."""
 
@@ -78,8 +84,9 @@ class DeviceApp:
         self.slots = Slots()
         self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
         self.shares = Shares()
+        self.places = Places()
         self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body each, of 1 MiB; at most of 4
-        self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
+        self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of a blob each
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
@@ -117,10 +124,14 @@ class DeviceApp:
             answered = await self._answer(request, route, claim)
         if isinstance(answered, Waiting):
             return await self._poll(request, claim.device, answered)
+        if isinstance(answered, Report):
+            return await self._report(claim, answered)
         return answered
 
-    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response | Waiting:
-        """The answer, or the check-in that may wait for another one."""
+    async def _answer(
+        self, request: Request, route: Route, claim: Claim
+    ) -> Response | Waiting | Report:
+        """The answer, or what may have to wait for one without a slot."""
         device = claim.device
         if route.request == "bytes":
             return await self._chunk(request, route, claim)
@@ -136,6 +147,8 @@ class DeviceApp:
             rings = self.bell.rings
             given = await self._check_ins.do((device, message))
             return Waiting(message, given, rings) if self._may_poll(given) else _json(given)
+        if isinstance(message, Report):
+            return message
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
     async def _enrol(self, request: Request, route: Route) -> Response:
@@ -148,6 +161,34 @@ class DeviceApp:
         self.bell.wake()
         return _json(enrolled)
 
+    async def _report(self, claim: Claim, message: Report) -> Response:
+        """What is announced is not sent before there is a place."""
+        await self.places.enter(claim.device)
+        async with self.slots.take():
+            with self._leaving(claim.device):
+                given = await run_in_threadpool(answer, self.desk, claim.device, message, "")
+        return self._stood(claim.device, given)
+
+    @contextlib.contextmanager
+    def _leaving(self, device: str) -> Generator[None]:
+        """What is refused needs no place."""
+        try:
+            yield
+        except ProtocolError:
+            self.places.leave(device)
+            raise
+
+    def _stood(self, device: str, given: Message) -> Response:
+        """The answer to a part of an upload; after the last, the connection keeps no buffers."""
+        self.places.hear(device)
+        if not isinstance(given, Accepted):
+            return _json(given)
+        self.places.leave(device)
+        response = _json(given)
+        if self.desk.spec.num_bytes > LARGE_BYTES:
+            response.headers["Connection"] = "close"
+        return response
+
     async def _chunk(self, request: Request, route: Route, claim: Claim) -> Response:
         upload = _upload(request)
         offset = parse_offset(request.scope["query_string"])
@@ -156,10 +197,10 @@ class DeviceApp:
         before = await run_in_threadpool(self.desk.stands, claim.device, upload)
         data = await read_body(request, route, claim)
         self.meters.received(len(data))
-        desk = self.desk
-        return _json(
-            await run_in_threadpool(desk.chunk, claim.device, upload, offset, data, before)
-        )
+        chunk = self.desk.chunk
+        with self._leaving(claim.device):
+            given = await run_in_threadpool(chunk, claim.device, upload, offset, data, before)
+        return self._stood(claim.device, given)
 
     def _may_poll(self, given: Message) -> bool:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
@@ -211,8 +252,12 @@ class DeviceApp:
         pieces = service.blobs.read(model.key, start, stop)
         first = await run_in_threadpool(next, pieces, b"")  # a disk that fails is told by a 503
         self.meters.sent(stop - start)
-        content = self._stream(first, pieces)
-        return StreamingResponse(content, 200 if part is None else 206, headers)
+        if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
+            headers["Connection"] = "close"
+        status = 200 if part is None else 206
+        if len(first) == stop - start:
+            return Response(first, status, headers)
+        return StreamingResponse(self._stream(first, pieces), status, headers)
 
     async def _stream(self, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
         async with self.downloads.take():

@@ -17,6 +17,8 @@ from potluck.protocol import Error, encode_message
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 32_768
 """Of a request's target and headers together."""
+BUFFER_BYTES = 1 << 16
+"""Of a connection, each way, beside the piece that is being worked on."""
 _GOODBYE_SECONDS = 0.5
 
 
@@ -28,6 +30,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(BUFFER_BYTES)
+        if self.scheme == "https":  # what TLS has read and nobody has asked for
+            transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -42,8 +42,6 @@ from potluck.server.tls import certificate_fingerprint, ensure_certificate
 
 TICK_SECONDS = 0.2
 _CLOSE_SECONDS = 5
-_RECEIVE_BYTES = 1 << 16
-"""Of a connection, in the kernel."""
 _TLS_BYTES = 1 << 15
 """What TLS reads of a connection at once; it keeps a buffer of that size, and one that grew so."""
 _M_ARENA_MAX = -8
@@ -334,9 +332,7 @@ def _authority(host: str, port: int) -> str:
 def _listen(listen: Listen) -> socket.socket:
     try:
         family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((listen.host, listen.port), family=family, backlog=1024)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
-        return made
+        return socket.create_server((listen.host, listen.port), family=family, backlog=1024)
     except OSError as error:
         raise RunError(
             f"the address must be free and ours, got {error.strerror!r} for "

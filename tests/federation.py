@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import Counter
@@ -140,7 +139,7 @@ class Federation:
     def __enter__(self):
         home = self.folder / "server"
         self.server = open_server(self.file, [], home, self.listen, *self.places)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.server.run()))
+        self._thread = threading.Thread(target=self.server.serve)
         self._thread.start()
         self.operator = Operator(Home(home))
         self.service, self.run = self.server.desk.service, self.server.desk.run

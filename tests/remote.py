@@ -5,7 +5,6 @@ Device i sends e_i, the i-th unit vector, with weight 1: the model tells who is 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import ssl
 import threading
@@ -98,7 +97,7 @@ class Served:
             raise
         self.port = int(self.server.address.rsplit(":", 1)[1])
         self.listen = replace(self.listen, port=self.port)  # of the next start, too
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.run()))
+        self.thread = threading.Thread(target=self.server.serve)
         self.thread.start()
         self.operator = Operator(self.home)
         return self

@@ -24,6 +24,7 @@ MAY_IMPORT = {
 TOP = {  # may import everything
     "__init__",
     "__main__",
+    "apart",
     "cli",
     "cli_reproduce",
     "command",

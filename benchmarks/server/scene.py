@@ -10,6 +10,7 @@ made once and kept in a folder; enrolment is done anew, by the protocol.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -83,14 +84,14 @@ class Scene:
         self.keys = _keys(keys, devices)
         self.update = folder / "update"
         self.update.write_bytes(np.full(self.dim, 1e-3, "<f4").tobytes())
-        text = EXPERIMENT.format(
-            rounds=rounds,
-            goal=goal or devices,
-            population=population or devices,
-            long_poll=float(long_poll),
-            pace=float(pace),
-        )
-        (folder / "load.toml").write_text(text)
+        self._values = {
+            "rounds": rounds,
+            "goal": goal or devices,
+            "population": population or devices,
+            "long_poll": long_poll,
+            "pace": float(pace),
+        }
+        self.configure(long_poll=long_poll)
         self.port = 0
         self.started_seconds = 0.0
 
@@ -101,6 +102,11 @@ class Scene:
     def __exit__(self, *_: object) -> None:
         self.stop()
         shutil.rmtree(self.folder / "home" / "blobs", ignore_errors=True)
+
+    def configure(self, *, long_poll: float) -> None:
+        """Write the experiment, for the next start."""
+        text = EXPERIMENT.format(**self._values | {"long_poll": float(long_poll)})
+        (self.folder / "load.toml").write_text(text)
 
     def start(self) -> None:
         """Start the server, and wait until it answers."""
@@ -161,6 +167,16 @@ class Scene:
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
         raise RuntimeError(f"no {name} in /proc")
+
+    def children_bytes(self) -> int:
+        """The peak memory of the server's children that there are now."""
+        found = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                with contextlib.suppress(FileNotFoundError):
+                    lines = Path(f"/proc/{child}/status").read_text().splitlines()
+                    found += sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM"))
+        return found
 
     def status(self) -> dict[str, Any]:
         """What the operator is told."""

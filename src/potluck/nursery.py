@@ -23,7 +23,6 @@ is killed itself, they end too. Neither Python nor its kernels run threads in it
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import selectors
@@ -159,7 +158,7 @@ class Nursery:
             return 1
         os.write(tell, f"{server.address}\n".encode())
         os.close(tell)
-        asyncio.run(server.run())
+        server.serve()
         return 0
 
     def _be_device(self, device: int, asked: dict[str, Any]) -> int:

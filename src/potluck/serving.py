@@ -5,7 +5,6 @@ All but `serve` are thin clients of the admin socket in the server's folder.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,17 +14,11 @@ import typer
 from potluck.command import Debug, ExperimentFile, Overrides, command
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from potluck.algorithms import Algorithm
-    from potluck.core import Vector
     from potluck.experiment import Experiment
-    from potluck.server.desk import Desk
-    from potluck.server.home import Home
+    from potluck.plan import Need
     from potluck.server.operator import Operator
     from potluck.server.serve import Server
-    from potluck.server.settings import RoundSettings
-    from potluck.tasks import Task
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -101,7 +94,7 @@ def serve(
         ("admin", home / "admin.sock"),
     ):
         typer.echo(f"{name:12} {value}")
-    asyncio.run(server.run())
+    server.serve()
 
 
 @app.command()
@@ -236,11 +229,12 @@ def open_server(
     """A server for an experiment file, bound to its sockets."""
     from pydantic import ValidationError
 
+    from potluck.apart import judge_of
     from potluck.core import ConfigError
     from potluck.experiment import load_experiment
     from potluck.explain import explain
     from potluck.server.home import Home
-    from potluck.server.serve import Server, resume_desk
+    from potluck.server.serve import Server, open_desk, resume_desk
     from potluck.server.settings import RoundSettings
 
     experiment = load_experiment(file, overrides)
@@ -249,66 +243,26 @@ def open_server(
     except ValidationError as error:
         raise ConfigError(f"{file}: server.{explain(error, RoundSettings)}") from None
     home = Home(home_folder)
-    served = _Served(experiment)
-    places: dict[str, Any] = {"database": database, "blobs": blobs, "build": served.algorithm}
+    judge = judge_of(experiment)
+    places: dict[str, Any] = {"database": database, "blobs": blobs, "build": _algorithm}
     desk = resume_desk(experiment, home, settings=settings, **places)
     if desk is None:
-        desk = served.begin(home, settings, places)
+        every: tuple[Need, ...] = ("charging", "idle", "unmetered")
+        needs: tuple[Need, ...] = tuple(n for n in every if getattr(settings, f"needs_{n}"))
+        begun = judge.begin(needs)._asdict()
+        desk = open_desk(experiment, home, settings=settings, **begun, **places)
     seconds = experiment.server.long_poll_seconds
     try:
-        return Server(desk, home, listen, seconds, served.evaluate)
+        return Server(desk, home, listen, seconds, judge.evaluate)
     except BaseException:
         desk.service.close()
         raise
 
 
-class _Served:
-    """An experiment whose data and model are loaded when they are first needed.
+def _algorithm(experiment: Experiment) -> Algorithm:
+    from potluck.plan import build_planned_algorithm
 
-    To begin a run they are; to go on with one they are not, so a server that was killed takes
-    requests again before PyTorch is there to evaluate the next model.
-    """
-
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
-        self._task: Task | None = None
-
-    def algorithm(self, experiment: Experiment) -> Algorithm:
-        from potluck.plan import build_planned_algorithm
-
-        return build_planned_algorithm(experiment.algorithm)
-
-    def begin(self, home: Home, settings: RoundSettings, places: dict[str, Any]) -> Desk:
-        from potluck.plan import Need, plan_of, write_plan
-        from potluck.server.serve import open_desk
-        from potluck.tasks.task import spec_of
-
-        task = self._load()
-        every: tuple[Need, ...] = ("charging", "idle", "unmetered")
-        needs: tuple[Need, ...] = tuple(
-            need for need in every if getattr(settings, f"needs_{need}")
-        )
-        return open_desk(
-            self._experiment,
-            home,
-            weights=task.initial_weights(self._experiment.run.seed),
-            spec=spec_of(task.model()),
-            plan=write_plan(plan_of(self._experiment, task.data, needs)),
-            settings=settings,
-            **places,
-        )
-
-    def evaluate(self, weights: Vector) -> Mapping[str, float]:
-        from potluck.tasks import evaluate
-
-        return evaluate(self._load(), weights)
-
-    def _load(self) -> Task:
-        from potluck.simulation import build_data, build_task
-
-        if self._task is None:
-            self._task = build_task(self._experiment, build_data(self._experiment))
-        return self._task
+    return build_planned_algorithm(experiment.algorithm)
 
 
 def _operator(home: Path) -> Operator:

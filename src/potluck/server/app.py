@@ -8,12 +8,13 @@ Every error, on every path, is one message of the protocol.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
@@ -27,11 +28,13 @@ from potluck.core import ProtocolError, StorageError
 from potluck.protocol import (
     ROUTES,
     STATUS,
+    Accepted,
     CheckIn,
     Claim,
     Error,
     ErrorCode,
     Message,
+    Report,
     Route,
     Wait,
     encode_message,
@@ -43,8 +46,11 @@ from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
 from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
 from potluck.server.meters import Meters
+from potluck.server.places import Places
 
 HEALTH = "/health"
+LARGE_BYTES = 1 << 20
+"""Of a model: above, a connection that has carried it is closed."""
 SEND_SECONDS = 60.0
 """For a piece of an answer, before a reader that is too slow is given up."""
 
@@ -55,6 +61,15 @@ _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong
 """Said to a device that is known, of a body whose length was right: the connection goes on."""
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 _HEX = re.compile(r"[0-9a-f]{32,64}")
+
+
+class Waiting(NamedTuple):
+    """A check-in that found no work, and may wait for some."""
+
+    message: CheckIn
+    answer: Message
+    rings: int
+    """Of the bell, before the answer was looked for."""
 
 
 class DeviceApp:
@@ -69,8 +84,9 @@ class DeviceApp:
         self.slots = Slots()
         self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
         self.shares = Shares()
+        self.places = Places()
         self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body each, of 1 MiB; at most of 4
-        self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of 1 MiB each
+        self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of a blob each
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
@@ -106,12 +122,16 @@ class DeviceApp:
             claim = await self.gate.admit(request)
             self.shares.enter(request.scope, claim.device)
             answered = await self._answer(request, route, claim)
-        if isinstance(answered, CheckIn):
+        if isinstance(answered, Waiting):
             return await self._poll(request, claim.device, answered)
+        if isinstance(answered, Report):
+            return await self._report(claim, answered)
         return answered
 
-    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response | CheckIn:
-        """The answer, or the check-in that may wait for one."""
+    async def _answer(
+        self, request: Request, route: Route, claim: Claim
+    ) -> Response | Waiting | Report:
+        """The answer, or what may have to wait for one without a slot."""
         device = claim.device
         if route.request == "bytes":
             return await self._chunk(request, route, claim)
@@ -124,8 +144,11 @@ class DeviceApp:
         body = await read_body(request, route, claim)
         message: Message = parse_message(bytes(body), route.request, limit=route.max_bytes)
         if isinstance(message, CheckIn):
+            rings = self.bell.rings
             given = await self._check_ins.do((device, message))
-            return message if self._may_poll(given) else _json(given)
+            return Waiting(message, given, rings) if self._may_poll(given) else _json(given)
+        if isinstance(message, Report):
+            return message
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
     async def _enrol(self, request: Request, route: Route) -> Response:
@@ -138,6 +161,34 @@ class DeviceApp:
         self.bell.wake()
         return _json(enrolled)
 
+    async def _report(self, claim: Claim, message: Report) -> Response:
+        """What is announced is not sent before there is a place."""
+        await self.places.enter(claim.device)
+        async with self.slots.take():
+            with self._leaving(claim.device):
+                given = await run_in_threadpool(answer, self.desk, claim.device, message, "")
+        return self._stood(claim.device, given)
+
+    @contextlib.contextmanager
+    def _leaving(self, device: str) -> Generator[None]:
+        """What is refused needs no place."""
+        try:
+            yield
+        except ProtocolError:
+            self.places.leave(device)
+            raise
+
+    def _stood(self, device: str, given: Message) -> Response:
+        """The answer to a part of an upload; after the last, the connection keeps no buffers."""
+        self.places.hear(device)
+        if not isinstance(given, Accepted):
+            return _json(given)
+        self.places.leave(device)
+        response = _json(given)
+        if self.desk.spec.num_bytes > LARGE_BYTES:
+            response.headers["Connection"] = "close"
+        return response
+
     async def _chunk(self, request: Request, route: Route, claim: Claim) -> Response:
         upload = _upload(request)
         offset = parse_offset(request.scope["query_string"])
@@ -146,31 +197,36 @@ class DeviceApp:
         before = await run_in_threadpool(self.desk.stands, claim.device, upload)
         data = await read_body(request, route, claim)
         self.meters.received(len(data))
-        desk = self.desk
-        return _json(
-            await run_in_threadpool(desk.chunk, claim.device, upload, offset, data, before)
-        )
+        chunk = self.desk.chunk
+        with self._leaving(claim.device):
+            given = await run_in_threadpool(chunk, claim.device, upload, offset, data, before)
+        return self._stood(claim.device, given)
 
     def _may_poll(self, given: Message) -> bool:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
         return waits and self.long_poll_seconds > 0 and self._polls < _MAX_POLLS
 
-    async def _poll(self, request: Request, device: str, message: CheckIn) -> Response:
+    async def _poll(self, request: Request, device: str, waiting: Waiting) -> Response:
         """Ask again whenever something has changed, until there is work or the time is over."""
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
         self.meters.polls(self._polls)
+        gone = asyncio.ensure_future(request.receive())  # the body was read: what comes is the end
+        message, given, rings = waiting
         try:
-            while True:
-                change = self.bell.next_change()
-                if await request.is_disconnected():  # a slot of the round would be lost on it
+            while self._may_poll(given) and not self.bell.closed:
+                if self.bell.rings == rings:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        break
+                    await self.bell.next_ring(left, gone)
+                if gone.done():  # a slot of the round would be lost on it
                     return Response(status_code=499)
+                rings = self.bell.rings
                 given = await self._check_ins.do((device, message))
-                left = end - time.monotonic()
-                if not self._may_poll(given) or left <= 0 or self.bell.closed:
-                    return _json(given)
-                await asyncio.wait([change], timeout=left)
+            return _json(given)
         finally:
+            gone.cancel()
             self._polls -= 1
             self.meters.polls(self._polls)
 
@@ -196,8 +252,12 @@ class DeviceApp:
         pieces = service.blobs.read(model.key, start, stop)
         first = await run_in_threadpool(next, pieces, b"")  # a disk that fails is told by a 503
         self.meters.sent(stop - start)
-        content = self._stream(first, pieces)
-        return StreamingResponse(content, 200 if part is None else 206, headers)
+        if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
+            headers["Connection"] = "close"
+        status = 200 if part is None else 206
+        if len(first) == stop - start:
+            return Response(first, status, headers)
+        return StreamingResponse(self._stream(first, pieces), status, headers)
 
     async def _stream(self, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
         async with self.downloads.take():

@@ -6,6 +6,9 @@ All of it belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+_FIRST = asyncio.FIRST_COMPLETED
 
 
 class Bell:
@@ -13,20 +16,26 @@ class Bell:
 
     def __init__(self) -> None:
         self.closed = False
-        self._change: asyncio.Future[None] | None = None
+        self.rings = 0
+        """So far: whoever looks and notes it can tell later whether to look again."""
+        self._waiting: set[asyncio.Future[None]] = set()
         self._woken = asyncio.Event()
-
-    def next_change(self) -> asyncio.Future[None]:
-        """A future that is done at the next ring. Take it before looking: so none is missed."""
-        if self._change is None:
-            self._change = asyncio.get_running_loop().create_future()
-        return self._change
 
     def ring(self) -> None:
         """Let all who wait look again."""
-        if self._change is not None:
-            self._change.set_result(None)
-            self._change = None
+        self.rings += 1
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def next_ring(self, seconds: float, *others: asyncio.Future[Any]) -> None:
+        """Until it rings, or one of the others is done, or so long."""
+        ring: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(ring)
+        try:
+            await asyncio.wait((ring, *others), timeout=seconds, return_when=_FIRST)
+        finally:
+            self._waiting.discard(ring)
 
     def wake(self) -> None:
         """Have the leader look at once instead of at its next tick."""

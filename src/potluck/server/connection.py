@@ -1,69 +1,99 @@
-"""One connection of a client, held to a time limit, and to the one shape of errors.
+"""One connection of a client, held to limits, and to the one shape of errors.
 
-Uvicorn parses HTTP; what it leaves open is closed here: a client that opens a connection, or a
-second request on it, and does not send its headers in time; and bytes that are not HTTP, which are
-answered in JSON.
+Uvicorn and httptools parse HTTP; what they leave open is closed here: headers without an end; a
+client that opens a connection, or a second request on it, and does not send its headers in time;
+and bytes that are not HTTP, which are answered in JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck.protocol import Error, encode_message
 
 HEADER_SECONDS = 10.0
+MAX_HEADER_BYTES = 32_768
+"""Of a request's target and headers together."""
+BUFFER_BYTES = 1 << 16
+"""Of a connection, each way, beside the piece that is being worked on."""
 _GOODBYE_SECONDS = 0.5
 
 
-class Connection(H11Protocol):
-    """Uvicorn's, with a limit on the time in which headers must arrive."""
+class Connection(HttpToolsProtocol):
+    """Uvicorn's, with limits on the time in which headers must arrive, and on their size."""
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._headers_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        transport.set_write_buffer_limits(BUFFER_BYTES)
+        if self.scheme == "https":  # what TLS has read and nobody has asked for
+            transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:  # a next request has begun
-            if self._headers_timer is None:
-                self._headers_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
-        else:
-            self._stop_timer()
+        if self._headers_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEADER_BYTES:
+                self.send_400_response("")
+        elif self._is_idle() and self.timeout_keep_alive_task is None:
+            self._start_timer()  # line breaks between two requests begin none, and end no pause
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_timer()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if length > MAX_HEADER_BYTES:
+            raise httptools.HttpParserError("the headers are too long")
+        super().on_headers_complete()
+        if self._get_upgrade() is not None:  # to nothing that we speak: what follows is not read
+            self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
         super().shutdown()
-        if self.transport.is_closing():  # TLS would wait for the other side's goodbye
-            self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)
+        if self.transport.is_closing():
+            self._say_goodbye()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, instead of whatever was under way."""
+        self._stop_timer()
+        is_silent = self._is_idle() or not self.cycle.response_started
+        self.pipeline.clear()
         if self.cycle:  # none before the first request
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if is_silent:
             error = Error(code="malformed", message="the request must be HTTP/1.1, got another.")
             body = encode_message(error)
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ]
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+            head = (
+                "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self._say_goodbye()
+
+    def _is_idle(self) -> bool:
+        return not self.cycle or self.cycle.response_complete
+
+    def _start_timer(self) -> None:
+        if self._headers_timer is None:
+            self._head_bytes = 0
+            self._headers_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
 
     def _stop_timer(self) -> None:
         if self._headers_timer is not None:
@@ -72,5 +102,10 @@ class Connection(H11Protocol):
 
     def _give_up(self) -> None:
         self._headers_timer = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self.transport.close()
+        if not self.transport.is_closing():
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Close; TLS would wait for the other side's goodbye."""
+        self.transport.close()
+        self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, select
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
 from potluck.server import faults
-from potluck.server.commit import Works, commit_round, sweep
+from potluck.server.commit import Works, commit_round
 from potluck.server.database import one
 from potluck.server.rounds import (
     abandon_round,
@@ -32,7 +32,7 @@ from potluck.server.tables import OPEN, assignments, rounds, runs
 
 
 def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool) -> None:
-    """Do all that is due. `taken`: nobody may have led for a while."""
+    """Do all that is due, but for `sweep`. `taken`: nobody may have led for a while."""
     if taken:
         with works.database.write() as db:
             works.check(db)
@@ -43,7 +43,6 @@ def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool)
     for id in ids:
         while _step(works, id, build):
             pass
-    sweep(works)
 
 
 def open_round_of(db: Connection, run: str) -> Row[Any] | None:

@@ -25,8 +25,8 @@ from obstore.store import from_url
 
 from potluck.core import StorageError
 from potluck.server import faults
-from potluck.server.blobs import PIECE_BYTES
 
+_RANGE_BYTES = 1 << 20  # of a blob in one request
 _OFFSET_DIGITS = 15
 _RETRIES: Any = {"max_retries": 5, "retry_timeout": datetime.timedelta(seconds=15)}
 """A request waits while this goes on; obstore's own default is three minutes."""
@@ -60,8 +60,8 @@ class ObjectStore:
         if size is None:
             raise StorageError(f"the object store must hold {key}, got none. Restore it.")
         stop = size if stop is None else min(stop, size)
-        for first in range(start, stop, PIECE_BYTES):
-            last = min(first + PIECE_BYTES, stop)
+        for first in range(start, stop, _RANGE_BYTES):
+            last = min(first + _RANGE_BYTES, stop)
             with _store_errors():
                 piece = bytes(obstore.get_range(self._store, key, start=first, end=last))
             yield piece

@@ -238,8 +238,7 @@ class Look:
         self._round = _open_round(db, self._run, lock=lock)
         self._start, self._window = self._pace()
         self._mine: dict[str, dict[str, Row[Any]]] = {}
-        if self._round is not None:
-            self._see_round(self._round)
+        self._has_seen = False  # who takes part: not needed to say when to come back
 
     def member(self, device: str) -> Row[Any]:
         """A device that may take part.
@@ -266,6 +265,8 @@ class Look:
             return Finished(self._run.version)
         reason: WaitReason | None = "no round"
         if self._round is not None and self._round.state in _TAKING:
+            if not self._has_seen:
+                self._see_round(self._round)
             mine = self._mine.get(device, {})
             if "active" in mine:
                 return self._describe(self._round, mine["active"])
@@ -315,6 +316,7 @@ class Look:
         return round_up(self._start + place * self._window)
 
     def _see_round(self, round: Row[Any]) -> None:
+        self._has_seen = True
         active = select(assignments).where(
             assignments.c.round == round.id,
             assignments.c.device.in_(self._members),

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import os
 import signal
 import socket
 import threading
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,10 @@ from potluck.server.tls import certificate_fingerprint, ensure_certificate
 
 TICK_SECONDS = 0.2
 _CLOSE_SECONDS = 5
-_MAX_HEADER_BYTES = 32_768
+_TLS_BYTES = 1 << 15
+"""What TLS reads of a connection at once; it keeps a buffer of that size, and one that grew so."""
+_M_ARENA_MAX = -8
+"""Of malloc.h: how many heaps glibc has for all threads; each would keep what it once needed."""
 _LOG = logging.getLogger("potluck.server")
 
 Evaluate = Callable[[Vector], Mapping[str, float]]
@@ -90,6 +95,11 @@ class Server:
             _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
             _uvicorn(admin.asgi(), None, None),
         ]
+
+    def serve(self) -> None:
+        """`run`, in an event loop of its own."""
+        _save_memory()
+        asyncio.run(self.run())
 
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
@@ -145,12 +155,10 @@ class Server:
         service, run = self.desk.service, self.desk.run
         while not self._stopping:
             try:
-                await asyncio.to_thread(service.tick)
+                await asyncio.to_thread(service.move)
                 status = await asyncio.to_thread(service.status, run)
             except Exception as error:
-                self._meters.error()
-                known = isinstance(error, StorageError)
-                _LOG.error("tick", exc_info=not known, extra={"reason": str(error)[:500]})
+                self._failed("tick", error)
             else:
                 self._meters.state(status)
                 now = _phase(status)
@@ -159,7 +167,19 @@ class Server:
                     if now[:-1] != seen[:-1]:
                         _LOG.info("round", extra=_told(status))
                 seen = now
+                await self._sweep()
             await self._bell.woken(TICK_SECONDS)
+
+    async def _sweep(self) -> None:
+        try:
+            await asyncio.to_thread(self.desk.service.sweep)
+        except Exception as error:
+            self._failed("sweep", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._meters.error()
+        known = isinstance(error, StorageError)
+        _LOG.error(what, exc_info=not known, extra={"reason": str(error)[:500]})
 
     async def _judge(self) -> None:
         while not self._stopping:
@@ -169,10 +189,16 @@ class Server:
                         self.desk.service.evaluate, self.desk.run, self._evaluate
                     )
             except Exception as error:
-                self._meters.error()
-                known = isinstance(error, StorageError)
-                _LOG.error("evaluation", exc_info=not known, extra={"reason": str(error)[:500]})
-            await asyncio.wait([self._bell.next_change()], timeout=1.0)
+                self._failed("evaluation", error)
+            await self._bell.next_ring(1.0)
+
+
+def _save_memory() -> None:
+    """Bodies come in bursts, from many threads, and over many connections."""
+    SSLProtocol.max_size = _TLS_BYTES
+    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
 
 
 def open_desk(
@@ -346,7 +372,6 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
         ssl_keyfile=key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         backlog=1024,
     )
     server = uvicorn.Server(config)

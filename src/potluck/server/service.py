@@ -399,15 +399,27 @@ class Service:
 
         Returns whether this process leads.
         """
+        return self.move() and self.sweep()
+
+    def move(self) -> bool:
+        """The part of a tick that devices wait for: rounds go on."""
         with self._ticking:
             if not self._candidate.beat(self.database):
                 return False
-            try:
-                lead(self._works, self._build, taken=self._candidate.taken)
-            except FencedError:
-                self._candidate.fence = 0
-                return False
-            return True
+            return self._lead(lambda: lead(self._works, self._build, taken=self._candidate.taken))
+
+    def sweep(self) -> bool:
+        """The other part, by whoever leads: what is of no more use is removed."""
+        with self._ticking:
+            return self.is_leader and self._lead(lambda: commits.sweep(self._works))
+
+    def _lead(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except FencedError:
+            self._candidate.fence = 0
+            return False
+        return True
 
     @property
     def is_leader(self) -> bool:

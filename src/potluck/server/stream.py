@@ -78,7 +78,7 @@ class Watch:
         """Until it is time to look again; the bell rings oftener than that."""
         end = time.monotonic() + LOOK_SECONDS
         while not self._bell.closed and (left := end - time.monotonic()) > 0:
-            await asyncio.wait([self._bell.next_change()], timeout=left)
+            await self._bell.next_ring(left)
 
 
 def event(name: str, data: str, id: str = "") -> bytes:

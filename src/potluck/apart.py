@@ -1,0 +1,152 @@
+"""What a served run needs data, a model and PyTorch for, in a process of its own while it is asked.
+
+To begin a run takes the model's first weights; after a round somebody evaluates. Both are over in
+seconds, and PyTorch would stay in the server for weeks: 230 MB, and a hold on the interpreter while
+the devices wait. So the server asks a child, which ends by itself when it was asked nothing for a
+minute, and at once when the server does, however that ended.
+
+Where PyTorch is loaded anyway, as in a demonstration, nothing is apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from potluck.core import Spec, Vector, WorkerError
+from potluck.experiment import Experiment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from potluck.plan import Need
+    from potluck.tasks import Task
+
+IDLE_SECONDS = 60.0
+"""Without a question, before the child ends."""
+
+
+class Beginning(NamedTuple):
+    """What a run begins with."""
+
+    weights: Vector
+    spec: Spec
+    plan: dict[str, Any]
+
+
+class Judge:
+    """Answers from an experiment's data and model, which are loaded when it is first asked."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._task: Task | None = None
+
+    def begin(self, needs: tuple[Need, ...]) -> Beginning:
+        """The first weights, their spec, and the plan of a device's work."""
+        from potluck.plan import plan_of, write_plan
+        from potluck.tasks.task import spec_of
+
+        task = self._load()
+        weights = task.initial_weights(self._experiment.run.seed)
+        plan = write_plan(plan_of(self._experiment, task.data, needs))
+        return Beginning(weights, spec_of(task.model()), plan)
+
+    def evaluate(self, weights: Vector) -> Mapping[str, float]:
+        """Metrics of a model."""
+        from potluck.tasks import evaluate
+
+        return evaluate(self._load(), weights)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+    def _load(self) -> Task:
+        from potluck.simulation import build_data, build_task
+
+        if self._task is None:
+            self._task = build_task(self._experiment, build_data(self._experiment))
+        return self._task
+
+
+class DistantJudge:
+    """The same answers from a child. Asked by one thread at a time."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._one = threading.Lock()
+        self._child: tuple[BaseProcess, Connection] | None = None
+
+    def begin(self, needs: tuple[Need, ...]) -> Beginning:
+        """As `Judge.begin`; the child ends, since the first evaluation may be far away."""
+        try:
+            return self._ask("begin", needs)
+        finally:
+            self.close()
+
+    def evaluate(self, weights: Vector) -> Mapping[str, float]:
+        """As `Judge.evaluate`."""
+        return self._ask("evaluate", weights)
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        with self._one:
+            self._drop()
+
+    def _ask(self, name: str, argument: Any) -> Any:
+        with self._one:
+            for _ in range(2):  # the child may have ended since it was asked last
+                _, pipe = self._child or self._start()
+                try:
+                    pipe.send((name, argument))
+                    answer = pipe.recv()
+                except (EOFError, OSError):
+                    self._drop()
+                    continue
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+        raise WorkerError(
+            "the process that holds data and model must answer, and it ended twice "
+            f"({name}). Look for a lack of memory in the kernel's log."
+        )
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self._experiment), daemon=True)
+        process.start()
+        theirs.close()
+        self._child = process, ours
+        return self._child
+
+    def _drop(self) -> None:
+        if self._child is not None:
+            process, pipe = self._child
+            pipe.close()
+            process.join()
+            self._child = None
+
+
+def judge_of(experiment: Experiment) -> Judge | DistantJudge:
+    """One of the two: a child, unless PyTorch is loaded here."""
+    return Judge(experiment) if "torch" in sys.modules else DistantJudge(experiment)
+
+
+def _work(pipe: Connection, experiment: Experiment) -> None:
+    """What the child does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's end is ours
+    judge = Judge(experiment)
+    with contextlib.suppress(EOFError, ConnectionError):  # it has ended
+        while pipe.poll(IDLE_SECONDS):
+            name, argument = pipe.recv()
+            try:
+                answer: Any = getattr(judge, name)(argument)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)

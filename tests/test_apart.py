@@ -1,0 +1,73 @@
+"""The judge in a process of its own gives the answers of the one beside it, and ends with us."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from potluck.apart import DistantJudge, Judge, judge_of
+from potluck.core import DataError
+from potluck.experiment import load_experiment
+
+EXPERIMENT = """
+name = "apart"
+[task]
+data = "digits"
+model = "logistic"
+[partition]
+kind = "iid"
+clients = 4
+[run]
+rounds = 1
+cohort = 2
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    file = tmp_path / "apart.toml"
+    file.write_text(EXPERIMENT)
+    return load_experiment(file, [])
+
+
+def test_a_distant_judge_says_what_the_one_beside_us_says(experiment):
+    distant, beside = DistantJudge(experiment), Judge(experiment)
+    far, near = distant.begin(("charging",)), beside.begin(("charging",))
+    assert np.array_equal(far.weights, near.weights)
+    assert (far.spec, far.plan) == (near.spec, near.plan)
+    assert distant.evaluate(near.weights) == beside.evaluate(near.weights)
+    distant.close()
+
+
+def test_a_child_that_was_killed_is_started_again(experiment):
+    distant = DistantJudge(experiment)
+    weights = distant.begin(()).weights
+    first = distant.evaluate(weights)
+    process, _ = distant._child
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert distant.evaluate(weights) == first
+    distant.close()
+    assert distant._child is None
+
+
+def test_what_goes_wrong_in_the_child_is_raised_here(experiment):
+    bad = experiment.model_copy(
+        update={"task": experiment.task.model_copy(update={"data": "folder", "path": "nowhere"})}
+    )
+    with pytest.raises((DataError, ValueError, OSError)):
+        DistantJudge(bad).begin(())
+
+
+def test_the_judge_is_beside_us_where_pytorch_is_loaded_anyway(experiment):
+    assert isinstance(judge_of(experiment), Judge) == ("torch" in sys.modules)
+
+
+def test_a_server_imports_no_pytorch():
+    script = "import sys, potluck.serving, potluck.server.serve, potluck.apart, potluck.plan\n"
+    script += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("False\n", 0)

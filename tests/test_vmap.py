@@ -37,6 +37,7 @@ from potluck import (
 )
 from potluck.core import Correction, DivergedError, TrainingError, derive_seed
 from potluck.simulation.vmap import chunk_for
+from potluck.simulation.workers import cut
 from potluck.tasks import CohortRuntime, Examples, FederatedData, LocalRun, TorchRuntime, compiled
 from potluck.tasks.compiled import CompiledLater
 from potluck.tasks.pooled import PooledStep, _parts
@@ -172,6 +173,7 @@ def test_vmap_is_loop_is_workers_for_every_algorithm(algorithm, model, data, pai
     assert vmap.refused is None
     assert_alike(history(task, Loop(task), algorithm), ours)
     assert_alike(history(task, Workers(task, 2), algorithm), ours)
+    assert_alike(history(task, Workers(task, 2, chunk=3), algorithm), ours)
 
 
 @every_model
@@ -254,6 +256,23 @@ def test_chunks_shrink_with_the_model():
     assert chunk_for(100) == 256
     assert 4 <= chunk_for(6_653_480) < chunk_for(796_840) < chunk_for(31_400) < 256
     assert chunk_for(2**50) == 1
+
+
+def test_workers_train_chunks_of_about_equal_work():
+    assert cut(np.full(10, 600), 2, 5) == [(0, 5), (5, 10)]
+    assert cut(np.full(12, 600), 4, 5) == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    assert cut(np.array([90, 30, 30, 20, 10]), 2, 4) == [(0, 1), (1, 5)]
+    assert cut(np.array([5, 1, 1, 1]), 2, 2) == [(0, 1), (1, 3), (3, 4)]
+    assert cut(np.array([7]), 2, 5) == [(0, 1)]
+    assert cut(np.empty(0, np.int64), 2, 5) == []
+
+
+def test_workers_with_chunks_repeat_to_the_bit_whoever_trains_which(data):
+    task = Task(model=MODELS["logistic"], data=data)
+    one, other = (history(task, Workers(task, 2, chunk=2)) for _ in range(2))
+    assert one[-1].weights.tobytes() == other[-1].weights.tobytes()
+    with pytest.raises(ValueError, match="chunk=0"):
+        Workers(task, 2, chunk=0)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedsgd"])
@@ -414,8 +433,9 @@ def test_a_label_out_of_range_names_the_client_and_the_program_goes_on(model, al
     assert [f.client for f in ours[1].failures] == [4]
     assert "IndexError: Target 12 is out of bounds" in ours[1].failures[0].reason
     assert_alike(history(task, Loop(task), ALGORITHMS[algorithm], **kwargs), ours)
-    with pytest.raises(TrainingError, match="client '4'"):
-        history(task, Vmap(task), cohort=1.0)
+    for executor in (Vmap(task), Workers(task, 2, chunk=4)):
+        with pytest.raises(TrainingError, match="client '4'"):
+            history(task, executor, cohort=1.0)
 
 
 def test_federated_sgd_is_one_large_batch_where_examples_do_not_mix(data, pairs):

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -196,17 +195,15 @@ def chunk_for(model_bytes: int) -> int:
     return int(max(min(_CHUNK, max(_CHUNK_BYTES // model_bytes, 4), fits), 1))
 
 
-def _kind(run: LocalRun) -> tuple[object, ...]:
+def _kind(run: LocalRun) -> tuple[float | None, float, bool, int]:
     """What runs must have in common to be trained side by side."""
     clip, proximal, drift = run.correction
     return clip, proximal, drift is None, len(run.start)
 
 
-def _alike(recorders: Sequence[Recorder]) -> Iterator[list[Recorder]]:
+def _alike(recorders: Sequence[Recorder]) -> Iterable[list[Recorder]]:
     """The clients by the kind of their corrections; of one kind almost always."""
-
-    def kind(recorder: Recorder) -> str:
-        return repr(_kind(recorder.run))
-
-    for _, group in groupby(sorted(recorders, key=kind), kind):
-        yield list(group)
+    kinds: dict[object, list[Recorder]] = {}
+    for recorder in recorders:
+        kinds.setdefault(_kind(recorder.run), []).append(recorder)
+    return kinds.values()

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -406,14 +408,15 @@ def test_a_client_whose_loss_is_not_finite_is_named_and_the_others_are_not_touch
     # Client 1 has a y that makes its loss infinite in float32.
     task = slope_task([(1, 2)], [(1, 1e30)], [(1, -4)])
     for algorithm in (FedAvg(client_lr=0.1), Scaffold(client_lr=0.1), fed_sgd(client_lr=0.1)):
-        both = [
-            history(task, executor(task), algorithm, cohort=1.0, skip_failures=True)
-            for executor in (Vmap, Loop)
+        each = [
+            history(task, executor, algorithm, cohort=1.0, skip_failures=True)
+            for executor in (Loop(task), Vmap(task), Workers(task, 2, chunk=2))
         ]
-        for ours, theirs in zip(*both, strict=True):
-            assert ours.failures == theirs.failures
-            np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-5)
-        assert [failure.client for failure in both[0][1].failures] == [1]
+        for theirs, *others in zip(*each, strict=True):
+            for ours in others:
+                assert ours.failures == theirs.failures
+                np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-5)
+        assert [failure.client for failure in each[0][1].failures] == [1]
         with pytest.raises(DivergedError, match=r"client '1' \(number 1\), round 1: .*loss="):
             history(task, Vmap(task), algorithm, cohort=1.0)
 
@@ -436,6 +439,39 @@ def test_a_label_out_of_range_names_the_client_and_the_program_goes_on(model, al
     for executor in (Vmap(task), Workers(task, 2, chunk=4)):
         with pytest.raises(TrainingError, match="client '4'"):
             history(task, executor, cohort=1.0)
+
+
+SHORT_OF_MEMORY = """
+import resource
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from potluck import FedAvg, Loop, Task, Vmap, datasets, partitions, rounds
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20_000), nn.Tanh(), nn.Linear(20_000, 10))
+
+data = partitions.iid(datasets.digits(), clients=100, seed=0)
+task = Task(model=wide, data=data)
+vmap = Vmap(task, chunk=100)
+def last(executor):
+    return list(rounds(FedAvg(client_lr=0.1), task, cohort=100, num_rounds=1, seed=0,
+                       evaluate_every=2, executor=executor))[-1].weights
+expected = last(Loop(task))
+used = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, used + 500 * 2**20))
+np.testing.assert_array_equal(last(vmap), expected)
+print(vmap.refused)
+"""
+
+
+def test_a_cohort_that_does_not_fit_into_memory_is_trained_one_by_one():
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=True
+    )
+    assert "allocate memory" in done.stdout
 
 
 def test_federated_sgd_is_one_large_batch_where_examples_do_not_mix(data, pairs):

@@ -161,6 +161,18 @@ def test_any_order_and_any_grouping_give_the_same_bits(seed, cohort, groups):
     np.testing.assert_allclose(whole.mean(), exact, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e4, 1e7])
+def test_entries_are_rounded_to_the_nearest_even_multiple_whatever_their_size(scale):
+    random = np.random.default_rng(0)
+    mean, expected = FixedPointMean(40_000), np.zeros(40_000, np.int64)
+    for weight in (1.0, 60.0, 7.0):
+        vector = (scale * random.normal(size=40_000)).astype(np.float32)
+        vector[:4] = np.array([0.5, 1.5, -0.5, -2.5]) * 2.0**-30  # halfway at weight 1
+        mean.add(vector, weight)
+        expected += np.rint(vector.astype(np.float64) * (weight * 2.0**30)).astype(np.int64)
+    assert (mean.sum == expected).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
 def test_a_sum_refuses_what_it_cannot_hold_and_stays_as_it_was(value):
     mean = FixedPointMean(2)
@@ -174,3 +186,10 @@ def test_a_sum_refuses_what_it_cannot_hold_and_stays_as_it_was(value):
 def test_a_weight_is_positive_and_finite(weight):
     with pytest.raises(ValueError, match="weight must be positive"):
         FixedPointMean(1).add(np.zeros(1, np.float32), weight)
+
+
+def test_a_stream_is_pcg64_of_its_derived_seed_every_time():
+    seed = derive_seed(3, "batches", 4, 5)
+    expected = np.random.Generator(np.random.PCG64(seed)).random(9)
+    for _ in range(2):
+        np.testing.assert_array_equal(stream(3, "batches", 4, 5).random(9), expected)

@@ -192,9 +192,10 @@ def start(task):
     return ALGORITHM.server_init(task.initial_weights(0))
 
 
-def test_a_killed_worker_is_reported_and_leaves_no_process(data):
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_killed_worker_is_reported_and_leaves_no_process(data, chunk):
     task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
-    workers = Workers(task, 2)
+    workers = Workers(task, 2, chunk=chunk)
     processes = [worker.process for worker in workers._workers]
     results = rounds(ALGORITHM, task, executor=workers, cohort=1.0)
     next(results)

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ from potluck import (
 )
 from potluck.core import Correction, DivergedError, TrainingError, derive_seed
 from potluck.simulation.vmap import chunk_for
+from potluck.simulation.workers import cut
 from potluck.tasks import CohortRuntime, Examples, FederatedData, LocalRun, TorchRuntime, compiled
 from potluck.tasks.compiled import CompiledLater
 from potluck.tasks.pooled import PooledStep, _parts
@@ -172,6 +175,7 @@ def test_vmap_is_loop_is_workers_for_every_algorithm(algorithm, model, data, pai
     assert vmap.refused is None
     assert_alike(history(task, Loop(task), algorithm), ours)
     assert_alike(history(task, Workers(task, 2), algorithm), ours)
+    assert_alike(history(task, Workers(task, 2, chunk=3), algorithm), ours)
 
 
 @every_model
@@ -254,6 +258,23 @@ def test_chunks_shrink_with_the_model():
     assert chunk_for(100) == 256
     assert 4 <= chunk_for(6_653_480) < chunk_for(796_840) < chunk_for(31_400) < 256
     assert chunk_for(2**50) == 1
+
+
+def test_workers_train_chunks_of_about_equal_work():
+    assert cut(np.full(10, 600), 2, 5) == [(0, 5), (5, 10)]
+    assert cut(np.full(12, 600), 4, 5) == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    assert cut(np.array([90, 30, 30, 20, 10]), 2, 4) == [(0, 1), (1, 5)]
+    assert cut(np.array([5, 1, 1, 1]), 2, 2) == [(0, 1), (1, 3), (3, 4)]
+    assert cut(np.array([7]), 2, 5) == [(0, 1)]
+    assert cut(np.empty(0, np.int64), 2, 5) == []
+
+
+def test_workers_with_chunks_repeat_to_the_bit_whoever_trains_which(data):
+    task = Task(model=MODELS["logistic"], data=data)
+    one, other = (history(task, Workers(task, 2, chunk=2)) for _ in range(2))
+    assert one[-1].weights.tobytes() == other[-1].weights.tobytes()
+    with pytest.raises(ValueError, match="chunk=0"):
+        Workers(task, 2, chunk=0)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedsgd"])
@@ -387,14 +408,15 @@ def test_a_client_whose_loss_is_not_finite_is_named_and_the_others_are_not_touch
     # Client 1 has a y that makes its loss infinite in float32.
     task = slope_task([(1, 2)], [(1, 1e30)], [(1, -4)])
     for algorithm in (FedAvg(client_lr=0.1), Scaffold(client_lr=0.1), fed_sgd(client_lr=0.1)):
-        both = [
-            history(task, executor(task), algorithm, cohort=1.0, skip_failures=True)
-            for executor in (Vmap, Loop)
+        each = [
+            history(task, executor, algorithm, cohort=1.0, skip_failures=True)
+            for executor in (Loop(task), Vmap(task), Workers(task, 2, chunk=2))
         ]
-        for ours, theirs in zip(*both, strict=True):
-            assert ours.failures == theirs.failures
-            np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-5)
-        assert [failure.client for failure in both[0][1].failures] == [1]
+        for theirs, *others in zip(*each, strict=True):
+            for ours in others:
+                assert ours.failures == theirs.failures
+                np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-5)
+        assert [failure.client for failure in each[0][1].failures] == [1]
         with pytest.raises(DivergedError, match=r"client '1' \(number 1\), round 1: .*loss="):
             history(task, Vmap(task), algorithm, cohort=1.0)
 
@@ -414,8 +436,42 @@ def test_a_label_out_of_range_names_the_client_and_the_program_goes_on(model, al
     assert [f.client for f in ours[1].failures] == [4]
     assert "IndexError: Target 12 is out of bounds" in ours[1].failures[0].reason
     assert_alike(history(task, Loop(task), ALGORITHMS[algorithm], **kwargs), ours)
-    with pytest.raises(TrainingError, match="client '4'"):
-        history(task, Vmap(task), cohort=1.0)
+    for executor in (Vmap(task), Workers(task, 2, chunk=4)):
+        with pytest.raises(TrainingError, match="client '4'"):
+            history(task, executor, cohort=1.0)
+
+
+SHORT_OF_MEMORY = """
+import resource
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from potluck import FedAvg, Loop, Task, Vmap, datasets, partitions, rounds
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20_000), nn.Tanh(), nn.Linear(20_000, 10))
+
+data = partitions.iid(datasets.digits(), clients=100, seed=0)
+task = Task(model=wide, data=data)
+vmap = Vmap(task, chunk=100)
+def last(executor):
+    return list(rounds(FedAvg(client_lr=0.1), task, cohort=100, num_rounds=1, seed=0,
+                       evaluate_every=2, executor=executor))[-1].weights
+expected = last(Loop(task))
+used = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, used + 500 * 2**20))
+np.testing.assert_array_equal(last(vmap), expected)
+print(vmap.refused)
+"""
+
+
+def test_a_cohort_that_does_not_fit_into_memory_is_trained_one_by_one():
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=True
+    )
+    assert "allocate memory" in done.stdout
 
 
 def test_federated_sgd_is_one_large_batch_where_examples_do_not_mix(data, pairs):

@@ -74,7 +74,7 @@ stop_at_target = true
 # executor = "workers"        # workers: a process per core; loop: one process; vmap: a cohort as
                               # one program, for small models; ray: workers on many machines;
                               # auto: times the first three and chooses
-# workers = 2                 # number of processes; all cores if left out
+# workers = 2                 # number of processes; all cores if left out (vmap: one)
 # ray_address = "auto"        # a Ray cluster that runs; one on this machine if left out
 # skip_failures = false       # true: leave a client that fails out of its round and go on
 

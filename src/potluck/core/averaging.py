@@ -24,6 +24,11 @@ from potluck.core.update import Vector
 
 _SCALE = float(2**30)
 _LIMIT = float(2**62)
+_BLOCK = 16_384  # entries that are summed at a time, which stay in a core's caches
+# Beside 1.5 · 2⁵² a float64 has no room for fractions, and its bits count in ones.
+_EXACT = float(2**51)
+_MAGIC = 1.5 * 2**52
+_MAGIC_BITS = int(np.float64(_MAGIC).view(np.int64))
 
 
 class FixedPointMean:
@@ -32,7 +37,7 @@ class FixedPointMean:
     def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None) -> None:
         """Start at zero. `buffer` [dim], if given, holds the sum (shared memory, say)."""
         self.sum: NDArray[np.int64] = np.empty(dim, np.int64) if buffer is None else buffer
-        self._scratch = np.empty(dim, np.float64)
+        self._scratch = np.empty(min(dim, _BLOCK), np.float64)
         self.reset()
 
     def reset(self) -> None:
@@ -50,17 +55,26 @@ class FixedPointMean:
         """
         if not (math.isfinite(weight) and weight > 0.0):
             raise ValueError(f"weight must be positive and finite, got weight={weight!r}.")
-        scratch = self._scratch
-        np.multiply(vector, weight * _SCALE, out=scratch, dtype=np.float64)
-        largest = max(float(scratch.max(initial=0.0)), -float(scratch.min(initial=0.0)))
+        entry = max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
+        largest = entry * (weight * _SCALE)
         if not self.bound + largest < _LIMIT:  # also refuses NaN
             raise DivergedError(
                 "an update must be finite and small enough to be summed, "
-                f"got a largest entry of {largest / (weight * _SCALE):g} with weight={weight:g}. "
+                f"got a largest entry of {entry:g} with weight={weight:g}. "
                 "Lower the client learning rate."
             )
-        np.rint(scratch, out=scratch)
-        np.add(self.sum, scratch, out=self.sum, casting="unsafe", dtype=np.int64)
+        for start in range(0, len(vector), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            scratch = self._scratch[: len(vector[block])]
+            np.multiply(vector[block], weight * _SCALE, out=scratch, dtype=np.float64)
+            if largest < _EXACT:
+                scratch += _MAGIC  # rounds to integers, which are then in the low bits
+                whole = scratch.view(np.int64)
+                whole -= _MAGIC_BITS
+                self.sum[block] += whole
+            else:
+                np.rint(scratch, out=scratch)
+                np.add(self.sum[block], scratch, out=self.sum[block], casting="unsafe")
         self.bound += largest
         self.total += weight
 

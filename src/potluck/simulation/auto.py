@@ -2,7 +2,8 @@
 
     before the first round: time a few local steps of its first clients, in `loop` and in `vmap`
     two rounds with the faster; if the other was not far behind, two rounds with that
-    when training has taken a second: two rounds with `workers`
+    when training has taken a fifth of a second: two rounds with `workers`, each of which trains
+        clients as the faster of both does
     from then on: the one whose second round was the fastest
 
 The steps that are timed first are copies of what the clients do next and leave no trace; the rounds
@@ -34,7 +35,7 @@ from potluck.tasks import Task
 _Name: TypeAlias = Literal["loop", "vmap", "workers"]
 _FAR = 2.0  # times the faster's time, from which on a whole round is not spent on the other
 _ROUNDS = 2  # with each, of which the last counts
-_WORKERS_AFTER_SECONDS = 1.0  # of training
+_WORKERS_AFTER_SECONDS = 0.2  # of training, which is about what starting them takes
 
 
 class Auto:
@@ -61,6 +62,7 @@ class Auto:
         self._per_step: dict[_Name, float] = {}  # seconds of a local step, as measured so far
         self._tried: set[_Name] = set()  # of which this was a round, and not foreseen
         self._next: list[_Name] = []  # to be tried after the present one
+        self._chunk: int | None = None  # of the workers
         self._rounds = 0  # with the present one since it was chosen
         self._spent = 0.0  # seconds of training since the choice began
         self._is_settled = False
@@ -77,6 +79,7 @@ class Auto:
             words += f" in chunks of {vmap.chunk}"
         if self._name == "workers":
             words += f", {self._num_workers} processes"
+            words += "" if self._chunk is None else f" in chunks of up to {self._chunk}"
         compared = ", ".join(
             f"{name} {_microseconds(seconds)}" for seconds, name in others if np.isfinite(seconds)
         )
@@ -160,8 +163,13 @@ class Auto:
     def _try_workers(self) -> None:
         try:
             if self._num_workers > 1:
+                vmap = self._executors[self._fastest()]
+                chunk = vmap.chunk if isinstance(vmap, Vmap) else None
+                if "workers" in self._executors and chunk != self._chunk:
+                    self._executors.pop("workers").close()
                 if "workers" not in self._executors:
-                    self._executors["workers"] = Workers(self._task, self._num_workers)
+                    self._executors["workers"] = Workers(self._task, self._num_workers, chunk=chunk)
+                self._chunk = chunk
                 self._name, self._rounds = "workers", 0
                 return
         except WorkerError:  # the task does not reach other processes

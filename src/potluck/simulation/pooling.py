@@ -2,7 +2,8 @@
 
 It is exact where the update of an algorithm is linear in the local weights: `FedAvg` and `FedProx`
 with E = 1 and B = ∞, that is federated SGD. Then the mean of the updates is the update of the
-mean, and the algorithm makes that one itself. Elsewhere clients are trained side by side.
+mean, and the algorithm makes that one itself; it counts as much as all of them. Elsewhere clients
+are trained side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import FedAvg, FedProx
 from potluck.core import FixedPointMean, Vector
-from potluck.simulation.executors import CohortResult, Outcome, summarise
+from potluck.simulation.executors import Outcome
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
 from potluck.simulation.trial import compare, play
 from potluck.tasks import LocalRun, Task, TorchRuntime
@@ -31,22 +32,28 @@ class Pooling:
         self._pooled = PooledStep(task)
         self._is_tried = self._is_refused = False
 
-    def train(self, work: Work, cohort: NDArray[np.int64]) -> CohortResult | None:
-        """The result of a cohort; None if it is none of these, or not for this model."""
-        if self._is_refused or type(work.algorithm) not in _LINEAR or len(cohort) == 0:
+    def train(self, work: Work, clients: NDArray[np.int64]) -> list[Outcome] | None:
+        """Train these clients into the mean of `work`; None, and nothing in the mean, if they are
+        none of these, or not for this model."""
+        if self._is_refused or type(work.algorithm) not in _LINEAR or len(clients) == 0:
             return None
-        work = work._replace(mean=FixedPointMean(len(work.received)))
+        alone = work._replace(mean=FixedPointMean(len(work.received)))
         try:
-            recorders = self._recorded(work, cohort)
-            return None if recorders is None else self._train(work, recorders)
+            recorders = self._recorded(alone, clients)
+            if recorders is None:
+                return None
+            outcomes = self._train(alone, recorders)
+            if outcomes is not None:
+                work.mean.add(alone.mean.mean(), sum(outcome.weight for outcome in outcomes))
+            return outcomes
         except Exception:  # the model mixes examples, or one client's data cannot be used
             self._is_refused = not self._is_tried
             return None
 
-    def _recorded(self, work: Work, cohort: NDArray[np.int64]) -> list[Recorder] | None:
+    def _recorded(self, work: Work, clients: NDArray[np.int64]) -> list[Recorder] | None:
         """The clients, if each asks for one step from what it received."""
         recorders: list[Recorder] = []
-        for client in map(int, cohort):
+        for client in map(int, clients):
             recorder = Recorder(self._task, client)
             try:
                 work.train(client, recorder)
@@ -57,7 +64,7 @@ class Pooling:
             recorders.append(recorder)
         return recorders
 
-    def _train(self, work: Work, recorders: Sequence[Recorder]) -> CohortResult | None:
+    def _train(self, work: Work, recorders: Sequence[Recorder]) -> list[Outcome] | None:
         if not self._is_tried:
             few = recorders[:2]
             both, _, shares = self._step(work.received, few)
@@ -71,12 +78,10 @@ class Pooling:
             Outcome(recorder.client, float(n := len(recorder.run.rows)), loss, n, 1)
             for recorder, loss in zip(recorders, losses, strict=True)
         ]
-        first = recorders[0]
+        first, first_weight = recorders[0], outcomes[0].weight
         first.answers.append(Answer(local, losses[0]))
         outcome, _ = work.train(first.client, first)
-        if outcome.failure is not None or outcome.weight != outcomes[0].weight:
-            return None
-        return summarise(work.mean, outcomes, {})._replace(loss=float(shares @ np.array(losses)))
+        return outcomes if outcome.failure is None and outcome.weight == first_weight else None
 
     def _step(
         self, received: Vector, recorders: Sequence[Recorder]

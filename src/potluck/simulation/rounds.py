@@ -27,9 +27,9 @@ from potluck.simulation.cluster import Cluster
 from potluck.simulation.compression import compressed
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
 from potluck.simulation.virtual import Timing, VirtualTime, timeline
-from potluck.simulation.vmap import Vmap
+from potluck.simulation.vmap import Vmap, chunk_for
 from potluck.simulation.workers import Workers
-from potluck.tasks import Task
+from potluck.tasks import Task, spec_of
 
 ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
@@ -203,7 +203,8 @@ def make_executor(
     """An executor by its name; the caller closes it.
 
     Args:
-        num_workers: for "workers" and "ray"; as many as there are cores if None.
+        num_workers: for "workers" and "ray"; as many as there are cores if None. For "vmap" more
+            than one are processes among which its chunks are divided.
         address: for "ray": see `Cluster`.
     """
     if name == "loop":
@@ -211,7 +212,10 @@ def make_executor(
     if name == "workers":
         return Workers(task, num_workers)
     if name == "vmap":
-        return Vmap(task)
+        if num_workers is None or num_workers == 1:
+            return Vmap(task)
+        chunk = chunk_for(spec_of(task.module()).num_bytes)
+        return Workers(task, num_workers, chunk=chunk)
     if name == "ray":
         return Cluster(task, num_workers, address=address)
     if name == "auto":

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -49,7 +48,7 @@ _LOG = logging.getLogger("potluck")
 _CHUNK = 256  # clients, beyond which a larger chunk gains nothing
 _CHUNK_BYTES = 4 * 2**20  # of the models of a chunk, which the caches of a processor hold
 _COPIES = 8  # of each model: weights, gradient, result, what pulls, temporaries
-_Client: TypeAlias = tuple[Outcome, Vector | None]  # as `train_client` gives it
+Trained: TypeAlias = tuple[Outcome, Vector | None]  # as `train_client` gives it
 
 
 class Vmap:
@@ -105,15 +104,20 @@ class Vmap:
         outcomes: list[Outcome] = []
         kept: dict[int, Vector] = {}
         with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
-            pooled = self._pooling.train(work, cohort)
-            if pooled is not None:
-                return pooled
-            for i in range(0, len(cohort), self.chunk):
-                for outcome, state in self._train(work, cohort[i : i + self.chunk]):
-                    outcomes.append(outcome)
-                    if state is not None:
-                        kept[outcome.client] = state
+            for outcome, state in self.train_clients(work, cohort):
+                outcomes.append(outcome)
+                if state is not None:
+                    kept[outcome.client] = state
         return summarise(mean, outcomes, kept)
+
+    def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
+        """The client halves of these clients, into the mean of `work`; neighbours side by side."""
+        pooled = self._pooling.train(work, clients)
+        if pooled is not None:
+            yield from ((outcome, None) for outcome in pooled)
+            return
+        for i in range(0, len(clients), self.chunk):
+            yield from self._train(work, clients[i : i + self.chunk])
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
@@ -124,10 +128,10 @@ class Vmap:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _train(self, work: Work, chunk: NDArray[np.int64]) -> list[_Client]:
+    def _train(self, work: Work, chunk: NDArray[np.int64]) -> list[Trained]:
         """Run the client halves of a chunk until each has its answers."""
         waiting = [Recorder(self._task, client) for client in map(int, chunk)]
-        done: list[_Client] = []
+        done: list[Trained] = []
         while waiting and self.refused is None:
             asking: list[Recorder] = []
             for recorder in waiting:
@@ -146,7 +150,7 @@ class Vmap:
                 return done + plain
         return done + self._train_plain(work, waiting)
 
-    def _train_plain(self, work: Work, recorders: Sequence[Recorder]) -> list[_Client]:
+    def _train_plain(self, work: Work, recorders: Sequence[Recorder]) -> list[Trained]:
         return [work.train(recorder.client, self._plain) for recorder in recorders]
 
     def _answer(self, recorders: Sequence[Recorder]) -> None:
@@ -191,17 +195,15 @@ def chunk_for(model_bytes: int) -> int:
     return int(max(min(_CHUNK, max(_CHUNK_BYTES // model_bytes, 4), fits), 1))
 
 
-def _kind(run: LocalRun) -> tuple[object, ...]:
+def _kind(run: LocalRun) -> tuple[float | None, float, bool, int]:
     """What runs must have in common to be trained side by side."""
     clip, proximal, drift = run.correction
     return clip, proximal, drift is None, len(run.start)
 
 
-def _alike(recorders: Sequence[Recorder]) -> Iterator[list[Recorder]]:
+def _alike(recorders: Sequence[Recorder]) -> Iterable[list[Recorder]]:
     """The clients by the kind of their corrections; of one kind almost always."""
-
-    def kind(recorder: Recorder) -> str:
-        return repr(_kind(recorder.run))
-
-    for _, group in groupby(sorted(recorders, key=kind), kind):
-        yield list(group)
+    kinds: dict[object, list[Recorder]] = {}
+    for recorder in recorders:
+        kinds.setdefault(_kind(recorder.run), []).append(recorder)
+    return kinds.values()

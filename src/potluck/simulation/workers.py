@@ -7,6 +7,9 @@ worker. The weights and the sums lie in shared memory and the client data are sh
 parent, so that a round sends a few bytes through a pipe. Since sums are exact in any order, it
 does not matter which worker took which client.
 
+With `chunk`, a worker takes so many clients at a time and trains them side by side, as `vmap` does.
+A cohort is then cut into a multiple of as many chunks as there are workers, of about equal work.
+
 Where an algorithm's clients keep a state, the parent lays those of the cohort out in a file that
 the workers share (`Slots`), and takes the new ones from there. The room for what travels is that
 of one model, until an algorithm that sends more is trained: then the processes are started again
@@ -38,9 +41,10 @@ from potluck.simulation.executors import (
     CohortResult,
     Outcome,
     summarise,
-    train_client,
 )
+from potluck.simulation.recording import Work
 from potluck.simulation.slots import Slots
+from potluck.simulation.vmap import Trained, Vmap
 from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
 
 
@@ -49,7 +53,7 @@ class _Shared(NamedTuple):
 
     received: Any  # float32 [vectors · dim]
     next_job: Any  # int64, the number of jobs taken so far
-    slots: Slots | None  # the states of the cohort's clients, by job; none until some are needed
+    slots: Slots | None  # the cohort's states, by place; none until some are needed
 
 
 class _Training(NamedTuple):
@@ -57,8 +61,9 @@ class _Training(NamedTuple):
 
     algorithm: Algorithm
     length: int  # of what was received, and of an update
-    cohort: NDArray[np.int64]  # by job
-    has_state: list[bool]  # by job
+    cohort: NDArray[np.int64]  # by place
+    has_state: list[bool]  # by place
+    jobs: list[tuple[int, int]]  # places from … to …
     seed: int
     round: int
 
@@ -69,7 +74,7 @@ class _Trained(NamedTuple):
     total: float
     bound: float
     outcomes: list[Outcome]
-    written: list[int]  # the jobs whose slots hold a new state
+    written: list[int]  # the places whose slots hold a new state
 
 
 class _Worker(NamedTuple):
@@ -84,15 +89,23 @@ class Workers:
     Args:
         task: as for every executor.
         num_workers: processes; the number of cores this process may use if None.
+        chunk: clients that a process trains side by side; if None, one at a time, with the bits of
+            `Loop`.
     """
 
-    def __init__(self, task: Task, num_workers: int | None = None) -> None:
+    def __init__(
+        self, task: Task, num_workers: int | None = None, *, chunk: int | None = None
+    ) -> None:
         if num_workers is not None and num_workers < 1:
             raise ValueError(
                 f"num_workers must be at least 1, got num_workers={num_workers}. "
                 "Leave it out to use every core."
             )
-        self._task = task
+        if chunk is not None and chunk < 1:
+            raise ValueError(
+                f"chunk must be at least 1, got chunk={chunk}. Leave it out to train one at a time."
+            )
+        self._task, self._chunk = task, chunk
         self._dim = spec_of(task.module()).dim
         self._num_workers = num_workers or available_cores()
         self._workers: list[_Worker] = []
@@ -117,10 +130,11 @@ class Workers:
         largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
         has_state = [int(client) in states for client in largest_first]
         slots = self._shared.slots
-        for job, client in enumerate(map(int, largest_first)):
-            if has_state[job] and slots is not None:
-                slots.write(job, states[client])
-        request = _Training(algorithm, len(received), largest_first, has_state, seed, round)
+        for place, client in enumerate(map(int, largest_first)):
+            if has_state[place] and slots is not None:
+                slots.write(place, states[client])
+        jobs = self._cut(self._task.data.sizes[largest_first])
+        request = _Training(algorithm, len(received), largest_first, has_state, jobs, seed, round)
         replies: list[_Trained] = self._ask(received, request)
         mean = FixedPointMean(len(received))
         kept: dict[int, Vector] = {}
@@ -131,7 +145,7 @@ class Workers:
             partial.total, partial.bound = reply.total, reply.bound
             mean.merge(partial)
             if slots is not None:
-                kept |= {int(largest_first[job]): slots.read(job, length) for job in reply.written}
+                kept |= {int(largest_first[p]): slots.read(p, length) for p in reply.written}
         return summarise(mean, [o for reply in replies for o in reply.outcomes], kept)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
@@ -153,6 +167,13 @@ class Workers:
         if self._shared.slots is not None:
             self._shared.slots.close()
             self._shared = self._shared._replace(slots=None)
+
+    def _cut(self, sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Clients of these sizes, the largest first, as jobs."""
+        if self._chunk is None:
+            return [(place, place + 1) for place in range(len(sizes))]
+        rounds_of_jobs = -(-len(sizes) // (self._num_workers * self._chunk))
+        return cut(sizes, rounds_of_jobs * self._num_workers, self._chunk)
 
     def _start(self, vectors: int, slots: Slots | None) -> None:
         context = _context()
@@ -183,7 +204,16 @@ class Workers:
             inherited = []  # a spawned process inherits nothing
         process = context.Process(
             target=_serve,
-            args=(self._task, self._dim, self._shared, partial, theirs, inherited, os.getpid()),
+            args=(
+                self._task,
+                self._dim,
+                self._chunk,
+                self._shared,
+                partial,
+                theirs,
+                inherited,
+                os.getpid(),
+            ),
             daemon=True,
         )
         try:
@@ -251,6 +281,7 @@ def _context() -> ForkContext | SpawnContext:
 def _serve(
     task: Task,
     dim: int,
+    chunk: int | None,
     shared: _Shared,
     partial: Any,
     pipe: Connection,
@@ -262,7 +293,7 @@ def _serve(
         connection.close()  # or the death of the parent would go unnoticed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
-    labour = _Labour(task, dim, shared, _int64(partial), parent)
+    labour = _Labour(task, dim, chunk, shared, _int64(partial), parent)
     while True:
         try:
             request = pipe.recv()
@@ -282,14 +313,20 @@ class _Labour:
     """What a worker does when it is asked."""
 
     def __init__(
-        self, task: Task, dim: int, shared: _Shared, partial: NDArray[np.int64], parent: int
+        self,
+        task: Task,
+        dim: int,
+        chunk: int | None,
+        shared: _Shared,
+        partial: NDArray[np.int64],
+        parent: int,
     ) -> None:
         self._task, self._dim, self._shared, self._parent = task, dim, shared, parent
         self._received: Vector = np.frombuffer(shared.received, np.float32)
         self._partial = partial
         self._mean = FixedPointMean(dim, partial[:dim])
-        self._runtime, self._evaluator = TorchRuntime(task), Evaluator(task)
-        self._batches = evaluation_batches(task)
+        self._trainer = _OneByOne(task) if chunk is None else Vmap(task, chunk)
+        self._evaluator, self._batches = Evaluator(task), evaluation_batches(task)
 
     def train(self, request: _Training) -> _Trained:
         """Train clients until there are no more, and add their updates to the partial sum."""
@@ -298,22 +335,18 @@ class _Labour:
         self._mean.reset()
         outcomes: list[Outcome] = []
         written: list[int] = []
-        for job in self._jobs(len(request.cohort)):
-            outcome, state = train_client(
-                self._task,
-                self._runtime,
-                self._mean,
-                request.algorithm,
-                self._received[: request.length],
-                int(request.cohort[job]),
-                self._state_of(request, job),
-                request.seed,
-                request.round,
-            )
-            outcomes.append(outcome)
-            if state is not None and self._shared.slots is not None:
-                self._shared.slots.write(job, state)
-                written.append(job)
+        received = self._received[: request.length]
+        _, _, cohort, _, jobs, seed, round = request
+        for job in self._jobs(len(jobs)):
+            places = range(*jobs[job])
+            place_of = {int(cohort[place]): place for place in places}
+            states = self._states(request, places)
+            work = Work(self._task, request.algorithm, received, seed, round, states, self._mean)
+            for outcome, state in self._trainer.train_clients(work, cohort[slice(*jobs[job])]):
+                outcomes.append(outcome)
+                if state is not None and self._shared.slots is not None:
+                    self._shared.slots.write(place_of[outcome.client], state)
+                    written.append(place_of[outcome.client])
         return _Trained(self._mean.total, self._mean.bound, outcomes, written)
 
     def evaluate(self) -> list[tuple[int, Any]]:
@@ -322,10 +355,14 @@ class _Labour:
         jobs = self._jobs(len(self._batches))
         return [(job, self._evaluator.sums(self._batches[job])) for job in jobs]
 
-    def _state_of(self, request: _Training, job: int) -> Vector | None:
-        if self._shared.slots is None or not request.has_state[job]:
-            return None
-        return self._shared.slots.read(job, request.algorithm.client_vectors * self._dim)
+    def _states(self, request: _Training, places: range) -> dict[int, Vector]:
+        """What the clients in these places keep."""
+        slots = self._shared.slots
+        if slots is None:
+            return {}
+        length = request.algorithm.client_vectors * self._dim
+        kept = [place for place in places if request.has_state[place]]
+        return {int(request.cohort[place]): slots.read(place, length) for place in kept}
 
     def _jobs(self, count: int) -> Iterator[int]:
         """Take the next job of all workers, while there are any and the parent lives."""
@@ -336,3 +373,35 @@ class _Labour:
             if job >= count:
                 return
             yield job
+
+
+class _OneByOne:
+    """Trains a worker's clients as `Loop` does."""
+
+    def __init__(self, task: Task) -> None:
+        self._runtime = TorchRuntime(task)
+
+    def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
+        """The client halves of these clients, into the mean of `work`."""
+        return (work.train(int(client), self._runtime) for client in clients)
+
+
+def cut(sizes: NDArray[np.int64], parts: int, longest: int) -> list[tuple[int, int]]:
+    """Divide a row into parts of about equal sums, none longer than `longest`: from … to … each.
+
+    Args:
+        sizes: > 0, descending.
+        parts: at least so many, if there are so many to divide.
+    """
+    row = [float(size) for size in sizes.tolist()]
+    cuts: list[tuple[int, int]] = []
+    start, left = 0, sum(row)
+    while start < len(row):
+        share = left / max(parts - len(cuts), 1)
+        stop, taken = start + 1, row[start]
+        while stop < min(len(row), start + longest) and taken + row[stop] / 2 <= share:
+            taken += row[stop]
+            stop += 1
+        cuts.append((start, stop))
+        start, left = stop, left - taken
+    return cuts

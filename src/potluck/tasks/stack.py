@@ -100,11 +100,8 @@ class Stack:
         """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients]."""
         inputs, targets, shares = self._stacked(batches)
         hidden, logits = self._forward(weights, inputs)
-        likelihoods = logits.log_softmax(-1)  # [clients, batch, classes]
-        losses = -(likelihoods.gather(2, targets).squeeze(2) * shares).sum(1)
-        out = likelihoods.exp_()
-        out.scatter_add_(2, targets, torch.full(targets.shape, -1.0))
-        errors = self._backward(weights, hidden, out.mul_(shares.unsqueeze(2)))
+        losses, error = _cross_entropy(logits, targets, shares)
+        errors = self._backward(weights, hidden, error)
         if pull.gradient_clip is not None:
             factors = pull.clip_factors(self._squares(hidden, errors)).view(-1, 1, 1)
             errors = [error * factors for error in errors]
@@ -116,7 +113,7 @@ class Stack:
         return losses
 
     def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs [clients, batch, in], targets [clients, batch, 1], weights [clients, batch or 1]
+        """Inputs [clients, batch, in], targets [1, clients · batch], weights [clients, batch or 1]
         of the examples in the loss."""
         longest = max(part.shape[1] for part in batches)
         if all(part.shape[1] == longest for part in batches):
@@ -132,7 +129,7 @@ class Stack:
         inputs = self._room[: rows.size * width].view(rows.size, width)
         np.take(self._inputs, rows.ravel(), axis=0, out=inputs.numpy(), mode="clip")
         targets = torch.from_numpy(self._targets[rows])
-        return inputs.view(*rows.shape, width), targets.unsqueeze(2), shares
+        return inputs.view(*rows.shape, width), targets.view(1, -1), shares
 
     def _forward(
         self, weights: Mapping[str, Tensor], inputs: Tensor
@@ -156,7 +153,7 @@ class Stack:
         for i in range(len(self._layers) - 1, 0, -1):
             error = torch.bmm(errors[0], weights[self._layers[i].weight])
             if self._layers[i - 1].relu:
-                error.mul_(hidden[i] > 0)
+                error = torch.ops.aten.threshold_backward(error, hidden[i], 0.0)
             errors.insert(0, error)
         return errors
 
@@ -169,6 +166,16 @@ class Stack:
             if layer.bias is not None:
                 total += error.sum(1).square().sum(1)
         return total
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [clients] of logits [clients, batch, classes], and their gradient."""
+    # Classes first: along a short last axis PyTorch's softmax is many times slower.
+    likelihoods = logits.flatten(0, 1).t().contiguous().log_softmax(0)
+    likelihood = likelihoods.gather(0, targets)  # [1, clients · batch]
+    losses = -(likelihood.view(logits.shape[:2]) * shares).sum(1)
+    error = likelihoods.exp_().scatter_(0, targets, likelihood.expm1_())
+    return losses, error.t().contiguous().view(logits.shape).mul_(shares.unsqueeze(2))
 
 
 def _filled(batches: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def main() -> None:
         module = plain.model(given.workload.model)
         plain.load(module, given.weights)
         while len(list(grid.get_node_ids())) < given.workload.num_clients:
-            pass
+            time.sleep(0.02)
         strategy = Strategy(notes)
         result = strategy.start(
             grid, ArrayRecord(module.state_dict()), num_rounds=given.workload.rounds

@@ -1,10 +1,10 @@
 """What a contender notes of its run: when rounds ended, what was done, and the last weights.
 
-    notes = Notes()          # reads the command line that run.py gives
-    for …:
-        …
-        notes.round_ended()
-    notes.finish(weights, examples=…, steps=…, setting="…")
+notes = Notes()          # reads the command line that run.py gives
+for …:
+    …
+    notes.round_ended()
+notes.finish(weights, examples=…, steps=…, setting="…")
 """
 
 from __future__ import annotations

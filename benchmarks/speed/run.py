@@ -6,6 +6,7 @@
     python benchmarks/speed/run.py --parts a --seconds 240      # and again, until nothing is left
     python benchmarks/speed/run.py --parts c --fresh  # measure again
     python benchmarks/speed/run.py --table            # results.json and README.md from what there is
+    python benchmarks/speed/run.py --tiny --folder /tmp/tiny --out /tmp/tiny    # does it still run?
 
 Each run of a contender is a process of its own in its own environment, started when the one before
 has ended. What it noted is kept in the work folder, so a run that is stopped goes on where it was.
@@ -29,7 +30,7 @@ import population
 import table
 from contenders import OURS, PEERS, Contender, contenders
 from watch import watch
-from work import WORKLOADS, Workload, write
+from work import WORKLOADS, Workload, tiny, write
 
 from potluck.simulation import available_cores
 from potluck.simulation.manifest import commit, machine
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a few seconds each, to see they run")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     chosen = arguments.contenders.split(",")
@@ -58,8 +60,9 @@ def main() -> None:
     for part in parts:
         if part not in PARTS:
             raise SystemExit(f"--parts takes {', '.join(PARTS)}, got {part!r}.")
+    works = {n: tiny(w) if arguments.tiny else w for n, w in WORKLOADS.items()}
     if arguments.prepare:
-        prepare(folder, [WORKLOADS[p] for p in parts if p in WORKLOADS], chosen)
+        prepare(folder, [works[p] for p in parts if p in works], chosen)
         return
     if not arguments.table:
         started = time.monotonic()
@@ -67,9 +70,9 @@ def main() -> None:
             if arguments.fresh:
                 shutil.rmtree(folder / "runs" / part, ignore_errors=True)
             if part == "population":
-                measure_population(folder / "runs" / part)
+                measure_population(folder / "runs" / part, arguments.tiny)
                 continue
-            write(WORKLOADS[part], folder / "data" / part)
+            write(works[part], folder / "data" / part)
             names = [c for c in contenders(part) if c.name in chosen]
             if arguments.variants:
                 names = [c for c in names if c.variant in arguments.variants.split(";")]
@@ -145,12 +148,12 @@ def failure(code: int | None, limit: float, log: Path) -> str:
     return f"exit status {code}: {lines[-1][:200]}"
 
 
-def measure_population(home: Path) -> None:
+def measure_population(home: Path, is_tiny: bool) -> None:
     """How a round's time depends on the number of clients that are not in it."""
     if (home / "run.json").exists():
         return
     home.mkdir(parents=True, exist_ok=True)
-    run = population.measure()
+    run = population.measure((1000, 2000), 1) if is_tiny else population.measure()
     run |= {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine()}
     (home / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     print("population", run, flush=True)

@@ -207,5 +207,3 @@ def provenance(result: dict[str, Any]) -> list[str]:
 
 def digits(seconds: float) -> str:
     return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.4f}"
-
-

@@ -31,9 +31,7 @@ class Watched(NamedTuple):
     returncode: int | None  # None: it was ended after `limit` seconds
 
 
-def watch(
-    command: Sequence[str], *, env: Mapping[str, str], log: Path, limit: float
-) -> Watched:
+def watch(command: Sequence[str], *, env: Mapping[str, str], log: Path, limit: float) -> Watched:
     """Run a program to its end, or to the limit, and leave none of its processes behind."""
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     before = _children_cpu()

@@ -95,6 +95,12 @@ WORKLOADS = {
 }  # fmt: skip
 
 
+def tiny(workload: Workload) -> Workload:
+    """A few seconds of it: to see that a contender still runs, and does the same work."""
+    size = min(workload.size, 2 * workload.batch_size)
+    return dataclasses.replace(workload, num_clients=12, size=size, cohort=4, rounds=3)
+
+
 class Given(NamedTuple):
     """A workload's file. `cohorts[r, i]` is a client, and `orders[r, i]` its examples in order."""
 

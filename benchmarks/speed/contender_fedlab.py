@@ -1,8 +1,10 @@
 """FedLab's standalone pipeline: its serial trainer and its synchronous server, in one process.
 
 That is its documented simulation on one machine. Variants: threads of PyTorch's kernels. Clients
-are handed over as lists of batches, without the cost of a `DataLoader`; the cohort is the given one.
+are handed over as lists of batches, without the cost of a `DataLoader`; cohorts are the given ones.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -10,6 +12,13 @@ import logging
 
 import plain
 import torch
+
+# FedLab imports torchvision for its data sets. The package of the index wants a CUDA build of
+# PyTorch and fails without these operators; here they are declared, and nothing calls them.
+_names = torch.library.Library("torchvision", "DEF")
+_names.define("nms(Tensor boxes) -> Tensor")
+_names.define("qnms(Tensor boxes) -> Tensor")
+
 from fedlab.contrib.algorithm.basic_client import SGDSerialClientTrainer
 from fedlab.contrib.algorithm.basic_server import SyncServerHandler
 from fedlab.core.standalone import StandalonePipeline

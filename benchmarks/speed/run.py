@@ -5,7 +5,7 @@
     python benchmarks/speed/run.py --parts c --contenders potluck,bare --repeat 3
     python benchmarks/speed/run.py --parts a --seconds 240      # and again, until nothing is left
     python benchmarks/speed/run.py --parts c --fresh  # measure again
-    python benchmarks/speed/run.py --table            # results.json and README.md from what there is
+    python benchmarks/speed/run.py --table            # results.json and README.md from the runs
     python benchmarks/speed/run.py --tiny --folder /tmp/tiny --out /tmp/tiny    # does it still run?
 
 Each run of a contender is a process of its own in its own environment, started when the one before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def summary(run: dict[str, Any]) -> str:
 def of_rounds(ended: list[float]) -> tuple[float, float]:
     """Seconds of start-up and of a round. The first round's end, less a round, is the start-up: so
     what is compiled or started lazily in the first round counts as start-up."""
-    each = statistics.median(b - a for a, b in zip(ended, ended[1:], strict=False))
+    each = statistics.median(b - a for a, b in pairwise(ended))
     return max(ended[0] - each, 0.0), each
 
 

@@ -130,17 +130,51 @@ def ratios(runs: list[dict[str, Any]], ours: str) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+def headline(result: dict[str, Any]) -> list[str]:
+    """How many times as long the fastest of each kind takes for a round as Potluck's fastest."""
+    lines = [
+        "| | Potluck, s a round | `auto` | fastest peer | Flower | hand-written loop |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in result["parts"].items():
+        best = fastest(found["rows"])
+        if best is None:
+            continue
+        times = ratios(found["runs"], best["variant"])
+
+        def least(*names: str, without: str = "never", times: dict[str, float] = times) -> str:
+            mine = [
+                (value, label)
+                for label, value in times.items()
+                if label.partition(",")[0] in names and without not in label
+            ]
+            return f"{min(mine)[0]:.2f} ({min(mine)[1]})" if mine else ""
+
+        wholes = [("", "never")]
+        if WORKLOADS[name].natural:
+            wholes = [(", others padded", "trimmed"), (", others trimmed too", "never")]
+        for words, without in wholes:
+            lines.append(
+                f"| {name}{words} | {digits(best['seconds_a_round'])} ({best['variant']}) | "
+                f"{times.get('potluck, auto', float('nan')):.2f} | "
+                f"{least(*PEERS, without=without)} | {least('flower', without=without)} | "
+                f"{least('bare', without=without)} |"
+            )
+    return lines
+
+
+def fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Potluck's fastest executor."""
+    mine = [r for r in rows if r["contender"] == "potluck" and "reason" not in r]
+    return min(mine, key=lambda r: r["seconds_a_round"], default=None)
+
+
 def tables(result: dict[str, Any]) -> str:
     """All tables, as Markdown."""
-    lines: list[str] = []
+    lines = ["", *headline(result)]
     for name, found in result["parts"].items():
         lines += ["", f"**{name}: {found['about']}**, {WORKLOADS[name].rounds} rounds", ""]
-        good = [r for r in found["rows"] if "reason" not in r]
-        best = min(
-            (r for r in good if r["contender"] == "potluck"),
-            key=lambda r: r["seconds_a_round"],
-            default=None,
-        )
+        best = fastest(found["rows"])
         speed = {} if best is None else ratios(found["runs"], best["variant"])
         ours = "" if best is None else best["variant"]
         lines += [

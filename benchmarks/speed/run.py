@@ -131,6 +131,7 @@ def measure(folder: Path, part: str, contender: Contender, turn: int, limit: flo
         "seconds": round(done.seconds, 3),
         "cpu_seconds": round(done.cpu_seconds, 2),
         "peak_bytes": done.peak_bytes,
+        "other_cpu_seconds": round(done.other_cpu_seconds, 2),
         # Seconds from the start of the process to the end of each round.
         "ended": [round(t - done.started, 5) for t in noted.pop("ended", [])],
         **noted,

@@ -3,7 +3,8 @@
 Memory is the sum over the tree of the proportional set size, in which a page that n processes share
 counts 1/n for each, so that what forked workers or mapped files share counts once. It is looked at
 twice a second. CPU seconds are what the kernel counted for the program and the children it waited
-for, or what was last seen of each process of the tree, whichever is more.
+for, or what was last seen of each process of the tree, whichever is more. What the machine spent beside
+it is told too: a run that was not alone shows it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ class Watched(NamedTuple):
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    other_cpu_seconds: float  # that the machine spent on something else
     returncode: int | None  # None: it was ended after `limit` seconds
 
 
 def watch(command: Sequence[str], *, env: Mapping[str, str], log: Path, limit: float) -> Watched:
     """Run a program to its end, or to the limit, and leave none of its processes behind."""
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-    before = _children_cpu()
+    before, machine_before = _children_cpu(), _machine_cpu()
     seen: dict[int, float] = {}
     peak = 0
     started = time.monotonic()
@@ -53,7 +55,8 @@ def watch(command: Sequence[str], *, env: Mapping[str, str], log: Path, limit: f
         _end_all(seen)
         program.wait()
     cpu = max(_children_cpu() - before, sum(seen.values()))
-    return Watched(started, ended - started, cpu, peak, code)
+    other = max(_machine_cpu() - machine_before - cpu, 0.0)
+    return Watched(started, ended - started, cpu, peak, other, code)
 
 
 def _look(seen: dict[int, float]) -> int:
@@ -91,3 +94,9 @@ def _end_all(seen: dict[int, float]) -> None:
 def _children_cpu() -> float:
     times = os.times()
     return times.children_user + times.children_system
+
+
+def _machine_cpu() -> float:
+    """Seconds that all cores together were not idle."""
+    fields = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")

@@ -40,7 +40,8 @@ def summary(run: dict[str, Any]) -> str:
     first, each = of_rounds(run["ended"])
     return (
         f"{first:.2f} s to the first round, {each:.4f} s a round, {run['cpu_seconds']:.1f} CPU s, "
-        f"{run['peak_bytes'] / 1e6:.0f} MB, loss {run['loss']}, others {run['other_cpu_seconds']} CPU s"
+        f"{run['peak_bytes'] / 1e6:.0f} MB, loss {run['loss']}, "
+        f"others {run['other_cpu_seconds']} CPU s"
     )
 
 

@@ -3,8 +3,8 @@
 Memory is the sum over the tree of the proportional set size, in which a page that n processes share
 counts 1/n for each, so that what forked workers or mapped files share counts once. It is looked at
 twice a second. CPU seconds are what the kernel counted for the program and the children it waited
-for, or what was last seen of each process of the tree, whichever is more. What the machine spent beside
-it is told too: a run that was not alone shows it.
+for, or what was last seen of each process of the tree, whichever is more. What the machine spent
+beside it is told too: a run that was not alone shows it.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ _LIMIT = float(2**62)
 class FixedPointMean:
     """A running weighted sum of vectors. Holds one sum; `add` keeps no reference."""
 
+    scale = _SCALE
+    """One, in the integers of the sum."""
+
     def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None) -> None:
         """Start at zero. `buffer` [dim], if given, holds the sum (shared memory, say)."""
         self.sum: NDArray[np.int64] = np.empty(dim, np.int64) if buffer is None else buffer
@@ -53,7 +56,7 @@ class FixedPointMean:
         scratch = self._scratch
         np.multiply(vector, weight * _SCALE, out=scratch, dtype=np.float64)
         largest = max(float(scratch.max(initial=0.0)), -float(scratch.min(initial=0.0)))
-        if not self.bound + largest < _LIMIT:  # also refuses NaN
+        if not self.has_room(largest):
             raise DivergedError(
                 "an update must be finite and small enough to be summed, "
                 f"got a largest entry of {largest / (weight * _SCALE):g} with weight={weight:g}. "
@@ -63,6 +66,10 @@ class FixedPointMean:
         np.add(self.sum, scratch, out=self.sum, casting="unsafe", dtype=np.int64)
         self.bound += largest
         self.total += weight
+
+    def has_room(self, largest: float) -> bool:
+        """Whether an entry so large, in the integers of the sum, can be added; never NaN."""
+        return self.bound + largest < _LIMIT
 
     def merge(self, other: FixedPointMean) -> None:
         """Add another partial sum: exact, in any order."""

@@ -3,8 +3,8 @@
 It is exact where an algorithm's update is the difference of the weights and its weight the number
 of examples: `FedAvg` and `FedProx`. Then the lines of the algorithm have said all when they have
 asked for their steps, and the sum is made of the same integers as elsewhere
-(`potluck.tasks.device_sum`). For other algorithms, and for updates in a codec, the local weights come back and the algorithm's own
-lines make the update.
+(`potluck.tasks.device_sum`). For other algorithms, and for updates in a codec, the local weights
+come back and the algorithm's own lines make the update.
 
 A client whose loss is not finite, or whose update cannot be summed, is left out and handed back: it
 is trained where the reason can be told.

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
-from potluck.core import FixedPointMean, Vector
+from potluck.core import DivergedError, FixedPointMean, Vector
 from potluck.simulation.executors import (
     NO_STATES,
     CohortResult,
@@ -113,6 +113,11 @@ class Vmap:
         self.refused: str | None = None
         """Why the plain loop trains this task; None if it does not."""
 
+    @property
+    def placed(self) -> DeviceCohort | None:
+        """What trains on a device, if one was named."""
+        return self._device_cohort
+
     def train(
         self,
         algorithm: Algorithm,
@@ -124,29 +129,30 @@ class Vmap:
         states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
         """Local training of one cohort, each client of which received the same."""
-        offsets = self._task.data.offsets
-        sizes = offsets[cohort + 1] - offsets[cohort]
-        cohort = cohort[np.argsort(-sizes, kind="stable")]
-        mean = FixedPointMean(len(received))
-        work = Work(self._task, algorithm, received, seed, round, states, mean)
-        outcomes: list[Outcome] = []
-        kept: dict[int, Vector] = {}
-        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
-            fits = self._fits(cohort)
-            pooled = self._pooling.train(work, cohort) if fits.all() else None
-            if pooled is not None:
-                return pooled
-            done, rest = self._reduced(work, cohort[fits])
-            outcomes += done
-            trained = [
-                self._train(work, rest[i : i + self.chunk]) for i in range(0, len(rest), self.chunk)
-            ]
-            misfits = [Recorder(self._task, client) for client in map(int, cohort[~fits])]
-            for outcome, state in chain(*trained, self._train_plain(work, misfits)):
-                outcomes.append(outcome)
-                if state is not None:
-                    kept[outcome.client] = state
-        return summarise(mean, outcomes, kept)
+        work, cohort = self._work(algorithm, received, cohort, seed, round, states)
+        pooled = self._pooled(work, cohort)
+        return pooled or self._side_by_side(work, cohort)
+
+    def train_part(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector] = NO_STATES,
+    ) -> tuple[FixedPointMean, CohortResult]:
+        """The same, with the sum that the aggregate was made of."""
+        work, cohort = self._work(algorithm, received, cohort, seed, round, states)
+        pooled = self._pooled(work, cohort)
+        if pooled is not None:
+            try:
+                work.mean.add(pooled.aggregate, float(pooled.num_examples))
+                return work.mean, pooled
+            except DivergedError:  # side by side, whoever it was is named
+                pass
+        return work.mean, self._side_by_side(work, cohort)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
@@ -157,6 +163,43 @@ class Vmap:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _work(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector],
+    ) -> tuple[Work, NDArray[np.int64]]:
+        """What is asked for, and the cohort with its largest clients first."""
+        offsets = self._task.data.offsets
+        sizes = offsets[cohort + 1] - offsets[cohort]
+        mean = FixedPointMean(len(received))
+        work = Work(self._task, algorithm, received, seed, round, states, mean)
+        return work, cohort[np.argsort(-sizes, kind="stable")]
+
+    def _pooled(self, work: Work, cohort: NDArray[np.int64]) -> CohortResult | None:
+        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
+            return self._pooling.train(work, cohort) if self._fits(cohort).all() else None
+
+    def _side_by_side(self, work: Work, cohort: NDArray[np.int64]) -> CohortResult:
+        outcomes: list[Outcome] = []
+        kept: dict[int, Vector] = {}
+        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
+            fits = self._fits(cohort)
+            done, rest = self._reduced(work, cohort[fits])
+            outcomes += done
+            trained = [
+                self._train(work, rest[i : i + self.chunk]) for i in range(0, len(rest), self.chunk)
+            ]
+            misfits = [Recorder(self._task, client) for client in map(int, cohort[~fits])]
+            for outcome, state in chain(*trained, self._train_plain(work, misfits)):
+                outcomes.append(outcome)
+                if state is not None:
+                    kept[outcome.client] = state
+        return summarise(work.mean, outcomes, kept)
 
     def _fits(self, cohort: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which clients have data that the device may be given."""
@@ -172,9 +215,10 @@ class Vmap:
         if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
             return [], cohort
         recorders = [Recorder(self._task, client) for client in map(int, cohort)]
+        asking = work._replace(mean=FixedPointMean(len(work.received)))
         for recorder in recorders:
             try:
-                work.train(recorder.client, recorder)
+                asking.train(recorder.client, recorder)
                 return [], cohort  # without a step
             except Unanswered:
                 pass

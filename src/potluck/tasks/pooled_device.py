@@ -10,6 +10,7 @@ ordered by length, so that little is padded. The module is PyTorch's, with its o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class PooledOnDevice:
         with torch.no_grad():
             for parameter, total in zip(self._parameters, sums, strict=True):
                 parameter.add_(total, alpha=-lr)
-        losses: list[float] = (totals / count).tolist()
+        losses = cast("list[float]", (totals / count).tolist())
         return self._vector.cpu().numpy().copy(), losses
 
     def _parts(self, count: int) -> list[slice]:

@@ -111,9 +111,9 @@ class _Plan:
     ) -> Tick:
         rows = np.empty((len(clients), size), np.int64)
         rates = np.empty(len(clients), np.float32)
-        for i, (client, s) in enumerate(zip(clients.tolist(), position.tolist(), strict=True)):
-            run = self._runs[client]
-            batch, rates[i] = run.steps[s]
+        for i, (client, s) in enumerate(zip(clients, position, strict=True)):
+            run = self._runs[int(client)]
+            batch, rates[i] = run.steps[int(s)]
             mine = run.rows[batch]
             rows[i, : len(mine)] = mine
             rows[i, len(mine) :] = ~mine[0]  # one of the client's own

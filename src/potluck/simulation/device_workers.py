@@ -131,7 +131,7 @@ class DeviceWorkers:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, by the first process."""
         nobody = np.empty(0, np.int64)
-        (metrics,) = self._ask([_Request(None, weights, nobody, 0, 0, NO_STATES)])
+        (metrics,) = self._ask([_Request(None, weights, nobody, 0, 0, {})])
         return metrics
 
     def close(self) -> None:
@@ -172,6 +172,7 @@ class DeviceWorkers:
             for process, request in asked:
                 process.pipe.send(request)
         except (AttributeError, PicklingError) as error:
+            self.close()  # some may have been asked
             raise WorkerError(
                 "an algorithm must be made of named functions and classes of a module to reach "
                 f"other processes, got {error}. Take a schedule of potluck.schedules."

@@ -51,6 +51,29 @@ def written(tmp_path):
     return write
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["device=gpu"], r"run.device must be 'cpu', .* got run.device = 'gpu'"),
+        (["device=cuda"], r"left out with run.executor = 'workers', .* Use run.executor = 'vmap'"),
+        (["executor=auto", "precision=bf16"], r"run.precision must be left out without a GPU"),
+        (["executor=vmap", "precision=tf32"], r"got run.precision = 'tf32' .*run.device = None"),
+        (["executor=vmap", "precision=half"], r"one of 'float32', 'tf32', 'bf16', got"),
+    ],
+)
+def test_a_device_that_does_not_fit_is_refused(written, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(written(GOOD), [f"run.{override}" for override in overrides])
+
+
+def test_a_device_is_read(written):
+    run = load_experiment(
+        written(GOOD), ["run.executor=vmap", "run.device=cuda:1", "run.precision=tf32"]
+    ).run
+    assert (run.device, run.precision) == ("cuda:1", "tf32")
+    assert load_experiment(written(GOOD), ["run.device=cpu"]).run.precision is None
+
+
 def test_a_good_file_is_read(written):
     experiment = load_experiment(written(GOOD), ["run.rounds=5", "task.model=logistic"])
     assert experiment.run.rounds == 5

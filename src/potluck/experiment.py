@@ -7,6 +7,7 @@ commented example.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,6 +242,11 @@ class RunSection(_Section):
     """Training examples on which the averaged model's loss is taken too: `train_loss`."""
     executor: Literal["auto", "loop", "workers", "vmap", "ray"] = "workers"
     workers: Annotated[int, Field(ge=1)] | None = None
+    device: str | None = None
+    """For executor = "vmap" and "auto": "cpu", "cuda", "cuda:1" or "auto", a GPU if there is one.
+    None is "cpu" for the first and "auto" for the second."""
+    precision: Literal["float32", "tf32", "bf16"] | None = None
+    """Of products on a GPU; None is float32."""
     ray_address: str | None = None
     """For executor = "ray": "auto" or "ray://host:10001"; None starts a cluster on this machine."""
     skip_failures: bool = False
@@ -346,9 +352,32 @@ def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Experiment)}") from None
+    _check_device(experiment.run, origin)
     if experiment.devices is not None:
         _check_devices(experiment.devices, origin)
     return experiment
+
+
+def _check_device(run: RunSection, origin: str) -> None:
+    """What the schema cannot say of [run]: the names of devices, and what goes with which."""
+    if run.device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
+        raise ConfigError(
+            f"{origin}: run.device must be 'cpu', 'cuda', 'cuda:<number>' or 'auto', got "
+            f"run.device = {run.device!r}. 'auto' takes a GPU if there is one."
+        )
+    if run.device not in (None, "cpu") and run.executor not in ("vmap", "auto"):
+        raise ConfigError(
+            f"{origin}: run.device must be left out with run.executor = {run.executor!r}, got "
+            f"run.device = {run.device!r}. Use run.executor = 'vmap' or 'auto'."
+        )
+    if run.precision not in (None, "float32") and (
+        run.executor != "vmap" or run.device in (None, "cpu")
+    ):
+        raise ConfigError(
+            f"{origin}: run.precision must be left out without a GPU that is named, got "
+            f"run.precision = {run.precision!r} with run.executor = {run.executor!r} and "
+            f"run.device = {run.device!r}. Use run.executor = 'vmap' and run.device = 'cuda'."
+        )
 
 
 def _check_devices(devices: DevicesSection, origin: str) -> None:

@@ -74,7 +74,12 @@ stop_at_target = true
 # executor = "workers"        # workers: a process per core; loop: one process; vmap: a cohort as
                               # one program, for small models; ray: workers on many machines;
                               # auto: times the first three and chooses
-# workers = 2                 # number of processes; all cores if left out (vmap: one)
+# workers = 2                 # number of processes; all cores if left out, with vmap one; more
+                              # on a GPU are shared out among the GPUs
+# device = "cuda"             # vmap and auto: cpu, cuda, cuda:1, or auto, a GPU if there is one;
+                              # left out, vmap takes the cpu and auto a GPU if there is one
+# precision = "tf32"          # vmap on a GPU: float32 (the default); tf32 and bf16 are faster and
+                              # round more
 # ray_address = "auto"        # a Ray cluster that runs; one on this machine if left out
 # skip_failures = false       # true: leave a client that fails out of its round and go on
 

@@ -34,6 +34,9 @@ _MAGIC_BITS = int(np.float64(_MAGIC).view(np.int64))
 class FixedPointMean:
     """A running weighted sum of vectors. Holds one sum; `add` keeps no reference."""
 
+    scale = _SCALE
+    """One, in the integers of the sum."""
+
     def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None) -> None:
         """Start at zero. `buffer` [dim], if given, holds the sum (shared memory, say)."""
         self.sum: NDArray[np.int64] = np.empty(dim, np.int64) if buffer is None else buffer
@@ -57,7 +60,7 @@ class FixedPointMean:
             raise ValueError(f"weight must be positive and finite, got weight={weight!r}.")
         entry = max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
         largest = entry * (weight * _SCALE)
-        if not self.bound + largest < _LIMIT:  # also refuses NaN
+        if not self.has_room(largest):
             raise DivergedError(
                 "an update must be finite and small enough to be summed, "
                 f"got a largest entry of {entry:g} with weight={weight:g}. "
@@ -77,6 +80,10 @@ class FixedPointMean:
                 np.add(self.sum[block], scratch, out=self.sum[block], casting="unsafe")
         self.bound += largest
         self.total += weight
+
+    def has_room(self, largest: float) -> bool:
+        """Whether an entry so large, in the integers of the sum, can be added; never NaN."""
+        return self.bound + largest < _LIMIT
 
     def merge(self, other: FixedPointMean) -> None:
         """Add another partial sum: exact, in any order."""

@@ -8,7 +8,7 @@
 
 The steps that are timed first are copies of what the clients do next and leave no trace; the rounds
 count. The first of two warms up. Processes must be started, which only a run of some length
-repays, so they come last.
+repays, so they come last. Where there is a GPU, it is what `vmap` trains on.
 
 The choice decides neither cohorts nor batches, and results only to float tolerance. It is made
 anew for another algorithm.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
@@ -31,6 +32,7 @@ from potluck.simulation.timing import Estimate, estimate
 from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers, available_cores
 from potluck.tasks import Task
+from potluck.tasks.placement import device_of
 
 _Name: TypeAlias = Literal["loop", "vmap", "workers"]
 _FAR = 2.0  # times the faster's time, from which on a whole round is not spent on the other
@@ -45,6 +47,7 @@ class Auto:
         task: as for every executor.
         num_workers: processes of `workers`; the number of cores this process may use if None. With
             1 there are none.
+        device: on which `vmap` trains: "auto" is a GPU if there is one, "cpu" is none.
         clock: in seconds.
     """
 
@@ -53,10 +56,14 @@ class Auto:
         task: Task,
         num_workers: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        device: str | torch.device = "auto",
     ) -> None:
         self._task, self._clock = task, clock
         self._num_workers = num_workers or available_cores()
         self._executors: dict[_Name, Executor] = {"loop": Loop(task)}
+        where = device_of(device) if isinstance(device, str) else device
+        leaves_cpu = where.type != "cpu" or not isinstance(device, str)
+        self._on_device = Vmap(task, device=where) if leaves_cpu else None
         self._name: _Name = "loop"
         self._algorithm: Algorithm | None = None  # the one that the choice is for
         self._per_step: dict[_Name, float] = {}  # seconds of a local step, as measured so far
@@ -76,6 +83,7 @@ class Auto:
         vmap = self._executors.get("vmap")
         words = self._name
         if self._name == "vmap" and isinstance(vmap, Vmap):
+            words += "" if vmap.placed is None else f" on {vmap.placed.device}"
             words += f" in chunks of {vmap.chunk}"
         if self._name == "workers":
             words += f", {self._num_workers} processes"
@@ -101,7 +109,8 @@ class Auto:
         if len(cohort) > 0 and algorithm != self._algorithm:
             mean = FixedPointMean(len(received))
             work = Work(self._task, algorithm, received, seed, round, states, mean)
-            self._begin(algorithm, estimate(work, cohort, self._clock))
+            placed = None if self._on_device is None else self._on_device.placed
+            self._begin(algorithm, estimate(work, cohort, self._clock, placed))
         started = self._clock()
         try:
             result = self._executors[self._name].train(
@@ -134,7 +143,8 @@ class Auto:
         self._per_step = {"loop": costs.loop}
         order: list[_Name] = ["loop"]
         if costs.vmap < _FAR * costs.loop:
-            self._executors["vmap"] = Vmap(self._task, costs.chunk, compiles=True)
+            program = self._on_device or Vmap(self._task, costs.chunk, compiles=True)
+            self._executors["vmap"] = program
             self._per_step["vmap"] = costs.vmap
             order = ["vmap", "loop"] if costs.vmap < costs.loop else ["loop", "vmap"]
         far = _FAR * self._per_step[order[0]]

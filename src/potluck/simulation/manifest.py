@@ -21,6 +21,7 @@ _FREE = (
     "run.rounds",
     "run.executor",
     "run.workers",
+    "run.device",
     "run.ray_address",
     "run.stop_at_target",
     "run.target",

@@ -17,9 +17,10 @@ from potluck.algorithms import FedAvg, FedProx
 from potluck.core import FixedPointMean, Vector
 from potluck.simulation.executors import Outcome
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
-from potluck.simulation.trial import compare, play
+from potluck.simulation.trial import TOLERANCE, compare, play
 from potluck.tasks import LocalRun, Task, TorchRuntime
 from potluck.tasks.pooled import PooledStep
+from potluck.tasks.pooled_device import PooledOnDevice
 
 _LINEAR = (FedAvg, FedProx)  # Δ is the local weights less those received; the weight is n
 
@@ -27,9 +28,15 @@ _LINEAR = (FedAvg, FedProx)  # Δ is the local weights less those received; the 
 class Pooling:
     """Trains such cohorts for one task; `plain` is what its first step is compared with."""
 
-    def __init__(self, task: Task, plain: TorchRuntime) -> None:
-        self._task, self._plain = task, plain
-        self._pooled = PooledStep(task)
+    def __init__(
+        self,
+        task: Task,
+        plain: TorchRuntime,
+        pooled: PooledStep | PooledOnDevice | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        self._task, self._plain, self._tolerance = task, plain, tolerance
+        self._pooled = pooled or PooledStep(task)
         self._is_tried = self._is_refused = False
 
     def train(self, work: Work, clients: NDArray[np.int64]) -> list[Outcome] | None:
@@ -70,7 +77,9 @@ class Pooling:
             both, _, shares = self._step(work.received, few)
             alone = np.stack([play(self._plain, recorder).weights for recorder in few])
             expected = (shares @ alone).astype(np.float32)
-            self._is_tried = compare(work.received, Answer(both, 0.0), Answer(expected, 0.0))
+            self._is_tried = compare(
+                work.received, Answer(both, 0.0), Answer(expected, 0.0), self._tolerance
+            )
         local, losses, shares = self._step(work.received, recorders)
         if not (np.isfinite(losses).all() and np.isfinite(local).all()):
             return None  # side by side, whoever it was is named

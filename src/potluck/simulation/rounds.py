@@ -25,11 +25,14 @@ from potluck.core.cohorts import cohort_size
 from potluck.simulation.auto import Auto
 from potluck.simulation.cluster import Cluster
 from potluck.simulation.compression import compressed
+from potluck.simulation.device_workers import DeviceWorkers
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
 from potluck.simulation.virtual import Timing, VirtualTime, timeline
 from potluck.simulation.vmap import Vmap, chunk_for
 from potluck.simulation.workers import Workers
 from potluck.tasks import Task, spec_of
+from potluck.tasks.placement import device_of, devices_of
+from potluck.tasks.precision import Precision
 
 ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
@@ -198,31 +201,64 @@ def _rounds(
 
 
 def make_executor(
-    name: str, task: Task, num_workers: int | None = None, *, address: str | None = None
+    name: str,
+    task: Task,
+    num_workers: int | None = None,
+    *,
+    address: str | None = None,
+    device: str | None = None,
+    precision: Precision = "float32",
 ) -> Executor:
     """An executor by its name; the caller closes it.
 
     Args:
         num_workers: for "workers" and "ray"; as many as there are cores if None. For "vmap" more
-            than one are processes among which its chunks are divided.
+            than one are processes among which its chunks are divided, or its cohort if they share
+            the GPUs that `device` names.
         address: for "ray": see `Cluster`.
+        device: for "vmap" and "auto": "cpu", "cuda", "cuda:1", or "auto", a GPU if there is one.
+            For "vmap" None is "cpu", for "auto" it is "auto".
+        precision: for "vmap" with a GPU: "float32", "tf32" or "bf16".
     """
+    if name not in ("vmap", "auto") and device not in (None, "cpu"):
+        raise ValueError(
+            f"device must be left out with executor={name!r}, got device={device!r}. "
+            "Use executor='vmap' or 'auto'."
+        )
+    if precision != "float32" and name != "vmap":
+        raise ValueError(
+            f"precision must be left out with executor={name!r}, got precision={precision!r}. "
+            "Use executor='vmap'."
+        )
     if name == "loop":
         return Loop(task)
     if name == "workers":
         return Workers(task, num_workers)
     if name == "vmap":
-        if num_workers is None or num_workers == 1:
-            return Vmap(task)
-        chunk = chunk_for(spec_of(task.module()).num_bytes)
-        return Workers(task, num_workers, chunk=chunk)
+        return _vmap(task, num_workers, device or "cpu", precision)
     if name == "ray":
         return Cluster(task, num_workers, address=address)
     if name == "auto":
-        return Auto(task, num_workers)
+        return Auto(task, num_workers, device=device or "auto")
     raise ValueError(
         f"executor must be 'auto', 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}."
     )
+
+
+def _vmap(task: Task, processes: int | None, device: str, precision: Precision) -> Executor:
+    where = device_of(device)
+    if where.type == "cpu":
+        if precision != "float32":
+            raise ValueError(
+                f"precision must be 'float32' without a GPU, got precision={precision!r} with "
+                f"device={device!r}. Leave it out, or name a GPU."
+            )
+        if processes is None or processes == 1:
+            return Vmap(task)
+        return Workers(task, processes, chunk=chunk_for(spec_of(task.module()).num_bytes))
+    if processes is None or processes == 1:
+        return Vmap(task, device=where, precision=precision)
+    return DeviceWorkers(task, devices_of(device, processes), precision)
 
 
 def _round(

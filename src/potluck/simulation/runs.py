@@ -175,7 +175,14 @@ class _Run:
             self._close()
             return
         (self.directory / "final.safetensors").unlink(missing_ok=True)
-        executor = make_executor(run.executor, task, run.workers, address=run.ray_address)
+        executor = make_executor(
+            run.executor,
+            task,
+            run.workers,
+            address=run.ray_address,
+            device=run.device,
+            precision=run.precision or "float32",
+        )
         if run.evaluate_train is not None:
             executor = WithTrainLoss(executor, task, run.evaluate_train)
         last: _Position | None = start

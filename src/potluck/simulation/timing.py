@@ -18,6 +18,7 @@ from potluck.simulation.recording import Recorder, Unanswered, Work
 from potluck.simulation.trial import play, shortened
 from potluck.simulation.vmap import chunk_for
 from potluck.tasks import CohortRuntime, TorchRuntime
+from potluck.tasks.device_cohort import DeviceCohort
 
 _FEW, _MORE = 1, 4  # steps
 _REPEATS = 3  # of which the fastest counts, the first of all being no measure
@@ -32,14 +33,26 @@ class Estimate(NamedTuple):
     chunk: int  # clients that are trained side by side at that cost
 
 
-def estimate(work: Work, cohort: NDArray[np.int64], clock: Callable[[], float]) -> Estimate:
-    """Time the first steps of a cohort's largest clients. Nothing of it is kept."""
+def estimate(
+    work: Work,
+    cohort: NDArray[np.int64],
+    clock: Callable[[], float],
+    placed: DeviceCohort | None = None,
+) -> Estimate:
+    """Time the first steps of a cohort's largest clients. Nothing of it is kept.
+
+    Args:
+        placed: what trains clients side by side instead of this processor.
+    """
+    if placed is not None:
+        cohort = np.array([k for k in cohort if int(k) not in placed.misfits], np.int64)
     offsets = work.task.data.offsets
     sizes = offsets[cohort + 1] - offsets[cohort]
     cohort = cohort[np.argsort(-sizes, kind="stable")]
     with torch.random.fork_rng(devices=[]), kernel_threads(1):
         plain = TorchRuntime(work.task)
-        usual = min(chunk_for(plain.spec.num_bytes), len(cohort))
+        usual = chunk_for(plain.spec.num_bytes) if placed is None else placed.chunk
+        usual = min(usual, len(cohort))
         recorders = _recorded(work, cohort[:usual])
         if not recorders:
             return Estimate(0.0, np.inf, usual)
@@ -52,7 +65,7 @@ def estimate(work: Work, cohort: NDArray[np.int64], clock: Callable[[], float]) 
         chunk = usual
         try:
             loop = _per_step(alone, recorders[:1], clock)
-            together = CohortRuntime(work.task)
+            together = placed or CohortRuntime(work.task)
 
             def side_by_side(some: Sequence[Recorder], steps: int) -> None:
                 together.train([shortened(recorder.run, steps) for recorder in some])

@@ -9,6 +9,9 @@ A model is first tried on two clients for a few steps (`trial`). One that cannot
 that gives something else then, is trained by the plain loop, and a line of the log "potluck" says
 why. When a chunk fails later, its clients are trained one by one, which names the one whose data
 it was.
+
+On a GPU it is another program (`potluck.tasks.device_cohort`) for the same clients, and where the
+algorithm allows it the updates are summed there (`reducing`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import numpy as np
@@ -33,7 +37,8 @@ from potluck.simulation.executors import (
 )
 from potluck.simulation.pooling import Pooling
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
-from potluck.simulation.trial import compare, play, shortened
+from potluck.simulation.reducing import is_reducible, reduce
+from potluck.simulation.trial import TOLERANCE, compare, play, shortened
 from potluck.tasks import (
     CohortRuntime,
     Evaluator,
@@ -43,11 +48,17 @@ from potluck.tasks import (
     evaluation_batches,
     means,
 )
+from potluck.tasks.device_cohort import DeviceCohort
+from potluck.tasks.placement import device_of, unpacked_rnns
+from potluck.tasks.pooled_device import PooledOnDevice
+from potluck.tasks.precision import Precision, check_precision, products
 
 _LOG = logging.getLogger("potluck")
 _CHUNK = 256  # clients, beyond which a larger chunk gains nothing
 _CHUNK_BYTES = 4 * 2**20  # of the models of a chunk, which the caches of a processor hold
 _COPIES = 8  # of each model: weights, gradient, result, what pulls, temporaries
+_EVALUATED = 1000  # examples at a time, on a device
+_TOLERANCES = {"tf32": 2e-2, "bf16": 0.5}  # of a trial, where products are not of float32
 Trained: TypeAlias = tuple[Outcome, Vector | None]  # as `train_client` gives it
 
 
@@ -60,6 +71,9 @@ class Vmap:
         num_threads: of PyTorch's kernels.
         compiles: compile a step that takes long, where a C++ compiler is at hand. When that is
             depends on the clock, so the bits of a run do not repeat.
+        device: "cuda", "cuda:1" or "auto", a GPU if there is one; "cpu" runs the lines for a GPU on
+            a CPU, which is for tests. Without it, what is fast on a CPU.
+        precision: of products on a device: "float32", "tf32" or "bf16".
     """
 
     def __init__(
@@ -68,6 +82,8 @@ class Vmap:
         chunk: int | None = None,
         num_threads: int = 1,
         compiles: bool = False,
+        device: str | torch.device | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if chunk is not None and chunk < 1:
             raise ValueError(
@@ -76,14 +92,30 @@ class Vmap:
         self._task = task
         self._num_threads = num_threads
         self._plain = TorchRuntime(task)
-        self._cohort = CohortRuntime(task, compiles=compiles)
-        self._pooling = Pooling(task, self._plain)
-        self._evaluator = Evaluator(task)
-        self._test = evaluation_batches(task)
+        self._precision: Precision = precision
+        self._tolerance = _TOLERANCES.get(precision, TOLERANCE)
+        self._device_cohort = _placed(task, device, precision, chunk)
+        self._cohort: CohortRuntime | DeviceCohort
+        if self._device_cohort is None:
+            self._cohort = CohortRuntime(task, compiles=compiles)
+            self._pooling = Pooling(task, self._plain)
+            self._evaluator, self._test = Evaluator(task), evaluation_batches(task)
+            self.chunk = chunk or chunk_for(self._plain.spec.num_bytes)
+        else:
+            self._cohort = placed = self._device_cohort
+            pooled = PooledOnDevice(task, placed.device, precision, placed.resident())
+            self._pooling = Pooling(task, self._plain, pooled, self._tolerance)
+            self._evaluator = Evaluator(task, placed.device)
+            self._test = evaluation_batches(task, size=_EVALUATED)
+            self.chunk = placed.chunk
         self._tried: set[object] = set()  # kinds of corrections that agreed with the plain loop
-        self.chunk = chunk or chunk_for(self._plain.spec.num_bytes)
         self.refused: str | None = None
         """Why the plain loop trains this task; None if it does not."""
+
+    @property
+    def placed(self) -> DeviceCohort | None:
+        """What trains on a device, if one was named."""
+        return self._device_cohort
 
     def train(
         self,
@@ -96,6 +128,22 @@ class Vmap:
         states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
         """Local training of one cohort, each client of which received the same."""
+        _, result = self.train_part(
+            algorithm, received, cohort, seed=seed, round=round, states=states
+        )
+        return result
+
+    def train_part(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector] = NO_STATES,
+    ) -> tuple[FixedPointMean, CohortResult]:
+        """The same, with the sum that the aggregate was made of."""
         offsets = self._task.data.offsets
         sizes = offsets[cohort + 1] - offsets[cohort]
         cohort = cohort[np.argsort(-sizes, kind="stable")]
@@ -108,25 +156,62 @@ class Vmap:
                 outcomes.append(outcome)
                 if state is not None:
                     kept[outcome.client] = state
-        return summarise(mean, outcomes, kept)
+        return mean, summarise(mean, outcomes, kept)
 
     def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
         """The client halves of these clients, into the mean of `work`; neighbours side by side."""
-        pooled = self._pooling.train(work, clients)
+        fits = self._fits(clients)
+        pooled = self._pooling.train(work, clients) if fits.all() else None
         if pooled is not None:
             yield from ((outcome, None) for outcome in pooled)
             return
-        for i in range(0, len(clients), self.chunk):
-            yield from self._train(work, clients[i : i + self.chunk])
+        done, rest = self._reduced(work, clients[fits])
+        yield from ((outcome, None) for outcome in done)
+        for i in range(0, len(rest), self.chunk):
+            yield from self._train(work, rest[i : i + self.chunk])
+        misfits = [Recorder(self._task, client) for client in map(int, clients[~fits])]
+        yield from self._train_plain(work, misfits)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
         self._evaluator.load(weights)
-        with kernel_threads(self._num_threads):
+        precise = nullcontext() if self._device_cohort is None else products(self._precision)
+        with kernel_threads(self._num_threads), precise, unpacked_rnns():
             return means([self._evaluator.sums(b) for b in self._test])
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _fits(self, cohort: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which clients have data that the device may be given."""
+        placed = self._device_cohort
+        if placed is None or not placed.misfits:
+            return np.ones(len(cohort), bool)
+        return np.array([int(client) not in placed.misfits for client in cohort], bool)
+
+    def _reduced(
+        self, work: Work, cohort: NDArray[np.int64]
+    ) -> tuple[list[Outcome], NDArray[np.int64]]:
+        """The clients that are in the sum already, made on the device; and the others."""
+        placed = self._device_cohort
+        if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
+            return [], cohort
+        recorders = [Recorder(self._task, client) for client in map(int, cohort)]
+        asking = work._replace(mean=FixedPointMean(len(work.received)))
+        for recorder in recorders:
+            try:
+                asking.train(recorder.client, recorder)
+                return [], cohort  # without a step
+            except Unanswered:
+                pass
+        if not recorders:
+            return [], cohort
+        try:
+            self._trust(recorders)
+            done, left = reduce(work, recorders, placed)
+        except Exception:  # as in `_train`, which tells why
+            return [], cohort
+        return done, np.array([recorder.client for recorder in left], np.int64)
 
     def _train(self, work: Work, chunk: NDArray[np.int64]) -> list[Trained]:
         """Run the client halves of a chunk until each has its answers."""
@@ -153,15 +238,23 @@ class Vmap:
     def _train_plain(self, work: Work, recorders: Sequence[Recorder]) -> list[Trained]:
         return [work.train(recorder.client, self._plain) for recorder in recorders]
 
+    def _trust(self, recorders: Sequence[Recorder]) -> None:
+        """Compare with the plain loop, unless corrections of this kind were compared before.
+
+        Raises:
+            Exception: it cannot be vectorised, or differs.
+        """
+        kind = _kind(recorders[0].run)
+        if kind not in self._tried and self._try(recorders[:2]):
+            self._tried.add(kind)
+
     def _answer(self, recorders: Sequence[Recorder]) -> None:
         """Train side by side what was recorded, with corrections of one kind.
 
         Raises:
             Exception: it cannot be.
         """
-        kind = _kind(recorders[0].run)
-        if kind not in self._tried and self._try(recorders[:2]):
-            self._tried.add(kind)
+        self._trust(recorders)
         weights, losses = self._cohort.train([recorder.run for recorder in recorders])
         for recorder, row, loss in zip(recorders, weights, losses.tolist(), strict=True):
             recorder.answers.append(Answer(row, loss))
@@ -177,7 +270,7 @@ class Vmap:
         weights, losses = self._cohort.train(runs)
         found = [Answer(row, loss) for row, loss in zip(weights, losses.tolist(), strict=True)]
         said = [
-            compare(run.start, one, other)
+            compare(run.start, one, other, self._tolerance)
             for run, one, other in zip(runs, found, expected, strict=True)
         ]
         return all(said)
@@ -185,6 +278,22 @@ class Vmap:
     def _refuse(self, error: Exception) -> None:
         self.refused = str(error).splitlines()[0] if str(error) else type(error).__name__
         _LOG.warning("vmap cannot train this model, so loop does. %s", self.refused)
+
+
+def _placed(
+    task: Task, device: str | torch.device | None, precision: Precision, chunk: int | None
+) -> DeviceCohort | None:
+    """The clients of a task on a device, if one was named."""
+    if device is None:
+        if precision != "float32":
+            raise ValueError(
+                f"precision must be 'float32' without a device, got precision={precision!r}. "
+                "Name a GPU as the device."
+            )
+        return None
+    device = device_of(device) if isinstance(device, str) else device
+    check_precision(precision, device)
+    return DeviceCohort(task, device, precision, chunk)
 
 
 def chunk_for(model_bytes: int) -> int:

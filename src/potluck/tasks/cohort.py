@@ -31,6 +31,7 @@ from potluck.tasks.task import Task, spec_of
 from potluck.tasks.vectorised import Vectorised
 
 Index = slice | Tensor  # of clients among those that are trained together
+_CPU = torch.device("cpu")
 
 
 class LocalRun(NamedTuple):
@@ -79,18 +80,27 @@ class Gradient(Protocol):
 class CohortRuntime:
     """Trains clients side by side; every row of its result is what that client would get alone."""
 
-    def __init__(self, task: Task, *, plain: bool = False, compiles: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        plain: bool = False,
+        compiles: bool = False,
+        device: torch.device = _CPU,
+    ) -> None:
         """
         Args:
             plain: without what is written out for particular models, which is for tests.
             compiles: a step that takes long is compiled, at a moment that depends on the clock.
+            device: where steps are made, with `plain` alone; see `potluck.tasks.device_cohort`.
         """
         module = task.module().train()
         self.spec: Spec = spec_of(module)
         layers = None if plain else layers_of(module, task)
         self.is_stack = layers is not None
+        self._device = device
         self._gradient: Gradient = (
-            Vectorised(task, self.spec, compiles=compiles)
+            Vectorised(task, self.spec, compiles=compiles, device=device)
             if layers is None
             else Stack(task, layers)
         )
@@ -109,11 +119,11 @@ class CohortRuntime:
                 cannot be used.
         """
         weights, received, drift = self._begin(runs)
-        sums = torch.zeros(len(runs))
+        sums = torch.zeros(len(runs), device=self._device)
         clip, proximal, _ = runs[0].correction
         self._gradient.begin([run.seed for run in runs])
         for group in _Groups(self._gradient, runs):
-            index = _index(group.clients)
+            index = _index(group.clients, self._device)
             mine = _of(weights, index)
             pull = Pull(clip, proximal, _of(received, index), _of(drift, index))
             losses = self._gradient.step(mine, group.clients, group.batches, group.lr, pull)
@@ -127,7 +137,7 @@ class CohortRuntime:
         for name, view in self.spec.unflatten(result).items():
             view.copy_(weights[name])
         counts = np.array([max(len(run.steps), 1) for run in runs], np.float32)
-        return result.numpy(), np.divide(sums.numpy(), counts, dtype=np.float32)
+        return result.numpy(), np.divide(sums.cpu().numpy(), counts, dtype=np.float32)
 
     def _begin(
         self, runs: Sequence[LocalRun]
@@ -136,15 +146,18 @@ class CohortRuntime:
         first = runs[0].start
         address = first.__array_interface__["data"]
         if all(run.start.__array_interface__["data"] == address for run in runs):
-            starts = torch.tensor(first).expand(len(runs), -1)
+            starts = torch.tensor(first, device=self._device).expand(len(runs), -1)
         else:
-            starts = torch.from_numpy(np.stack([run.start for run in runs]))
+            starts = self._there(np.stack([run.start for run in runs]))
         # A tensor a layer, rows next to each other: what batched matrix products want.
         weights = {n: v.clone(memory_format=_ROWS) for n, v in self._views(starts).items()}
         received = self._views(starts) if runs[0].correction.proximal != 0.0 else {}
         drifts = [run.correction.drift for run in runs if run.correction.drift is not None]
-        drift = self._views(torch.from_numpy(np.stack(drifts))) if drifts else {}
+        drift = self._views(self._there(np.stack(drifts))) if drifts else {}
         return weights, received, drift
+
+    def _there(self, matrix: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(matrix).to(self._device)
 
     def _views(self, matrix: Tensor) -> dict[str, Tensor]:
         return self.spec.unflatten(matrix)
@@ -221,11 +234,11 @@ def _each_alone(runs: Sequence[LocalRun]) -> Iterator[list[int]]:
     return ([client] for client in range(len(runs)))
 
 
-def _index(clients: Sequence[int]) -> Index:
+def _index(clients: Sequence[int], device: torch.device) -> Index:
     """Neighbours as a slice, whose rows need no copy."""
     if list(clients) == list(range(clients[0], clients[0] + len(clients))):
         return slice(clients[0], clients[-1] + 1)
-    return torch.tensor(clients)
+    return torch.tensor(clients, device=device)
 
 
 def _of(tensors: Mapping[str, Tensor], index: Index) -> dict[str, Tensor]:

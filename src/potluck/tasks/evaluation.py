@@ -17,17 +17,18 @@ EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
 
 
 class Evaluator:
-    """One module in evaluation mode, for any number of models."""
+    """One module in evaluation mode, for any number of models; on a CPU if no device is given."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self._task = task
-        self._module = task.module().eval()
-        self._vector = torch.empty(spec_of(self._module).dim, dtype=torch.float32)
+        self._device = device or torch.device("cpu")
+        self._module = task.module().eval().to(self._device)
+        self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
 
     def load(self, weights: Vector) -> None:
         """Evaluate this model from now on."""
-        self._vector.numpy()[...] = weights
+        self._vector.copy_(torch.tensor(weights))
 
     def sums(self, examples: Examples) -> dict[str, NDArray[np.float64]]:
         """Of one batch: name to [sum, count], the loss among them."""
@@ -50,7 +51,7 @@ class Evaluator:
             for name, metric in self._task.metrics.items():
                 values = metric(outputs, targets).double().reshape(len(targets), -1)
                 counts = (~values.isnan()).sum(1).double()
-                result[name] = torch.stack([values.nansum(1), counts], dim=1).numpy()
+                result[name] = torch.stack([values.nansum(1), counts], dim=1).cpu().numpy()
         return result
 
     def _outputs(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +59,11 @@ class Evaluator:
         if self._task.data.padding is not None:
             longest = int(lengths(inputs, self._task.data.padding).max())
             inputs, targets = trimmed(inputs, targets, max(longest, 1))
-        return self._module(torch.from_numpy(inputs)), torch.from_numpy(targets)
+        there = (
+            torch.from_numpy(inputs).to(self._device),
+            torch.from_numpy(targets).to(self._device),
+        )
+        return self._module(there[0]), there[1]
 
 
 def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Examples]:
@@ -69,14 +74,16 @@ def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Example
     ]
 
 
-def evaluation_batches(task: Task, examples: Examples | None = None) -> list[Examples]:
+def evaluation_batches(
+    task: Task, examples: Examples | None = None, size: int = EVALUATION_BATCH
+) -> list[Examples]:
     """The examples of a central evaluation (the task's test examples) in batches; sequences in
     order of length, so that little is padded."""
     examples = examples or task.data.test
     if task.data.padding is not None:
         order = np.argsort(lengths(examples.inputs, task.data.padding), kind="stable")
         examples = Examples(examples.inputs[order], examples.targets[order])
-    return batches_of(examples)
+    return batches_of(examples, size)
 
 
 def means(sums: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:

@@ -99,11 +99,9 @@ class Stack:
     ) -> Tensor:
         """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients]."""
         inputs, targets, shares = self._stacked(batches)
-        hidden, logits = self._forward(weights, inputs)
-        losses, error = _cross_entropy(logits, targets, shares)
-        errors = self._backward(weights, hidden, error)
+        losses, hidden, errors = self.errors(weights, inputs, targets, shares)
         if pull.gradient_clip is not None:
-            factors = pull.clip_factors(self._squares(hidden, errors)).view(-1, 1, 1)
+            factors = pull.clip_factors(self.squares(hidden, errors)).view(-1, 1, 1)
             errors = [error * factors for error in errors]
         pull.apply(weights, lr)
         for layer, below, error in zip(self._layers, hidden, errors, strict=True):
@@ -111,6 +109,20 @@ class Stack:
             if layer.bias is not None:
                 weights[layer.bias].add_(error.sum(1), alpha=-lr)
         return losses
+
+    def errors(
+        self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, shares: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The losses [clients], and of each layer what it sees and ∂ℓ/∂z.
+
+        Args:
+            inputs: [clients, batch, in].
+            targets: [1, clients · batch].
+            shares: of the examples in the loss, [clients, batch or 1].
+        """
+        hidden, logits = self._forward(weights, inputs)
+        losses, error = _cross_entropy(logits, targets, shares)
+        return losses, hidden, self._backward(weights, hidden, error)
 
     def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [clients, batch, in], targets [1, clients · batch], weights [clients, batch or 1]
@@ -157,9 +169,9 @@ class Stack:
             errors.insert(0, error)
         return errors
 
-    def _squares(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    def squares(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
         """The squared norms of the gradients, [clients]."""
-        total = torch.zeros(len(errors[0]))
+        total = errors[0].new_zeros(len(errors[0]))
         for layer, below, error in zip(self._layers, hidden, errors, strict=True):
             grams = torch.bmm(error, error.transpose(1, 2)), torch.bmm(below, below.transpose(1, 2))
             total += (grams[0] * grams[1]).sum((1, 2))

@@ -35,11 +35,19 @@ _Tensors = Mapping[str, Tensor]
 class Vectorised:
     """The step of one task's model."""
 
-    def __init__(self, task: Task, spec: Spec, *, compiles: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        spec: Spec,
+        *,
+        compiles: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self._device = device or torch.device("cpu")
         self._data, self._padding = task.data.train, task.data.padding
         self.by_size = self._padding is None
         self._judged = Judged(task)
-        module = self._judged.module
+        module = self._judged.module.to(self._device)
         self._trained = [n for n, p in module.named_parameters() if p.requires_grad]
         self._frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [n for n in spec.names if n not in {*self._trained, *self._frozen}]
@@ -62,7 +70,7 @@ class Vectorised:
 
     def key(self, client: int, rows: NDArray[np.int64]) -> Hashable:
         """The shape of the batch and what has been counted."""
-        counted = tuple(c.numpy().tobytes() for c in self._counters[client].values())
+        counted = tuple(c.cpu().numpy().tobytes() for c in self._counters[client].values())
         # Masks are drawn for the steps that are not padding in the batch of one client.
         return len(rows), counted, self._width(rows) if self._has_draws is not False else 0
 
@@ -83,13 +91,14 @@ class Vectorised:
         )
         draws = self._draws_for(weights, counters, inputs[0], targets[0])
         masks = drawn(draws, [self._streams[client] for client in clients])
+        masks = [mask.to(self._device) for mask in masks]
         try:
             if self._is_known and not masks:
                 gradients, (losses, state) = self._plain_gradient(
                     trained, frozen, buffers, counters, inputs, targets
                 )
             else:
-                with nullcontext() if self._is_known else _slow_operators_refused():
+                with nullcontext() if self._is_known else slow_operators_refused():
                     gradients, (losses, state) = self._gradient(
                         trained, frozen, buffers, counters, inputs, targets, masks
                     )
@@ -162,7 +171,8 @@ class Vectorised:
             width = self._width(rows.ravel())
             flat = trimmed(inputs.reshape(-1, *inputs.shape[2:]), _flat(targets), width)
             inputs, targets = (part.reshape(*rows.shape, *part.shape[1:]) for part in flat)
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+        there = self._device
+        return torch.from_numpy(inputs).to(there), torch.from_numpy(targets).to(there)
 
     def _width(self, rows: NDArray[np.int64]) -> int:
         """Of the longest sequence of a batch; 0 where there are none."""
@@ -186,7 +196,7 @@ class Vectorised:
 
 
 @contextmanager
-def _slow_operators_refused() -> Generator[None]:
+def slow_operators_refused() -> Generator[None]:
     """Within it, operators that PyTorch would loop over are errors instead of warnings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")

@@ -1,0 +1,64 @@
+"""A step that is launched as one: captured in a CUDA graph when it has been made a few times.
+
+A step of a small model is dozens of kernels of a few microseconds, and launching them from Python
+takes longer than they do. A graph launches them at once. It is a recording: the same kernels on the
+same memory, so a step reads what changes from tensors that stay where they are, and what it is
+captured from has run before, on the same stream, so that nothing is set up while it is recorded.
+
+Where a step cannot be captured, it goes on as it is, and a line of the log "potluck" says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LOG = logging.getLogger("potluck")
+_WARM_UPS = 3  # times that a step is made before it is captured
+
+
+class Captured:
+    """A function without arguments or result, that changes tensors in place.
+
+    Args:
+        stream: on which it runs; None where there are none, on a CPU. It then runs as it is.
+        pool: memory that is shared with the graphs that never run at the same time.
+    """
+
+    def __init__(self, function: Callable[[], None], stream: Any, pool: Any) -> None:
+        self._function, self._stream, self._pool = function, stream, pool
+        self._graph: Any = None
+        self._runs = 0
+        self.refused: str | None = None
+        """Why it cannot be captured; None if it can, or was not tried."""
+
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self) -> None:
+        """Run the function, or replay it."""
+        if self._graph is None and self._stream is not None and self.refused is None:
+            self._runs += 1
+            if self._runs > _WARM_UPS:
+                self._capture()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._function()
+
+    def _capture(self) -> None:
+        """Record the function, which does not run it."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                self._function()
+        except RuntimeError as error:
+            self.refused = (str(error) or type(error).__name__).splitlines()[0]
+            _LOG.warning("a step is not captured in a CUDA graph: %s", self.refused)
+            torch.cuda.synchronize()
+        else:
+            self._graph = graph

@@ -223,6 +223,23 @@ def test_a_report_that_counts_is_not_taken_back(fleet):
     assert fleet.status()["open"]["reported"] == 1
 
 
+def test_a_report_is_answered_alike_by_whichever_lease_of_the_round_it_comes(tmp_path):
+    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2, lease_seconds=30.0)
+    fleet.service.tick()
+    device = fleet.devices[0]
+    lost = fleet.assign(device)
+    fleet.clock.pass_(31)
+    fleet.service.tick()
+    work = fleet.assign(device)  # of the same round
+    assert (work.round, work.assignment != lost.assignment) == (lost.round, True)
+    first = fleet.send(device, work.assignment)
+    assert fleet.send(device, lost.assignment) == first  # it counts, so it is not late
+    with pytest.raises(RefusedError) as conflict:
+        fleet.send(device, lost.assignment, np.ones(2, np.float32))
+    assert conflict.value.code == "conflict"
+    fleet.service.close()
+
+
 def test_an_upload_to_a_round_that_is_over_is_late_and_not_unknown(fleet):
     fleet.service.tick()
     device = fleet.devices[0]

@@ -180,7 +180,7 @@ class Machine(RuleBasedStateMachine):
             who = self.accepted[row["round"]]
             mean = [np.float32(1 / len(who)) if i in who else 0 for i in range(COUNT)]
             weights = weights + np.array(mean, np.float32)
-        assert np.array_equal(self.fleet.weights(), weights)
+        assert np.array_equal(self.fleet.weights(self.version), weights)
         if status["open"]:
             here = self.accepted.get(status["open"]["id"], set())
             assert len(here) == status["open"]["reported"]

@@ -15,7 +15,8 @@ HEAD = """# What the server was put through
 
 Made by `python benchmarks/server/reliability.py` from the results of `make soak` (one row:
 `make soak PYTEST_ARGS="-k r8"`), whose tests are in `tests/soak`. What it bears is in
-[scale.md](scale.md), what deployed runs learn in [deployed.md](deployed.md).
+[scale.md](scale.md), what deployed runs learn in [deployed.md](deployed.md). The machine did other
+work at the same time, over which R1 and R3 had priority: the times are upper bounds.
 
 | | what must show | passed | seconds | seed | date | commit | machine |
 |---|---|---|---|---|---|---|---|

@@ -32,7 +32,13 @@ from potluck.server import audit, faults
 from potluck.server.aggregation import check_claims, check_update
 from potluck.server.blobs import BlobStore
 from potluck.server.database import Database, one
-from potluck.server.selection import extend_lease, find_assignment, find_device
+from potluck.server.selection import (
+    check_not_over,
+    extend_lease,
+    find_assignment,
+    find_device,
+    known_assignment,
+)
 from potluck.server.settings import settings_of
 from potluck.server.tables import assignments, reports, uploads
 
@@ -78,7 +84,7 @@ def begin_report(
     """
     dropped = None
     with database.write() as db:
-        found = find_assignment(db, device, assignment, lock=True)
+        found = known_assignment(db, device, assignment, lock=True)
         answer = _earlier(db, found, claims.sha256)
         if answer is not None:
             return answer
@@ -145,7 +151,7 @@ def finish_report(
     """
     with database.read() as db:
         row = find_upload(db, device, upload)
-        found = find_assignment(db, device, row.assignment)
+        found = known_assignment(db, device, row.assignment)
         answer = _earlier(db, found, row.sha256)
     if answer is not None:
         return answer
@@ -182,7 +188,7 @@ def report_metrics(
     text = json.dumps({k: [float(v) for v in metrics[k]] for k in sorted(metrics)})
     digest = hashlib.sha256(text.encode()).hexdigest()
     with database.write() as db:
-        found = find_assignment(db, device, assignment, lock=True)
+        found = known_assignment(db, device, assignment, lock=True)
         answer = _earlier(db, found, digest)
         if answer is not None:
             return answer
@@ -209,7 +215,7 @@ def find_report(
             if kept is None:
                 raise _unknown_upload(upload)
             return Accepted(kept.round, kept.sha256), kept.num_bytes
-        found = find_assignment(db, device, row.assignment)
+        found = known_assignment(db, device, row.assignment)
         answer = _earlier(db, found, row.sha256)
     if answer is not None:
         return answer, row.num_bytes
@@ -244,10 +250,12 @@ _EARLIER = select(reports.c.sha256).where(
 
 
 def _earlier(db: Connection, found: Row[Any], sha256: str) -> Accepted | None:
-    """The answer of the first time, if this device has reported in this round."""
+    """The answer of the first time, if this device has reported in this round; also by another
+    assignment, after the lease of this one ran out. Without one it must not be over."""
     place = {"round": found.round, "device": found.device}
     row = db.execute(_EARLIER, place).one_or_none()
     if row is None:
+        check_not_over(found)
         return None
     if row.sha256 != sha256:
         raise RefusedError("conflict", "another report of this device counts in this round.")
@@ -309,7 +317,7 @@ def _throw_out(database: Database, found: Row[Any], reason: str, now: int) -> No
 
 def _accept(db: Connection, device: str, upload: str, key: str, now: int) -> Accepted:
     row = find_upload(db, device, upload)
-    found = find_assignment(db, device, row.assignment, lock=True)
+    found = known_assignment(db, device, row.assignment, lock=True)
     answer = _earlier(db, found, row.sha256)
     if answer is not None:
         return answer

@@ -156,7 +156,16 @@ def find_device(db: Connection, device: str) -> tuple[Row[Any], Row[Any]]:
 def find_assignment(
     db: Connection, device: str, assignment: str, *, lock: bool = False
 ) -> Row[Any]:
-    """A device's active assignment, with the columns of its round and the run's settings.
+    """A device's assignment that is not over; see `known_assignment`."""
+    found = known_assignment(db, device, assignment, lock=lock)
+    check_not_over(found)
+    return found
+
+
+def known_assignment(
+    db: Connection, device: str, assignment: str, *, lock: bool = False
+) -> Row[Any]:
+    """A device's assignment, with the columns of its round and the run's settings.
 
     With `lock` the round stays as it is until the transaction ends.
     """
@@ -171,12 +180,16 @@ def find_assignment(
         raise RefusedError("unknown", f"got assignment={assignment!r}, which is none of yours.")
     if found.revoked_ms is not None:
         raise _revoked()
+    return found
+
+
+def check_not_over(found: Row[Any]) -> None:
+    """Refuse what comes for an assignment that expired or failed, or whose round closed."""
     if found.state in ("expired", "failed") or (
         found.state == "active" and found.round_state not in _TAKING
     ):
         why = found.reason or "the round closed"
         raise RefusedError("late", f"this assignment is over ({why}). Check in again.")
-    return found
 
 
 def _find_active(db: Connection, device: str, assignment: str) -> Row[Any]:

@@ -303,9 +303,9 @@ class Service:
             return one(db, query)
 
     def assignment(self, device: str, assignment: str) -> Row[Any]:
-        """A device's assignment that is not over: kind, number and attempt of its round."""
+        """A device's assignment, over or not: kind, number and attempt of its round."""
         with self.database.read() as db:
-            return selection.find_assignment(db, device, assignment)
+            return selection.known_assignment(db, device, assignment)
 
     def come_back(self, device: str) -> float:
         """Seconds after which a device that is done should check in."""

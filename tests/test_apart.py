@@ -20,6 +20,8 @@ model = "logistic"
 [partition]
 kind = "iid"
 clients = 4
+[algorithm]
+client_lr = 0.1
 [run]
 rounds = 1
 cohort = 2

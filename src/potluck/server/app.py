@@ -13,14 +13,14 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -70,6 +70,33 @@ class Waiting(NamedTuple):
     answer: Message
     rings: int
     """Of the bell, before the answer was looked for."""
+
+
+class Download(Response):
+    """A model, a piece at a time, from the moment on when there is a slot for it."""
+
+    def __init__(
+        self, pieces: Iterator[bytes], slots: Slots, status: int, headers: dict[str, str]
+    ) -> None:
+        super().__init__(None, status, headers)
+        self._pieces, self._slots = pieces, slots
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_hung_up(receive))
+        try:
+            async with self._slots.take():
+                piece = await self._next()  # a disk that fails is told by a 503
+                start = {"type": "http.response.start", "status": self.status_code}
+                await send(start | {"headers": self.raw_headers})
+                while piece and not gone.done():
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    piece = await self._next()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+
+    async def _next(self) -> bytes:
+        return await run_in_threadpool(next, self._pieces, b"")
 
 
 class DeviceApp:
@@ -211,7 +238,7 @@ class DeviceApp:
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
         self.meters.polls(self._polls)
-        gone = asyncio.ensure_future(request.receive())  # the body was read: what comes is the end
+        gone = asyncio.create_task(_hung_up(request.receive))
         message, given, rings = waiting
         try:
             while self._may_poll(given) and not self.bell.closed:
@@ -249,21 +276,11 @@ class DeviceApp:
         }
         if part is not None:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        pieces = service.blobs.read(model.key, start, stop)
-        first = await run_in_threadpool(next, pieces, b"")  # a disk that fails is told by a 503
-        self.meters.sent(stop - start)
         if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
             headers["Connection"] = "close"
-        status = 200 if part is None else 206
-        if len(first) == stop - start:
-            return Response(first, status, headers)
-        return StreamingResponse(self._stream(first, pieces), status, headers)
-
-    async def _stream(self, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
-        async with self.downloads.take():
-            yield first
-            async for piece in iterate_in_threadpool(rest):
-                yield piece
+        self.meters.sent(stop - start)
+        pieces = service.blobs.read(model.key, start, stop)
+        return Download(pieces, self.downloads, 200 if part is None else 206, headers)
 
     async def _health(self, request: Request, _: str) -> Response:
         async with self.strangers.take():
@@ -361,6 +378,12 @@ def _path(path: str, endpoint: Any, routes: list[Any]) -> Path:
     made = Path(path, serve, methods=list(by_method))
     made.methods = set(by_method)  # without the HEAD that comes along with GET
     return made
+
+
+async def _hung_up(receive: Receive) -> None:
+    """Until the client has gone; of the body, nothing is wanted any more."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _json(message: Message) -> Response:

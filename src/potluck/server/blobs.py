@@ -27,7 +27,7 @@ from typing import Protocol
 from potluck.core import StorageError
 from potluck.server import faults
 
-PIECE_BYTES = 1 << 16
+PIECE_BYTES = 1 << 17
 """Of a blob at once in memory: for each of the devices that download, and twice more with TLS."""
 _STALE_SECONDS = 3600
 

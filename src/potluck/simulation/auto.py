@@ -1,14 +1,14 @@
 """The `auto` executor: whichever of the others is fastest for this task, by the clock.
 
     before the first round: time a few local steps of its first clients, in `loop` and in `vmap`
-    if a round will take a fifth of a second: two rounds with `workers`, each of which trains
+    if a round will take a tenth of a second: two rounds with `workers`, each of which trains
         clients as the faster of both does; stay there if they are clearly faster than foreseen
     two rounds with the faster of the two; if the other was not far behind, two rounds with that
-    when training has taken a fifth of a second: two rounds with `workers`, if not done yet
+    when training has taken a tenth of a second: two rounds with `workers`, if not done yet
     from then on: the one whose second round was the fastest
 
 The steps that are timed first are copies of what the clients do next and leave no trace; the rounds
-count. The first of two warms up. Processes must be started, which takes a fifth of a second, so
+count. The first of two warms up. Processes must be started, which takes a tenth of a second, so
 runs shorter than that do without.
 
 The choice decides neither cohorts nor batches, and results only to float tolerance. It is made
@@ -37,7 +37,7 @@ _Name: TypeAlias = Literal["loop", "vmap", "workers"]
 _ALONE: tuple[_Name, _Name] = ("loop", "vmap")  # in this process
 _FAR = 2.0  # times the faster's time, from which on a whole round is not spent on the other
 _ROUNDS = 2  # with each, of which the last counts
-_WORKERS_AFTER_SECONDS = 0.2  # of training, which is about what starting them takes
+_WORKERS_AFTER_SECONDS = 0.1  # of training, which is about what starting them takes
 _CLEARLY = 0.8  # of the time of the faster one alone: no round is spent on that
 
 

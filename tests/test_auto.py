@@ -119,6 +119,21 @@ def test_the_last_of_two_rounds_counts_and_the_far_slower_gets_none(task):
     auto.close()
 
 
+def test_long_rounds_start_with_processes_and_stay_there_if_those_are_clearly_faster(task):
+    costs = Estimate(loop=1e-3, vmap=np.inf, chunk=4, num_steps=1000.0)
+    for per_step, names in ((0.6e-3, ["workers"] * 2), (0.9e-3, ["workers"] * 2 + ["loop"] * 2)):
+        auto = Auto(task, num_workers=2)
+        auto._begin(FedAvg(client_lr=0.1), costs)
+        seen = []
+        while not auto._is_settled:
+            seen.append(auto._name)
+            auto._learn(1000 * (per_step if auto._name == "workers" else 0.8e-3), 1000)
+        assert seen == names
+        assert auto._name == ("workers" if len(names) == 2 else "loop")
+        assert ("workers" in auto._executors) == (auto._name == "workers")
+        auto.close()
+
+
 def test_another_algorithm_is_another_choice(task):
     auto = Auto(task, num_workers=1)
     list(run_rounds(FedAvg(client_lr=0.1), task, executor=auto, num_rounds=2))

@@ -1,14 +1,15 @@
 """The `auto` executor: whichever of the others is fastest for this task, by the clock.
 
     before the first round: time a few local steps of its first clients, in `loop` and in `vmap`
-    two rounds with the faster; if the other was not far behind, two rounds with that
-    when training has taken a fifth of a second: two rounds with `workers`, each of which trains
-        clients as the faster of both does
+    if a round will take a tenth of a second: two rounds with `workers`, each of which trains
+        clients as the faster of both does; stay there if they are clearly faster than foreseen
+    two rounds with the faster of the two; if the other was not far behind, two rounds with that
+    when training has taken a tenth of a second: two rounds with `workers`, if not done yet
     from then on: the one whose second round was the fastest
 
 The steps that are timed first are copies of what the clients do next and leave no trace; the rounds
-count. The first of two warms up. Processes must be started, which only a run of some length
-repays, so they come last. Where there is a GPU, it is what `vmap` trains on.
+count. The first of two warms up. Processes must be started, which takes a tenth of a second, so
+runs shorter than that do without. Where there is a GPU, it is what `vmap` trains on.
 
 The choice decides neither cohorts nor batches, and results only to float tolerance. It is made
 anew for another algorithm.
@@ -35,9 +36,11 @@ from potluck.tasks import Task
 from potluck.tasks.placement import device_of
 
 _Name: TypeAlias = Literal["loop", "vmap", "workers"]
+_ALONE: tuple[_Name, _Name] = ("loop", "vmap")  # in this process
 _FAR = 2.0  # times the faster's time, from which on a whole round is not spent on the other
 _ROUNDS = 2  # with each, of which the last counts
-_WORKERS_AFTER_SECONDS = 0.2  # of training, which is about what starting them takes
+_WORKERS_AFTER_SECONDS = 0.1  # of training, which is about what starting them takes
+_CLEARLY = 0.8  # of the time of the faster one alone: no round is spent on that
 
 
 class Auto:
@@ -68,7 +71,7 @@ class Auto:
         self._algorithm: Algorithm | None = None  # the one that the choice is for
         self._per_step: dict[_Name, float] = {}  # seconds of a local step, as measured so far
         self._tried: set[_Name] = set()  # of which this was a round, and not foreseen
-        self._next: list[_Name] = []  # to be tried after the present one
+        self._next: list[_Name] = []  # to be tried after the present one, in order
         self._chunk: int | None = None  # of the workers
         self._rounds = 0  # with the present one since it was chosen
         self._spent = 0.0  # seconds of training since the choice began
@@ -120,7 +123,8 @@ class Auto:
             if self._is_settled or self._name != "workers":
                 raise
             self._per_step["workers"] = np.inf  # this algorithm does not reach them
-            self._settle()
+            self._tried.add("workers")
+            self._advance()
             return self.train(algorithm, received, cohort, seed=seed, round=round, states=states)
         words = self.choice
         if not self._is_settled and result.num_steps > 0:
@@ -140,16 +144,18 @@ class Auto:
         """Start to choose for an algorithm."""
         self._algorithm = algorithm
         self._spent, self._is_settled = 0.0, False
+        self._tried = set()
         self._per_step = {"loop": costs.loop}
-        order: list[_Name] = ["loop"]
         if costs.vmap < _FAR * costs.loop:
             program = self._on_device or Vmap(self._task, costs.chunk, compiles=True)
             self._executors["vmap"] = program
             self._per_step["vmap"] = costs.vmap
-            order = ["vmap", "loop"] if costs.vmap < costs.loop else ["loop", "vmap"]
-        far = _FAR * self._per_step[order[0]]
-        self._name, self._next = order[0], [n for n in order[1:] if self._per_step[n] <= far]
-        self._rounds, self._tried = 0, set()
+        order = sorted(self._per_step, key=lambda name: self._per_step[name])
+        fastest = self._per_step[order[0]]
+        self._next = [name for name in order if self._per_step[name] <= _FAR * fastest]
+        if fastest * costs.num_steps >= _WORKERS_AFTER_SECONDS and self._start_workers():
+            self._next.insert(0, "workers")
+        self._advance()
 
     def _learn(self, seconds: float, num_steps: int) -> None:
         """After a round: whom the next one is given to."""
@@ -161,30 +167,42 @@ class Auto:
             return
         self._per_step[self._name] = np.inf if refused else seconds / num_steps
         self._tried.add(self._name)
-        if self._next:
-            self._name, self._rounds = self._next.pop(), 0
-        elif self._name == "workers":
-            self._settle()
-        elif self._spent >= _WORKERS_AFTER_SECONDS:
-            self._try_workers()
-        else:
-            self._name = self._fastest()
+        self._advance()
 
-    def _try_workers(self) -> None:
+    def _advance(self) -> None:
+        """Give the next rounds to whoever had none, or choose."""
+        tried_workers = "workers" in self._tried
+        alone = min(self._per_step[name] for name in _ALONE if name in self._per_step)
+        if tried_workers and self._per_step["workers"] <= _CLEARLY * alone:
+            self._settle()
+        elif self._next:
+            self._name, self._rounds = self._next.pop(0), 0
+        elif tried_workers:
+            self._settle()
+        elif self._spent < _WORKERS_AFTER_SECONDS:
+            self._name = self._fastest()
+        elif self._start_workers():
+            self._name, self._rounds = "workers", 0
+        else:
+            self._settle()
+
+    def _start_workers(self) -> bool:
+        """Processes that train as the faster one does alone; whether there are any."""
+        if self._num_workers == 1:
+            return False
+        faster = min(_ALONE, key=lambda name: self._per_step.get(name, np.inf))
+        vmap = self._executors.get(faster)
+        chunk = vmap.chunk if isinstance(vmap, Vmap) else None
+        if "workers" in self._executors and chunk != self._chunk:
+            self._executors.pop("workers").close()
         try:
-            if self._num_workers > 1:
-                vmap = self._executors[self._fastest()]
-                chunk = vmap.chunk if isinstance(vmap, Vmap) else None
-                if "workers" in self._executors and chunk != self._chunk:
-                    self._executors.pop("workers").close()
-                if "workers" not in self._executors:
-                    self._executors["workers"] = Workers(self._task, self._num_workers, chunk=chunk)
-                self._chunk = chunk
-                self._name, self._rounds = "workers", 0
-                return
+            if "workers" not in self._executors:
+                workers = Workers(self._task, self._num_workers, chunk=chunk)
+                self._executors["workers"] = workers
         except WorkerError:  # the task does not reach other processes
-            pass
-        self._settle()
+            return False
+        self._chunk = chunk
+        return True
 
     def _settle(self) -> None:
         self._name, self._is_settled = self._fastest(), True

@@ -22,6 +22,9 @@ from potluck.tasks.device_cohort import DeviceCohort
 
 _FEW, _MORE = 1, 4  # steps
 _REPEATS = 3  # of which the fastest counts, the first of all being no measure
+_LONG_SECONDS = 0.2  # of a few steps, which then need no repeating
+# What a program saves of a step is the calls around its arithmetic, some tenths of a millisecond.
+_LONGEST_STEP_SECONDS = 0.005
 _HOPELESS = 1.5  # times the loop's time, from which on a program is not timed any further
 
 
@@ -29,8 +32,9 @@ class Estimate(NamedTuple):
     """What a local step of one client costs."""
 
     loop: float  # seconds
-    vmap: float  # seconds; infinite where clients cannot be trained side by side
+    vmap: float  # seconds; infinite where clients cannot be trained side by side, or need not be
     chunk: int  # clients that are trained side by side at that cost
+    num_steps: float = 0.0  # of a round like this one, about
 
 
 def estimate(
@@ -56,6 +60,7 @@ def estimate(
         recorders = _recorded(work, cohort[:usual])
         if not recorders:
             return Estimate(0.0, np.inf, usual)
+        num_steps = len(cohort) * sum(len(r.run.steps) for r in recorders) / len(recorders)
 
         def alone(some: Sequence[Recorder], steps: int) -> None:
             for recorder in some:
@@ -65,20 +70,22 @@ def estimate(
         chunk = usual
         try:
             loop = _per_step(alone, recorders[:1], clock)
+            if placed is None and loop > _LONGEST_STEP_SECONDS:
+                return Estimate(loop, np.inf, usual, num_steps)
             together = placed or CohortRuntime(work.task)
 
             def side_by_side(some: Sequence[Recorder], steps: int) -> None:
                 together.train([shortened(recorder.run, steps) for recorder in some])
 
             for clients in sorted({max(usual // 4, 2), usual}):
-                seconds = _per_step(side_by_side, recorders[:clients], clock)
+                seconds = _per_step(side_by_side, recorders[:clients], clock, _HOPELESS * loop)
                 if seconds < vmap:
                     chunk, vmap = clients, seconds
                 if vmap > _HOPELESS * loop:
-                    return Estimate(loop, vmap, usual)
+                    return Estimate(loop, vmap, usual, num_steps)
         except Exception:  # not to be vectorised, or somebody's data: the round will tell
-            return Estimate(loop, np.inf, usual)
-    return Estimate(loop, vmap, chunk)
+            return Estimate(loop, np.inf, usual, num_steps)
+    return Estimate(loop, vmap, chunk, num_steps)
 
 
 def _recorded(work: Work, clients: NDArray[np.int64]) -> list[Recorder]:
@@ -97,8 +104,10 @@ def _per_step(
     train: Callable[[Sequence[Recorder], int], None],
     recorders: Sequence[Recorder],
     clock: Callable[[], float],
+    hopeless: float = np.inf,
 ) -> float:
-    """Seconds of a step of one client, where these are trained at a time."""
+    """Seconds of a step of one client, where these are trained at a time; by one look, if that is
+    long and beyond `hopeless`."""
 
     def seconds(steps: int) -> float:
         started = clock()
@@ -106,13 +115,21 @@ def _per_step(
         return clock() - started
 
     def best(steps: int) -> float:
-        return min(seconds(steps) for _ in range(_REPEATS))
+        fastest, until = np.inf, clock() + _LONG_SECONDS
+        for _ in range(_REPEATS):
+            fastest = min(fastest, seconds(steps))
+            if clock() > until:
+                break
+        return fastest
 
     seconds(_FEW)
     longest = max(len(recorder.run.steps) for recorder in recorders)
     few = sum(min(len(recorder.run.steps), _FEW) for recorder in recorders)
     more = sum(min(len(recorder.run.steps), _MORE) for recorder in recorders)
-    whole = best(_MORE)
+    whole = seconds(_MORE)
+    if whole > _LONG_SECONDS and whole / more > hopeless:
+        return whole / more
+    whole = min(whole, best(_MORE))
     if longest <= _FEW:
         return whole / more
     slope = (whole - best(_FEW)) / (more - few)

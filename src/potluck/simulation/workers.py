@@ -127,13 +127,16 @@ class Workers:
             WorkerError: a worker process died. The executor is closed.
         """
         self._make_room(algorithm)
-        largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
+        offsets = self._task.data.offsets
+        sizes = offsets[cohort + 1] - offsets[cohort]
+        order = np.argsort(-sizes, kind="stable")
+        largest_first = cohort[order]
         has_state = [int(client) in states for client in largest_first]
         slots = self._shared.slots
         for place, client in enumerate(map(int, largest_first)):
             if has_state[place] and slots is not None:
                 slots.write(place, states[client])
-        jobs = self._cut(self._task.data.sizes[largest_first])
+        jobs = self._cut(sizes[order])
         request = _Training(algorithm, len(received), largest_first, has_state, jobs, seed, round)
         replies: list[_Trained] = self._ask(received, request)
         mean = FixedPointMean(len(received))

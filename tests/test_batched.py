@@ -1,5 +1,7 @@
 """Layers in their form for many clients give what each client's own gives, and its gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -189,6 +191,51 @@ def test_where_pytorch_has_no_fused_cell_the_cell_is_written_out(caplog):
     (record,) = caplog.records
     assert record.message.startswith("the fused LSTM cell is not used: ")
     has_fused_cell.cache_clear()
+
+
+def fused_cell(gates_in, gates_hidden, cell, input_bias=None, hidden_bias=None):
+    """What PyTorch's kernel for CUDA computes, with its workspace."""
+    i, f, g, o = (gates_in + gates_hidden).chunk(4, 1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    after = f * cell + i * g
+    return o * after.tanh(), after, torch.cat([i, f, g, o], 1)
+
+
+def fused_cell_backward(into_hidden, into_cell, before, after, space, has_bias):
+    i, f, g, o = space.chunk(4, 1)
+    squashed = after.tanh()
+    into_cell = into_cell + into_hidden * o * (1 - squashed**2)
+    parts = [
+        into_cell * g * i * (1 - i),
+        into_cell * before * f * (1 - f),
+        into_cell * i * (1 - g**2),
+        into_hidden * squashed * o * (1 - o),
+    ]
+    return torch.cat(parts, 1), into_cell * f, space.new_zeros(0)
+
+
+def test_around_a_fused_cell_the_recurrence_is_the_one_written_out():
+    """The lines around the kernel, with its formulas in its place: it is for CUDA alone."""
+    library = torch.library.Library("aten", "IMPL", "CPU")
+    try:
+        library.impl("_thnn_fused_lstm_cell", fused_cell, "CPU")
+        library.impl("_thnn_fused_lstm_cell_backward_impl", fused_cell_backward, "CPU")
+        torch.manual_seed(0)
+        activations = torch.randn(7, 3, 5, 32, requires_grad=True)
+        weight = torch.randn(3, 32, 8, requires_grad=True)
+        found = []
+        for function in (_FusedRecurrence.apply, partial(recur, peepholes=None)):
+            hidden, cell = function(activations, weight)
+            loss = scalar(hidden) + cell.square().sum()
+            gradients = torch.autograd.grad(loss, (activations, weight))
+            found.append([hidden, cell, *gradients])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        has_fused_cell.cache_clear()
+        assert has_fused_cell(torch.device("cpu"))
+    finally:
+        library._destroy()
+        has_fused_cell.cache_clear()
 
 
 @needs_cuda

@@ -31,6 +31,7 @@ class Captured:
     def __init__(self, function: Callable[[], None], stream: Any, pool: Any) -> None:
         self._function, self._stream, self._pool = function, stream, pool
         self._graph: Any = None
+        self._failed: Any = None  # is kept as long as the graphs of its stream
         self._runs = 0
         self.refused: str | None = None
         """Why it cannot be captured; None if it can, or was not tried."""
@@ -39,12 +40,12 @@ class Captured:
     def is_captured(self) -> bool:
         return self._graph is not None
 
-    def __call__(self) -> None:
+    def __call__(self, *, may_capture: bool = True) -> None:
         """Run the function, or replay it."""
-        if self._graph is None and self._stream is not None and self.refused is None:
-            self._runs += 1
-            if self._runs > _WARM_UPS:
-                self._capture()
+        self._runs += 1
+        known = self._graph is not None or self._stream is None or self.refused is not None
+        if not known and may_capture and self._runs > _WARM_UPS:
+            self._capture()
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -57,8 +58,10 @@ class Captured:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._function()
         except RuntimeError as error:
-            self.refused = (str(error) or type(error).__name__).splitlines()[0]
-            _LOG.warning("a step is not captured in a CUDA graph: %s", self.refused)
+            cause = error.__context__ or error  # the end of a capture that failed fails as well
+            self.refused = (str(cause) or type(cause).__name__).splitlines()[0]
+            self._failed = graph
+            _LOG.warning("steps are not captured in CUDA graphs: %s", self.refused)
             torch.cuda.synchronize()
         else:
             self._graph = graph

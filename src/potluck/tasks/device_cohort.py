@@ -129,12 +129,12 @@ class DeviceCohort:
         flights: list[_Flight] = []
         with products(self._precision):
             while waiting or flights:
-                while waiting and len(flights) < self._lanes:
-                    part = waiting.pop(0)
-                    program = self._idle([flight.program for flight in flights])
-                    flights.append(_Flight(part, program, program.train(runs[part])))
-                done = self._advance(flights)
-                if done is None:
+                try:
+                    self._start(runs, waiting, flights)
+                    done = [flight for flight in flights if not _advance(flight)]
+                except torch.OutOfMemoryError:
+                    done = None
+                if done is None:  # outside of the handler, which would hold what was in flight
                     waiting = [flight.part for flight in flights] + waiting
                     flights.clear()
                     self._halve()
@@ -153,17 +153,14 @@ class DeviceCohort:
             self._resident = Resident(self._task.data.train, self.device, self._share)
         return self._resident
 
-    def _advance(self, flights: Sequence[_Flight]) -> list[_Flight] | None:
-        """Launch a tick of each; those that had none left. None if there was no memory for it."""
-        done: list[_Flight] = []
-        try:
-            for flight in flights:
-                with flight.program.on_stream():
-                    if next(flight.ticks, flight) is flight:
-                        done.append(flight)
-        except torch.OutOfMemoryError:
-            return None
-        return done
+    def _start(
+        self, runs: Sequence[LocalRun], waiting: list[slice], flights: list[_Flight]
+    ) -> None:
+        """Take chunks into flight while there are lanes for them."""
+        while waiting and len(flights) < self._lanes:
+            program = self._idle([flight.program for flight in flights])
+            part = waiting.pop(0)
+            flights.append(_Flight(part, program, program.train(runs[part])))
 
     def _idle(self, busy: Sequence[Program]) -> Program:
         """A program that trains nobody."""
@@ -199,6 +196,12 @@ class _Flight(NamedTuple):
     part: slice
     program: Program
     ticks: Generator[None]
+
+
+def _advance(flight: _Flight) -> bool:
+    """Launch a tick; whether there was one."""
+    with flight.program.on_stream():
+        return next(flight.ticks, flight) is None
 
 
 def _parts(clients: slice, size: int) -> list[slice]:

@@ -17,10 +17,12 @@ the caller may put another chunk on another stream meanwhile.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potluck.core import Spec, Vector
@@ -34,7 +36,10 @@ from potluck.tasks.resident import Resident
 from potluck.tasks.task import Task
 from potluck.tasks.ticks import Tick, count_for, ticks
 
-_GRAPHS = 64  # shapes that are kept, the latest used
+# Shapes that are captured at most. None is given up for another: with a graph, PyTorch may free
+# what others of its stream still use, the workspace of cuBLAS.
+_GRAPHS = 64
+_BLOCK = 32  # ticks that are planned and sent together
 _Named: TypeAlias = dict[str, Tensor]
 
 
@@ -62,6 +67,7 @@ class Program:
         self._drift: _Named = {}
         self._losses = torch.zeros(capacity + 1, device=device)
         self._shapes: dict[_Shape, _Static] = {}
+        self._captures = True  # until a step could not be
 
     def train(self, runs: Sequence[LocalRun]) -> Generator[None]:
         """Put all steps of these clients on the stream, and yield after each tick.
@@ -70,29 +76,25 @@ class Program:
         differ in the drift only.
         """
         self._begin(runs)
-        plan = list(ticks(runs, self._lengths, self._widest, fills=self._step.fills))
-        if not plan:
-            return
-        shapes = [self._shape(tick, runs) for tick in plan]
-        orders = [self._order(tick, shape) for tick, shape in zip(plan, shapes, strict=True)]
-        order = np.concatenate([slots for slots, _ in orders])
-        rows, moved = self.resident.place(np.concatenate([rows for _, rows in orders]))
-        if moved:
-            self._shapes.clear()
-        absent = np.concatenate([_absent(tick, s) for tick, s in zip(plan, shapes, strict=True)])
-        there = sent(order, self._device), sent(np.where(absent, ~rows, rows), self._device)
-        rates = sent(np.concatenate([_rates(t, s) for t, s in zip(plan, shapes, strict=True)]),
-                     self._device)  # fmt: skip
-        first = first_row = 0
-        for shape in shapes:
-            static = self._static(shape)
-            past, past_row = first + shape.clients, first_row + shape.clients * shape.size
-            static.slots.copy_(there[0][first:past])
-            static.rates.copy_(rates[first:past])
-            static.rows.view(-1).copy_(there[1][first_row:past_row])
-            static.run()
-            first, first_row = past, past_row
-            yield
+        runs, lengths = self._placed(runs)
+        plan = ticks(runs, lengths, self._widest, fills=self._step.fills)
+        while block := list(islice(plan, _BLOCK)):  # planned while those before are made
+            shapes = [self._shape(tick, runs) for tick in block]
+            filled = [self._filled(*pair) for pair in zip(block, shapes, strict=True)]
+            slots, rows, rates = (
+                sent(np.concatenate(parts), self._device) for parts in zip(*filled, strict=True)
+            )
+            first = first_row = 0
+            for shape in shapes:
+                past, past_row = first + shape.clients, first_row + shape.clients * shape.size
+                static = self._static(shape)
+                static.slots.copy_(slots[first:past])
+                static.rates.copy_(rates[first:past])
+                static.rows.view(-1).copy_(rows[first_row:past_row])
+                static.run(may_capture=self._captures and self.num_captured < _GRAPHS)
+                self._captures &= static.run.refused is None
+                first, first_row = past, past_row
+                yield
 
     def on_stream(self) -> Any:
         """The context in which work for this program is launched."""
@@ -146,23 +148,38 @@ class Program:
         clients = len(runs) if is_all else min(count_for(len(tick.clients)), self.capacity)
         return _Shape(clients, tick.size, tick.width, is_all, clip, proximal, drift is not None)
 
-    def _order(self, tick: Tick, shape: _Shape) -> tuple[np.ndarray, np.ndarray]:
-        """The slots of a tick's clients and the rows of their batches, filled up to a shape."""
-        slots = np.full(shape.clients, self.capacity, np.int64)
-        slots[: len(tick.clients)] = tick.clients
-        rows = np.where(tick.rows < 0, ~tick.rows, tick.rows)
-        more = np.broadcast_to(rows[:1], (shape.clients - len(rows), shape.size))
-        return slots, np.concatenate([rows, more]).ravel()
+    def _placed(
+        self, runs: Sequence[LocalRun]
+    ) -> tuple[list[LocalRun], list[NDArray[np.int64]] | None]:
+        """The same runs with the rows of their examples on the device, and their lengths."""
+        known = self._lengths
+        lengths = None if known is None else [known[run.rows] for run in runs]
+        places, moved = self.resident.place(np.concatenate([run.rows for run in runs]))
+        if moved:
+            self._shapes.clear()  # all at once: see `_GRAPHS`
+        ends = np.cumsum([len(run.rows) for run in runs])
+        parts = np.split(places, ends[:-1])
+        placed = [run._replace(rows=part) for run, part in zip(runs, parts, strict=True)]
+        return placed, lengths
+
+    def _filled(
+        self, tick: Tick, shape: _Shape
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """The slots, rows and rates of a tick, filled up with clients that are nobody."""
+        more = shape.clients - len(tick.clients)
+        if more == 0:
+            return tick.clients, tick.rows.ravel(), tick.rates
+        first = tick.rows[:1]
+        first = np.where(first < 0, ~first, first)
+        slots = np.concatenate([tick.clients, np.full(more, self.capacity, np.int64)])
+        rows = np.concatenate([tick.rows, np.repeat(first, more, axis=0)])
+        return slots, rows.ravel(), np.concatenate([tick.rates, np.zeros(more, np.float32)])
 
     def _static(self, shape: _Shape) -> _Static:
         """What is kept for a shape, made when it is first met."""
-        static = self._shapes.pop(shape, None)
-        if static is None:
-            if len(self._shapes) >= _GRAPHS:
-                del self._shapes[next(iter(self._shapes))]
-            static = self._new(shape)
-        self._shapes[shape] = static  # now the latest
-        return static
+        if shape not in self._shapes:
+            self._shapes[shape] = self._new(shape)
+        return self._shapes[shape]
 
     def _new(self, shape: _Shape) -> _Static:
         slots = torch.zeros(shape.clients, dtype=torch.int64, device=self._device)
@@ -225,17 +242,3 @@ class _Static(NamedTuple):
     rows: Tensor  # [clients, size]: ~row where the example counts nothing
     rates: Tensor  # [clients]
     run: Captured
-
-
-def _absent(tick: Tick, shape: _Shape) -> np.ndarray:
-    """Which entries of a tick's rows count nothing, filled up to a shape with those that do."""
-    absent = np.zeros((shape.clients, shape.size), bool)
-    absent[: len(tick.clients)] = tick.rows < 0
-    return absent.ravel()
-
-
-def _rates(tick: Tick, shape: _Shape) -> np.ndarray:
-    """The rates of a tick, 0 for whom it was filled up with."""
-    rates = np.zeros(shape.clients, np.float32)
-    rates[: len(tick.clients)] = tick.rates
-    return rates

@@ -45,6 +45,11 @@ def summary(run: dict[str, Any]) -> str:
     )
 
 
+def is_alone(run: dict[str, Any]) -> bool:
+    """Whether others took at most a tenth of the machine during a run."""
+    return run["other_cpu_seconds"] <= 0.1 * run["seconds"] * run["cores"]
+
+
 def of_rounds(ended: list[float]) -> tuple[float, float]:
     """Seconds of start-up and of a round. The first round's end, less a round, is the start-up: so
     what is compiled or started lazily in the first round counts as start-up."""
@@ -95,6 +100,7 @@ def row(
         return found | {"reason": runs[-1]["reason"]}
     rounds = [of_rounds(r["ended"]) for r in good]
     found |= {
+        "alone": all(map(is_alone, good)),
         "turns": len(good),
         "start_seconds": round(statistics.median(s for s, _ in rounds), 3),
         "seconds_a_round": round(statistics.median(e for _, e in rounds), 5),
@@ -198,7 +204,8 @@ def tables(result: dict[str, Any]) -> str:
                 f"{r['peak_megabytes']:,}",
                 f"{r['loss']:.4f}",
                 f"{r['difference']:.0e}" if "difference" in r else "",
-                f"{r['turns']}{'' if r.get('same_counts', True) else ', other counts'}",
+                f"{r['turns']}{'' if r.get('same_counts', True) else ', other counts'}"
+                f"{'' if r['alone'] else ', not alone'}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         for absent, why in ABSENT.items():

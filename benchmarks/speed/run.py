@@ -11,8 +11,7 @@
 Each run of a contender is a process of its own in its own environment, started when the one before
 has ended. What it noted is kept in the work folder, so a run that is stopped goes on where it was;
 a run beside which others took more than a tenth of the machine is made again. Contenders take
-turns:
-all of them once, then all of them again.
+turns: all of them once, then all of them again.
 """
 
 from __future__ import annotations

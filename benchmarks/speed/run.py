@@ -9,9 +9,8 @@
     python benchmarks/speed/run.py --tiny --folder /tmp/tiny --out /tmp/tiny    # does it still run?
 
 Each run of a contender is a process of its own in its own environment, started when the one before
-has ended. What it noted is kept in the work folder, so a run that is stopped goes on where it was;
-a run beside which others took more than a tenth of the machine is made again. Contenders take
-turns: all of them once, then all of them again.
+has ended. What it noted is kept in the work folder, so a run that is stopped goes on where it was.
+Contenders take turns: all of them once, then all of them again.
 """
 
 from __future__ import annotations
@@ -102,9 +101,9 @@ def interpreter(folder: Path, name: str) -> Path:
 
 
 def measure(folder: Path, part: str, contender: Contender, turn: int, limit: float) -> None:
-    """Run a contender once, unless that was done alone, and keep what it noted."""
+    """Run a contender once, unless that was done, and keep what it noted."""
     home = folder / "runs" / part / f"{contender} {turn}".replace(", ", " ").replace(" ", "-")
-    if (home / "run.json").exists() and table.is_alone(json.loads((home / "run.json").read_text())):
+    if (home / "run.json").exists():
         return
     python = interpreter(folder, contender.name)
     if not python.exists():

@@ -132,6 +132,7 @@ def measure(folder: Path, part: str, contender: Contender, turn: int, limit: flo
         "cpu_seconds": round(done.cpu_seconds, 2),
         "peak_bytes": done.peak_bytes,
         "other_cpu_seconds": round(done.other_cpu_seconds, 2),
+        "waited_seconds": round(done.waited_seconds, 2),
         # Seconds from the start of the process to the end of each round.
         "ended": [round(t - done.started, 5) for t in noted.pop("ended", [])],
         **noted,

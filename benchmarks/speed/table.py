@@ -41,7 +41,7 @@ def summary(run: dict[str, Any]) -> str:
     return (
         f"{first:.2f} s to the first round, {each:.4f} s a round, {run['cpu_seconds']:.1f} CPU s, "
         f"{run['peak_bytes'] / 1e6:.0f} MB, loss {run['loss']}, "
-        f"others {run['other_cpu_seconds']} CPU s"
+        f"others {run['other_cpu_seconds']} CPU s, waited {run['waited_seconds']} s"
     )
 
 

@@ -7,7 +7,7 @@ convolutions on a CPU are made for; the LSTM multiplies all inputs of a layer at
 Batches keep the given order (`skip_shuffle`). Lines are padded to 80 steps in every batch: another
 width would be another compilation.
 
-FedJAX 0.0.17, the last one, is from 2023. It runs as it is on JAX 0.4.23; on the newest JAX ("newest
+FedJAX 0.0.17, the last one, is from 2023. It runs as it is on JAX 0.4.23; on the newest ("newest
 JAX") with one removed name put back, and without `pmap`, of which more was removed.
 """
 

@@ -6,6 +6,9 @@ the same parameters as PyTorch's, with images as [height, width, channels], whic
 convolutions on a CPU are made for; the LSTM multiplies all inputs of a layer at once and scans.
 Batches keep the given order (`skip_shuffle`). Lines are padded to 80 steps in every batch: another
 width would be another compilation.
+
+FedJAX 0.0.17, the last one, is from 2023. It runs as it is on JAX 0.4.23; on the newest ("newest
+JAX") with one removed name put back, and without `pmap`, of which more was removed.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 
-if "pmap" in sys.argv:
+if any(argument.startswith("pmap") for argument in sys.argv):
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
@@ -140,7 +143,7 @@ notes = Notes()
 given = notes.given
 workload = given.workload
 layout = LAYOUTS[workload.model]
-fedjax.set_for_each_client_backend(notes.variant)
+fedjax.set_for_each_client_backend(notes.variant.partition(",")[0])
 hparams = fedjax.ShuffleRepeatBatchHParams(batch_size=workload.batch_size, skip_shuffle=True)
 algorithm = federated_averaging(
     jax.grad(loss), fedjax.optimizers.sgd(workload.lr), fedjax.optimizers.sgd(1.0), hparams

@@ -14,9 +14,15 @@ class Contender(NamedTuple):
     def __str__(self) -> str:
         return f"{self.name}, {self.variant}" if self.variant else self.name
 
+    @property
+    def environment(self) -> str:
+        """The name of its virtual environment."""
+        return "fedjax-newest" if self.variant.endswith("newest JAX") else self.name
+
 
 OURS = ("potluck", "bare")  # run in the environment that runs the benchmark
 PEERS = ("flower", "pfl", "fedjax", "nvflare", "fedlab")
+ENVIRONMENTS = ("flower", "pfl", "fedjax", "fedjax-newest", "nvflare", "fedlab")
 
 _POTLUCK = {
     "a": ("auto", "loop", "workers"),
@@ -39,7 +45,7 @@ _BARE = {
 _PEERS = {
     "flower": ("2 actors",),
     "pfl": ("2 processes",),
-    "fedjax": ("jit", "pmap"),
+    "fedjax": ("jit", "pmap", "jit, newest JAX"),
     "nvflare": ("2 threads",),
     "fedlab": ("1 thread",),
 }

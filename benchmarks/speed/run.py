@@ -28,7 +28,7 @@ from typing import Any
 
 import population
 import table
-from contenders import OURS, PEERS, Contender, contenders
+from contenders import ENVIRONMENTS, OURS, PEERS, Contender, contenders
 from watch import watch
 from work import WORKLOADS, Workload, tiny, write
 
@@ -88,16 +88,29 @@ def prepare(folder: Path, workloads: list[Workload], chosen: list[str]) -> None:
     """Make what needs a network or takes long, so that measuring needs neither."""
     for workload in workloads:
         write(workload, folder / "data" / workload.name)
-    for name in (n for n in PEERS if n in chosen):
+    for name in (n for n in ENVIRONMENTS if n.partition("-")[0] in chosen):
         home = folder / "venvs" / name
         if not home.exists():
             subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
         requirements = HERE / "requirements" / f"{name}.txt"
-        subprocess.run([home / "bin/pip", "install", "-q", "-r", requirements], check=True)
+        # The files name everything; FedLab's own list also names what is not needed here.
+        install = [
+            home / "bin/python",
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "-r",
+            requirements,
+        ]
+        subprocess.run(install, check=True)
 
 
-def interpreter(folder: Path, name: str) -> Path:
-    return Path(sys.executable) if name in OURS else folder / "venvs" / name / "bin/python"
+def interpreter(folder: Path, contender: Contender) -> Path:
+    if contender.name in OURS:
+        return Path(sys.executable)
+    return folder / "venvs" / contender.environment / "bin/python"
 
 
 def measure(folder: Path, part: str, contender: Contender, turn: int, limit: float) -> None:
@@ -105,7 +118,7 @@ def measure(folder: Path, part: str, contender: Contender, turn: int, limit: flo
     home = folder / "runs" / part / f"{contender} {turn}".replace(", ", " ").replace(" ", "-")
     if (home / "run.json").exists():
         return
-    python = interpreter(folder, contender.name)
+    python = interpreter(folder, contender)
     if not python.exists():
         print(f"{part} {contender}: no environment; --prepare makes it", flush=True)
         return
@@ -132,6 +145,7 @@ def measure(folder: Path, part: str, contender: Contender, turn: int, limit: flo
         "cpu_seconds": round(done.cpu_seconds, 2),
         "peak_bytes": done.peak_bytes,
         "other_cpu_seconds": round(done.other_cpu_seconds, 2),
+        "waited_seconds": round(done.waited_seconds, 2),
         # Seconds from the start of the process to the end of each round.
         "ended": [round(t - done.started, 5) for t in noted.pop("ended", [])],
         **noted,

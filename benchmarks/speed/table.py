@@ -41,8 +41,13 @@ def summary(run: dict[str, Any]) -> str:
     return (
         f"{first:.2f} s to the first round, {each:.4f} s a round, {run['cpu_seconds']:.1f} CPU s, "
         f"{run['peak_bytes'] / 1e6:.0f} MB, loss {run['loss']}, "
-        f"others {run['other_cpu_seconds']} CPU s"
+        f"others {run['other_cpu_seconds']} CPU s, waited {run['waited_seconds']} s"
     )
+
+
+def others(run: dict[str, Any]) -> float:
+    """How many cores were busy with something else, on average over a run."""
+    return run["other_cpu_seconds"] / run["seconds"]
 
 
 def of_rounds(ended: list[float]) -> tuple[float, float]:
@@ -95,6 +100,7 @@ def row(
         return found | {"reason": runs[-1]["reason"]}
     rounds = [of_rounds(r["ended"]) for r in good]
     found |= {
+        "other_cores": round(statistics.median(others(r) for r in good), 2),
         "turns": len(good),
         "start_seconds": round(statistics.median(s for s, _ in rounds), 3),
         "seconds_a_round": round(statistics.median(e for _, e in rounds), 5),
@@ -180,13 +186,13 @@ def tables(result: dict[str, Any]) -> str:
         ours = "" if best is None else best["variant"]
         lines += [
             f"| | start-up, s | s a round | × `{ours}` | total, s | CPU, s | memory, MB | loss | "
-            "difference | turns |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "difference | turns | others |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in found["rows"]:
             label = str(Contender(r["contender"], r["variant"]))
             if "reason" in r:
-                lines.append(f"| {label} | {r['reason']} | | | | | | | | |")
+                lines.append(f"| {label} | {r['reason']} | | | | | | | | | |")
                 continue
             cells = [
                 label,
@@ -199,6 +205,7 @@ def tables(result: dict[str, Any]) -> str:
                 f"{r['loss']:.4f}",
                 f"{r['difference']:.0e}" if "difference" in r else "",
                 f"{r['turns']}{'' if r.get('same_counts', True) else ', other counts'}",
+                f"{r['other_cores']:.1f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         for absent, why in ABSENT.items():

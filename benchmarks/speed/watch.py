@@ -30,6 +30,7 @@ class Watched(NamedTuple):
     cpu_seconds: float
     peak_bytes: int
     other_cpu_seconds: float  # that the machine spent on something else
+    waited_seconds: float  # of all threads, for a core that somebody had
     returncode: int | None  # None: it was ended after `limit` seconds
 
 
@@ -38,6 +39,7 @@ def watch(command: Sequence[str], *, env: Mapping[str, str], log: Path, limit: f
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     before, machine_before = _children_cpu(), _machine_cpu()
     seen: dict[int, float] = {}
+    waits: dict[int, float] = {}
     peak = 0
     started = time.monotonic()
     with log.open("wb") as output:
@@ -50,23 +52,25 @@ def watch(command: Sequence[str], *, env: Mapping[str, str], log: Path, limit: f
                 code = program.wait(_EVERY_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                peak = max(peak, _look(seen))
+                peak = max(peak, _look(seen, waits))
         ended = time.monotonic()
-        _end_all(seen)
+        _end_all(seen, waits)
         program.wait()
     cpu = max(_children_cpu() - before, sum(seen.values()))
     other = max(_machine_cpu() - machine_before - cpu, 0.0)
-    return Watched(started, ended - started, cpu, peak, other, code)
+    return Watched(started, ended - started, cpu, peak, other, sum(waits.values()), code)
 
 
-def _look(seen: dict[int, float]) -> int:
-    """The tree's memory now; notes the CPU seconds of each process."""
+def _look(seen: dict[int, float], waits: dict[int, float]) -> int:
+    """The tree's memory now; notes the CPU seconds of each process, and how long threads waited."""
     total = 0
     for process in psutil.Process().children(recursive=True):
         try:
             times = process.cpu_times()
             seen[process.pid] = times.user + times.system
             total += _proportional(process.pid)
+            for thread in Path(f"/proc/{process.pid}/task").iterdir():
+                waits[int(thread.name)] = int((thread / "schedstat").read_text().split()[1]) / 1e9
         except (psutil.Error, OSError):  # it has just ended
             continue
     return total
@@ -79,9 +83,9 @@ def _proportional(pid: int) -> int:
     return 0
 
 
-def _end_all(seen: dict[int, float]) -> None:
+def _end_all(seen: dict[int, float], waits: dict[int, float]) -> None:
     """End what the program left behind."""
-    _look(seen)
+    _look(seen, waits)
     while left := psutil.Process().children(recursive=True):
         for process in left:
             try:

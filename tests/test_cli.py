@@ -248,7 +248,7 @@ def sections(annotation: Any) -> list[Any]:
 def test_the_template_shows_every_key_and_comments_out_only_defaults():
     opened = re.sub(r"^# (?=\[|[a-z_0-9]+ = )", "", TEMPLATE, flags=re.MULTILINE)
     no_default = {"batches", "gradient_clip", "evaluate_train", "hidden", "loss", "path"}
-    no_default |= {"codec", "ray_address", "variant", "workers"}
+    no_default |= {"codec", "device", "precision", "ray_address", "variant", "workers"}
     no_default |= {"profile", "trace", "examples_per_second"}  # of [devices]
     no_default |= {"goal", "lease_seconds"}  # of [server]: they follow from others
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from potluck.core import Spec, derive_seed
+from potluck.plan import Plan
 from potluck.protocol import (
     CODECS,
     FAILURE_REASONS,
@@ -177,3 +178,21 @@ def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
         f"for up to {LONG_POLL_SECONDS} s before it answers",
     ):
         assert fact in TEXT
+
+
+def test_every_key_and_name_of_a_plan_is_told() -> None:
+    schema = Plan.model_json_schema()
+    told = {row[0] for row in rows("| key of a plan | form and meaning |")}
+    for place in ("task.model", "algorithm.name"):  # or the table was not found
+        assert f"`{place}`" in told
+    task, needs = set(schema["$defs"]["PlannedTask"]["properties"]), {"needs"}
+    algorithms = ("FedAvgSection", "FedSgdSection", "FedProxSection")
+    steps = {key for name in algorithms for key in schema["$defs"][name]["properties"]}
+    keys = {f"`task.{key}`" for key in task} | {f"`algorithm.{key}`" for key in steps}
+    joined = {key for cell in told for key in cell.split(", ")}
+    assert keys | {f"`{key}`" for key in needs} <= joined
+    schedules = {row[0] for row in rows("| `client_schedule.name` | its keys | f |")}
+    names = ("constant", "exponential", "step", "linear", "cosine", "warmup")
+    assert schedules == {f"`{name}`" for name in names}
+    words = schema["$defs"]["PlannedTask"]["properties"]["model"]["enum"]
+    assert all(f"`{word}`" in TEXT for word in words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import socket
 import stat
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from sqlalchemy import update
 from typer.testing import CliRunner
 
 from potluck.cli import app
@@ -28,6 +30,7 @@ from potluck.server.gate import Slots
 from potluck.server.home import Home
 from potluck.server.logs import JsonFormatter
 from potluck.server.serve import Listen
+from potluck.server.tables import audit
 from potluck.server.tls import certificate_fingerprint, ensure_certificate
 from potluck.serving import open_server
 from remote import Caller, Served
@@ -155,6 +158,7 @@ def test_a_server_goes_on_without_waiting_for_pytorch(tmp_path):
 import sys
 from pathlib import Path
 from potluck.server.serve import Listen
+from potluck.server.tables import audit
 from potluck.serving import open_server
 server = open_server(Path({str(file)!r}), [], Path({str(tmp_path / "home")!r}), Listen(port=0))
 print("torch" in sys.modules, server.desk.spec.dim, sorted(server.desk.plan))
@@ -180,6 +184,13 @@ def test_operators_ask_and_are_answered(tmp_path):
         assert "no such device" in error_of("revoke", "nobody", "--home", home)
         assert len(set(potluck("enroll", "--count", 3, "--home", home).split())) == 3
         assert "no such model" in error_of("export", tmp_path / "x", "--version", 9, "--home", home)
+        assert "potluck_devices" in potluck("metrics", "--home", home)
+        assert re.fullmatch(
+            r"whole: \d+ rows, .* hash [0-9a-f]{64}\n", potluck("audit", "--home", home)
+        )
+        with served.desk.service.database.write() as db:
+            db.execute(update(audit).where(audit.c.number == 2).values(actor="nobody"))
+        assert "got row 2: was changed" in error_of("audit", "--home", home)
 
 
 def test_the_admin_socket_is_for_who_has_the_credential(tmp_path):
@@ -265,6 +276,42 @@ def test_a_server_that_cannot_start_says_why(tmp_path, words, message):
         logging.getLogger().handlers[:] = handlers
         logging.getLogger().setLevel(level)
     assert message in told
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "got 0 in data="),
+        (["a.npz", "b.npz"], "got 2 in data="),
+        (["a.npz"], "a.npz"),
+    ],
+)
+def test_data_that_are_none_are_told_before_the_invitation_is_used(tmp_path, files, message):
+    (tmp_path / "data").mkdir()
+    for name in files:
+        (tmp_path / "data" / name).write_bytes(b"no archive")
+    words = ("--token", "any", "--data", tmp_path / "data", "--home", tmp_path / "device")
+    assert message in error_of("join", "https://127.0.0.1:1", *words)
+    assert not (tmp_path / "device").exists()
+
+
+def test_a_device_without_pytorch_is_told_so(tmp_path):
+    code = """
+import sys
+from importlib import metadata
+find = metadata.version
+def version(name):
+    if name == "torch":
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.version = version
+from potluck.cli import main
+main()
+"""
+    words = ["join", "https://127.0.0.1:1", "--token", "any", "--data", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: a device trains with PyTorch, got a machine without it.")
 
 
 def test_the_server_section_becomes_the_settings_of_rounds(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,15 +63,17 @@ def join(
     The data stay here; DIR/sent holds what was sent. A device that was stopped goes on when the
     same command is given again, without --token.
     """
+    from potluck.core import ConfigError
     from potluck.device import TorchTrainer, one_client, read_own, run_until_stopped
 
     if (data is None) == (experiment is None):
         raise ValueError("either --data or --experiment must be given. Name where the data are.")
 
     for path in (data, experiment):
-        if path is not None and not path.exists():  # before the invitation is used up
+        if path is not None and not path.exists():
             raise ValueError(f"the data must be there, got {str(path)!r}, which is not.")
 
+    @cache
     def load() -> FederatedData:
         if data is not None:
             return read_own(data, target_column=target_column)
@@ -81,6 +84,13 @@ def join(
         return one_client(build_data(load_experiment(experiment)), client)
 
     trainer = TorchTrainer(load, threads)
+    if trainer.runtime().name == "none":
+        raise ConfigError(
+            "a device trains with PyTorch, got a machine without it. "
+            "Install it (pip install torch) beside potluck[device]."
+        )
+    if token is not None:
+        load()  # what is wrong with the data is told before the invitation is used up
     whole = run_until_stopped(
         url,
         token,

@@ -218,6 +218,31 @@ def export(
     typer.echo(f"written: {file} ({len(content)} bytes)")
 
 
+@app.command()
+@command
+def audit(home: HomeFolder = HOME, debug: Debug = False) -> None:
+    """Check the log of who did what: whether every row follows from the one before it.
+
+    Who can rewrite the whole log is found by its last hash alone: keep it elsewhere.
+    """
+    from potluck.core import RunError
+
+    told = _operator(home).get("audit")
+    if told["broken"] is not None:
+        raise RunError(
+            f"the audit log must be as it was written, got row {told['broken']['number']}: "
+            f"{told['broken']['reason']}. Compare it with a copy that was kept elsewhere."
+        )
+    typer.echo(f"whole: {told['rows']} rows, the last with hash {told['hash']}")
+
+
+@app.command()
+@command
+def metrics(home: HomeFolder = HOME, debug: Debug = False) -> None:
+    """Print the server's metrics, as Prometheus reads them."""
+    typer.echo(_operator(home).text("metrics"), nl=False)
+
+
 def open_server(
     file: Path,
     overrides: list[str],

@@ -10,6 +10,7 @@ jump of the machine's clock moves no deadline in the middle of the work.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import random
 import ssl
 from collections.abc import Callable, Generator, Mapping
@@ -37,6 +38,8 @@ from potluck.protocol import (
 )
 
 M = TypeVar("M", bound=Message)
+
+_LOG = logging.getLogger("potluck.device")
 
 MAX_BACKOFF_SECONDS = 300.0
 LATEST_MS = 4_102_444_800_000
@@ -168,6 +171,8 @@ class Connection:
                     raise RefusedError(
                         "late", f"there was no answer in time ({error}). Check in again."
                     ) from None
+                if backoff.tries == 0:
+                    _LOG.warning("trying again: %s gives no answer (%s)", self._url, error)
                 backoff.wait(error.retry_after_seconds)
             except RefusedError as error:
                 corrections += 1

@@ -47,17 +47,14 @@ def parse_invitation(text: str) -> Invitation:
         ProtocolError: "malformed".
     """
     text = text.strip()
-    if _FORM.fullmatch(text) is None:
-        refuse("the invitation must be one word of A-Z a-z 0-9 _ -, got another string")
     try:
+        if _FORM.fullmatch(text) is None:
+            refuse("it must be one word of A-Z a-z 0-9 _ -")
         data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except binascii.Error:
-        refuse("the invitation must be whole, got a part of one")
-    try:
         return validate(Invitation, parse_json(data, len(data)))
-    except ProtocolError as error:
+    except (ProtocolError, binascii.Error):
         raise ProtocolError(
             "malformed",
-            f"the invitation must be what `potluck enroll` printed, got another string ({error}). "
-            "Copy all of it.",
+            "the invitation must be what `potluck enroll` printed, got another string of "
+            f"{len(text)} characters. Copy all of one line, and nothing else.",
         ) from None

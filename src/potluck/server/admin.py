@@ -112,7 +112,8 @@ class AdminApp:
 
     def _audit(self) -> dict[str, Any]:
         found = self._desk.service.verify_audit()
-        return {"broken": None if found is None else found._asdict()}
+        rows, last = self._desk.service.audit_head()
+        return {"broken": None if found is None else found._asdict(), "rows": rows, "hash": last}
 
     def _enroll(self, asked: dict[str, Any]) -> dict[str, Any]:
         count = asked.get("count", 1)

@@ -261,6 +261,11 @@ class Service:
         with self.database.read() as db:
             return audit.verify(db)
 
+    def audit_head(self) -> tuple[int, str]:
+        """How many rows the audit log has, and the hash of the last."""
+        with self.database.read() as db:
+            return audit.head(db)
+
     # What a device does.
 
     def enrol(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from sqlalchemy import update
+from starlette.requests import Request
 from typer.testing import CliRunner
 
 from potluck.cli import app
@@ -25,6 +26,7 @@ from potluck.core import ProtocolError, RefusedError, RunError
 from potluck.experiment import check_experiment, load_experiment
 from potluck.protocol import Accepted, Assignment, Error, Upload, parse_message
 from potluck.server import RoundSettings
+from potluck.server.app import error_handlers
 from potluck.server.blobs import open_blobs
 from potluck.server.gate import Slots
 from potluck.server.home import Home
@@ -354,6 +356,16 @@ def test_an_operators_own_certificate_is_not_pinned(tmp_path):
         caller.enrol(served.invite())
         assert caller.invitation.certificate is None
         assert not served.home.certificate.exists()
+
+
+@pytest.mark.parametrize(("length", "told"), [("200", None), ("4097", "close"), ("x", "close")])
+def test_who_is_told_to_come_back_keeps_a_connection_that_has_little_left(length, told):
+    headers = [(b"content-length", length.encode())]
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers})
+    refuse = error_handlers(lambda: 0)[ProtocolError]
+    answer = asyncio.run(refuse(request, ProtocolError("overloaded", "too many")))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "2")
+    assert answer.headers.get("Connection") == told
 
 
 def test_slots_are_taken_in_turn_and_the_rest_is_refused():

@@ -294,7 +294,12 @@ def error_handlers(now: Any) -> dict[Any, Any]:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ProtocolError)
         code: Any = error.code if error.code in STATUS else "malformed"
-        return error_response(code, str(error), now() if code == "clock" else None)
+        response = error_response(code, str(error), now() if code == "clock" else None)
+        if code == "overloaded" and _is_small(
+            request
+        ):  # or a handshake would follow, which costs more
+            del response.headers["Connection"]
+        return response
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -378,6 +383,12 @@ def _path(path: str, endpoint: Any, routes: list[Any]) -> Path:
     made = Path(path, serve, methods=list(by_method))
     made.methods = set(by_method)  # without the HEAD that comes along with GET
     return made
+
+
+def _is_small(request: Request) -> bool:
+    """Whether what was not read of a body may be passed over."""
+    length = request.headers.get("content-length", "0")
+    return length.isdecimal() and int(length) <= 4096 and "transfer-encoding" not in request.headers
 
 
 async def _hung_up(receive: Receive) -> None:

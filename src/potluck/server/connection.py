@@ -107,5 +107,6 @@ class Connection(HttpToolsProtocol):
 
     def _say_goodbye(self) -> None:
         """Close; TLS would wait for the other side's goodbye."""
-        self.transport.close()
+        if not self.transport.is_closing():  # asyncio's TLS forgets how to abort when closed twice
+            self.transport.close()
         self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)

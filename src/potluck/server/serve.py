@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import ipaddress
 import logging
 import os
@@ -44,8 +43,6 @@ TICK_SECONDS = 0.2
 _CLOSE_SECONDS = 5
 _TLS_BYTES = 1 << 15
 """What TLS reads of a connection at once; it keeps a buffer of that size, and one that grew so."""
-_M_ARENA_MAX = -8
-"""Of malloc.h: how many heaps glibc has for all threads; each would keep what it once needed."""
 _LOG = logging.getLogger("potluck.server")
 
 Evaluate = Callable[[Vector], Mapping[str, float]]
@@ -98,7 +95,7 @@ class Server:
 
     def serve(self) -> None:
         """`run`, in an event loop of its own."""
-        _save_memory()
+        SSLProtocol.max_size = _TLS_BYTES
         asyncio.run(self.run())
 
     async def run(self) -> None:
@@ -191,14 +188,6 @@ class Server:
             except Exception as error:
                 self._failed("evaluation", error)
             await self._bell.next_ring(1.0)
-
-
-def _save_memory() -> None:
-    """Bodies come in bursts, from many threads, and over many connections."""
-    SSLProtocol.max_size = _TLS_BYTES
-    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 2)
 
 
 def open_desk(

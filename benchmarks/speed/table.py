@@ -225,7 +225,7 @@ def provenance(result: dict[str, Any]) -> list[str]:
     if not runs:
         return []
     dates = sorted(r["date"] for r in runs)
-    commits = sorted({str(r["commit"]) for r in runs})
+    commits = sorted({str(r["commit"]) for r in runs if r["contender"] == "potluck"})
     machines = sorted({f"{r['machine']}, {r['cores']} usable" for r in runs})
     lines = [
         f"{dates[0]} to {dates[-1]}; Potluck at {', '.join(commits)}; {'; '.join(machines)}; "

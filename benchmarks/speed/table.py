@@ -93,48 +93,42 @@ def part(folder: Path, name: str) -> dict[str, Any]:
 def row(
     contender: Contender, runs: list[dict[str, Any]], reference: dict[str, Any] | None, start: Any
 ) -> dict[str, Any]:
-    """One contender's medians over its turns, and whether it did the same work."""
+    """A contender's fastest turn, and whether it did the same work."""
     good = [r for r in runs if not r["reason"]]
     found: dict[str, Any] = {"contender": contender.name, "variant": contender.variant}
     if not good:
         return found | {"reason": runs[-1]["reason"]}
-    rounds = [of_rounds(r["ended"]) for r in good]
+    best = min(good, key=lambda r: of_rounds(r["ended"])[1])
+    start_up, each = of_rounds(best["ended"])
     found |= {
-        "other_cores": round(statistics.median(others(r) for r in good), 2),
+        "turn": best["turn"],
         "turns": len(good),
-        "start_seconds": round(statistics.median(s for s, _ in rounds), 3),
-        "seconds_a_round": round(statistics.median(e for _, e in rounds), 5),
-        "total_seconds": round(statistics.median(r["ended"][-1] for r in good), 3),
-        "cpu_seconds": round(statistics.median(r["cpu_seconds"] for r in good), 2),
-        "peak_megabytes": round(max(r["peak_bytes"] for r in good) / 1e6),
-        "examples": good[-1]["examples"],
-        "steps": good[-1]["steps"],
-        "loss": good[-1]["loss"],
+        "other_cores": round(others(best), 2),
+        "start_seconds": round(start_up, 3),
+        "seconds_a_round": round(each, 5),
+        "total_seconds": round(best["ended"][-1], 3),
+        "cpu_seconds": best["cpu_seconds"],
+        "peak_megabytes": round(best["peak_bytes"] / 1e6),
+        "examples": best["examples"],
+        "steps": best["steps"],
+        "loss": best["loss"],
     }
     if reference is not None:
         base = np.load(Path(reference["home"]) / "weights.npy")
-        mine = np.load(Path(good[-1]["home"]) / "weights.npy")
+        mine = np.load(Path(best["home"]) / "weights.npy")
         # In units of the way that the weights went.
         found["difference"] = float(np.linalg.norm(mine - base) / np.linalg.norm(base - start))
         found["same_counts"] = all(reference[k] == found[k] for k in ("examples", "steps"))
     return found
 
 
-def ratios(runs: list[dict[str, Any]], ours: str) -> dict[str, float]:
-    """How many times the seconds a round of `ours` each other contender takes, turn by turn."""
-    good = [r for r in runs if not r["reason"]]
-    mine = {
-        r["turn"]: of_rounds(r["ended"])[1]
-        for r in good
-        if (r["contender"], r["variant"]) == ("potluck", ours)
+def ratios(rows: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, float]:
+    """How many times the seconds a round of a row of ours each row takes."""
+    return {
+        str(Contender(r["contender"], r["variant"])): r["seconds_a_round"] / ours["seconds_a_round"]
+        for r in rows
+        if "reason" not in r
     }
-    found: dict[str, list[float]] = {}
-    for run in good:
-        if run["turn"] in mine:
-            name = str(Contender(run["contender"], run["variant"]))
-            each = of_rounds(run["ended"])[1] / mine[run["turn"]]
-            found.setdefault(name, []).append(each)
-    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def headline(result: dict[str, Any]) -> list[str]:
@@ -147,7 +141,7 @@ def headline(result: dict[str, Any]) -> list[str]:
         best = fastest(found["rows"])
         if best is None:
             continue
-        times = ratios(found["runs"], best["variant"])
+        times = ratios(found["rows"], best)
 
         def least(*names: str, without: str = "never", times: dict[str, float] = times) -> str:
             mine = [
@@ -182,7 +176,7 @@ def tables(result: dict[str, Any]) -> str:
     for name, found in result["parts"].items():
         lines += ["", f"**{name}: {found['about']}**, {WORKLOADS[name].rounds} rounds", ""]
         best = fastest(found["rows"])
-        speed = {} if best is None else ratios(found["runs"], best["variant"])
+        speed = {} if best is None else ratios(found["rows"], best)
         ours = "" if best is None else best["variant"]
         lines += [
             f"| | start-up, s | s a round | × `{ours}` | total, s | CPU, s | memory, MB | loss | "
@@ -231,7 +225,7 @@ def provenance(result: dict[str, Any]) -> list[str]:
     if not runs:
         return []
     dates = sorted(r["date"] for r in runs)
-    commits = sorted({str(r["commit"]) for r in runs})
+    commits = sorted({str(r["commit"]) for r in runs if r["contender"] == "potluck"})
     machines = sorted({f"{r['machine']}, {r['cores']} usable" for r in runs})
     lines = [
         f"{dates[0]} to {dates[-1]}; Potluck at {', '.join(commits)}; {'; '.join(machines)}; "

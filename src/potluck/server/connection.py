@@ -27,6 +27,7 @@ class Connection(HttpToolsProtocol):
 
     _headers_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _is_over = False  # answered for good: what still comes is not looked at
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -41,13 +42,16 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._is_over or self.transport.is_closing():
             return
         super().data_received(data)
         if self._headers_timer is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES:
-                self.send_400_response("")
+                # Who is still sending would lose the answer if the connection were closed at once.
+                self._is_over = True
+                self._answer_malformed()
+                self.loop.call_later(_GOODBYE_SECONDS, self._say_goodbye)
         elif self._is_idle() and self.timeout_keep_alive_task is None:
             self._start_timer()  # line breaks between two requests begin none, and end no pause
 
@@ -71,6 +75,10 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, instead of whatever was under way."""
+        self._answer_malformed()
+        self._say_goodbye()
+
+    def _answer_malformed(self) -> None:
         self._stop_timer()
         is_silent = self._is_idle() or not self.cycle.response_started
         self.pipeline.clear()
@@ -85,7 +93,6 @@ class Connection(HttpToolsProtocol):
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
-        self._say_goodbye()
 
     def _is_idle(self) -> bool:
         return not self.cycle or self.cycle.response_complete

@@ -98,7 +98,7 @@ def abandon_rounds(folder: Path, *, times: int) -> dict[str, Any]:
         and answers == {"409 late": LATE * times, "200 as before": AGAIN * times}
         and unread == SENDING * times
         and [(row["attempt"], row["accepted"]) for row in committed] == [(times + 1, DEVICES)]
-        and audit == {"broken": None}
+        and audit["broken"] is None
         and not (faults or code),
     }
 

@@ -40,12 +40,22 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def answers(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """The port of a head node's server for clients, and the environment with its token."""
     port = free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = os.environ | token | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    # How long the server waits for the process that it starts for a client.
+    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = str(int(SECONDS))
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
     command += ["--port", str(free_port()), "--ray-client-server-port", str(port)]
     command += ["--num-cpus", "2", "--include-dashboard", "false"]
@@ -58,13 +68,11 @@ def cluster(tmp_path):
     try:
         end = time.monotonic() + SECONDS
         while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+            if "Ray runtime started" in log.read_text() and answers(port):
                 break
-            except OSError:
-                assert head.poll() is None, log.read_text()
-                assert time.monotonic() < end, log.read_text()
-                time.sleep(0.2)  # another program's start has no clock of ours
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)  # another program's start has no clock of ours
         yield port, environment
     finally:
         head.terminate()  # it ends what it started
@@ -79,7 +87,7 @@ def test_a_cluster_reached_by_address_gives_the_bits_of_the_loop(cluster):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=2 * SECONDS,
+        timeout=3 * SECONDS,
         check=False,
     )
     assert client.returncode == 0, client.stderr

@@ -230,20 +230,27 @@ def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, 
                 f"address={address!r}. Leave it out, or call ray.shutdown() first."
             )
         return ray, False
-    try:
-        _knock(address)
-        ray.init(
-            address=address or "local",
-            num_cpus=num_workers if address is None else None,
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise WorkerError(
-            f"the Ray cluster at address={address!r} must answer, got: {error} "
-            "Start one with `ray start --head`, or leave the address out."
-        ) from None
+    # A cluster's door starts a process for each who knocks, and gives it up if it is slow to start.
+    tries = 3 if address is not None and address.startswith("ray://") else 1
+    for left in reversed(range(tries)):
+        try:
+            _knock(address)
+            ray.init(
+                address=address or "local",
+                num_cpus=num_workers if address is None else None,
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            break
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            if left and isinstance(error, (ConnectionError, RuntimeError)):
+                ray.shutdown()
+                continue
+            raise WorkerError(
+                f"the Ray cluster at address={address!r} must answer, got: {error} "
+                "Start one with `ray start --head`, or leave the address out."
+            ) from None
     return ray, True
 
 

@@ -36,7 +36,7 @@ name = "load"
 [task]
 data = "folder"
 path = "data"
-model = "2nn"
+model = "{model}"
 [partition]
 kind = "own"
 clients = 2
@@ -80,11 +80,12 @@ class Scene:
         self._process: subprocess.Popen[bytes] | None = None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.dim = _write_data(folder / "data", model_bytes)
+        self.dim, model = _write_data(folder / "data", model_bytes)
         self.keys = _keys(keys, devices)
         self.update = folder / "update"
         self.update.write_bytes(np.full(self.dim, 1e-3, "<f4").tobytes())
         self._values = {
+            "model": model,
             "rounds": rounds,
             "goal": goal or devices,
             "population": population or devices,
@@ -267,13 +268,18 @@ def _keys(folder: Path, count: int) -> Path:
     return path
 
 
-def _write_data(folder: Path, model_bytes: int) -> int:
-    """Two clients' data, for a 2NN of about so many bytes. Returns its number of weights."""
+def _write_data(folder: Path, model_bytes: int) -> tuple[int, str]:
+    """Two clients' data, for a model of about so many bytes: its number of weights, and its name.
+
+    It is the 2NN, or logistic regression where that would be too large.
+    """
     folder.mkdir()
     rest = 200 + 200 * 200 + 200 + 2 * 200 + 2
-    features = max((model_bytes // 4 - rest) // 200, 1)
+    weights = model_bytes // 4
+    name = "2nn" if weights >= rest + 200 else "logistic"
+    features = (weights - rest) // 200 if name == "2nn" else max((weights - 2) // 2, 1)
     random = np.random.default_rng(1)
-    for name in ("a", "b"):
+    for owner in ("a", "b"):
         inputs = random.random((4, features), np.float32)
-        np.savez(folder / f"{name}.npz", inputs=inputs, targets=np.array([0, 1, 0, 1]))
-    return 200 * features + rest
+        np.savez(folder / f"{owner}.npz", inputs=inputs, targets=np.array([0, 1, 0, 1]))
+    return (200 * features + rest if name == "2nn" else 2 * features + 2), name

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from potluck.apart import DistantJudge, Judge, judge_of
-from potluck.core import DataError
+from potluck.core import DataError, WorkerError
 from potluck.experiment import load_experiment
 
 EXPERIMENT = """
@@ -54,6 +55,28 @@ def test_a_child_that_was_killed_is_started_again(experiment):
     assert distant.evaluate(weights) == first
     distant.close()
     assert distant._child is None
+
+
+def test_an_answer_that_is_given_up_is_not_waited_for(experiment):
+    distant = DistantJudge(experiment)
+    weights = distant.begin(()).weights
+    raised = []
+
+    def ask():
+        with pytest.raises(WorkerError, match="server ends") as caught:
+            distant.evaluate(weights)
+        raised.append(caught.value)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while distant._child is None:  # PyTorch is loaded for seconds after that
+        assert asking.is_alive()
+    distant.give_up()
+    asking.join()
+    assert raised
+    assert distant._child is None
+    with pytest.raises(WorkerError, match="server ends"):
+        distant.evaluate(weights)
 
 
 def test_what_goes_wrong_in_the_child_is_raised_here(experiment):

@@ -66,6 +66,9 @@ class Judge:
     def close(self) -> None:
         """Nothing is held but memory."""
 
+    def give_up(self) -> None:
+        """What is being answered here is answered to its end."""
+
     def _load(self) -> Task:
         from potluck.simulation import build_data, build_task
 
@@ -81,6 +84,7 @@ class DistantJudge:
         self._experiment = experiment
         self._one = threading.Lock()
         self._child: tuple[BaseProcess, Connection] | None = None
+        self._is_given_up = False
 
     def begin(self, needs: tuple[Need, ...]) -> Beginning:
         """As `Judge.begin`; the child ends, since the first evaluation may be far away."""
@@ -98,9 +102,18 @@ class DistantJudge:
         with self._one:
             self._drop()
 
+    def give_up(self) -> None:
+        """Answer nothing any more; whoever waits for an answer is told at once. In any thread."""
+        self._is_given_up = True
+        child = self._child
+        if child is not None:
+            child[0].kill()
+
     def _ask(self, name: str, argument: Any) -> Any:
         with self._one:
             for _ in range(2):  # the child may have ended since it was asked last
+                if self._is_given_up:
+                    raise WorkerError("nothing is evaluated any more: the server ends.")
                 _, pipe = self._child or self._start()
                 try:
                     pipe.send((name, argument))
@@ -123,6 +136,8 @@ class DistantJudge:
         process.start()
         theirs.close()
         self._child = process, ours
+        if self._is_given_up:  # meanwhile
+            process.kill()
         return self._child
 
     def _drop(self) -> None:

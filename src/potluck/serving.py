@@ -5,8 +5,6 @@ All but `serve` are thin clients of the admin socket in the server's folder.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +27,6 @@ HomeFolder = Annotated[
     typer.Option("--home", metavar="DIR", help="The server's folder: state, keys, admin socket."),
 ]
 HOME = Path("potluck-server")
-_M_ARENA_MAX = -8  # of malloc.h
 
 
 @app.command()
@@ -97,7 +94,6 @@ def serve(
         ("admin", home / "admin.sock"),
     ):
         typer.echo(f"{name:12} {value}")
-    _share_heaps()
     server.serve()
 
 
@@ -282,17 +278,10 @@ def open_server(
         desk = open_desk(experiment, home, settings=settings, **begun, **places)
     seconds = experiment.server.long_poll_seconds
     try:
-        return Server(desk, home, listen, seconds, judge.evaluate)
+        return Server(desk, home, listen, seconds, judge.evaluate, judge.give_up)
     except BaseException:
         desk.service.close()
         raise
-
-
-def _share_heaps() -> None:
-    """Let all threads share two of glibc's heaps: each would keep what a burst once needed."""
-    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 2)
 
 
 def _algorithm(experiment: Experiment) -> Algorithm:

@@ -8,6 +8,8 @@ and bytes that are not HTTP, which are answered in JSON.
 from __future__ import annotations
 
 import asyncio
+from asyncio.sslproto import SSLProtocol
+from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -20,6 +22,19 @@ MAX_HEADER_BYTES = 32_768
 BUFFER_BYTES = 1 << 16
 """Of a connection, each way, beside the piece that is being worked on."""
 _GOODBYE_SECONDS = 0.5
+_BUFFER = bytearray(1 << 16)
+_VIEW = memoryview(_BUFFER)
+
+
+def _share_buffer(transport: Any) -> None:
+    """Have TLS read into one buffer for all connections.
+
+    asyncio gives each its own, which it fills and empties in one go: with a thousand connections
+    that is most of the server's memory.
+    """
+    protocol = getattr(transport, "_ssl_protocol", None)
+    if isinstance(protocol, SSLProtocol):
+        protocol._ssl_buffer, protocol._ssl_buffer_view = _BUFFER, _VIEW  # pyright: ignore
 
 
 class Connection(HttpToolsProtocol):
@@ -34,6 +49,7 @@ class Connection(HttpToolsProtocol):
         transport.set_write_buffer_limits(BUFFER_BYTES)
         if self.scheme == "https":  # what TLS has read and nobody has asked for
             transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
+            _share_buffer(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

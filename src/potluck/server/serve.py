@@ -34,15 +34,17 @@ from potluck.server.connection import Connection
 from potluck.server.dashboard import Dashboard
 from potluck.server.desk import Desk
 from potluck.server.home import Home
+from potluck.server.memory import Trimmer, share_heaps
 from potluck.server.meters import Meters
 from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings
 from potluck.server.tls import certificate_fingerprint, ensure_certificate
 
 TICK_SECONDS = 0.2
+_TRIM_SECONDS = 2.0
 _CLOSE_SECONDS = 5
 _TLS_BYTES = 1 << 15
-"""What TLS reads of a connection at once; it keeps a buffer of that size, and one that grew so."""
+"""What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
 _LOG = logging.getLogger("potluck.server")
 
 Evaluate = Callable[[Vector], Mapping[str, float]]
@@ -63,11 +65,18 @@ class Server:
     """One served run. `start` binds; `run` serves until `stop`."""
 
     def __init__(
-        self, desk: Desk, home: Home, listen: Listen, long_poll_seconds: float, evaluate: Evaluate
+        self,
+        desk: Desk,
+        home: Home,
+        listen: Listen,
+        long_poll_seconds: float,
+        evaluate: Evaluate,
+        give_up: Callable[[], None] = lambda: None,
     ) -> None:
+        """`give_up` has an `evaluate` that is under way raise at once, in any thread."""
         self.desk = desk
         self._home = home
-        self._evaluate = evaluate
+        self._evaluate, self._give_up = evaluate, give_up
         self._bell = Bell()
         self._meters = Meters()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,6 +104,7 @@ class Server:
 
     def serve(self) -> None:
         """`run`, in an event loop of its own."""
+        share_heaps()
         SSLProtocol.max_size = _TLS_BYTES
         asyncio.run(self.run())
 
@@ -109,15 +119,16 @@ class Server:
                 for server, bound in zip(self._servers, sockets, strict=True)
             ]
             tasks += [asyncio.create_task(self._lead()), asyncio.create_task(self._judge())]
+            trimming = asyncio.create_task(self._trim())
             try:
                 if self._stopping:
                     self._stop()
                 await asyncio.gather(*tasks)
             finally:
                 self._stop()
-                for task in tasks:
+                for task in (*tasks, trimming):
                     task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*tasks, trimming, return_exceptions=True)
                 with contextlib.suppress(OSError):
                     self._home.socket.unlink()
                 await asyncio.to_thread(self.desk.service.close)
@@ -143,6 +154,7 @@ class Server:
 
     def _stop(self) -> None:
         self._stopping = True
+        self._give_up()
         self._bell.close()
         for server in self._servers:
             server.should_exit = True
@@ -186,8 +198,15 @@ class Server:
                         self.desk.service.evaluate, self.desk.run, self._evaluate
                     )
             except Exception as error:
-                self._failed("evaluation", error)
+                if not self._stopping:  # or it was given up
+                    self._failed("evaluation", error)
             await self._bell.next_ring(1.0)
+
+    async def _trim(self) -> None:
+        trimmer = Trimmer()
+        while True:
+            await asyncio.sleep(_TRIM_SECONDS)
+            await asyncio.to_thread(trimmer.look)
 
 
 def open_desk(

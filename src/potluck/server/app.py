@@ -47,6 +47,7 @@ from potluck.server.desk import Desk, answer, refusals
 from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
 from potluck.server.meters import Meters
 from potluck.server.places import Places
+from potluck.server.pressure import LEAST_SECONDS, Pressure
 
 HEALTH = "/health"
 LARGE_BYTES = 1 << 20
@@ -56,7 +57,11 @@ SEND_SECONDS = 60.0
 
 _LOG = logging.getLogger("potluck.server")
 _MAX_POLLS = 20_000
-_RETRY_SECONDS: dict[ErrorCode, float] = {"overloaded": 2.0, "unavailable": 5.0, "internal": 5.0}
+_RETRY_SECONDS: dict[ErrorCode, float] = {
+    "overloaded": LEAST_SECONDS,
+    "unavailable": 5.0,
+    "internal": 5.0,
+}
 _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
 """Said to a device that is known, of a body whose length was right: the connection goes on."""
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
@@ -290,11 +295,13 @@ class DeviceApp:
 
 def error_handlers(now: Any) -> dict[Any, Any]:
     """What every exception is answered with: one message of the protocol."""
+    pressure = Pressure()
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ProtocolError)
         code: Any = error.code if error.code in STATUS else "malformed"
-        response = error_response(code, str(error), now() if code == "clock" else None)
+        retry = pressure.refuse() if code == "overloaded" else None
+        response = error_response(code, str(error), now() if code == "clock" else None, retry)
         if code == "overloaded" and _is_small(
             request
         ):  # or a handshake would follow, which costs more
@@ -324,9 +331,14 @@ def error_handlers(now: Any) -> dict[Any, Any]:
     }
 
 
-def error_response(code: ErrorCode, message: str, server_time_ms: int | None = None) -> Response:
+def error_response(
+    code: ErrorCode,
+    message: str,
+    server_time_ms: int | None = None,
+    retry_after_seconds: float | None = None,
+) -> Response:
     """The one shape of every answer that is not a success."""
-    retry = _RETRY_SECONDS.get(code)
+    retry = retry_after_seconds or _RETRY_SECONDS.get(code)
     error = Error(
         code=code,
         message=message[:1000],

@@ -1,0 +1,44 @@
+"""How long devices wait that are refused: longer the more of them come, and shorter again."""
+
+import pytest
+
+from potluck.server.pressure import LEAST_SECONDS, MOST_SECONDS, REFUSALS, Pressure
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def refused(pressure, clock, devices, seconds):
+    """Devices that come again as told, evenly: what the last was told, and refusals a second."""
+    told, count = LEAST_SECONDS, 0
+    end = clock.seconds + seconds
+    while clock.seconds < end:
+        clock.seconds += told / devices
+        told = pressure.refuse()
+        count += clock.seconds > end - 5
+    return told, count / 5
+
+
+def test_a_few_are_told_the_least(clock):
+    assert refused(Pressure(clock), clock, 100, 20) == (LEAST_SECONDS, pytest.approx(50, rel=0.1))
+
+
+def test_many_wait_until_few_are_refused_in_a_second(clock):
+    pressure = Pressure(clock)
+    told, rate = refused(pressure, clock, 2000, 60)
+    assert told == pytest.approx(2000 / REFUSALS, rel=0.05)
+    assert rate == pytest.approx(REFUSALS, rel=0.05)
+    assert refused(pressure, clock, 100, 60)[0] == LEAST_SECONDS
+
+
+def test_nobody_is_told_more_than_the_most(clock):
+    assert refused(Pressure(clock), clock, 200_000, 60)[0] == MOST_SECONDS

@@ -141,7 +141,8 @@ async def flood(job: dict[str, Any]) -> dict[str, Any]:
 
 
 async def come_back(job: dict[str, Any]) -> dict[str, Any]:
-    """Wait in a long poll; when it breaks, go on as the protocol says, and note each arrival."""
+    """Wait in a long poll; when it breaks, go on as the protocol says, and note each arrival, and
+    when each device came that was answered then."""
     arrived: list[float] = []
     returned: list[float] = []
     until = job["until"]
@@ -152,7 +153,8 @@ async def come_back(job: dict[str, Any]) -> dict[str, Any]:
         while time.time() < until:
             try:
                 await device.connect()
-                arrived.append(time.time())
+                came = time.time()
+                arrived.append(came)
                 head = device.head("POST", "/v1/check-in", device.check_in_body)
                 answer = await asyncio.wait_for(device.send(head, device.check_in_body), 60)
             except OSError:
@@ -162,7 +164,7 @@ async def come_back(job: dict[str, Any]) -> dict[str, Any]:
                 continue
             if answer.status == 200:
                 if was_cut:
-                    returned.append(time.time())
+                    returned.append(came)
                     break
                 await asyncio.sleep(answer.content["retry_after_seconds"])
                 continue

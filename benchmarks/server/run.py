@@ -90,7 +90,7 @@ def _transfer(bench: Bench, devices: int, size: int) -> dict[str, Any]:
 
 def s3(bench: Bench) -> list[dict[str, Any]]:
     """Check-ins at a fixed rate, one core for the server; then a restart under long polls."""
-    devices, rate, times = bench.pick((10_000, 1050, 5), (500, 100, 5))
+    devices, rate, times = bench.pick((10_000, 1050, 5), (500, 100, 3))
     with bench.scene(model_bytes=MB, devices=devices, population=devices + 1, long_poll=0) as scene:
         scene.enrol(processes=2)
         processes = bench.pick(4, 2)
@@ -118,7 +118,7 @@ def s3(bench: Bench) -> list[dict[str, Any]]:
                       f"{got:.0f}/s, p99 {1000 * p99:.0f} ms",
                       got >= target and p99 <= 0.25, told)  # fmt: skip
         scene.stop()
-        scene.configure(long_poll=25.0)
+        scene.configure(long_poll=bench.pick(25.0, 8.0))
         scene.start()
         return [polled, _restart(bench, scene)]
 
@@ -129,14 +129,14 @@ def _restart(bench: Bench, scene: Scene) -> dict[str, Any]:
     ramp = devices / bench.pick(500, 250)
     until = time.time() + ramp + 180
     back = scene.begin("come_back", processes=bench.pick(4, 2), ramp=ramp, until=until)
-    time.sleep(ramp + 15)
+    time.sleep(ramp + bench.pick(15, 2))
     scene.kill()
     scene.start()
     up = time.time()
     seen = back()
     arrivals = [at - up for at in seen["arrived"] if at >= up]
     # The last few of thousands have long pauses behind them: the mean is over the time in which
-    # 95 of 100 devices come back, and not over the emptier time until the last.
+    # 95 of 100 devices come, and not over the emptier time until the last.
     back_after = sorted(at - up for at in seen["returned"])
     end = back_after[int(0.95 * (len(back_after) - 1))] if back_after else 0.0
     bins = Counter(int(at) for at in arrivals if at <= end)
@@ -233,7 +233,7 @@ def x7(bench: Bench) -> list[dict[str, Any]]:
 
     The peak is looked for: more and more devices, each asking again as soon as it is answered.
     """
-    widths, seconds = bench.pick(((25, 50, 100, 200), 20), ((10, 20, 40), 6))
+    widths, seconds = bench.pick(((25, 50, 100, 200), 20), ((10, 40, 100), 6))
     devices = 10 * widths[-1]
     with bench.scene(
         model_bytes=MB, devices=devices, population=devices + 1, long_poll=0, core=0
@@ -255,9 +255,11 @@ def x7(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _flood(scene: Scene, devices: int, seconds: float) -> dict[str, Any]:
-    """Check-ins of so many devices that ask again at once; the first seconds do not count."""
+    """Check-ins of so many devices that ask again at once; the time in which they connect does not
+    count."""
     start = time.time() + 4
-    begin, end = start + 4, start + 4 + seconds
+    begin = start + 4 + devices / 250
+    end = begin + seconds
     seen = scene.load("flood", count=devices, processes=2, start=start, end=end, pause=0.0)
     good = [at for at in seen["good"] if begin <= at < end]
     return {

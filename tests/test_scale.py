@@ -1,0 +1,58 @@
+"""The benchmark of what the server bears, at small sizes, with bars that a busy machine passes.
+
+The rows at full size, and their bars, are in benchmarks/server/scale.md.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+SERVER = Path(__file__).parents[1] / "benchmarks" / "server"
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """From a part of the benchmark to its rows, each by its name."""
+    monkeypatch.syspath_prepend(str(SERVER))
+    for name in ("run", "scene", "table"):  # of other benchmarks
+        sys.modules.pop(name, None)
+    import run
+
+    yield lambda part: run.PARTS[part](run.Bench(tmp_path, False))
+    for name in ("run", "scene", "table"):
+        sys.modules.pop(name, None)
+
+
+def test_fifty_devices_move_megabytes_with_one_core_and_little_memory(rows):
+    transfer, memory = rows("s1")
+    assert transfer["details"]["seconds"] < 60.0
+    assert memory["met"], memory
+
+
+def test_polls_are_answered_at_their_rate_and_a_restart_brings_no_crowd(rows):
+    polls, restart = rows("s3")
+    assert not polls["details"]["refused"], polls
+    assert polls["details"]["answered_per_second"] > 50.0
+    assert restart["details"]["returned"] == restart["details"]["devices"]
+    assert float(restart["measured"].split()[0]) <= 4.0, restart
+
+
+def test_slow_and_idle_sockets_do_not_hold_up_a_round(rows):
+    (row,) = rows("s5")
+    assert row["details"]["opened"] >= row["details"]["sockets"]
+    assert float(row["measured"].split()[0]) <= 2.0, row
+
+
+def test_a_cut_costs_an_upload_a_chunk_at_most(rows):
+    (row,) = rows("s6")
+    assert row["met"], row
+
+
+def test_ten_times_too_many_are_sent_away_and_the_others_served(rows):
+    (row,) = rows("x7")
+    overload = row["details"]["overload"]
+    assert set(overload["refused"]) == {"429"}, row
+    assert overload["without_retry_after"] == 0
+    assert float(row["measured"].split("%")[0]) >= 40.0, row
+    assert row["details"]["memory_mb"] <= 1000.0

@@ -173,6 +173,7 @@ def _demonstrate(
         file, folder, overrides=overrides, port=port, remove=keep is None
     ) as federation:
         typer.echo(f"server: {federation.address}  (TLS, certificate pinned by every device)")
+        typer.echo(f"watch it in a browser: {federation.operator.post('dashboard')['link']}")
         story = _follow(federation, devices, experiment.run.rounds, deaths)
         content = federation.operator.fetch("export")
     _tell(story, content, experiment, time.monotonic() - started, keep, out)

@@ -341,7 +341,11 @@ def _authority(host: str, port: int) -> str:
 def _listen(listen: Listen) -> socket.socket:
     try:
         family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((listen.host, listen.port), family=family, backlog=1024)
+        made = socket.create_server((listen.host, listen.port), family=family, backlog=1024)
+        # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
+        # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
     except OSError as error:
         raise RunError(
             f"the address must be free and ours, got {error.strerror!r} for "

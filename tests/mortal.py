@@ -20,10 +20,11 @@ import traceback
 
 import numpy as np
 
-from potluck.algorithms import FedAvg
+from potluck.algorithms import FedAvg, Momentum
 from potluck.core import RefusedError, Spec
 from potluck.experiment import check_experiment
 from potluck.server import Accepted, Assigned, Claims, Finished, RoundSettings, Service
+from potluck.server.arrivals import Arrival, Taken
 from potluck.server.enrolment import device_id
 
 NUM = 4
@@ -39,7 +40,9 @@ CONTENT = {
 
 def live(url: str, blobs: str, num_rounds: int) -> dict:
     """Do what is left to do, from whatever there is; return what can be seen at the end."""
-    service = Service.open(url, blobs, build=lambda _: FedAvg(client_lr=0.1), lease_seconds=0.02)
+    average = Momentum(momentum=0.0)  # whose state is a blob, as the small model is none
+    algorithm = FedAvg(client_lr=0.1, server=average)
+    service = Service.open(url, blobs, build=lambda _: algorithm, lease_seconds=0.02)
     settings = RoundSettings(
         selection="sampled", goal=NUM, minimum=1.0, population=NUM, num_rounds=num_rounds
     )
@@ -87,6 +90,14 @@ def take_part(service: Service, i: int, device: str, work: Assigned) -> None:
         sha256=hashlib.sha256(body).hexdigest(), num_bytes=len(body), weight=1.0, loss=0.5,
         num_steps=1,
     )  # fmt: skip
+    if i % 2:
+        arrival = Arrival(
+            device, sequence_of(service, device), work.assignment, work.number, work.attempt,
+            claims, body,
+        )  # fmt: skip
+        [taken] = service.take_in([arrival])
+        assert isinstance(taken, Taken) or taken.code == "late", taken
+        return
     upload = service.begin_report(device, work.assignment, claims)
     if isinstance(upload, Accepted):
         return
@@ -94,6 +105,11 @@ def take_part(service: Service, i: int, device: str, work: Assigned) -> None:
         chunk = body[upload.offset : upload.offset + 10]
         upload = service.append_chunk(device, upload.upload, upload.offset, chunk)
     service.finish_report(device, upload.upload)
+
+
+def sequence_of(service: Service, device: str) -> int:
+    """The next sequence number of a device's requests."""
+    return service.device(device).sequence + 1
 
 
 def born(url: str, blobs: str, num_rounds: int, point: str = "") -> int:

@@ -19,11 +19,20 @@ import psutil
 from potluck.server.home import Home
 from potluck.server.operator import Operator
 
+MOMENTUM = '[algorithm.server]\nname = "momentum"\nmomentum = {}\n'
 _SKEWED = Path(__file__).with_name("skewed.py")
 
 
-def experiment(*, clients: int, rounds: int = 100_000, model: str = "logistic", **server) -> str:
+def experiment(
+    *,
+    clients: int,
+    rounds: int = 100_000,
+    model: str = "logistic",
+    momentum: float | None = None,
+    **server,
+) -> str:
     """The TOML of an experiment on digits; `server` is its section of that name."""
+    optimizer = "" if momentum is None else MOMENTUM.format(momentum)
     values = {"goal": clients, "over_selection": 1.0, "population": clients, "pace_seconds": 0.1}
     values |= {"attempts": 100_000, "long_poll_seconds": 2.0} | server
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
@@ -36,7 +45,7 @@ kind = "iid"
 clients = {clients}
 [algorithm]
 client_lr = 0.1
-[run]
+{optimizer}[run]
 rounds = {rounds}
 cohort = {clients}
 evaluate_every = 100000

@@ -29,7 +29,12 @@ def kill_servers(
     """Kill a server once at each point and so many times at random; nobody repairs anything."""
     dice = random.Random(seed)
     text = experiment(
-        clients=devices, minimum=0.5, selection_seconds=3.0, report_seconds=5.0, lease_seconds=3.0
+        clients=devices,
+        momentum=0.5,  # there are blobs beside the model, which is small
+        minimum=0.5,
+        selection_seconds=3.0,
+        report_seconds=5.0,
+        lease_seconds=3.0,
     )
     lives: list[ServerProcess] = []
     died_at = []

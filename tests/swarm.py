@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from federation import Device, HastyClock, UnitTrainer
+from potluck.device.agent import OFFERS
 from potluck.device.clock import Stopped
+from potluck.protocol import CODECS
 
 
 class PatientClock(HastyClock):
@@ -45,7 +47,11 @@ class Balking(UnitTrainer):
 
 
 class Swarm:
-    """Devices in folders of their own; they enrol in order, so device k is client k."""
+    """Devices in folders of their own; they enrol in order, so device k is client k.
+
+    Every second one uploads its updates, as where a model is large; the others send them inside
+    their reports.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,7 +64,8 @@ class Swarm:
         self.trainers.append(Balking())
         clock = PatientClock()
         clock.skew_ms = skew_ms
-        device = Device(address, invitation, folder, self.trainers[-1], clock=clock)
+        offers = _offers(folder)
+        device = Device(address, invitation, folder, self.trainers[-1], clock=clock, offers=offers)
         self.devices.append(device)
         if wait:
             until(lambda: (folder / "enrolment.json").exists() or device.died)
@@ -70,7 +77,9 @@ class Swarm:
         clock = PatientClock()
         clock.skew_ms = skew_ms
         trainer = self.trainers[int(device.folder.name)]
-        self.devices.append(Device(address, None, device.folder, trainer, clock=clock))
+        offers = _offers(device.folder)
+        again = Device(address, None, device.folder, trainer, clock=clock, offers=offers)
+        self.devices.append(again)
         return self.devices[-1]
 
     def owe(self) -> bool:
@@ -93,6 +102,10 @@ class Swarm:
         for device in self.devices:
             told.setdefault(name_of(device.folder), []).extend(accepted(device))
         return told
+
+
+def _offers(folder: Path) -> tuple[str, ...]:
+    return CODECS if int(folder.name) % 2 else OFFERS
 
 
 def accepted(device: Device) -> list[tuple[int, int]]:

@@ -78,6 +78,7 @@ def test_three_devices_train_a_round_over_tls(tmp_path, places):
 
 def test_what_a_device_is_given_is_signed_for_its_run(served):
     device = served.device()
+    served.until(lambda told: told["open"])  # the first device has it opened
     given = device.assigned()
     manifest = verify_manifest(
         given.manifest.encode(),

@@ -141,7 +141,7 @@ def test_sigterm_after_training_wastes_nothing(tmp_path):
             device.until("trained round 1")
             assert lost.wait(60)  # it tries to send, in vain
             assert device.end(signal.SIGTERM)[0] == 143, device.lines
-        assert federation.status()["version"] == 0
+        federation.until(lambda: federation.status()["version"] == 1)  # which nobody told it
         assert (tmp_path / "device/outbox/report.json").exists()
         device = Process(federation, federation.server.address)
         assert device.end() == (0, pytest.approx(30, abs=30))

@@ -6,6 +6,7 @@ last good model; and when it is told the truth again, go on.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -20,10 +21,11 @@ from federation import Federation, UnitTrainer
 from intermediary import Answer, Intermediary
 from potluck.core import PotluckError, RefusedError, Spec
 from potluck.device import Home, Record, SystemClock
+from potluck.device.agent import OFFERS
 from potluck.device.connection import LATEST_MS, Connection
-from potluck.device.download import download_model
+from potluck.device.download import receive_model
 from potluck.device.home import write_file
-from potluck.protocol import Manifest, ManifestSpec, new_key, sign_manifest
+from potluck.protocol import CODECS, Manifest, ManifestSpec, new_key, sign_manifest
 from potluck.protocol.keys import sign_bytes
 from potluck.server.tables import assignments, rounds
 
@@ -68,18 +70,23 @@ class Liar:
             if place not in self._seen:
                 self._seen.add(place)
                 self.manifests.append(given)
+                if "model" in given:
+                    self.models.append(base64.b64decode(given["model"]))
         else:
             given = _changed(self, self.current, dict(given))
         return json.dumps(given).encode()
 
     def _model(self, model: bytes) -> bytes:
+        if self.current is None:
+            self.models.append(model)
+        return self.lie_of(model)
+
+    def lie_of(self, model: bytes) -> bytes:
         match self.current:
             case "a flipped bit of the model":
                 return model[:-1] + bytes([model[-1] ^ 1])
             case "an older model":
                 return self.models[0]
-            case None:
-                self.models.append(model)
         return model
 
 
@@ -132,15 +139,20 @@ def _changed(liar: Liar, lie: str, given: dict) -> dict:
             changes = {"created_ms": now - 2 * HOUR, "expires_ms": now - HOUR}
     key = new_key() if lie == "another key" else liar.run_key
     if lie in ("a flipped bit of the model", "an older model"):
+        if "model" in given:
+            model = liar.lie_of(base64.b64decode(given["model"]))
+            given["model"] = base64.b64encode(model).decode()
         return given
     manifest = Manifest.model_validate(content | changes)
     data, signature = sign_manifest(key, manifest)
     return given | {"manifest": data.decode(), "signature": signature.hex()}
 
 
-@pytest.fixture(scope="module")
-def lied_to(tmp_path_factory):
-    """One device, a round for each lie, and what came of it."""
+@pytest.fixture(scope="module", params=["downloaded", "inside"])
+def lied_to(request, tmp_path_factory):
+    """One device, a round for each lie, and what came of it; its model is downloaded, or comes
+    inside its assignment."""
+    offers = CODECS if request.param == "downloaded" else OFFERS
     folder = tmp_path_factory.mktemp("lies")
     liar = Liar()
     server = (
@@ -152,10 +164,11 @@ def lied_to(tmp_path_factory):
         liar.run_key, liar.folder = federation.server.desk.key, folder / "device0"
         trainer = UnitTrainer(lambda: liar.trained.append(liar.current))
         with Intermediary(federation.port, federation.operator._home, liar) as between:
-            device = federation.join(0, trainer, between.address)
+            device = federation.join(0, trainer, between.address, offers=offers)
             federation.until(lambda: federation.status()["state"] == "finished", 120)
             device.end()
             assert device.died is None
+            assert all(("model" in given) == (offers is OFFERS) for given in liar.manifests)
         failed = (
             select(assignments.c.reason, rounds.c.number)
             .join(rounds, rounds.c.id == assignments.c.round)
@@ -288,7 +301,7 @@ def test_a_download_that_is_none_is_tried_again_slowly_and_fills_nothing(tmp_pat
             Connection(server.address, None, home, Record(home.folder / "sent"), clock) as to,
         ):
             with pytest.raises(Stop):
-                download_model(to, manifest_of(model), home.folder / "models", lambda: None)
+                receive_model(to, manifest_of(model), home.folder / "models", lambda: None)
             assert server.count <= 7  # a wait before each
         assert old.read_bytes() == b"the old model"
         assert sum(p.stat().st_size for p in (home.folder / "models").iterdir()) < 1000
@@ -304,7 +317,7 @@ def test_a_range_that_is_always_refused_is_no_endless_loop(tmp_path):
             Connection(server.address, None, home, Record(home.folder / "s"), Patience(5)) as to,
             pytest.raises(RefusedError),
         ):
-            download_model(to, manifest_of(bytes(400)), tmp_path / "models", lambda: None)
+            receive_model(to, manifest_of(bytes(400)), tmp_path / "models", lambda: None)
         assert server.count == 1
     finally:
         home.close()

@@ -15,6 +15,8 @@ from potluck.plan import Plan
 from potluck.protocol import (
     CODECS,
     FAILURE_REASONS,
+    INLINE,
+    INLINE_BYTES,
     LONG_POLL_SECONDS,
     MAX_ANSWER_BYTES,
     MAX_MANIFEST_BYTES,
@@ -28,6 +30,7 @@ from potluck.protocol import (
     Invitation,
     Message,
     Wait,
+    encode_inline,
     encode_invitation,
     encode_message,
     encode_vector,
@@ -174,6 +177,10 @@ def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
     for fact in (
         f"A JSON answer is at most {MAX_ANSWER_BYTES:,} bytes",
         f"a manifest inside it at most {MAX_MANIFEST_BYTES:,}",
+        f"a model of at most {INLINE_BYTES:,} bytes in `model`",
+        f"the encoded bytes, at most {INLINE_BYTES:,}, in `update`",
+        f"with padding, 4 to {len(encode_inline(bytes(INLINE_BYTES))):,} characters",
+        f"perhaps `{INLINE}`",
         f"At most {MAX_SKEW_MS // 1000} s from the server's",
         f"for up to {LONG_POLL_SECONDS} s before it answers",
     ):

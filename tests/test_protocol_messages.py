@@ -16,6 +16,7 @@ from potluck.core import ProtocolError
 from potluck.protocol import (
     CHUNK_BYTES,
     FAILURE_REASONS,
+    INLINE_BYTES,
     MAX_REQUEST_BYTES,
     MESSAGES,
     ROUTES,
@@ -38,6 +39,8 @@ from potluck.protocol import (
     Runtime,
     Upload,
     Wait,
+    decode_inline,
+    encode_inline,
     encode_message,
     parse_message,
     parse_offset,
@@ -88,9 +91,11 @@ GOLDEN: list[tuple[Message, bytes]] = [
             deadline_ms=1767226200000,
             client=17,
             seed=5,
+            model="AACAPw==",
         ),
         b'{"assignment":"%s","attempt":1,"client":17,"codec":"int8","deadline_ms":1767226200000,'
-        b'"kind":"train","lease_seconds":600,"manifest":"{}","round":3,"run":"digits","seed":5,'
+        b'"kind":"train","lease_seconds":600,"manifest":"{}","model":"AACAPw==","round":3,'
+        b'"run":"digits","seed":5,'
         b'"signature":"%s","type":"assignment"}' % (A.encode(), b"b" * 128),
     ),
     (
@@ -115,10 +120,11 @@ GOLDEN: list[tuple[Message, bytes]] = [
             loss=0.5,
             num_steps=60,
             metrics={"accuracy": 0.75},
+            update="AAECA/8=",
         ),
         b'{"assignment":"%s","attempt":1,"codec":"int8","length_bytes":2028,"loss":0.5,'
         b'"metrics":{"accuracy":0.75},"num_steps":60,"round":3,"sha256":"%s","type":"report",'
-        b'"weight":600.0}' % (A.encode(), D.encode()),
+        b'"update":"AAECA/8=","weight":600.0}' % (A.encode(), D.encode()),
     ),
     (
         Upload(upload=A, offset=4194304, chunk_bytes=4194304),
@@ -185,7 +191,8 @@ def test_a_message_must_be_of_the_kind_that_is_asked_for(message: Message, golde
 @pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=names)
 def test_every_key_counts(message: Message, golden: bytes) -> None:
     for key in json.loads(golden):
-        if key not in ("name", "server_time_ms") or isinstance(message, Enrolled):
+        optional = ("name", "server_time_ms", "model", "update")
+        if key not in optional or isinstance(message, Enrolled):
             assert refused(changed(message, **{key: None})) == "malformed", key
         if key not in ("metrics", "eligibility"):
             assert refused(changed(message, **{key: {}})) == "malformed", key
@@ -360,3 +367,36 @@ def test_the_protocol_needs_no_torch() -> None:
     code = "import sys, potluck.protocol; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 2600, INLINE_BYTES])
+def test_a_vector_inside_a_message_comes_out_as_it_was(length: int) -> None:
+    vector = bytes(i % 251 for i in range(length))
+    text = encode_inline(vector)
+    assert decode_inline(text, length) == vector
+    base = next(message for message, _ in GOLDEN if isinstance(message, Report))
+    assert parse_message(changed(base, update=text), Report).update == text
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "code"),
+    [
+        ("AAAA", 4, "wrong_length"),
+        ("AAAA", 2, "wrong_length"),
+        ("AAB=", 2, "malformed"),  # bits that are left over
+        ("AA-_", 3, "malformed"),  # of another alphabet
+        ("AAA", 2, "malformed"),
+        ("AA==AAAA", 4, "malformed"),
+    ],
+)
+def test_a_vector_inside_a_message_has_one_form(text: str, length: int, code: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode_inline(text, length)
+    assert caught.value.code == code
+
+
+def test_a_vector_that_is_too_long_is_no_part_of_a_message() -> None:
+    base = next(message for message, _ in GOLDEN if isinstance(message, Report))
+    long = encode_inline(bytes(INLINE_BYTES + 3))
+    for text in (long, "", "AA\n=", "AA==="):
+        assert refused(changed(base, update=text), Report) == "malformed"

@@ -517,7 +517,7 @@ def test_a_damaged_update_abandons_the_attempt_and_not_the_server(places):
 
 
 def test_the_updates_of_a_round_that_is_over_are_gone(places):
-    fleet = Fleet(*places())
+    fleet = Fleet(*places(), dim=10_000)
     fleet.round()
     assert {key.partition("/")[0] for key in fleet.stored()} == {"models"}
     fleet.service.close()

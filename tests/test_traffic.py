@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import re
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ import canary
 from federation import Federation, UnitTrainer
 from intermediary import Intermediary
 from potluck.core import Update
+from potluck.device.agent import OFFERS
+from potluck.protocol import CODECS
 
 COUNT, FEATURES, EXAMPLES = 3, 64, 25
 
@@ -32,8 +37,9 @@ def data(tmp_path_factory):
     return made_up(tmp_path_factory.mktemp("data") / "own")
 
 
-def captured(folder, *, rounds=3, trainer=None, codec="float32"):
-    """What all devices wrote in a whole run, and their data."""
+def captured(folder, *, rounds=3, trainer=None, codec="float32", offers=OFFERS):
+    """What all devices wrote in a whole run, updates inside reports also as bytes; and their
+    data."""
     data = made_up(folder / "own")
     server = f"goal = {COUNT}\npopulation = {COUNT}\nover_selection = 1.0"
     federation = Federation(
@@ -41,13 +47,18 @@ def captured(folder, *, rounds=3, trainer=None, codec="float32"):
     )
     with federation, Intermediary(federation.port, federation.operator._home) as between:
         for k in range(COUNT):
-            federation.join(k, trainer(data[k][0]) if trainer else None, between.address)
+            own = trainer(data[k][0]) if trainer else None
+            federation.join(k, own, between.address, offers=offers)
         federation.until(lambda: federation.status()["state"] == "finished", 120)
         for device in federation.devices:
             device.end()
             assert device.died is None
             assert device.count("accepted") >= rounds
-    return bytes(between.written), data
+    written = bytes(between.written)
+    return written + b"".join(map(base64.b64decode, UPDATE.findall(written))), data
+
+
+UPDATE = re.compile(rb'"update":"([A-Za-z0-9+/=]+)"')
 
 
 def leaks(capture, data):
@@ -56,9 +67,11 @@ def leaks(capture, data):
 
 
 @pytest.mark.parametrize("codec", ["float32", "int8"])
-def test_nothing_of_the_training_data_is_on_the_wire(tmp_path, codec):
-    capture, data = captured(tmp_path, codec=codec)
-    assert capture.count(b"PUT /v1/uploads/") >= 3 * COUNT  # it did send its updates
+@pytest.mark.parametrize("offers", [OFFERS, CODECS], ids=["inside", "uploaded"])
+def test_nothing_of_the_training_data_is_on_the_wire(tmp_path, codec, offers):
+    capture, data = captured(tmp_path, codec=codec, offers=offers)
+    sent = capture.count(b"PUT /v1/uploads/") if offers is CODECS else len(UPDATE.findall(capture))
+    assert sent >= 3 * COUNT  # it did send its updates
     assert leaks(capture, data) == set()
 
 

@@ -158,9 +158,9 @@ def _restart(bench: Bench, scene: Scene) -> dict[str, Any]:
 
 
 def s4(bench: Bench) -> list[dict[str, Any]]:
-    """Rounds in which nobody trains: what is left is ours."""
+    """Rounds in which nobody trains a model of 650 floats: what is left is ours."""
     rounds = bench.pick(50, 20)
-    with bench.scene(model_bytes=1, devices=20, rounds=rounds, pace=0.1) as scene:
+    with bench.scene(model_bytes=2600, devices=20, rounds=rounds, pace=0.1) as scene:
         scene.enrol()
         cpu = scene.cpu_seconds()
         scene.load("rounds", longest_wait=0.0)

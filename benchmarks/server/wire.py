@@ -17,11 +17,15 @@ import time
 from typing import Any, NamedTuple
 
 from potluck.protocol import (
+    INLINE,
+    INLINE_BYTES,
     CheckIn,
     Eligibility,
     Enrol,
     Report,
     Runtime,
+    decode_inline,
+    encode_inline,
     encode_message,
     public_key,
     sign_request,
@@ -54,10 +58,13 @@ class Body(NamedTuple):
 
     data: bytes
     sha256: str
+    inside: str | None
+    """As it stands in a report, if it is small."""
 
     @classmethod
     def of(cls, data: bytes) -> Body:
-        return cls(data, hashlib.sha256(data).hexdigest())
+        inside = encode_inline(data) if len(data) <= INLINE_BYTES else None
+        return cls(data, hashlib.sha256(data).hexdigest(), inside)
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -185,7 +192,7 @@ class LoadDevice:
         self.wire: Wire | None = None
         self.sequence = time.time_ns() // 10**6
         check_in = CheckIn(
-            run=place.run, accepts=("float32",), runtime=RUNTIME, eligibility=Eligibility()
+            run=place.run, accepts=("float32", INLINE), runtime=RUNTIME, eligibility=Eligibility()
         )
         self.check_in_body = encode_message(check_in)
 
@@ -267,8 +274,13 @@ class LoadDevice:
         return expect(answer, 200)
 
     async def download(self, given: dict[str, Any]) -> None:
-        """The model of an assignment, checked against its digest."""
+        """The model of an assignment, inside it or not, checked against its digest."""
         manifest = json.loads(given["manifest"])
+        if "model" in given:
+            model = decode_inline(given["model"], manifest["length_bytes"])
+            if hashlib.sha256(model).hexdigest() != manifest["sha256"]:
+                raise RuntimeError("the model in the assignment is not its manifest's")
+            return
         answer = await self.call("GET", f"/v1/models/{manifest['sha256']}")
         if answer.status != 200 or answer.content != manifest["sha256"]:
             raise RuntimeError(f"the model must be {manifest['sha256']}, got {answer}")
@@ -286,6 +298,7 @@ class LoadDevice:
             loss=0.5,
             num_steps=1,
             metrics={},
+            update=body.inside if "model" in given else None,
         )
         return expect(await self.call("POST", "/v1/report", encode_message(message)), 200)
 

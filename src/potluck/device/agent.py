@@ -27,7 +27,7 @@ from potluck.core import (
 )
 from potluck.device.clock import Clock, Stopped
 from potluck.device.connection import Connection, Unanswered
-from potluck.device.download import download_model
+from potluck.device.download import receive_model
 from potluck.device.eligibility import Sensor
 from potluck.device.home import Enrolment, Home
 from potluck.device.outbox import Outbox, Owed
@@ -39,6 +39,8 @@ from potluck.plan import read_plan
 from potluck.protocol import (
     CODECS,
     FAILURE_REASONS,
+    INLINE,
+    INLINE_BYTES,
     VERSION,
     Accepted,
     Assignment,
@@ -50,11 +52,14 @@ from potluck.protocol import (
     Manifest,
     Report,
     Wait,
+    encode_inline,
     encode_message,
     encoded_bytes,
     verify_manifest,
 )
 
+OFFERS = (*CODECS, INLINE)
+"""What a device accepts."""
 _FATAL = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "token", "method", "media")
 _OVER = ("late", "conflict")
 _CHECK_IN = f"/v{VERSION}/check-in"
@@ -91,8 +96,10 @@ class Agent:
         trainer: Trainer,
         sensor: Sensor,
         clock: Clock,
+        offers: tuple[str, ...] = OFFERS,
     ) -> None:
         self._home = home
+        self._offers = offers
         self._enrolment = enrolment
         self._connection = connection
         self._record = record
@@ -125,7 +132,7 @@ class Agent:
         self._record.check(self._clock.now_ms(), 1)
         message = CheckIn(
             run=self._enrolment.run,
-            accepts=tuple(CODECS),
+            accepts=self._offers,
             runtime=self._trainer.runtime(),
             eligibility=self._sensor(),
         )
@@ -170,8 +177,8 @@ class Agent:
         if assignment.kind == "train":
             length = encoded_bytes(assignment.codec, manifest.spec.spec().dim)
             self._record.check(self._clock.now_ms(), length)
-        folder = self._home.folder / "models"
-        received = download_model(self._connection, manifest, folder, watch.check)
+        folder, inside = self._home.folder / "models", assignment.model
+        received = receive_model(self._connection, manifest, folder, watch.check, inside)
         spec = manifest.spec.spec()
         if assignment.kind == "evaluate":
             yield Event("evaluating", assignment.round)
@@ -229,6 +236,7 @@ class Agent:
             round=assignment.round,
             client=assignment.client,
         )
+        is_inside = assignment.model is not None and len(encoded.body) <= INLINE_BYTES
         report = Report(
             assignment=assignment.assignment,
             round=assignment.round,
@@ -240,6 +248,7 @@ class Agent:
             loss=loss,
             num_steps=num_steps,
             metrics={},
+            update=encode_inline(encoded.body) if is_inside else None,
         )
         self._outbox.put(report, encoded.body, encoded.residual)
         return report

@@ -1,4 +1,6 @@
-"""Downloading a model: resumed where it was cut off, and used only when its digest is right.
+"""Receiving a model: inside its assignment, or downloaded; used only when its digest is right.
+
+A download is resumed where it was cut off.
 
     models/<SHA-256>         the last model that was whole and right
     models/<SHA-256>.part    one that is on its way, also after a restart
@@ -19,36 +21,59 @@ import numpy as np
 
 from potluck.core import ProtocolError, RefusedError, Vector
 from potluck.device.connection import Connection, Unanswered, read_answer
-from potluck.protocol import VERSION, Manifest
+from potluck.protocol import VERSION, Manifest, decode_inline
 
 _RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/\d{1,15}")
 
 
-def download_model(
+def receive_model(
     connection: Connection,
     manifest: Manifest,
     folder: Path,
     check: Callable[[], None],
+    inside: str | None = None,
 ) -> Vector:
-    """The model of a manifest, [dim], from the folder or the server.
+    """The model of a manifest, [dim], from its assignment, the folder or the server.
 
     Args:
         check: called often; what it raises ends the download, and the part stays.
+        inside: what the assignment brought.
 
     Raises:
-        ProtocolError: "model_digest": it is not the model that the manifest names, twice.
+        ProtocolError: "model_digest": it is not the model that the manifest names; of what is
+            downloaded, twice.
         RefusedError: the server does not give it.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / manifest.sha256
+    given = None if inside is None else _unpack(inside, manifest)
     model = _verified(path, manifest)
     if model is None:
         part = folder / f"{manifest.sha256}.part"
         _keep(folder, lambda name: name == part.name or not name.endswith(".part"))
-        model = _download(connection, manifest, part, check)
+        if given is None:
+            model = _download(connection, manifest, part, check)
+        else:
+            model = given
+            part.write_bytes(given)
         part.replace(path)
     _keep(folder, lambda name: name == path.name)
     return np.frombuffer(model, "<f4").astype(np.float32)
+
+
+def _unpack(inside: str, manifest: Manifest) -> bytes:
+    """What an assignment brought, if it is the manifest's model."""
+    try:
+        model = decode_inline(inside, manifest.length_bytes)
+    except ProtocolError as error:
+        raise ProtocolError("model_digest", str(error)) from None
+    if hashlib.sha256(model).hexdigest() != manifest.sha256:
+        raise ProtocolError(
+            "model_digest",
+            f"the model in the assignment must have the SHA-256 {manifest.sha256} of its manifest, "
+            "got another.",
+        )
+    return model
 
 
 def _verified(path: Path, manifest: Manifest) -> bytes | None:

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from potluck.core import ConfigError, RefusedError
-from potluck.device.agent import Agent, Event
+from potluck.device.agent import OFFERS, Agent, Event
 from potluck.device.clock import Clock, Stopped, SystemClock
 from potluck.device.connection import Connection
 from potluck.device.eligibility import LinuxSensor, Sensor
@@ -33,6 +33,7 @@ def join(
     sensor: Sensor | None = None,
     clock: Clock | None = None,
     limit_bytes: int | None = None,
+    offers: tuple[str, ...] = OFFERS,
 ) -> Generator[Event]:
     """Take part in the run of an invitation until it is over.
 
@@ -40,6 +41,7 @@ def join(
         invitation: what `potluck enroll` printed; not needed by a device that is enrolled.
         folder: the device's own; see `Home`.
         limit_bytes: the most that it sends in a day.
+        offers: what it accepts: codecs, and `inline` for small vectors inside messages.
 
     Raises:
         ConfigError: no invitation and not enrolled, or enrolled elsewhere.
@@ -64,9 +66,8 @@ def join(
             _check_same(enrolment, parse_invitation(invitation), home)
         # A server may move; its certificate, run and key may not.
         with Connection(url, enrolment.certificate, home, record, clock) as connection:
-            agent = Agent(
-                home, enrolment, connection, record, trainer, sensor or LinuxSensor(), clock
-            )
+            sensor = sensor or LinuxSensor()
+            agent = Agent(home, enrolment, connection, record, trainer, sensor, clock, offers)
             yield from agent.work()
     finally:
         home.close()

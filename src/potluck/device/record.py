@@ -5,8 +5,8 @@ A file for each day (UTC), one JSON object a line, written before the bytes leav
     {"time_ms": …, "method": "POST", "path": "/v1/report", "bytes": 431, "sha256": "…",
      "message": {…}}
 
-A message stands there whole, but for its token; an update only as its length and digest. Files are
-appended to and never changed; old ones may be deleted.
+A message stands there whole, but for its token; an update, also one inside a report, only as its
+length and digest. Files are appended to and never changed; old ones may be deleted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from potluck.core import PotluckError
 
 DAY_MS = 86_400_000
+_HIDDEN = ("token", "update")
 
 
 class DailyLimitError(PotluckError):
@@ -57,7 +58,7 @@ class Record:
         }
         if is_message:
             message = json.loads(body)
-            line["message"] = message | ({"token": "…"} if "token" in message else {})
+            line["message"] = message | {key: "…" for key in _HIDDEN if key in message}
         text = json.dumps(line, ensure_ascii=False) + "\n"
         file = os.open(self._path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:

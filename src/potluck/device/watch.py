@@ -36,14 +36,17 @@ class Watch:
         self._clock = clock
         self._sensor = sensor
         self._phase: Literal["download", "train", "evaluate"] = "download"
+        if assignment.model is not None:  # there is nothing to download
+            self._phase = assignment.kind
         self.needs: tuple[Need, ...] = ()
         self._next_word = clock.monotonic() + assignment.lease_seconds / 3
         self._next_look = clock.monotonic() + SENSE_SECONDS
 
     def enter(self, phase: Literal["train", "evaluate"]) -> None:
         """The next phase of the work begins."""
-        self._phase = phase
-        self._tell()
+        if phase != self._phase:
+            self._phase = phase
+            self._tell()
 
     def check(self) -> None:
         """Go on, or not.

@@ -11,6 +11,7 @@ from potluck.core.codecs import (
     encoded_bytes,
 )
 from potluck.protocol.codes import FAILURE_REASONS, STATUS, ErrorCode, FailureReason
+from potluck.protocol.inline import INLINE, INLINE_BYTES, decode_inline, encode_inline
 from potluck.protocol.invitation import Invitation, encode_invitation, parse_invitation
 from potluck.protocol.keys import fingerprint, new_key, public_key
 from potluck.protocol.manifest import Manifest, ManifestSpec, sign_manifest, verify_manifest
@@ -55,6 +56,8 @@ __all__ = [
     "CHUNK_BYTES",
     "CODECS",
     "FAILURE_REASONS",
+    "INLINE",
+    "INLINE_BYTES",
     "LONG_POLL_SECONDS",
     "MAX_ANSWER_BYTES",
     "MAX_MANIFEST_BYTES",
@@ -92,7 +95,9 @@ __all__ = [
     "Wait",
     "check_body",
     "decode_blocks",
+    "decode_inline",
     "decode_vector",
+    "encode_inline",
     "encode_invitation",
     "encode_message",
     "encode_vector",

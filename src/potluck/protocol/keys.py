@@ -7,6 +7,7 @@ purpose serves another, since what is signed starts with the name of its purpose
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -22,6 +23,7 @@ def new_key() -> bytes:
     return Ed25519PrivateKey.generate().private_bytes_raw()
 
 
+@lru_cache(maxsize=64)
 def public_key(private_key: bytes) -> bytes:
     """The public half."""
     return _private(private_key).public_key().public_bytes_raw()
@@ -49,6 +51,7 @@ def is_signature(public_key: bytes, signature: bytes, data: bytes) -> bool:
     return True
 
 
+@lru_cache(maxsize=64)  # to read one costs as much as to sign with it
 def _private(key: bytes) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(_sized(key, "private_key"))
 

@@ -3,7 +3,7 @@
     Enrol → Enrolled                             once, with a token
     CheckIn → Assignment | Wait | Finished       a device offers itself, and may be given work
     Progress → Lease                             still at it
-    Report → Upload | Accepted                   announces an update; chunks follow
+    Report → Upload | Accepted                   announces an update; chunks follow, or it is inside
     Evaluation → Accepted                        metrics of a federated evaluation
     Failed → Wait                                gives the work back
     Error                                        instead of any answer
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from potluck.core import Codec
 from potluck.protocol.codes import ErrorCode, FailureReason
+from potluck.protocol.inline import MAX_INLINE
 from potluck.protocol.strict_json import MAX_INTEGER, encode_json, parse_json, refuse
 
 VERSION = 1
@@ -36,6 +37,9 @@ Id: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Key: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Token: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,128}$")]
+Inline: TypeAlias = Annotated[
+    str, Field(min_length=4, max_length=MAX_INLINE, pattern=r"^[A-Za-z0-9+/]+={0,2}$")
+]
 Signature: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Count: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Milliseconds: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
@@ -99,7 +103,7 @@ class CheckIn(Message):
     type: Literal["check_in"] = "check_in"
     run: Name
     accepts: Annotated[tuple[Name, ...], Field(min_length=1, max_length=16, strict=False)]
-    """Codecs that it can encode, the preferred first."""
+    """Codecs that it can encode, the preferred first; and `inline`."""
     runtime: Runtime
     eligibility: Eligibility
 
@@ -122,6 +126,8 @@ class Assignment(Message):
     client: Annotated[int, Field(ge=0, le=2**31 - 1)]
     """Which client of the run this device is: with `seed` it decides all random streams."""
     seed: Count
+    model: Inline | None = None
+    """The manifest's, if it is small, for a device that offered `inline`."""
 
 
 class Wait(Message):
@@ -172,6 +178,8 @@ class Report(Message):
     loss: Number
     num_steps: Annotated[int, Field(ge=0, le=10**9)]
     metrics: Annotated[dict[MetricName, Number], Field(max_length=32)]
+    update: Inline | None = None
+    """The encoded bytes, if the assignment brought its model in the same way."""
 
 
 class Upload(Message):

@@ -1,8 +1,8 @@
 """The server: state in SQL, models and updates as blobs, rounds that survive `kill -9`."""
 
 from potluck.server.enrolment import Enrolled
+from potluck.server.look import Assigned, Attributes, Finished, Wait
 from potluck.server.reports import Accepted, Claims, Upload
-from potluck.server.selection import Assigned, Attributes, Finished, Wait
 from potluck.server.service import Service
 from potluck.server.settings import RoundSettings
 

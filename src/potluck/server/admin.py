@@ -20,9 +20,10 @@ from starlette.types import ASGIApp
 from potluck.core import ProtocolError
 from potluck.protocol import Invitation, encode_invitation, public_key
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
-from potluck.server.app import error_handlers, measured
+from potluck.server.app import error_handlers
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk, refusals
+from potluck.server.measured import measured
 from potluck.server.meters import Meters
 
 MAX_BYTES = 4096

@@ -14,6 +14,7 @@ import math
 import re
 import time
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
@@ -41,19 +42,20 @@ from potluck.protocol import (
     parse_message,
     parse_offset,
 )
-from potluck.server.batches import Batches
+from potluck.server.batches import GATHER_SECONDS, Batches
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
+from potluck.server.direct import Place, direct
 from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
+from potluck.server.measured import measured
 from potluck.server.meters import Meters
 from potluck.server.places import Places
 from potluck.server.pressure import LEAST_SECONDS, Pressure
+from potluck.server.vectors import read_vector
 
 HEALTH = "/health"
 LARGE_BYTES = 1 << 20
 """Of a model: above, a connection that has carried it is closed."""
-SEND_SECONDS = 60.0
-"""For a piece of an answer, before a reader that is too slow is given up."""
 
 _LOG = logging.getLogger("potluck.server")
 _MAX_POLLS = 20_000
@@ -122,17 +124,24 @@ class DeviceApp:
         self.gate = Gate(desk.service, desk.run)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
-        self._check_ins: Batches[tuple[str, CheckIn], Message] = Batches(desk.check_ins)
+        self._check_ins: Batches[Any, Message] = Batches(desk.check_ins, GATHER_SECONDS)
+        self._arrivals: Batches[Any, Message] = Batches(desk.take_in, GATHER_SECONDS)
 
     def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
         """The application; `others` are paths that are not for devices."""
         handlers = error_handlers(self.desk.service.time.now)
         app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
+        fixed = {
+            (route.method, route.path): Place(route.path, partial(self._endpoint, route=route))
+            for route in ROUTES
+            if "{" not in route.path
+        }
+        inner = direct(app, fixed, handlers)
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                await app(scope, receive, send)
+                await inner(scope, receive, send)
             finally:
                 self.shares.leave(scope)
 
@@ -149,20 +158,15 @@ class DeviceApp:
     async def _endpoint(self, request: Request, route: Route) -> Response:
         if route.caller == "newcomer":
             return await self._enrol(request, route)
+        if route.request is CheckIn or route.request is Report:
+            return await self._with_claim(request, route, route.request)
         slots = self.uploads if route.request == "bytes" else self.slots
         async with slots.take():
             claim = await self.gate.admit(request)
             self.shares.enter(request.scope, claim.device)
-            answered = await self._answer(request, route, claim)
-        if isinstance(answered, Waiting):
-            return await self._poll(request, claim.device, answered)
-        if isinstance(answered, Report):
-            return await self._report(claim, answered)
-        return answered
+            return await self._answer(request, route, claim)
 
-    async def _answer(
-        self, request: Request, route: Route, claim: Claim
-    ) -> Response | Waiting | Report:
+    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response:
         """The answer, or what may have to wait for one without a slot."""
         device = claim.device
         if route.request == "bytes":
@@ -175,12 +179,6 @@ class DeviceApp:
             return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
         body = await read_body(request, route, claim)
         message: Message = parse_message(bytes(body), route.request, limit=route.max_bytes)
-        if isinstance(message, CheckIn):
-            rings = self.bell.rings
-            given = await self._check_ins.do((device, message))
-            return Waiting(message, given, rings) if self._may_poll(given) else _json(given)
-        if isinstance(message, Report):
-            return message
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
     async def _enrol(self, request: Request, route: Route) -> Response:
@@ -193,7 +191,45 @@ class DeviceApp:
         self.bell.wake()
         return _json(enrolled)
 
-    async def _report(self, claim: Claim, message: Report) -> Response:
+    async def _with_claim(
+        self, request: Request, route: Route, kind: type[CheckIn] | type[Report]
+    ) -> Response:
+        """A message whose request is noted in the transaction that does what it asks for."""
+        async with self.slots.take():
+            claim = await self.gate.verify(request)
+            self.shares.enter(request.scope, claim.device)
+            try:
+                _no_query(request)
+                body = await read_body(request, route, claim)
+                message = parse_message(bytes(body), kind, limit=route.max_bytes)
+            except ProtocolError:
+                await self.gate.note(claim)  # a replay is told that it is one, whatever it holds
+                raise
+            rings = self.bell.rings
+            if isinstance(message, CheckIn):
+                asked = (claim.device, claim.sequence, message)
+                given = await self._noted(claim, self._check_ins, asked)
+            elif message.update is not None:
+                self.meters.received(message.length_bytes)
+                return _json(await self._noted(claim, self._arrivals, (claim, message)))
+            else:
+                await self.gate.note(claim)
+                given = message
+        if isinstance(given, Report):
+            return await self._announce(claim, given)
+        if isinstance(message, CheckIn) and self._may_poll(given):
+            return await self._poll(request, claim.device, Waiting(message, given, rings))
+        return _json(given)
+
+    async def _noted(self, claim: Claim, batches: Batches[Any, Message], item: Any) -> Message:
+        try:
+            return await batches.do(item)
+        except ProtocolError as error:
+            if error.code == "unknown":
+                self.gate.forget(claim.device)
+            raise
+
+    async def _announce(self, claim: Claim, message: Report) -> Response:
         """What is announced is not sent before there is a place."""
         await self.places.enter(claim.device)
         async with self.slots.take():
@@ -255,7 +291,7 @@ class DeviceApp:
                 if gone.done():  # a slot of the round would be lost on it
                     return Response(status_code=499)
                 rings = self.bell.rings
-                given = await self._check_ins.do((device, message))
+                given = await self._check_ins.do((device, None, message))
             return _json(given)
         finally:
             gone.cancel()
@@ -284,7 +320,7 @@ class DeviceApp:
         if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
             headers["Connection"] = "close"
         self.meters.sent(stop - start)
-        pieces = service.blobs.read(model.key, start, stop)
+        pieces = read_vector(service.blobs, model, start, stop)
         return Download(pieces, self.downloads, 200 if part is None else 206, headers)
 
     async def _health(self, request: Request, _: str) -> Response:
@@ -349,41 +385,6 @@ def error_response(
     if code not in _KEEPING:
         headers["Connection"] = "close"  # what is left of the body is not read to its end
     return Response(encode_message(error), STATUS[code], headers, "application/json")
-
-
-def measured(app: ASGIApp, meters: Meters) -> ASGIApp:
-    """Count, time and log requests, and give up readers that are too slow."""
-
-    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        started, seen = time.perf_counter(), {"status": 0}
-
-        async def timed(message: Any) -> None:
-            seen["status"] = message.get("status", seen["status"])
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
-        try:
-            await app(scope, receive, timed)
-        except Exception as error:  # it has been answered, or the reader was too slow
-            if not seen["status"]:
-                raise
-            level = logging.INFO if isinstance(error, TimeoutError) else logging.ERROR
-            _LOG.log(level, "broken", exc_info=seen["status"] == 500)
-        finally:
-            status = seen["status"]
-            path = getattr(scope.get("route"), "path", "unknown")
-            seconds = time.perf_counter() - started
-            is_ours = path != "unknown" and status != 405  # a stranger may make methods up
-            meters.request(scope["method"] if is_ours else "", path, status, seconds)
-            level = logging.DEBUG if status < 400 else logging.INFO
-            told = {"method": scope["method"], "path": path, "status": status}
-            told |= {"device": scope.get("device"), "seconds": round(seconds, 4)}
-            _LOG.log(level, "request", extra=told)
-
-    return outer
 
 
 def _path(path: str, endpoint: Any, routes: list[Any]) -> Path:

@@ -1,7 +1,8 @@
 """Work on many requests at once: what comes while a batch is worked on makes up the next one.
 
-A thread and a transaction cost more than most requests. Alone, a request is worked on at once and
-waits for nobody; the more there are, the less each one costs.
+A thread and a transaction cost more than most requests: the more there are in a batch, the less
+each one costs. Who comes alone is worked on at once, or waits the two milliseconds in which others
+come that were sent at the same time.
 """
 
 from __future__ import annotations
@@ -15,16 +16,23 @@ from starlette.concurrency import run_in_threadpool
 T = TypeVar("T")
 R = TypeVar("R")
 
+GATHER_SECONDS = 0.002
+"""For others, where many are sent at once: a round's devices are answered together."""
 _MOST = 500
 """Items in a batch."""
+_MANY = 16
+"""Items that are worth a batch, and wait for no others."""
 
 
 class Batches(Generic[T, R]):
     """Hands items to a function in a thread, one batch after another. Belongs to one event loop."""
 
-    def __init__(self, work: Callable[[Sequence[T]], Sequence[R | Exception]]) -> None:
+    def __init__(
+        self, work: Callable[[Sequence[T]], Sequence[R | Exception]], gather_seconds: float = 0.0
+    ) -> None:
         """`work` gives a result, or what to raise, for each item, in their order."""
         self._work = work
+        self._gather_seconds = gather_seconds
         self._pending: list[tuple[T, asyncio.Future[R]]] = []
         self._worker: asyncio.Task[None] | None = None
 
@@ -43,6 +51,8 @@ class Batches(Generic[T, R]):
     async def _run(self) -> None:
         try:
             while self._pending:
+                if self._gather_seconds and len(self._pending) < _MANY:
+                    await asyncio.sleep(self._gather_seconds)
                 batch, self._pending = self._pending[:_MOST], self._pending[_MOST:]
                 await self._do(batch)
         finally:

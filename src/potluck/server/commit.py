@@ -1,7 +1,9 @@
 """From a closed round to the next model: aggregate, move the server state, commit.
 
-    the blobs of the next version:  write, fsync, rename, fsync of the directory
-    then one transaction:           {AGGREGATING → COMMITTED, model version, ledger row, run}
+    the blobs of the next version:  write, fsync, rename, fsync of the directory (a small model has
+                                    none: it stands in its row)
+    then one transaction:           {AGGREGATING → COMMITTED, model version, ledger row, run;
+                                    the next round is opened}
 
 A process that dies before the transaction leaves the round in AGGREGATING: the next leader makes
 the same bytes from the same accepted set and goes on. One that dies after it leaves a committed
@@ -29,7 +31,7 @@ from potluck.server.aggregation import DamagedError, Stored, aggregate
 from potluck.server.blobs import PIECE_BYTES, BlobStore
 from potluck.server.database import Database
 from potluck.server.reports import dim_of, drop_uploads
-from potluck.server.rounds import abandon_round, settle
+from potluck.server.rounds import abandon_round, open_round, settle
 from potluck.server.tables import (
     assignments,
     devices,
@@ -40,6 +42,7 @@ from potluck.server.tables import (
     rounds,
     runs,
 )
+from potluck.server.vectors import ROW_BYTES, Updates, read_vector
 
 _OVER = ("COMMITTED", "ABANDONED")
 
@@ -51,6 +54,7 @@ class Version(NamedTuple):
     key: str
     num_bytes: int
     optimizer_key: str | None
+    content: bytes | None = None  # of a small one, which is on the disk with its row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,20 +65,24 @@ class Works:
     blobs: BlobStore
     check: Callable[[Connection], None]  # that we still lead
     now: Callable[[], int]
+    opened: Callable[[str], None] = lambda _: None  # tells of a round that devices may come to
 
 
 def store_version(blobs: BlobStore, state: ServerState) -> Version:
-    """Put a server state on the disk, under its digests; again is the same."""
+    """Put a server state on the disk, under its digests; again is the same. Small weights are left
+    to the row."""
     weights = state.weights.astype("<f4", copy=False).tobytes()
     sha256 = hashlib.sha256(weights).hexdigest()
-    key = f"models/{sha256}"
-    blobs.put(key, _pieces(weights))
+    is_small = len(weights) <= ROW_BYTES
+    key = "" if is_small else f"models/{sha256}"
+    if not is_small:
+        blobs.put(key, _pieces(weights))
     optimizer_key = None
     if state.optimizer:
         vectors = save(dict(state.optimizer))
         optimizer_key = f"optimizers/{hashlib.sha256(vectors).hexdigest()}"
         blobs.put(optimizer_key, _pieces(vectors))
-    return Version(sha256, key, len(weights), optimizer_key)
+    return Version(sha256, key, len(weights), optimizer_key, weights if is_small else None)
 
 
 def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
@@ -83,10 +91,11 @@ def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
     Raises:
         DamagedError: they are not.
     """
-    weights = b"".join(blobs.read(version.key))
+    weights = b"".join(read_vector(blobs, version))
     if hashlib.sha256(weights).hexdigest() != version.sha256:
         raise DamagedError(
-            f"the stored model of version {version.version} was damaged: {version.key}. Restore it."
+            f"the stored model of version {version.version} was damaged: "
+            f"{version.key or 'its row'}. Restore it."
         )
     optimizer: Mapping[str, Vector] = {}
     if version.optimizer_key is not None:
@@ -114,9 +123,9 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
         base = db.execute(select(models).where(here)).one()
         population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 1
     try:
+        kept = Updates(works.database, works.blobs, accepted)
         updates = [
-            Stored(r.client, r.sha256, r.weight, r.codec, partial(_read, works.blobs, r.key))
-            for r in accepted
+            Stored(r.client, r.sha256, r.weight, r.codec, partial(kept.read, r)) for r in accepted
         ]
         mean = aggregate(updates, dim_of(run.spec))
         faults.reach("aggregate.end")
@@ -136,13 +145,24 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
     faults.reach("commit.before-model")
     made = store_version(works.blobs, state)
     faults.reach("commit.before-row")
+    opened = None
     with works.database.write() as db:
         works.check(db)
         if _settle(db, works, run, round, version=run.version + 1):
             insert_version(db, run.id, run.version + 1, round.number, made, works.now())
+            opened = _go_on(db, works, run)
             _enter(db, works, run, round, accepted, run.version + 1, made.sha256, made.num_bytes)
         faults.reach("commit.inside")
     faults.reach("commit.after")
+    if opened is not None:
+        works.opened(opened)
+
+
+def _go_on(db: Connection, works: Works, run: Row[Any]) -> str | None:
+    """Open the next round in the transaction that commits one: devices wait for it."""
+    current = db.execute(select(runs).where(runs.c.id == run.id).with_for_update()).one()
+    is_next = current.state == "running"
+    return open_round(db, current, works.now()) if is_next else None
 
 
 def sweep(works: Works) -> None:
@@ -157,6 +177,7 @@ def sweep(works: Works) -> None:
         with works.database.write() as db:
             works.check(db)
             drop_uploads(db, works.blobs, id)
+            db.execute(update(reports).where(reports.c.round == id).values(content=None))
             db.execute(update(rounds).where(rounds.c.id == id).values(swept=True))
         faults.reach("sweep.after")
 
@@ -173,6 +194,7 @@ def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
         accepted = _accepted(db, round)
         if not _settle(db, works, run, round, version=run.version):
             return
+        opened = _go_on(db, works, run)
         metrics = _metrics([json.loads(row.metrics) for row in accepted])
         insert_evaluation(db, run.id, round.number, "federated", metrics, works.now(), accepted)
         here = (models.c.run == run.id) & (models.c.version == round.version)
@@ -180,6 +202,8 @@ def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
         _enter(db, works, run, round, accepted, run.version, base.sha256, base.num_bytes)
         faults.reach("commit.inside")
     faults.reach("commit.after")
+    if opened is not None:
+        works.opened(opened)
 
 
 def insert_evaluation(
@@ -208,7 +232,8 @@ def _metrics(reported: list[dict[str, list[float]]]) -> dict[str, float]:
 
 
 def _accepted(db: Connection, round: Row[Any]) -> list[Row[Any]]:
-    query = select(reports).where(reports.c.round == round.id).order_by(reports.c.client)
+    told = [column for column in reports.c if column.name != "content"]
+    query = select(*told).where(reports.c.round == round.id).order_by(reports.c.client)
     return list(db.execute(query).all())
 
 
@@ -260,10 +285,6 @@ def _abandon(works: Works, run: Row[Any], round: Row[Any], reason: str) -> None:
         works.check(db)
         current = db.execute(select(runs).where(runs.c.id == run.id)).one()
         abandon_round(db, current, round, reason, works.now())
-
-
-def _read(blobs: BlobStore, key: str) -> Iterator[bytes]:
-    return blobs.read(key)
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:

@@ -15,9 +15,11 @@ from typing import Any
 
 from potluck.core import ProtocolError, RefusedError, Spec
 from potluck.protocol import (
+    INLINE,
     Accepted,
     Assignment,
     CheckIn,
+    Claim,
     Codec,
     Enrol,
     Enrolled,
@@ -33,12 +35,15 @@ from potluck.protocol import (
     Report,
     Upload,
     Wait,
+    decode_inline,
+    encode_inline,
     encoded_bytes,
     public_key,
     sign_manifest,
 )
-from potluck.server import reports, selection
-from potluck.server.selection import Assigned, Attributes
+from potluck.server import look, reports, selection
+from potluck.server.arrivals import Arrival, Outcome
+from potluck.server.look import Asked, Assigned, Attributes
 from potluck.server.service import Service
 from potluck.server.settings import RoundSettings, milliseconds
 
@@ -48,7 +53,7 @@ _CODES: dict[str, ErrorCode] = {
     "bad_update": "bounds",
     "incomplete": "offset",
 }
-_REASONS: dict[selection.WaitReason, Any] = {
+_REASONS: dict[look.WaitReason, Any] = {
     "no round": "between_rounds",
     "slots taken": "full",
     "not selected": "not_selected",
@@ -93,52 +98,59 @@ class Desk:
 
     def check_in(self, device: str, message: CheckIn) -> Assignment | Wait | Finished:
         """Work, a time to come back, or the end."""
-        (given,) = self.check_ins([(device, message)])
+        (given,) = self.check_ins([(device, None, message)])
         if isinstance(given, Exception):
             raise given
         return given
 
     def check_ins(
-        self, asked: Sequence[tuple[str, CheckIn]]
+        self, asked: Sequence[tuple[str, int | None, CheckIn]]
     ) -> list[Assignment | Wait | Finished | Exception]:
-        """Many check-ins at once: for each one its answer, or the ProtocolError it is refused."""
-        answers: dict[int, Assignment | Wait | Finished | Exception] = {}
-        good: list[int] = []
-        for number, (device, message) in enumerate(asked):
-            try:
-                early = self._early(device, message)
-            except ProtocolError as error:
-                early = error
-            if early is None:
-                good.append(number)
-            else:
-                answers[number] = early
-        shown = [(asked[n][0], Attributes(**asked[n][1].eligibility.model_dump())) for n in good]
-        for number, given in zip(good, self.service.check_ins(shown), strict=True):
-            answers[number] = self._told(given)
-        return [answers[number] for number in range(len(asked))]
+        """Many check-ins at once: for each one its answer, or the ProtocolError it is refused.
 
-    def _early(self, device: str, message: CheckIn) -> Wait | None:
+        With the sequence number of its request, which is noted here; None where it has been.
+        """
+        early = [self._early(device, message) for device, _, message in asked]
+        shown = [
+            Asked(device, None if told else _attributes(message), sequence)
+            for told, (device, sequence, message) in zip(early, asked, strict=True)
+        ]
+        signed: dict[str, tuple[bytes, bytes]] = {}  # one manifest for all who are in a round
+        answers: list[Assignment | Wait | Finished | Exception] = []
+        for n, given in enumerate(self.service.check_ins(shown)):
+            told = early[n]
+            if given is None and told is not None:
+                answers.append(told)
+            elif given is not None:
+                answers.append(self._told(given, signed, INLINE in asked[n][2].accepts))
+        return answers
+
+    def _early(self, device: str, message: CheckIn) -> Wait | ProtocolError | None:
+        """What is answered whatever the server knows of the round."""
         if message.run != self.name:
-            raise ProtocolError(
+            return ProtocolError(
                 "not_found", f"the run must be {self.name}, got run={message.run}. Enrol in it."
             )
         if self.codec in message.accepts:
             return None
-        with refusals():
+        try:
             return Wait(retry_after_seconds=self.come_back(device), reason="unsupported")
+        except RefusedError as error:
+            return _in_words(error)
 
-    def _told(self, given: selection.Given) -> Assignment | Wait | Finished | ProtocolError:
+    def _told(
+        self, given: look.Given, signed: dict[str, tuple[bytes, bytes]], inside: bool
+    ) -> Assignment | Wait | Finished | ProtocolError:
         match given:
             case RefusedError():
                 return _in_words(given)
-            case selection.Finished():
+            case look.Finished():
                 return Finished(run=self.name, rounds=given.version)
-            case selection.Wait():
+            case look.Wait():
                 seconds = min(given.retry_after_seconds, 86_400.0)
                 return Wait(retry_after_seconds=seconds, reason=_REASONS[given.reason])
             case Assigned():
-                return self._assignment(given)
+                return self._assignment(given, signed, inside)
 
     def progress(self, device: str, message: Progress) -> Lease:
         """A longer lease."""
@@ -155,25 +167,57 @@ class Desk:
         """Announce an update."""
         with refusals():
             self._check_place(device, message)
-            expected = encoded_bytes(self.codec, self.spec.dim)
-            if message.codec != self.codec:
-                raise ProtocolError("malformed", f"codec must be {self.codec}, got {message.codec}")
-            if message.length_bytes != expected:
-                raise ProtocolError(
-                    "wrong_length",
-                    f"an update must have {expected} bytes, got length_bytes="
-                    f"{message.length_bytes}. Encode the whole vector.",
-                )
-            claims = reports.Claims(
-                sha256=message.sha256,
-                num_bytes=message.length_bytes,
-                weight=message.weight,
-                loss=message.loss,
-                num_steps=message.num_steps,
-                codec=message.codec,
-            )
+            self._check_form(message)
+            claims = _claims(message)
             answer = self.service.begin_report(device, message.assignment, claims)
         return self._settle(device, answer, message.length_bytes)
+
+    def take_in(self, came: Sequence[tuple[Claim, Report]]) -> list[Accepted | Exception]:
+        """Many reports with their updates inside: for each one its answer, or the ProtocolError
+        it is refused with. Their requests' sequence numbers are noted here, and not before."""
+        outcomes = self.service.take_in([self._arrival(*one) for one in came])
+        return [self._taken(outcome) for outcome in outcomes]
+
+    def _arrival(self, claim: Claim, message: Report) -> Arrival:
+        body, fault = b"", None
+        try:
+            self._check_form(message)
+            body = decode_inline(message.update or "", message.length_bytes)
+        except ProtocolError as error:
+            fault = error
+        return Arrival(
+            device=claim.device,
+            sequence=claim.sequence,
+            assignment=message.assignment,
+            round=message.round,
+            attempt=message.attempt,
+            claims=_claims(message),
+            body=body,
+            fault=fault,
+        )
+
+    def _taken(self, outcome: Outcome) -> Accepted | ProtocolError:
+        if isinstance(outcome, RefusedError):
+            return _in_words(outcome)
+        if isinstance(outcome, ProtocolError):
+            return outcome
+        return Accepted(
+            round=outcome.round,
+            attempt=outcome.attempt,
+            sha256=outcome.sha256,
+            retry_after_seconds=min(outcome.retry_after_seconds, 86_400.0),
+        )
+
+    def _check_form(self, message: Report) -> None:
+        expected = encoded_bytes(self.codec, self.spec.dim)
+        if message.codec != self.codec:
+            raise ProtocolError("malformed", f"codec must be {self.codec}, got {message.codec}")
+        if message.length_bytes != expected:
+            raise ProtocolError(
+                "wrong_length",
+                f"an update must have {expected} bytes, got length_bytes="
+                f"{message.length_bytes}. Encode the whole vector.",
+            )
 
     def upload(self, device: str, upload: str) -> Upload | Accepted:
         """Where an upload stands."""
@@ -228,12 +272,7 @@ class Desk:
 
     def _check_place(self, device: str, message: Report | Evaluation) -> None:
         found = self.service.assignment(device, message.assignment)
-        if (message.round, message.attempt) != (found.number, found.attempt):
-            raise ProtocolError(
-                "malformed",
-                f"round and attempt must be those of the assignment ({found.number}, "
-                f"{found.attempt}), got round={message.round}, attempt={message.attempt}.",
-            )
+        selection.check_place(found, message.round, message.attempt)
 
     def _settle(
         self, device: str, answer: reports.Upload | reports.Accepted, length: int
@@ -255,11 +294,15 @@ class Desk:
             retry_after_seconds=min(seconds, 86_400.0),
         )
 
-    def _assignment(self, given: Assigned) -> Assignment:
+    def _assignment(
+        self, given: Assigned, signed: dict[str, tuple[bytes, bytes]], inside: bool
+    ) -> Assignment:
         now = self.service.time.now()
         latest = self.settings.selection_seconds + self.settings.report_seconds
         deadline = given.deadline_ms or now + milliseconds(latest)
-        manifest, signature = self._manifest(given, now, deadline)
+        if given.round not in signed:
+            signed[given.round] = self._manifest(given, now, deadline)
+        manifest, signature = signed[given.round]
         return Assignment(
             run=self.name,
             round=given.number,
@@ -273,6 +316,7 @@ class Desk:
             deadline_ms=deadline,
             client=given.client,
             seed=given.seed,
+            model=encode_inline(given.model) if inside and given.model is not None else None,
         )
 
     def _manifest(self, given: Assigned, now: int, deadline: int) -> tuple[bytes, bytes]:
@@ -306,6 +350,27 @@ def _in_words(error: RefusedError) -> ProtocolError:
 
 def _lease(seconds: float) -> Lease:
     return Lease(lease_seconds=min(max(math.floor(seconds), 1), 604_800))
+
+
+def _attributes(message: CheckIn) -> Attributes:
+    told = message.eligibility
+    return Attributes(
+        charging=told.charging,
+        idle=told.idle,
+        unmetered=told.unmetered,
+        free_memory_bytes=told.free_memory_bytes,
+    )
+
+
+def _claims(message: Report) -> reports.Claims:
+    return reports.Claims(
+        sha256=message.sha256,
+        num_bytes=message.length_bytes,
+        weight=message.weight,
+        loss=message.loss,
+        num_steps=message.num_steps,
+        codec=message.codec,
+    )
 
 
 def answer(desk: Desk, device: str, message: Message, sha256: str) -> Message:

@@ -145,29 +145,46 @@ def claim_sequence(database: Database, device: str, sequence: int, now: int) -> 
 def claim_sequences(
     database: Database, claims: Sequence[tuple[str, int]], now: int
 ) -> list[RefusedError | None]:
-    """Note many (device, sequence number) in one transaction: for each one None, or why not."""
+    """Note many (device, sequence number) in one transaction: for each one None, or why not:
+    revoked (or never enrolled), replayed."""
+    with database.write() as db:
+        return note_sequences(db, claims, now)
+
+
+def note_sequences(
+    db: Connection, claims: Sequence[tuple[str, int]], now: int
+) -> list[RefusedError | None]:
+    """The part of a transaction that notes them; on PostgreSQL its rows are locked from then on."""
     answers: list[RefusedError | None] = []
     new: dict[str, int] = {}
-    with database.write() as db:
-        names = sorted({device for device, _ in claims})
-        query = select(devices.c.id, devices.c.sequence)
-        here = devices.c.id.in_(names) & devices.c.revoked_ms.is_(None)
-        rows = db.execute(query.where(here).order_by(devices.c.id).with_for_update())
-        last = {row.id: row.sequence for row in rows}
-        for device, sequence in claims:
-            if device not in last:
-                answers.append(RefusedError("unknown", f"device={device!r} is not enrolled."))
-            elif sequence <= last[device]:
-                told = f"a sequence number must be new, got sequence={sequence}. Count on."
-                answers.append(RefusedError("replayed", told))
-            else:
-                last[device] = new[device] = sequence
-                answers.append(None)
-        if new:
-            one_each = update(devices).where(devices.c.id == bindparam("device"))
-            values = [{"device": device, "number": number} for device, number in new.items()]
-            db.execute(one_each.values(sequence=bindparam("number"), seen_ms=now), values)
+    names = sorted({device for device, _ in claims})
+    query = select(devices.c.id, devices.c.sequence)
+    here = devices.c.id.in_(names) & devices.c.revoked_ms.is_(None)
+    # Not FOR UPDATE: who inserts an assignment, with the round locked, asks for the device's key.
+    locked = query.where(here).order_by(devices.c.id).with_for_update(key_share=True)
+    last = {row.id: row.sequence for row in db.execute(locked)}
+    for device, sequence in claims:
+        if device not in last:
+            told = f"the device must be enrolled, got device={device}. Enrol again."
+            answers.append(RefusedError("revoked", told))
+        elif sequence <= last[device]:
+            told = "Potluck-Sequence must be above that of every earlier request, got "
+            told += f"sequence={sequence}. Count on from the last one and sign again."
+            answers.append(RefusedError("replayed", told))
+        else:
+            last[device] = new[device] = sequence
+            answers.append(None)
+    if new:
+        values = [{"device": d, "number": n, "now": now} for d, n in new.items()]
+        db.execute(_NOTE, values)
     return answers
+
+
+_NOTE = (
+    update(devices)
+    .where(devices.c.id == bindparam("device"))
+    .values(sequence=bindparam("number"), seen_ms=bindparam("now"))
+)
 
 
 def find_run(db: Connection, run: str) -> None:

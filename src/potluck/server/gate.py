@@ -66,7 +66,17 @@ class Slots:
         Raises:
             ProtocolError: overloaded.
         """
-        if self._free.locked() and self.waiting >= self._may_wait:
+        if self._free.locked():
+            await self._wait()
+        else:
+            await self._free.acquire()  # at once: a timer for it would cost more than the rest
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    async def _wait(self) -> None:
+        if self.waiting >= self._may_wait:
             raise _overloaded()
         self.waiting += 1
         try:
@@ -76,10 +86,6 @@ class Slots:
             raise _overloaded() from None
         finally:
             self.waiting -= 1
-        try:
-            yield
-        finally:
-            self._free.release()
 
 
 class Shares:
@@ -128,12 +134,21 @@ class Gate:
         Raises:
             ProtocolError: why not.
         """
+        claim = await self.verify(request)
+        await self.note(claim)
+        return claim
+
+    async def verify(self, request: Request) -> Claim:
+        """The claim of a device's request, which gets in if it is then noted.
+
+        Raises:
+            ProtocolError: why not.
+        """
         claim = _read_claim(request)
         key, last = self._keys.get(claim.device), 0
         if key is None:
             key, last = await self._find(claim.device)
         self._verify(claim, key, request, last)
-        await self._claim(claim)
         return claim
 
     async def _find(self, device: str) -> tuple[bytes | None, int]:
@@ -158,10 +173,6 @@ class Gate:
         self._verify(claim, bytes.fromhex(message.public_key), request, last)
         return claim, message
 
-    async def note(self, claim: Claim) -> None:
-        """Note the sequence number of a newcomer that has become a device."""
-        await self._claim(claim)
-
     def _verify(self, claim: Claim, key: bytes | None, request: Request, last: int) -> None:
         verify_request(
             claim,
@@ -181,20 +192,23 @@ class Gate:
             f"got time_ms={claim.time_ms}. Correct by the difference and sign again.",
         )
 
-    async def _claim(self, claim: Claim) -> None:
+    async def note(self, claim: Claim) -> None:
+        """Note the sequence number of a request: each one counts once.
+
+        Raises:
+            ProtocolError: replayed, unknown.
+        """
         try:
             await self._claims.do((claim.device, claim.sequence))
         except RefusedError as error:
             if error.code == "replayed":
-                raise ProtocolError(
-                    "replayed",
-                    "Potluck-Sequence must be above that of every earlier request, "
-                    f"got sequence={claim.sequence}. Count on from the last one and sign again.",
-                ) from None
-            self._keys.pop(claim.device, None)  # it was thrown out
-            raise ProtocolError(
-                "unknown", f"the device must be enrolled, got device={claim.device}. Enrol again."
-            ) from None
+                raise ProtocolError("replayed", str(error)) from None
+            self.forget(claim.device)
+            raise ProtocolError("unknown", str(error)) from None
+
+    def forget(self, device: str) -> None:
+        """Remember no key of a device that was thrown out."""
+        self._keys.pop(device, None)
 
 
 def _read_claim(request: Request) -> Claim:
@@ -267,10 +281,13 @@ async def read_body(
     body = bytearray()
     stream = request.stream()
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(min(seconds, PIECE_SECONDS)) as patience:
+            end = asyncio.get_running_loop().time() + seconds
             while len(body) < length:
-                async with asyncio.timeout(PIECE_SECONDS):
-                    body += await anext(stream)
+                body += await anext(stream)
+                if len(body) < length:
+                    soon = asyncio.get_running_loop().time() + PIECE_SECONDS
+                    patience.reschedule(min(end, soon))
     except (TimeoutError, StopAsyncIteration, ClientDisconnect):
         raise ProtocolError(
             "malformed", f"the body must have {length} bytes, got {len(body)} in time. Go on."

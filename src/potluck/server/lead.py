@@ -8,15 +8,15 @@ it, alone with the round, by a leader that still leads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Row, bindparam, select
 
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
 from potluck.server import faults
 from potluck.server.commit import Works, commit_round
-from potluck.server.database import one
 from potluck.server.rounds import (
     abandon_round,
     close_round,
@@ -28,7 +28,7 @@ from potluck.server.rounds import (
     start_training,
 )
 from potluck.server.settings import settings_of
-from potluck.server.tables import OPEN, assignments, rounds, runs
+from potluck.server.tables import OPEN_ROUND, assignments, rounds, runs
 
 
 def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool) -> None:
@@ -47,13 +47,20 @@ def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool)
 
 def open_round_of(db: Connection, run: str) -> Row[Any] | None:
     """The round of a run that is neither committed nor abandoned: there is at most one."""
-    here = (rounds.c.run == run) & rounds.c.state.in_(OPEN)
-    return one(db, select(rounds).where(here))
+    return db.execute(_OPEN, {"run": run}).one_or_none()
+
+
+_OPEN = select(rounds).where(rounds.c.run == bindparam("run"), OPEN_ROUND)
 
 
 def experiment_of(run: Row[Any]) -> Experiment:
     """The experiment that a run was begun with."""
-    return Experiment.model_validate_json(run.experiment)
+    return _experiment(run.experiment)
+
+
+@lru_cache(maxsize=8)
+def _experiment(text: str) -> Experiment:
+    return Experiment.model_validate_json(text)
 
 
 def _expire(works: Works) -> None:
@@ -93,6 +100,7 @@ def _open(works: Works, id: str) -> bool:
         opened = open_round(db, run, works.now())
     if opened is not None:
         faults.reach("open.after")
+        works.opened(opened)
     return opened is not None
 
 
@@ -109,7 +117,7 @@ def _move(works: Works, id: str, round_id: str) -> None:
         if step == "train":
             start_training(db, round, settings, now)
         elif step == "close":
-            close_round(db, round)
+            close_round(db, round.id, "the round closed")
         elif step == "abandon":
             abandon_round(db, run, round, reason, now)
     if step != "wait":

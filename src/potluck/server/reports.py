@@ -32,6 +32,7 @@ from potluck.server import audit, faults
 from potluck.server.aggregation import check_claims, check_update
 from potluck.server.blobs import BlobStore
 from potluck.server.database import Database, one
+from potluck.server.rounds import ENOUGH, close_round
 from potluck.server.selection import (
     check_not_over,
     extend_lease,
@@ -88,7 +89,7 @@ def begin_report(
         answer = _earlier(db, found, claims.sha256)
         if answer is not None:
             return answer
-        _check_claims(found, claims)
+        check_claimed(found, claims)
         old = one(db, select(uploads).where(uploads.c.assignment == assignment))
         if old is not None and all(getattr(old, k) == v for k, v in asdict(claims).items()):
             id = old.id
@@ -167,6 +168,8 @@ def finish_report(
         blobs.delete(key)
         raise
     faults.reach("finish.after")
+    if answer.is_goal:
+        faults.reach("close.after")
     return answer
 
 
@@ -258,11 +261,17 @@ def _earlier(db: Connection, found: Row[Any], sha256: str) -> Accepted | None:
         check_not_over(found)
         return None
     if row.sha256 != sha256:
-        raise RefusedError("conflict", "another report of this device counts in this round.")
+        raise conflict()
     return Accepted(found.round, sha256)
 
 
-def _check_claims(found: Row[Any], claims: Claims) -> None:
+def conflict() -> RefusedError:
+    """What is said to a second report with other bytes."""
+    return RefusedError("conflict", "another report of this device counts in this round.")
+
+
+def check_claimed(found: Row[Any], claims: Claims) -> None:
+    """Refuse claims that cannot be right of an update for this assignment."""
     if found.kind != "train":
         raise RefusedError("malformed", "this assignment asks for metrics.")
     if claims.codec not in CODECS:
@@ -299,20 +308,26 @@ def _check_bytes(
         blobs.drop(row.id)
         blobs.delete(key)
         if error.code != "digest":
-            _throw_out(database, found, str(error), now)
+            with database.write() as db:
+                if end_part(db, found, str(error)):
+                    note_bad(db, found, str(error), now)
         raise
     faults.reach("finish.after-check")
     if is_part:
         blobs.seal(row.id, key)
 
 
-def _throw_out(database: Database, found: Row[Any], reason: str, now: int) -> None:
-    with database.write() as db:
-        active = (assignments.c.id == found.id) & (assignments.c.state == "active")
-        values = {"state": "failed", "reason": reason[:500]}
-        if db.execute(update(assignments).where(active).values(values)).rowcount:
-            actor = f"device {found.device}"
-            audit.append(db, now, actor, "bad update", round=found.round, reason=reason)
+def end_part(db: Connection, found: Row[Any], reason: str) -> bool:
+    """Fail an assignment whose update can be part of no model, if it is still active."""
+    active = (assignments.c.id == found.id) & (assignments.c.state == "active")
+    values = {"state": "failed", "reason": reason[:500]}
+    return db.execute(update(assignments).where(active).values(values)).rowcount == 1
+
+
+def note_bad(db: Connection, found: Row[Any], reason: str, now: int) -> None:
+    """The audit log's row of such an update."""
+    actor = f"device {found.device}"
+    audit.append(db, now, actor, "bad update", round=found.round, reason=reason)
 
 
 def _accept(db: Connection, device: str, upload: str, key: str, now: int) -> Accepted:
@@ -329,14 +344,21 @@ def _insert(db: Connection, found: Row[Any], values: dict[str, Any], now: int) -
     mine = reports.c.round == found.round
     count = db.scalar(select(func.count()).where(mine)) or 0
     if count >= found.goal:
-        raise RefusedError("late", "this round has all the reports it needs. Check in again.")
+        raise enough()
     place = {"round": found.round, "device": found.device, "assignment": found.id}
     db.execute(
         insert(reports).values(values | place | {"client": found.client, "accepted_ms": now})
     )
     done = update(assignments).where(assignments.c.id == found.id)
     db.execute(done.values(state="reported"))
+    if count + 1 == found.goal:
+        close_round(db, found.round)
     return Accepted(found.round, values["sha256"], count + 1 == found.goal)
+
+
+def enough() -> RefusedError:
+    """What is said when a round has its goal."""
+    return RefusedError("late", f"{ENOUGH}. Check in again.")
 
 
 @lru_cache(maxsize=64)

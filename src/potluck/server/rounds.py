@@ -9,13 +9,15 @@
                  goes to the next device that checks in.
     AGGREGATING  the accepted set is frozen; the model is made from it (`commit`).
 
-Reports are accepted in SELECTING and TRAINING; the round closes at once when the goal is reached,
-and at its deadline when the minimum is. Otherwise it is abandoned: the model stays as it was, and
-the same number is tried again with the next attempt and a new id. After `attempts` in a row the run
-is paused, and says why; a federated evaluation that fails so often is given up instead.
+Reports are accepted in SELECTING and TRAINING. A round closes with the report that reaches the
+goal, in its transaction; and at its deadline when the minimum is reached. Otherwise it is
+abandoned: the model stays as it was, and the same number is tried again with the next attempt and a
+new id. After `attempts` in a row the run is paused, and says why; a federated evaluation that fails
+so often is given up instead.
 
-Only the leader calls these functions. Each one names the state that it leaves; where a round is in
-another one, nothing happens. `due` decides what comes next, from what it is shown.
+Only the leader calls these functions, but for `close_round`. Each one names the state that it
+leaves; where a round is in another one, nothing happens. `due` decides what comes next, from what
+it is shown.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import math
 import secrets
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import derive_seed, sample_cohort
 from potluck.server import audit, faults
@@ -35,6 +37,8 @@ from potluck.server.tables import OPEN, assignments, devices, reports, rounds, r
 Step = Literal["train", "close", "abandon", "wait"]
 LEASE_RAN_OUT = "the lease ran out"
 """Why an assignment expired: its device was silent; and not: it was not needed any more."""
+ENOUGH = "this round has all the reports it needs"
+"""Why an assignment expired when its round closed at the goal."""
 _GRACE_MS = 30_000
 
 
@@ -88,10 +92,11 @@ def start_training(db: Connection, round: Row[Any], settings: RoundSettings, now
     faults.reach("train.inside")
 
 
-def close_round(db: Connection, round: Row[Any]) -> None:
+def close_round(db: Connection, round: str, why: str = ENOUGH) -> None:
     """SELECTING, TRAINING → AGGREGATING: no report is accepted any more."""
-    if _move(db, round, "AGGREGATING"):
-        _end_assignments(db, round, "the round closed")
+    here = (rounds.c.id == round) & rounds.c.state.in_(("SELECTING", "TRAINING"))
+    if db.execute(update(rounds).where(here).values(state="AGGREGATING")).rowcount == 1:
+        _end_assignments(db, round, why)
     faults.reach("close.inside")
 
 
@@ -99,7 +104,7 @@ def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, n
     """SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
     if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
         return
-    _end_assignments(db, round, "the round was abandoned")
+    _end_assignments(db, round.id, "the round was abandoned")
     settings = settings_of(run.settings)
     strikes = run.strikes + (run.state == "running")  # a pause is not the devices' fault
     changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
@@ -119,6 +124,9 @@ def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, n
 def expire_leases(db: Connection, now: int) -> None:
     """Free the slots of devices that were silent for too long."""
     late = (assignments.c.state == "active") & (assignments.c.lease_ms <= now)
+    theirs = rounds.c.id.in_(select(assignments.c.round).where(late))
+    # The rounds first, as everybody does: reports write many assignments at once, too.
+    db.execute(select(rounds.c.id).where(theirs).order_by(rounds.c.id).with_for_update()).all()
     values = {"state": "expired", "reason": LEASE_RAN_OUT}
     db.execute(update(assignments).where(late).values(values))
 
@@ -171,13 +179,16 @@ def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
 
 def count(db: Connection, round: Row[Any]) -> Counts:
     """Count the devices of a round."""
-    mine = assignments.c.round == round.id
-    active = select(func.count()).where(mine, assignments.c.state == "active")
-    reported = select(func.count()).where(reports.c.round == round.id)
-    absent = 0
-    if round.cohort is not None:
-        absent = len(_absent(db, round))
-    return Counts(db.scalar(active) or 0, db.scalar(reported) or 0, absent)
+    active, reported = db.execute(_COUNTS, {"round": round.id}).one()
+    absent = len(_absent(db, round)) if round.cohort is not None else 0
+    return Counts(active, reported, absent)
+
+
+_ACTIVE = select(func.count()).where(
+    assignments.c.round == bindparam("round"), assignments.c.state == "active"
+)
+_REPORTED = select(func.count()).where(reports.c.round == bindparam("round"))
+_COUNTS = select(_ACTIVE.scalar_subquery(), _REPORTED.scalar_subquery())
 
 
 def settle(db: Connection, run: Row[Any], round: Row[Any], *, version: int) -> None:
@@ -224,8 +235,8 @@ def _move(db: Connection, round: Row[Any], state: str, **changes: Any) -> bool:
     return moved.rowcount == 1
 
 
-def _end_assignments(db: Connection, round: Row[Any], reason: str) -> None:
-    active = (assignments.c.round == round.id) & (assignments.c.state == "active")
+def _end_assignments(db: Connection, round: str, reason: str) -> None:
+    active = (assignments.c.round == round) & (assignments.c.state == "active")
     values = {"state": "expired", "reason": reason}
     db.execute(update(assignments).where(active).values(values))
 

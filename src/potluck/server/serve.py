@@ -14,7 +14,9 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ from potluck.server.tls import certificate_fingerprint, ensure_certificate
 
 TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
+SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
 _TLS_BYTES = 1 << 15
 """What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
@@ -81,6 +84,8 @@ class Server:
         self._meters = Meters()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
+        self._seen: tuple[Any, ...] = (0,)
+        self._rung = ""  # the round whose opening was rung last
         certificate, private_key = _certificate(home, listen)
         self.certificate = None if certificate is None else certificate_fingerprint(certificate)
         pinned = None if listen.certificate is not None else self.certificate
@@ -106,12 +111,14 @@ class Server:
         """`run`, in an event loop of its own."""
         share_heaps()
         SSLProtocol.max_size = _TLS_BYTES
+        sys.setswitchinterval(0.0005)
         asyncio.run(self.run())
 
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
         self._loop = asyncio.get_running_loop()
-        self.desk.service.on_goal = self._wake
+        self.desk.service.on_goal = lambda: self._soon(self._bell.wake)
+        self.desk.service.on_open = lambda id: self._soon(lambda: self._ring_for(id))
         with _signals(self._loop, self._stop):
             sockets = [[self._socket], [self._admin_socket]]
             tasks = [
@@ -143,14 +150,17 @@ class Server:
     def stop(self) -> None:
         """Finish what is under way and return from `run`; from any thread."""
         self._stopping = True
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is over already
-                self._loop.call_soon_threadsafe(self._stop)
+        self._soon(self._stop)
 
-    def _wake(self) -> None:
+    def _soon(self, call: Callable[[], None]) -> None:
+        """Have the loop do something; from any thread."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it is over already
-                self._loop.call_soon_threadsafe(self._bell.wake)
+                self._loop.call_soon_threadsafe(call)
+
+    def _ring_for(self, round: str) -> None:
+        self._rung = round
+        self._bell.ring()
 
     def _stop(self) -> None:
         self._stopping = True
@@ -160,24 +170,34 @@ class Server:
             server.should_exit = True
 
     async def _lead(self) -> None:
-        seen: tuple[Any, ...] = ()
-        service, run = self.desk.service, self.desk.run
+        """Move rounds on, at once when there is reason to; look and clean up a few times a second.
+
+        A round that this process opens rings by itself; a look finds what others did.
+        """
+        look, sweep = 0.0, 0.0  # when to, again
         while not self._stopping:
             try:
-                await asyncio.to_thread(service.move)
-                status = await asyncio.to_thread(service.status, run)
+                await asyncio.to_thread(self.desk.service.move)
+                if time.monotonic() >= look:
+                    look = time.monotonic() + TICK_SECONDS
+                    self._show(await asyncio.to_thread(self.desk.service.status, self.desk.run))
             except Exception as error:
                 self._failed("tick", error)
-            else:
-                self._meters.state(status)
-                now = _phase(status)
-                if now[:-1] != seen[:-1] or now[-1:] < seen[-1:]:
-                    self._bell.ring()
-                    if now[:-1] != seen[:-1]:
-                        _LOG.info("round", extra=_told(status))
-                seen = now
+            if time.monotonic() >= sweep:
+                sweep = time.monotonic() + SWEEP_SECONDS
                 await self._sweep()
             await self._bell.woken(TICK_SECONDS)
+
+    def _show(self, status: dict[str, Any]) -> None:
+        """Tell of what changed since the last look, and ring where nobody has."""
+        self._meters.state(status)
+        seen, now = self._seen, _phase(status)
+        if now[:-1] != seen[:-1]:
+            _LOG.info("round", extra=_told(status))
+        is_new = now[:-1] != seen[:-1] and (now[2] != self._rung or now[3] != "SELECTING")
+        if is_new or now[-1] < seen[-1]:
+            self._bell.ring()
+        self._seen = now
 
     async def _sweep(self) -> None:
         try:
@@ -340,7 +360,11 @@ def _authority(host: str, port: int) -> str:
 def _listen(listen: Listen) -> socket.socket:
     try:
         family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((listen.host, listen.port), family=family, backlog=1024)
+        made = socket.create_server((listen.host, listen.port), family=family, backlog=1024)
+        # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
+        # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
     except OSError as error:
         raise RunError(
             f"the address must be free and ours, got {error.strerror!r} for "

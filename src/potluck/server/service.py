@@ -27,7 +27,7 @@ from sqlalchemy import Row, func, insert, select, update
 from potluck.algorithms import Algorithm
 from potluck.core import RefusedError, Spec, Vector
 from potluck.experiment import Experiment
-from potluck.server import audit, enrolment, faults, reports, rounds, selection
+from potluck.server import arrivals, audit, enrolment, faults, reports, rounds, selection
 from potluck.server import commit as commits
 from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
@@ -35,6 +35,7 @@ from potluck.server.database import Database, as_dict, one
 from potluck.server.home import Life
 from potluck.server.lead import experiment_of, lead, open_round_of
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
+from potluck.server.look import Asked, Assigned, Attributes, Finished, Given, Look, Wait
 from potluck.server.settings import RoundSettings, settings_of
 from potluck.server.tables import (
     devices,
@@ -44,6 +45,7 @@ from potluck.server.tables import (
     runs,
 )
 from potluck.server.tables import rounds as all_rounds
+from potluck.server.vectors import read_vector
 
 
 class Begun(NamedTuple):
@@ -71,13 +73,19 @@ class Service:
         self.time = CommonTime(clock)
         self.on_goal: Callable[[], None] = lambda: None
         """Called, in any thread, when a round has the last report that it waited for: `tick`."""
+        self.on_open: Callable[[str], None] = lambda _: None
+        """Called, in any thread, with the id of a round as soon as devices may come to it."""
         self._build = build
         self._life = life
         names = {} if life is None else {"id": life.id, "predecessor": life.before}
         self._candidate = Candidate(self.time, lease_seconds, **names)
         self._ticking = threading.Lock()
         self._works = commits.Works(
-            database=database, blobs=blobs, check=self._candidate.check, now=self.time.now
+            database=database,
+            blobs=blobs,
+            check=self._candidate.check,
+            now=self.time.now,
+            opened=lambda id: self.on_open(id),
         )
 
     @classmethod
@@ -317,14 +325,15 @@ class Service:
         return selection.come_back(self.database, device, self.time.now())
 
     def check_in(
-        self, device: str, attributes: selection.Attributes | None = None
-    ) -> selection.Assigned | selection.Wait | selection.Finished:
+        self, device: str, attributes: Attributes | None = None
+    ) -> Assigned | Wait | Finished:
         """Work, a time to come back, or the end."""
-        shown = attributes or selection.Attributes()
+        shown = attributes or Attributes()
         return selection.check_in(self.database, device, shown, self.time.now())
 
-    def check_ins(self, asked: Sequence[tuple[str, selection.Attributes]]) -> list[selection.Given]:
-        """Many check-ins at once: for each what it is given, or why it is refused."""
+    def check_ins(self, asked: Sequence[Asked]) -> list[Given | None]:
+        """Many check-ins at once: for each what it is given, or why it is refused; None where only
+        the number of its request was to be noted."""
         return selection.check_ins(self.database, asked, self.time.now())
 
     def extend_lease(self, device: str, assignment: str) -> float:
@@ -361,6 +370,13 @@ class Service:
         answer = reports.finish_report(self.database, self.blobs, device, upload, now)
         return self._accepted(answer)
 
+    def take_in(self, arrived: Sequence[arrivals.Arrival]) -> list[arrivals.Outcome]:
+        """Reports that bring their updates with them, many at once."""
+        outcomes = arrivals.take_in(self.database, arrived, self.time.now())
+        if any(isinstance(outcome, arrivals.Taken) and outcome.is_goal for outcome in outcomes):
+            self.on_goal()
+        return outcomes
+
     def report_metrics(
         self, device: str, assignment: str, metrics: Mapping[str, tuple[float, float]]
     ) -> reports.Accepted:
@@ -375,11 +391,11 @@ class Service:
         query = select(all_rounds.c.number, all_rounds.c.attempt).where(all_rounds.c.id == round)
         with self.database.read() as db:
             number, attempt = db.execute(query).one()
-            look = selection.Look(db, [device], self.time.now())
+            look = Look(db, [device], self.time.now())
             return number, attempt, look.retry_after(device)
 
     def find_model(self, run: str, sha256: str) -> Row[Any]:
-        """The model of a run with this digest: its key and num_bytes."""
+        """The model of a run with this digest: num_bytes, and its key or content."""
         query = select(models).where(models.c.run == run, models.c.sha256 == sha256).limit(1)
         with self.database.read() as db:
             row = one(db, query)
@@ -395,7 +411,7 @@ class Service:
         self, run: str, version: int, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]:
         """The bytes [start, stop) of a version's weights, little-endian float32, in pieces."""
-        return self.blobs.read(self._version(run, version).key, start, stop)
+        return read_vector(self.blobs, self._version(run, version), start, stop)
 
     # What the server does by itself.
 

@@ -13,6 +13,8 @@
 Times are `*_ms`: milliseconds since 1970 on the servers' common time (`clock`). Ids are random, 32
 hexadecimal digits, except a device's, which is derived from its key.
 
+A small vector stands in its row (`content`); a large one is a blob, of which the row has the `key`.
+
 Compatibility: a change of this file is a new migration; a test compares the two.
 """
 
@@ -44,7 +46,7 @@ metadata = MetaData(
 )
 
 OPEN = ("SELECTING", "TRAINING", "AGGREGATING")
-_OPEN_ROUND = text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')")
+OPEN_ROUND = text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')")
 _ACTIVE = text("state = 'active'")
 _UNSWEPT = text("swept = false")
 
@@ -85,10 +87,11 @@ models = Table(
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("round", Integer, nullable=False),
     Column("sha256", String(64), nullable=False),
-    Column("key", String(200), nullable=False),
+    Column("key", String(200), nullable=False),  # of the blob; empty where the content is here
     Column("num_bytes", BigInteger, nullable=False),
     Column("optimizer_key", String(200)),
     Column("created_ms", BigInteger, nullable=False),
+    Column("content", LargeBinary),
 )
 
 tokens = Table(
@@ -153,8 +156,8 @@ rounds = Table(
         "uq_rounds_open",
         "run",
         unique=True,
-        sqlite_where=_OPEN_ROUND,
-        postgresql_where=_OPEN_ROUND,
+        sqlite_where=OPEN_ROUND,
+        postgresql_where=OPEN_ROUND,
     ),
     Index("ix_rounds_unswept", "id", sqlite_where=_UNSWEPT, postgresql_where=_UNSWEPT),
 )
@@ -211,9 +214,10 @@ reports = Table(
     Column("weight", Float, nullable=False),
     Column("loss", Float, nullable=False),
     Column("num_steps", BigInteger, nullable=False),
-    Column("key", String(200)),  # of the blob; NULL in a round of kind evaluate
+    Column("key", String(200)),  # of the blob, of an update that was uploaded
     Column("metrics", Text),  # JSON, name: [sum, count]
     Column("accepted_ms", BigInteger, nullable=False),
+    Column("content", LargeBinary),  # of an update that came inside its report, until it is swept
 )
 
 ledger = Table(

@@ -1,0 +1,63 @@
+"""Vectors where they are kept: a small one in its row, a large one as a blob.
+
+What is in a row is there with the transaction that wrote the row, and costs no file and no fsync of
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, select
+
+from potluck.core import StorageError
+from potluck.protocol import INLINE_BYTES
+from potluck.server.blobs import BlobStore
+from potluck.server.database import Database
+from potluck.server.tables import reports
+
+ROW_BYTES = INLINE_BYTES
+"""Of the longest vector that is kept in a row."""
+_AT_ONCE = 64
+"""Updates from rows that are in memory at a time."""
+
+
+def read_vector(
+    blobs: BlobStore, row: Row[Any], start: int = 0, stop: int | None = None
+) -> Iterator[bytes]:
+    """The bytes [start, stop) of a model's or a report's vector, in pieces."""
+    if row.content is None:
+        return blobs.read(row.key, start, stop)
+    return iter((bytes(row.content[start:stop]),))
+
+
+class Updates:
+    """The accepted updates of a round, from rows and blobs, in the order of the clients."""
+
+    def __init__(self, database: Database, blobs: BlobStore, accepted: Sequence[Row[Any]]) -> None:
+        self._database, self._blobs = database, blobs
+        self._inside = [row.device for row in accepted if row.key is None]
+        self._contents: dict[str, bytes] = {}
+
+    def read(self, report: Row[Any]) -> Iterator[bytes]:
+        """The bytes of one of them, in pieces."""
+        if report.key is not None:
+            return self._blobs.read(report.key)
+        if report.device not in self._contents:
+            at = self._inside.index(report.device)
+            names = self._inside[at : at + _AT_ONCE]
+            with self._database.read() as db:
+                self._contents = _contents(db, report.round, names)
+        if report.device not in self._contents:
+            raise StorageError(
+                f"the update of client {report.client} must be in its row, got none. Restore it."
+            )
+        return iter((self._contents[report.device],))
+
+
+def _contents(db: Connection, round: str, devices: Sequence[str]) -> dict[str, bytes]:
+    query = select(reports.c.device, reports.c.content).where(
+        reports.c.round == round, reports.c.device.in_(devices), reports.c.content.is_not(None)
+    )
+    return {row.device: bytes(row.content) for row in db.execute(query)}

@@ -14,10 +14,17 @@ from fault_proxy import FaultProxy
 from federation import Device, Federation, HastyClock, UnitTrainer
 from potluck.core import RefusedError, sample_cohort
 from potluck.device import join
+from potluck.device.agent import OFFERS
+from potluck.protocol import CODECS
 from potluck.server.reports import CHUNK_BYTES
 from potluck.simulation import build_algorithm, build_task, rounds
 
 SAMPLED = 'selection = "sampled"\nover_selection = 1.0\npopulation = {0}'
+
+
+def offers(k):
+    """Every second device uploads what it sends; the others send it inside their reports."""
+    return CODECS if k % 2 else OFFERS
 
 
 def recorded(device):
@@ -76,7 +83,7 @@ def test_a_deployed_run_with_short_updates_is_the_simulated_one(tmp_path, codec)
         tmp_path, clients=count, rounds=4, cohort=0.5, server=SAMPLED.format(count), codec=codec
     ) as federation:
         for k in range(count):
-            federation.join(k)
+            federation.join(k, offers=offers(k))
         federation.until(lambda: federation.status()["state"] == "finished")
         for device in federation.devices:
             device.end()
@@ -84,13 +91,14 @@ def test_a_deployed_run_with_short_updates_is_the_simulated_one(tmp_path, codec)
         expected = simulated(federation)
         for number, round in enumerate(expected):
             np.testing.assert_allclose(federation.weights(number), round.weights, rtol=0, atol=1e-6)
-        bodies = [
-            line["bytes"]
-            for device in federation.devices
-            for line in recorded(device)
-            if line["method"] == "PUT"
+        sent = [line for device in federation.devices for line in recorded(device)]
+        bodies = [line["bytes"] for line in sent if line["method"] == "PUT"]
+        inside = [
+            line["message"]["length_bytes"] for line in sent if "update" in line.get("message", {})
         ]
-        assert sum(bodies) == sum(round.uplink_bytes for round in expected)
+        assert bodies
+        assert inside
+        assert sum(bodies) + sum(inside) == sum(round.uplink_bytes for round in expected)
         taken = Counter(int(k) for round in expected for k in round.cohort)
         assert max(taken.values()) > 1  # or no residual was ever added
 
@@ -112,12 +120,13 @@ def test_every_answer_to_a_submission_may_be_lost_once(tmp_path, places):
     with federation:
         with FaultProxy(federation.port, lose=lose) as proxy:
             for k in range(4):
-                federation.join(k, UnitTrainer(), proxy.address)
+                federation.join(k, UnitTrainer(), proxy.address, offers=offers(k))
             federation.until(lambda: federation.status()["state"] == "finished")
             for device in federation.devices:
                 device.end()
                 assert (device.died, device.count("accepted")) == (None, 3)
-        assert len(lost) == 4 * 3 * 2  # a report and one chunk for each device and round
+        # A report for each device and round, and a chunk for those that upload.
+        assert len(lost) == 4 * 3 + 2 * 3
         moved = federation.weights() - federation.weights(0)
         np.testing.assert_allclose(moved[:4], 3 / 4, atol=1e-6)  # each counted once in each round
         np.testing.assert_allclose(moved[4:], 0, atol=1e-6)
@@ -190,16 +199,23 @@ def test_a_server_with_another_certificate_gets_no_token(tmp_path):
         assert fresh
 
 
-def test_what_was_sent_is_on_record(tmp_path):
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_what_was_sent_is_on_record(tmp_path, is_inside):
     with Federation(tmp_path, rounds=1, clients=1, server="goal = 1") as federation:
-        device = federation.join(0)
+        device = federation.join(0, offers=OFFERS if is_inside else CODECS)
         federation.until(lambda: federation.status()["state"] == "finished")
         device.end()
     lines = recorded(device)
     paths = [line["path"].split("/")[2].split("?")[0] for line in lines]
     assert paths[:2] == ["enrol", "check-in"]
-    assert {"models", "report", "uploads"} <= set(paths)
-    assert [line["bytes"] for line in lines if line["method"] == "PUT"] == [4 * 650]
+    [report] = [line["message"] for line in lines if line["path"].endswith("/report")]
+    assert report["length_bytes"] == 4 * 650
+    if is_inside:
+        assert report["update"] == "…"
+        assert not {"models", "uploads"} & set(paths)
+    else:
+        assert {"models", "report", "uploads"} <= set(paths)
+        assert [line["bytes"] for line in lines if line["method"] == "PUT"] == [4 * 650]
 
 
 def test_a_killed_device_sends_what_it_had_finished_when_it_is_started_again(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "potluck"
 
 MAY_IMPORT = {
+    "memory": set(),
     "core": set(),
     "algorithms": {"core"},
     "privacy": {"core"},
@@ -18,7 +19,16 @@ MAY_IMPORT = {
     "plan": {"tasks", "algorithms", "core", "experiment"},
     "simulation": {"tasks", "algorithms", "privacy", "core", "experiment", "plan"},
     "reproduction": {"simulation", "tasks", "algorithms", "core", "experiment"},
-    "server": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
+    "server": {
+        "memory",
+        "tasks",
+        "protocol",
+        "algorithms",
+        "privacy",
+        "core",
+        "experiment",
+        "plan",
+    },
     "device": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
 }
 TOP = {  # may import everything

@@ -160,7 +160,7 @@ class Agent:
             if isinstance(error, RefusedError) and error.code not in _OVER:
                 self._clock.wait(_AFTER_A_FAULT_SECONDS)  # or the next check-in brings it again
             yield from self._give_back(assignment, reason)
-        except Stopped:
+        except (Stopped, GeneratorExit):  # here, or in whoever is shown the events
             self._say_stopped(assignment)
             raise
         except (ProtocolError, ConfigError, DataError, DivergedError, NotEligibleError) as error:

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp
 from potluck.algorithms import Algorithm
 from potluck.core import ConfigError, RunError, Spec, StorageError, Vector
 from potluck.experiment import Experiment
+from potluck.memory import Trimmer, share_heaps
 from potluck.server.admin import AdminApp
 from potluck.server.app import DeviceApp
 from potluck.server.bell import Bell
@@ -36,7 +37,6 @@ from potluck.server.connection import Connection
 from potluck.server.dashboard import Dashboard
 from potluck.server.desk import Desk
 from potluck.server.home import Home
-from potluck.server.memory import Trimmer, share_heaps
 from potluck.server.meters import Meters
 from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from potluck.server.memory import GROWTH_BYTES, Trimmer, resident_bytes, share_heaps
+from potluck.memory import GROWTH_BYTES, Trimmer, resident_bytes, share_heaps
 
 
 def test_memory_is_given_back_when_it_has_grown_and_not_otherwise():

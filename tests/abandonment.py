@@ -32,8 +32,10 @@ from potluck.protocol import (
     encode_message,
     parse_message,
 )
+from potluck.server.blobs import open_blobs
 from potluck.server.database import Database
 from potluck.server.tables import ledger, models, rounds
+from potluck.server.vectors import read_vector
 from remote import Caller
 from serve_process import ServerProcess, experiment
 from swarm import until
@@ -177,11 +179,15 @@ def _stored(server: ServerProcess) -> tuple[int, list[tuple[Any, ...]], int]:
     """The run's version, its models with the digests of their bytes, the rows of its ledger."""
     database = Database(server.home.database)
     with database.read() as db:
-        rows = db.execute(select(models.c.version, models.c.sha256, models.c.key)).all()
+        rows = db.execute(select(models)).all()
         charged = db.scalar(select(func.count()).select_from(ledger)) or 0
     database.close()
-    blobs = Path(server.home.blobs)
-    kept = [(v, s, hashlib.sha256((blobs / key).read_bytes()).hexdigest()) for v, s, key in rows]
+    store = open_blobs(server.home.blobs)
+    contents = [b"".join(read_vector(store, row)) for row in rows]
+    kept = [
+        (row.version, row.sha256, hashlib.sha256(content).hexdigest())
+        for row, content in zip(rows, contents, strict=True)
+    ]
     return server.status()["version"], kept, charged
 
 

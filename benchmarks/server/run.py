@@ -233,7 +233,7 @@ def x7(bench: Bench) -> list[dict[str, Any]]:
 
     The peak is looked for: more and more devices, each asking again as soon as it is answered.
     """
-    widths, seconds = bench.pick(((25, 50, 100, 200), 20), ((10, 40, 100), 6))
+    widths, seconds = bench.pick(((25, 50, 100, 200), 20), ((100,), 6))
     devices = 10 * widths[-1]
     with bench.scene(
         model_bytes=MB, devices=devices, population=devices + 1, long_poll=0, core=0

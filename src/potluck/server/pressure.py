@@ -1,7 +1,7 @@
 """How long those wait who are refused for want of room: the longer, the more of them come.
 
-Refusing costs about a third of answering. If everybody came back after the same two seconds, ten
-times too many devices would cost a third of the peak; so the time grows until what is refused in a
+Refusing costs about half of answering. If everybody came back after the same two seconds, ten
+times too many devices would cost a third of what can be answered; so the time grows until what is refused in a
 second is a small part of what is answered. It falls again by itself.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 LEAST_SECONDS = 2.0
 MOST_SECONDS = 60.0
-REFUSALS = 150
-"""In a second, that the time is set for: about a tenth of what one core answers."""
+REFUSALS = 75
+"""In a second, that the time is set for: one for 25 that one core answers."""
 _LOOK_SECONDS = 1.0
 
 

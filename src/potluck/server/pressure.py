@@ -1,8 +1,8 @@
 """How long those wait who are refused for want of room: the longer, the more of them come.
 
-Refusing costs about half of answering. If everybody came back after the same two seconds, ten
-times too many devices would cost a third of what can be answered; so the time grows until what is refused in a
-second is a small part of what is answered. It falls again by itself.
+Refusing costs about half of answering. If everybody came back after the same two seconds, ten times
+too many devices would cost a third of what can be answered; so the time grows until what is refused
+in a second is a small part of it. It falls again by itself.
 """
 
 from __future__ import annotations

@@ -163,7 +163,8 @@ def table(study: Study, found: dict[str, Any]) -> str:
             verdicts.append(
                 f"{codec}: after {study.rounds} rounds each, {share:.4f}× of the bytes for "
                 f"{100 * points:+.2f} points (bar: ≤ {bar}× within ± 0.3): "
-                f"{'met' if met else 'missed'}. To {100 * study.target:g} %: "
+                f"{'met' if met else 'missed'}, with {len(mine)} of {len(plain)} seeds. "
+                f"To {100 * study.target:g} %: "
                 + ("not reached." if ratio is None else f"{ratio:.3f}×.")
             )
     made = {(r["commit"], r["machine"]) for runs in found["runs"].values() for r in runs}

@@ -67,7 +67,7 @@ def report_in_orders(
         "faults_logged": faults[:3],
         "holds": len(right.digests) == orders
         and not any(found["other_models"].values())
-        and differing > 0  # or the test could not fail
+        and differing > 0.8 * total
         and not faults,
     }
 

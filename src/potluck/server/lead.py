@@ -11,12 +11,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy import Row, select
 
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
 from potluck.server import faults
 from potluck.server.commit import Works, commit_round
+from potluck.server.look import open_round_of
 from potluck.server.rounds import (
     abandon_round,
     close_round,
@@ -28,7 +29,7 @@ from potluck.server.rounds import (
     start_training,
 )
 from potluck.server.settings import settings_of
-from potluck.server.tables import OPEN_ROUND, assignments, rounds, runs
+from potluck.server.tables import assignments, rounds, runs
 
 
 def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool) -> None:
@@ -43,14 +44,6 @@ def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool)
     for id in ids:
         while _step(works, id, build):
             pass
-
-
-def open_round_of(db: Connection, run: str) -> Row[Any] | None:
-    """The round of a run that is neither committed nor abandoned: there is at most one."""
-    return db.execute(_OPEN, {"run": run}).one_or_none()
-
-
-_OPEN = select(rounds).where(rounds.c.run == bindparam("run"), OPEN_ROUND)
 
 
 def experiment_of(run: Row[Any]) -> Experiment:

@@ -113,7 +113,7 @@ class Look:
         run = found[0].run
         self._run = db.execute(_RUN, {"run": run}).one()
         self._settings = settings_of(self._run.settings)
-        self._round = db.execute(_OPEN, {"run": run}).one_or_none()
+        self._round = open_round_of(db, run)
         cohort = None if self._round is None else self._round.cohort
         self._cohort = None if cohort is None else set(json.loads(cohort))
         self._length = _usual_seconds(db, run) if before is None else before._length
@@ -122,9 +122,7 @@ class Look:
     def lock(self) -> None:
         """See the round once more, which stays as it is until the end of the transaction."""
         if self._db.dialect.name == "postgresql":  # on SQLite a writer is alone
-            self._round = self._db.execute(
-                _OPEN.with_for_update(), {"run": self._run.id}
-            ).one_or_none()
+            self._round = open_round_of(self._db, self._run.id, lock=True)
             self._has_seen = False
 
     def member(self, device: str) -> Member:
@@ -252,6 +250,11 @@ class Look:
         )
 
 
+def open_round_of(db: Connection, run: str, *, lock: bool = False) -> Row[Any] | None:
+    """The round of a run that is neither committed nor abandoned: there is at most one."""
+    return db.execute(_OPEN_LOCKED if lock else _OPEN, {"run": run}).one_or_none()
+
+
 def _is_eligible(settings: RoundSettings, attributes: Attributes) -> bool:
     return (
         (attributes.charging is True or not settings.needs_charging)
@@ -301,6 +304,7 @@ _RUN = select(
     _LAST.scalar_subquery().label("last_client"),
 ).where(runs.c.id == bindparam("run"))
 _OPEN = select(rounds).where(rounds.c.run == bindparam("run"), OPEN_ROUND)
+_OPEN_LOCKED = _OPEN.with_for_update()
 _LENGTHS = (
     select(rounds.c.closed_ms - rounds.c.started_ms)
     .where(

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, case, func, select
 
 from potluck.server.database import as_dict
-from potluck.server.lead import open_round_of
 from potluck.server.leader import LEASE_SECONDS
+from potluck.server.look import open_round_of
 from potluck.server.rounds import LEASE_RAN_OUT
 from potluck.server.settings import RoundSettings
 from potluck.server.tables import (

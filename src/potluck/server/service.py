@@ -33,9 +33,18 @@ from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
 from potluck.server.home import Life
-from potluck.server.lead import experiment_of, lead, open_round_of
+from potluck.server.lead import experiment_of, lead
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
-from potluck.server.look import Asked, Assigned, Attributes, Finished, Given, Look, Wait
+from potluck.server.look import (
+    Asked,
+    Assigned,
+    Attributes,
+    Finished,
+    Given,
+    Look,
+    Wait,
+    open_round_of,
+)
 from potluck.server.settings import RoundSettings, settings_of
 from potluck.server.tables import (
     devices,

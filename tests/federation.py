@@ -10,9 +10,10 @@ import numpy as np
 
 from potluck.core import Update
 from potluck.device import SystemClock, TorchTrainer, join, one_client
+from potluck.device.agent import OFFERS
 from potluck.device.clock import Stopped
 from potluck.experiment import load_experiment
-from potluck.protocol import Runtime
+from potluck.protocol import CODECS, Runtime
 from potluck.server.home import Home
 from potluck.server.operator import Operator
 from potluck.server.serve import Listen
@@ -40,6 +41,11 @@ long_poll_seconds = 5.0
 pace_seconds = 0.1
 {server}
 """
+
+
+def offers(k):
+    """Every second device uploads what it sends; the others send it inside their reports."""
+    return CODECS if k % 2 else OFFERS
 
 
 class HastyClock:

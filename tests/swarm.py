@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from federation import Device, HastyClock, UnitTrainer
-from potluck.device.agent import OFFERS
+from federation import Device, HastyClock, UnitTrainer, offers
 from potluck.device.clock import Stopped
-from potluck.protocol import CODECS
 
 
 class PatientClock(HastyClock):
@@ -64,8 +62,8 @@ class Swarm:
         self.trainers.append(Balking())
         clock = PatientClock()
         clock.skew_ms = skew_ms
-        offers = _offers(folder)
-        device = Device(address, invitation, folder, self.trainers[-1], clock=clock, offers=offers)
+        mine = offers(int(folder.name))
+        device = Device(address, invitation, folder, self.trainers[-1], clock=clock, offers=mine)
         self.devices.append(device)
         if wait:
             until(lambda: (folder / "enrolment.json").exists() or device.died)
@@ -76,9 +74,9 @@ class Swarm:
         device.stop()
         clock = PatientClock()
         clock.skew_ms = skew_ms
-        trainer = self.trainers[int(device.folder.name)]
-        offers = _offers(device.folder)
-        again = Device(address, None, device.folder, trainer, clock=clock, offers=offers)
+        number = int(device.folder.name)
+        trainer, mine = self.trainers[number], offers(number)
+        again = Device(address, None, device.folder, trainer, clock=clock, offers=mine)
         self.devices.append(again)
         return self.devices[-1]
 
@@ -102,10 +100,6 @@ class Swarm:
         for device in self.devices:
             told.setdefault(name_of(device.folder), []).extend(accepted(device))
         return told
-
-
-def _offers(folder: Path) -> tuple[str, ...]:
-    return CODECS if int(folder.name) % 2 else OFFERS
 
 
 def accepted(device: Device) -> list[tuple[int, int]]:

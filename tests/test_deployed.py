@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fault_proxy import FaultProxy
-from federation import Device, Federation, HastyClock, UnitTrainer
+from federation import Device, Federation, HastyClock, UnitTrainer, offers
 from potluck.core import RefusedError, sample_cohort
 from potluck.device import join
 from potluck.device.agent import OFFERS
@@ -20,11 +20,6 @@ from potluck.server.reports import CHUNK_BYTES
 from potluck.simulation import build_algorithm, build_task, rounds
 
 SAMPLED = 'selection = "sampled"\nover_selection = 1.0\npopulation = {0}'
-
-
-def offers(k):
-    """Every second device uploads what it sends; the others send it inside their reports."""
-    return CODECS if k % 2 else OFFERS
 
 
 def recorded(device):

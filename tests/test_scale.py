@@ -24,10 +24,14 @@ def rows(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_fifty_devices_move_megabytes_with_one_core_and_little_memory(rows):
+def test_a_hundred_devices_move_megabytes_with_one_core_and_little_memory(rows):
     transfer, memory = rows("s1")
-    assert transfer["details"]["seconds"] < 60.0
-    assert memory["met"], memory
+    assert transfer["details"]["seconds"] < 90.0
+    many, few = memory["details"]["many"], memory["details"]["few"]
+    assert many["memory_mb"] <= 400.0, memory
+    # Small buffers are not yet all in use with the few: what must not be kept are the updates.
+    more_updates_mb = 2.0 * (many["devices"] - few["devices"])
+    assert many["memory_mb"] - few["memory_mb"] <= 0.5 * more_updates_mb, memory
 
 
 def test_polls_are_answered_at_their_rate_and_a_restart_brings_no_crowd(rows):

@@ -76,11 +76,12 @@ async def rounds(job: dict[str, Any]) -> dict[str, Any]:
 
 
 async def poll(job: dict[str, Any]) -> dict[str, Any]:
-    """Check in `rounds` times, each device once a `period`. Late answers count from when they were
-    due, so a server that falls behind cannot hide it. The first time opens the connection."""
+    """Check in once within `ramp` seconds, which opens the connection, and then `rounds` times,
+    each device once a `period`. Late answers count from when they were due, so a server that falls
+    behind cannot hide it."""
     devices, period = devices_of(job), job["period"]
     path = "/v1/check-in"
-    times = range(job["rounds"])
+    times = range(job["rounds"] + 1)
     heads = [[d.head("POST", path, d.check_in_body) for _ in times] for d in devices]
     gc.freeze()
     first = job["first"]
@@ -89,8 +90,10 @@ async def poll(job: dict[str, Any]) -> dict[str, Any]:
     done: list[float] = []
 
     async def live(number: int, device: LoadDevice) -> None:
+        part = (first + number) / job["population"]
         for i in times:
-            due = job["start"] + (i + (first + number) / job["population"]) * period
+            after = part * job["ramp"] if i == 0 else job["ramp"] + (i - 1 + part) * period
+            due = job["start"] + after
             await asyncio.sleep(due - time.time())
             try:
                 answer = await device.send(heads[number][i], device.check_in_body)

@@ -53,7 +53,7 @@ class Bench:
 
 def s1(bench: Bench) -> list[dict[str, Any]]:
     """S1 and S2: everybody is sampled; the server has one core."""
-    devices, size = bench.pick((1000, 10 * MB), (50, 2 * MB))
+    devices, size = bench.pick((1000, 10 * MB), (100, 2 * MB))
     many = _transfer(bench, devices, size)
     few = _transfer(bench, devices // 5, size)
     bar = 240 * devices * size / (1000 * 10 * MB)
@@ -89,15 +89,19 @@ def _transfer(bench: Bench, devices: int, size: int) -> dict[str, Any]:
 
 
 def s3(bench: Bench) -> list[dict[str, Any]]:
-    """Check-ins at a fixed rate, one core for the server; then a restart under long polls."""
-    devices, rate, times = bench.pick((10_000, 1050, 5), (500, 100, 3))
+    """Check-ins at a fixed rate, all connections open; then a restart under long polls."""
+    devices, rate, times = bench.pick((10_000, 1050, 5), (500, 100, 2))
     with bench.scene(model_bytes=MB, devices=devices, population=devices + 1, long_poll=0) as scene:
         scene.enrol(processes=2)
         processes = bench.pick(4, 2)
-        cpu = scene.cpu_seconds()
         start = time.time() + bench.pick(40, 8)  # every device signs its requests beforehand
-        period = devices / rate
-        seen = scene.load("poll", processes=processes, start=start, period=period, rounds=times)
+        ramp, period = bench.pick(25.0, 4.0), devices / rate
+        polled = scene.begin(
+            "poll", processes=processes, start=start, ramp=ramp, period=period, rounds=times
+        )
+        time.sleep(start + ramp - time.time())
+        cpu = scene.cpu_seconds()
+        seen = polled()
         cpu = scene.cpu_seconds() - cpu
         waits = sorted(seen["seconds"])
         p99 = waits[int(0.99 * (len(waits) - 1))] if waits else float("inf")

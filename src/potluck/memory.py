@@ -1,5 +1,9 @@
 """Memory that is given back: what a burst of a thousand devices needed is needed once.
 
+Python looks through everything that is alive for cycles that nobody uses, again and again: with ten
+thousand connections each look stops the process for half a second. Most of what a server drops is
+in no cycle, or in a young one; so the long looks are made as seldom as their length asks for.
+
 glibc keeps what was freed, in a heap for each thread and between what is still in use; the peak of
 a server would be the sum of what its phases needed, instead of the most that one of them needs.
 Elsewhere than on glibc nothing of this does anything.
@@ -9,14 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 GROWTH_BYTES = 1 << 24
 """Since memory was last given back; giving back takes some hundredths of a second of a core."""
+LOOK_PART = 1 / 400
+"""Of the time, at most, in which the process stands still for a long look."""
 _M_ARENA_MAX = -8  # of malloc.h
+_NEVER = 1 << 30
 _STATM = Path("/proc/self/statm")
 
 
@@ -46,6 +55,44 @@ class Trimmer:
             return False
         self._trim(0)
         self._kept = self._resident()
+        return True
+
+
+@contextlib.contextmanager
+def no_long_looks() -> Generator[None]:
+    """In the block Python looks for cycles among young objects alone; what was made before it is
+    not looked at again. A `Looker` makes the long looks."""
+    young, middle, old = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(young, middle, _NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
+        gc.unfreeze()
+
+
+class Looker:
+    """Makes a long look when the last one, however long it took, is long enough ago."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        look: Callable[[], object] = gc.collect,
+    ) -> None:
+        """`clock` in seconds."""
+        self._clock, self._look = clock, look
+        self._next = clock()
+
+    def look(self) -> bool:
+        """Look, if it is time to. Returns whether it was."""
+        start = self._clock()
+        if start < self._next:
+            return False
+        self._look()
+        end = self._clock()
+        self._next = end + (end - start) / LOOK_PART
         return True
 
 

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 from potluck.algorithms import Algorithm
 from potluck.core import ConfigError, RunError, Spec, StorageError, Vector
 from potluck.experiment import Experiment
-from potluck.memory import Trimmer, share_heaps
+from potluck.memory import Looker, Trimmer, no_long_looks, share_heaps
 from potluck.server.admin import AdminApp
 from potluck.server.app import DeviceApp
 from potluck.server.bell import Bell
@@ -112,7 +112,8 @@ class Server:
         share_heaps()
         SSLProtocol.max_size = _TLS_BYTES
         sys.setswitchinterval(0.0005)
-        asyncio.run(self.run())
+        with no_long_looks():
+            asyncio.run(self.run())
 
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
@@ -223,9 +224,10 @@ class Server:
             await self._bell.next_ring(1.0)
 
     async def _trim(self) -> None:
-        trimmer = Trimmer()
+        trimmer, looker = Trimmer(), Looker()
         while True:
             await asyncio.sleep(_TRIM_SECONDS)
+            await asyncio.to_thread(looker.look)
             await asyncio.to_thread(trimmer.look)
 
 

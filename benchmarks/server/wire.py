@@ -49,8 +49,11 @@ class Answer(NamedTuple):
 
     @property
     def retry_after(self) -> float | None:
-        value = self.headers.get("retry-after")
-        return None if value is None else float(value)
+        """Seconds until a refused request may come again, as a device reads them; None: it has no
+        such header."""
+        if "retry-after" not in self.headers:
+            return None
+        return float(self.content["retry_after_seconds"])
 
 
 class Body(NamedTuple):

@@ -53,7 +53,7 @@ _MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
 class Slots:
     """Requests that are worked on at once, and those that wait for a slot; the rest is refused."""
 
-    def __init__(self, slots: int = 48, waiting: int = 512, seconds: float = 10.0) -> None:
+    def __init__(self, slots: int, waiting: int, seconds: float) -> None:
         self._free = asyncio.Semaphore(slots)
         self._may_wait = waiting
         self._seconds = seconds

@@ -192,11 +192,11 @@ class Caller:
         return self.ask("enrol", message)
 
     def check_in(self, accepts=("float32",)) -> Message:
+        return self.ask("check-in", self.check_in_of(accepts))
+
+    def check_in_of(self, accepts=("float32",)) -> CheckIn:
         run = self.invitation.run
-        return self.ask(
-            "check-in",
-            CheckIn(run=run, accepts=accepts, runtime=RUNTIME, eligibility=Eligibility()),
-        )
+        return CheckIn(run=run, accepts=accepts, runtime=RUNTIME, eligibility=Eligibility())
 
     def assigned(self) -> Assignment:
         answer = self.check_in()

@@ -7,6 +7,7 @@ import weakref
 import pytest
 
 from potluck.memory import (
+    GROWN_PART,
     GROWTH_BYTES,
     LOOK_PART,
     Looker,
@@ -37,19 +38,22 @@ def test_what_was_freed_between_what_is_in_use_goes_back():
 
 
 def test_a_long_look_comes_the_later_the_longer_the_last_one_took():
-    now = [0.0]
-    took = [0.5, 0.01, 0.01]
+    now, took, size = [0.0], [0.5, 0.01, 0.01], [10 * GROWTH_BYTES]
 
     def look():
         now[0] += took.pop(0)
 
-    looker = Looker(lambda: now[0], look)
+    looker = Looker(lambda: size[0], lambda: now[0], look)
     assert looker.look()
     for after, is_made in ((0.0, False), (0.5 / LOOK_PART - 0.1, False), (0.2, True), (0.0, False)):
         now[0] += after
         assert looker.look() is is_made
-    now[0] += 0.01 / LOOK_PART
+    now[0] += 0.01 / GROWN_PART + 1e-6
+    size[0] = 11 * GROWTH_BYTES - 1
+    assert not looker.look()
+    size[0] += 1
     assert looker.look()
+    assert not looker.look()
 
 
 def test_cycles_are_found_by_the_looker_and_afterwards_by_python_again():

@@ -20,10 +20,12 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-GROWTH_BYTES = 1 << 24
+GROWTH_BYTES = 1 << 23
 """Since memory was last given back; giving back takes some hundredths of a second of a core."""
-LOOK_PART = 1 / 400
-"""Of the time, at most, in which the process stands still for a long look."""
+LOOK_PART = 1 / 4000
+"""Of the time, at most, in which the process stands still for long looks."""
+GROWN_PART = 1 / 40
+"""The same, when it has grown by a tenth since the last one."""
 _M_ARENA_MAX = -8  # of malloc.h
 _NEVER = 1 << 30
 _STATM = Path("/proc/self/statm")
@@ -78,21 +80,26 @@ class Looker:
 
     def __init__(
         self,
+        resident: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         look: Callable[[], object] = gc.collect,
     ) -> None:
-        """`clock` in seconds."""
+        """`resident` tells how much memory the process has; `clock` in seconds."""
+        self._resident = resident or resident_bytes
         self._clock, self._look = clock, look
-        self._next = clock()
+        self._last = clock()
+        self._took, self._kept = 0.0, 0
 
     def look(self) -> bool:
         """Look, if it is time to. Returns whether it was."""
         start = self._clock()
-        if start < self._next:
+        has_grown = self._resident() >= self._kept + max(GROWTH_BYTES, self._kept // 10)
+        part = GROWN_PART if has_grown else LOOK_PART
+        if start < self._last + self._took / part:
             return False
         self._look()
-        end = self._clock()
-        self._next = end + (end - start) / LOOK_PART
+        self._last = self._clock()
+        self._took, self._kept = self._last - start, self._resident()
         return True
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 LEAST_SECONDS = 2.0
 MOST_SECONDS = 60.0
-REFUSALS = 75
-"""In a second, that the time is set for: one for 25 that one core answers."""
+REFUSALS = 200
+"""In a second, that the time is set for: one for ten that one core answers."""
 _LOOK_SECONDS = 1.0
 
 

@@ -46,7 +46,7 @@ TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
-_TLS_BYTES = 1 << 15
+_TLS_BYTES = 1 << 14
 """What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
 _LOG = logging.getLogger("potluck.server")
 
@@ -112,7 +112,7 @@ class Server:
         share_heaps()
         SSLProtocol.max_size = _TLS_BYTES
         sys.setswitchinterval(0.0005)
-        with no_long_looks():
+        with no_long_looks() if _owns_process() else contextlib.nullcontext():
             asyncio.run(self.run())
 
     async def run(self) -> None:
@@ -413,9 +413,14 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
     return server
 
 
+def _owns_process() -> bool:
+    """Whether what belongs to the whole process is ours: signals, the search for unused objects."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def _signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Any:
-    if threading.current_thread() is not threading.main_thread():
+    if not _owns_process():
         yield
         return
     for number in (signal.SIGTERM, signal.SIGINT):

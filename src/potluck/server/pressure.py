@@ -1,21 +1,22 @@
 """How long those wait who are refused for want of room: the longer, the more of them come.
 
 Refusing costs about half of answering. If everybody came back after the same two seconds, ten times
-too many devices would cost a third of what can be answered; so the time grows until what is refused
-in a second is a small part of it. It falls again by itself. Each is told its own time, around that
-one: who was refused together must not come again together.
+too many devices would cost a third of what can be answered. So those who are away, which are those
+refused within the time that they are told, are spread until few of them come in a second. Each is
+told its own time, around that one: who was refused together must not come again together.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 
 LEAST_SECONDS = 2.0
 MOST_SECONDS = 60.0
-REFUSALS = 200
-"""In a second, that the time is set for: one for ten that one core answers."""
+REFUSALS = 300
+"""In a second, that the time is set for: one for seven that one core answers."""
 _LOOK_SECONDS = 1.0
 
 
@@ -31,14 +32,18 @@ class Pressure:
         self._clock, self._part = clock, part
         self._since = clock()
         self._count = 0
+        self._past: deque[tuple[float, int]] = deque()  # seconds of refusals: their end, how many
         self._seconds = LEAST_SECONDS
 
     def refuse(self) -> float:
         """One more is refused. Returns the seconds after which it may come again."""
         self._count += 1
-        passed = self._clock() - self._since
-        if passed >= _LOOK_SECONDS:
-            change = min(max(self._count / passed / REFUSALS, 0.5), 2.0)
-            self._seconds = min(max(self._seconds * change, LEAST_SECONDS), MOST_SECONDS)
-            self._since, self._count = self._clock(), 0
+        now = self._clock()
+        if now - self._since >= _LOOK_SECONDS:
+            self._past.append((now, self._count))
+            self._since, self._count = now, 0
+            while self._past[0][0] <= now - MOST_SECONDS:
+                self._past.popleft()
+            away = sum(count for at, count in self._past if at > now - self._seconds)
+            self._seconds = min(max(away / REFUSALS, LEAST_SECONDS), MOST_SECONDS)
         return self._seconds * (0.5 + self._part())

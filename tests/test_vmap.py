@@ -500,6 +500,12 @@ def test_a_large_batch_is_made_of_whole_clients(data):
     union, _ = PooledStep(task).step(start, [np.concatenate(rows)], np.ones(1), 0.1)
     np.testing.assert_allclose(local, union, rtol=0, atol=1e-7)
     assert len(losses) == 15
+    own = Task(
+        model=MODELS["logistic"], data=data, loss=lambda *both: functional.cross_entropy(*both)
+    )
+    its_local, its_losses = PooledStep(own).step(start, rows, shares, 0.1)  # a client at a time
+    np.testing.assert_allclose(local, its_local, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(losses, its_losses, rtol=1e-6)
 
 
 def test_sequences_are_trimmed_to_the_longest_of_their_group():

@@ -1,26 +1,30 @@
 """The engine against a plain hand-written PyTorch loop, in one run, taking turns.
 
     python benchmarks/engine/run.py [--rounds 20] [--examples 600] [--logistic-rounds 100]
-                                    [--lstm-rounds 20] [--parts lstm]
+                                    [--lstm-rounds 20] [--ray-rounds 10] [--parts lstm]
 
 CNN: MNIST's shape, 100 clients × 600 examples, C = 0.1, E = 1, B = 10. Logistic regression: 1,000
 clients × 60, C = 0.1, E = 1, B = 10. Character LSTM: 100 clients × 40 lines of 8 to 79
-characters, C = 0.1, E = 1, B = 10, in batches of similar length for all contenders. Evaluation is
-left out on both sides. The contenders take turns round by round, so that a change in the machine's
-speed meets all of them, and all must end with the same model. Random inputs: only time is
-measured.
+characters, C = 0.1, E = 1, B = 10, in batches of similar length for all contenders. Ray: the CNN
+again, on a cluster of this machine, with one worker and with two.
+
+Evaluation is left out on both sides. The contenders take turns round by round, so that a change in
+the machine's speed meets all of them, and all must end with the same model. Random inputs: only
+time is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +32,14 @@ import bare
 import numpy as np
 import torch
 
-from potluck import CNN, FedAvg, LogisticRegression, Loop, Task, Workers
+from potluck import CNN, Cluster, FedAvg, LogisticRegression, Loop, Task, Workers
 from potluck.core import sample_cohort, stream
 from potluck.simulation import available_cores
 from potluck.simulation.manifest import commit, machine
 from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
 from potluck.tasks.data import lengths
 
-PARTS = ("logistic", "cnn", "lstm")
+PARTS = ("logistic", "cnn", "lstm", "ray")
 SEED = 1
 LR = 0.05
 
@@ -171,6 +175,19 @@ def compare(
     return result
 
 
+@contextlib.contextmanager
+def own_cluster(cores: int) -> Generator[None]:
+    """A Ray cluster on this machine, as large as it is told, whatever the machine has."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def import_seconds() -> float:
     """Of `import potluck` in a new interpreter: the best of five, inside the process."""
     program = "import time; t = time.perf_counter(); import potluck; print(time.perf_counter() - t)"
@@ -188,6 +205,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=600, help="of a client of the CNN")
     parser.add_argument("--logistic-rounds", type=int, default=100)
     parser.add_argument("--lstm-rounds", type=int, default=20)
+    parser.add_argument("--ray-rounds", type=int, default=10)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     arguments = parser.parse_args()
@@ -260,6 +278,23 @@ def main() -> None:
                 arguments.lstm_rounds,
             ),
         )
+    if "ray" in arguments.parts:
+        conv = Task(model=CNN, data=random_data(100, arguments.examples))
+        with own_cluster(3):  # a core of the cluster for each worker of both contenders
+            measured(
+                f"ray: cnn, {arguments.examples} examples a client, {arguments.ray_rounds} rounds",
+                compare(
+                    conv,
+                    {
+                        "bare loop": lambda: Bare(conv, bare.cnn(), threads),
+                        "workers, 1": lambda: Engine(conv, Workers(conv, 1)),
+                        "workers, 2": lambda: Engine(conv, Workers(conv, 2)),
+                        "ray, 1": lambda: Engine(conv, Cluster(conv, 1)),
+                        "ray, 2": lambda: Engine(conv, Cluster(conv, 2)),
+                    },
+                    arguments.ray_rounds,
+                ),
+            )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potluck.core import Vector
+from potluck.tasks.by_example import by_example
 from potluck.tasks.local import Judged
 from potluck.tasks.task import Task, bind, spec_of
 
@@ -54,24 +55,32 @@ class PooledStep:
         sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         for part in _parts(batches):
             found = self._losses(batches[part])
-            pooled = torch.stack(found) @ torch.from_numpy(shares[part]).float()
+            pooled = found @ torch.from_numpy(shares[part]).float()
             gradients = torch.autograd.grad(pooled, self._parameters, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:  # type: ignore[reportUnnecessaryComparison]
                     total += gradient
-            losses += [float(loss.detach()) for loss in found]
+            losses += found.tolist()
         with torch.no_grad():
             for parameter, total in zip(self._parameters, sums, strict=True):
                 parameter.add_(total, alpha=-lr)
         return self._vector.numpy().copy(), losses
 
-    def _losses(self, batches: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+    def _losses(self, batches: Sequence[NDArray[np.int64]]) -> Tensor:
+        """The loss of each client: [clients]."""
         rows = np.concatenate(batches)
-        outputs = self._module(torch.from_numpy(self._data.inputs.take(rows, axis=0)))
+        outputs: Tensor = self._module(torch.from_numpy(self._data.inputs.take(rows, axis=0)))
         targets = torch.from_numpy(self._data.targets.take(rows, axis=0))
-        ends = np.cumsum([len(batch) for batch in batches]).tolist()
-        slices = [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
-        return [self._loss(outputs[rows], targets[rows]) for rows in slices]
+        sizes = [len(batch) for batch in batches]
+        known = by_example(self._loss, targets.ndim, targets.dtype)
+        if known is None:
+            ends = np.cumsum(sizes).tolist()
+            slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+            return torch.stack([self._loss(outputs[one], targets[one]) for one in slices])
+        owners = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
+        sums = torch.zeros(len(sizes)).index_add(0, owners, known.sums(outputs, targets))
+        counts = torch.zeros(len(sizes)).index_add(0, owners, known.counts(targets))
+        return sums / counts.clamp(min=1.0)
 
 
 def _parts(batches: Sequence[NDArray[np.int64]]) -> list[slice]:

@@ -7,7 +7,6 @@ import weakref
 import pytest
 
 from potluck.memory import (
-    GROWN_PART,
     GROWTH_BYTES,
     LOOK_PART,
     Looker,
@@ -37,41 +36,73 @@ def test_what_was_freed_between_what_is_in_use_goes_back():
     assert resident_bytes() < before - 100 * 10**6
 
 
-def test_a_long_look_comes_the_later_the_longer_the_last_one_took():
-    now, took, size = [0.0], [0.5, 0.01, 0.01], [10 * GROWTH_BYTES]
-
-    def look():
-        now[0] += took.pop(0)
-
-    looker = Looker(lambda: size[0], lambda: now[0], look)
-    assert looker.look()
-    for after, is_made in ((0.0, False), (0.5 / LOOK_PART - 0.1, False), (0.2, True), (0.0, False)):
-        now[0] += after
-        assert looker.look() is is_made
-    now[0] += 0.01 / GROWN_PART + 1e-6
-    size[0] = 11 * GROWTH_BYTES - 1
-    assert not looker.look()
-    size[0] += 1
-    assert looker.look()
-    assert not looker.look()
+class Cycle:
+    def __init__(self):
+        self.me = self
 
 
-def test_cycles_are_found_by_the_looker_and_afterwards_by_python_again():
-    class Cycle:
-        def __init__(self):
-            self.me = self
+def old_cycle():
+    """A cycle that nobody uses, too old to be found by itself; whether it is there."""
+    cycle = Cycle()
+    gc.collect(1)
+    return weakref.ref(cycle)
 
+
+@pytest.fixture
+def frozen():
     old = gc.get_threshold()
     with no_long_looks():
         assert gc.get_threshold()[:2] == old[:2]
         assert gc.get_threshold()[2] > 10**6
-        cycle = Cycle()
-        gone = weakref.ref(cycle)
-        gc.collect(1)  # it is old
-        del cycle
-        gc.collect(1)
-        assert gone() is not None
-        assert Looker().look()
-        assert gone() is None
+        yield
     assert gc.get_threshold() == old
     assert gc.get_freeze_count() == 0
+
+
+def test_cycles_are_looked_for_when_there_is_more_memory(frozen):
+    size = [10 * GROWTH_BYTES]
+    looker = Looker(lambda: size[0])
+    gone = old_cycle()
+    gc.collect(1)
+    size[0] = 11 * GROWTH_BYTES - 1
+    assert not looker.look()
+    assert gone() is not None
+    size[0] += 1
+    assert looker.look()
+    assert gone() is None
+    assert not looker.look()
+
+
+def test_what_was_alive_at_a_look_is_looked_at_again_when_memory_has_grown_by_half(frozen):
+    size, now = [10 * GROWTH_BYTES], [0.0]
+    looker = Looker(lambda: size[0], lambda: now[0])
+    cycle = Cycle()
+    gone = weakref.ref(cycle)
+    size[0] = 11 * GROWTH_BYTES
+    assert looker.look()
+    del cycle
+    size[0] = 13 * GROWTH_BYTES
+    assert looker.look()
+    assert gone() is not None
+    size[0] = 15 * GROWTH_BYTES
+    assert looker.look()
+    assert gone() is None
+    assert not looker.look()
+    now[0] += 3600.0
+    assert looker.look()
+
+
+def test_the_next_look_comes_the_later_the_longer_the_last_one_took(frozen):
+    now, size = [0.0], [10 * GROWTH_BYTES]
+
+    def resident():
+        now[0] += 0.5  # the time of a look, between the clock's
+        return size[0]
+
+    looker = Looker(resident, lambda: now[0])
+    size[0] = 12 * GROWTH_BYTES
+    assert looker.look()
+    size[0], begin = 14 * GROWTH_BYTES, now[0]
+    while not looker.look():
+        pass
+    assert now[0] - begin == pytest.approx(1.0 / LOOK_PART, rel=0.1)

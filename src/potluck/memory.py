@@ -2,7 +2,7 @@
 
 Python looks through everything that is alive for cycles that nobody uses, again and again: with ten
 thousand connections each look stops the process for half a second. Most of what a server drops is
-in no cycle, or in a young one; so the long looks are made as seldom as their length asks for.
+in no cycle, or in a young one; so a server looks when it has grown, and mostly at what is new.
 
 glibc keeps what was freed, in a heap for each thread and between what is still in use; the peak of
 a server would be the sum of what its phases needed, instead of the most that one of them needs.
@@ -22,10 +22,9 @@ from typing import Any
 
 GROWTH_BYTES = 1 << 23
 """Since memory was last given back; giving back takes some hundredths of a second of a core."""
-LOOK_PART = 1 / 4000
-"""Of the time, at most, in which the process stands still for long looks."""
-GROWN_PART = 1 / 40
-"""The same, when it has grown by a tenth since the last one."""
+LOOK_PART = 1 / 40
+"""Of the time, at most, in which the process stands still to look."""
+_HOUR = 3600.0
 _M_ARENA_MAX = -8  # of malloc.h
 _NEVER = 1 << 30
 _STATM = Path("/proc/self/statm")
@@ -62,8 +61,7 @@ class Trimmer:
 
 @contextlib.contextmanager
 def no_long_looks() -> Generator[None]:
-    """In the block Python looks for cycles among young objects alone; what was made before it is
-    not looked at again. A `Looker` makes the long looks."""
+    """In the block Python looks for cycles among young objects alone. A `Looker` does the rest."""
     young, middle, old = gc.get_threshold()
     gc.collect()
     gc.freeze()
@@ -76,30 +74,35 @@ def no_long_looks() -> Generator[None]:
 
 
 class Looker:
-    """Makes a long look when the last one, however long it took, is long enough ago."""
+    """Looks for cycles when the process has grown by a tenth, among what is new since the last
+    look; and among all, which takes long, when it has grown by half, or an hour has passed."""
 
     def __init__(
         self,
         resident: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        look: Callable[[], object] = gc.collect,
     ) -> None:
         """`resident` tells how much memory the process has; `clock` in seconds."""
-        self._resident = resident or resident_bytes
-        self._clock, self._look = clock, look
-        self._last = clock()
-        self._took, self._kept = 0.0, 0
+        self._resident, self._clock = resident or resident_bytes, clock
+        self._next, self._hour = clock(), clock() + _HOUR
+        self._kept = self._kept_of_all = self._resident()
 
     def look(self) -> bool:
         """Look, if it is time to. Returns whether it was."""
-        start = self._clock()
-        has_grown = self._resident() >= self._kept + max(GROWTH_BYTES, self._kept // 10)
-        part = GROWN_PART if has_grown else LOOK_PART
-        if start < self._last + self._took / part:
+        start, size = self._clock(), self._resident()
+        at_all = size >= 1.5 * self._kept_of_all or start >= self._hour
+        has_grown = size >= self._kept + max(GROWTH_BYTES, self._kept // 10)
+        if start < self._next or not (at_all or has_grown):
             return False
-        self._look()
-        self._last = self._clock()
-        self._took, self._kept = self._last - start, self._resident()
+        if at_all:
+            gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        self._kept = self._resident()
+        end = self._clock()
+        if at_all:
+            self._kept_of_all, self._hour = self._kept, end + _HOUR
+        self._next = end + (end - start) / LOOK_PART
         return True
 
 

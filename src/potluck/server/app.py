@@ -115,7 +115,7 @@ class DeviceApp:
         self.desk = desk
         self.bell = bell
         self.meters = meters
-        self.slots = Slots(48, waiting=5000, seconds=20.0)  # a few seconds of one core's work
+        self.slots = Slots(48, waiting=3000, seconds=20.0)  # a few seconds of one core's work
         self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
         self.shares = Shares()
         self.places = Places()

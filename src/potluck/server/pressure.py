@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 LEAST_SECONDS = 2.0
 MOST_SECONDS = 60.0
-REFUSALS = 300
-"""In a second, that the time is set for: one for seven that one core answers."""
+REFUSALS = 400
+"""In a second, that the time is set for: one for five that one core answers."""
 _LOOK_SECONDS = 1.0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 GROWTH_BYTES = 1 << 23
-"""Since memory was last given back; giving back takes some hundredths of a second of a core."""
+"""At least, since memory was last given back or looked through: both take time."""
 LOOK_PART = 1 / 40
 """Of the time, at most, in which the process stands still to look."""
 _HOUR = 3600.0
@@ -38,7 +38,7 @@ def share_heaps() -> None:
 
 
 class Trimmer:
-    """Gives memory back whenever the process has grown."""
+    """Gives memory back whenever the process has grown by a twentieth."""
 
     def __init__(
         self,
@@ -52,7 +52,8 @@ class Trimmer:
 
     def look(self) -> bool:
         """Give back, if it is time to. Returns whether it was."""
-        if self._trim is None or self._resident() < self._kept + GROWTH_BYTES:
+        growth = max(GROWTH_BYTES, self._kept // 20)
+        if self._trim is None or self._resident() < self._kept + growth:
             return False
         self._trim(0)
         self._kept = self._resident()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 GROWTH_BYTES = 1 << 23
-"""At least, since memory was last given back or looked through: both take time."""
+"""Since memory was last given back; at least, since it was last looked through."""
 LOOK_PART = 1 / 40
 """Of the time, at most, in which the process stands still to look."""
 _HOUR = 3600.0
@@ -38,7 +38,7 @@ def share_heaps() -> None:
 
 
 class Trimmer:
-    """Gives memory back whenever the process has grown by a twentieth."""
+    """Gives memory back whenever the process has grown."""
 
     def __init__(
         self,
@@ -52,8 +52,7 @@ class Trimmer:
 
     def look(self) -> bool:
         """Give back, if it is time to. Returns whether it was."""
-        growth = max(GROWTH_BYTES, self._kept // 20)
-        if self._trim is None or self._resident() < self._kept + growth:
+        if self._trim is None or self._resident() < self._kept + GROWTH_BYTES:
             return False
         self._trim(0)
         self._kept = self._resident()

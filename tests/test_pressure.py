@@ -42,8 +42,8 @@ def test_a_few_are_told_the_least(clock):
 def test_many_wait_until_few_are_refused_in_a_second(clock):
     pressure = Pressure(clock, middle)
     told, rate = refused(pressure, clock, 2000, 60)
-    assert told == pytest.approx(2000 / REFUSALS, rel=0.3)
-    assert rate == pytest.approx(REFUSALS, rel=0.3)
+    assert told == pytest.approx(2000 / REFUSALS, rel=0.1)
+    assert rate == pytest.approx(REFUSALS, rel=0.05)
     assert refused(pressure, clock, 100, 60)[0] == LEAST_SECONDS
 
 

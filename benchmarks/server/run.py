@@ -11,7 +11,7 @@ results-scale-small.json, each row with its own date and commit; scale.md is mad
 that was measured again takes the place of the old one.
 
 Full sizes need about 25 GB of disk in --work and this long on two quiet cores, by part: s1 and s2
-10 minutes, s3 4, s4 1, s5 3, s6 1, x7 2, costs 20.
+10 minutes, s3 6, s4 1, s5 3, s6 1, x7 4, costs 20.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ in no cycle, or in a young one; so a server looks when it has grown, and mostly 
 
 glibc keeps what was freed, in a heap for each thread and between what is still in use; the peak of
 a server would be the sum of what its phases needed, instead of the most that one of them needs.
-Elsewhere than on glibc nothing of this does anything.
+Elsewhere than on glibc nothing is given back.
 """
 
 from __future__ import annotations

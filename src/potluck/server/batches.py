@@ -2,12 +2,14 @@
 
 A thread and a transaction cost more than most requests: the more there are in a batch, the less
 each one costs. Who comes alone is worked on at once, or waits the two milliseconds in which others
-come that were sent at the same time.
+come that were sent at the same time. Where hundreds come each second all wait a little longer: a
+processor that is full answers late, and a pause of it is felt for seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -18,6 +20,10 @@ R = TypeVar("R")
 
 GATHER_SECONDS = 0.002
 """For others, where many are sent at once: a round's devices are answered together."""
+BUSY_GATHER_SECONDS = 0.012
+"""The same, while more than `BUSY_RATE` come in a second."""
+BUSY_RATE = 600.0
+_RATE_SECONDS = 1.0
 _MOST = 500
 """Items in a batch."""
 _MANY = 16
@@ -28,13 +34,18 @@ class Batches(Generic[T, R]):
     """Hands items to a function in a thread, one batch after another. Belongs to one event loop."""
 
     def __init__(
-        self, work: Callable[[Sequence[T]], Sequence[R | Exception]], gather_seconds: float = 0.0
+        self,
+        work: Callable[[Sequence[T]], Sequence[R | Exception]],
+        gather_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`work` gives a result, or what to raise, for each item, in their order."""
-        self._work = work
+        """`work` gives a result, or what to raise, for each item, in their order; `clock` in
+        seconds."""
+        self._work, self._clock = work, clock
         self._gather_seconds = gather_seconds
         self._pending: list[tuple[T, asyncio.Future[R]]] = []
         self._worker: asyncio.Task[None] | None = None
+        self._since, self._count, self._rate = clock(), 0, 0.0  # of this second; a second's items
 
     async def do(self, item: T) -> R:
         """The result for an item.
@@ -52,11 +63,23 @@ class Batches(Generic[T, R]):
         try:
             while self._pending:
                 if self._gather_seconds and len(self._pending) < _MANY:
-                    await asyncio.sleep(self._gather_seconds)
+                    pause = BUSY_GATHER_SECONDS if self._is_busy() else self._gather_seconds
+                    await asyncio.sleep(pause)
                 batch, self._pending = self._pending[:_MOST], self._pending[_MOST:]
+                self._note(len(batch))
                 await self._do(batch)
         finally:
             self._worker = None
+
+    def _is_busy(self) -> bool:
+        return self._rate > BUSY_RATE
+
+    def _note(self, count: int) -> None:
+        self._count += count
+        passed = self._clock() - self._since
+        if passed >= _RATE_SECONDS:
+            self._rate = self._count / passed
+            self._since, self._count = self._since + passed, 0
 
     async def _do(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         try:

@@ -73,7 +73,7 @@ def test_cycles_are_looked_for_when_there_is_more_memory(frozen):
     assert not looker.look()
 
 
-def test_what_was_alive_at_a_look_is_looked_at_again_when_memory_has_grown_by_half(frozen):
+def test_what_was_alive_at_a_look_is_looked_at_again_when_memory_has_doubled(frozen):
     size, now = [10 * GROWTH_BYTES], [0.0]
     looker = Looker(lambda: size[0], lambda: now[0])
     cycle = Cycle()
@@ -81,10 +81,10 @@ def test_what_was_alive_at_a_look_is_looked_at_again_when_memory_has_grown_by_ha
     size[0] = 11 * GROWTH_BYTES
     assert looker.look()
     del cycle
-    size[0] = 13 * GROWTH_BYTES
+    size[0] = 20 * GROWTH_BYTES - 1
     assert looker.look()
     assert gone() is not None
-    size[0] = 15 * GROWTH_BYTES
+    size[0] += 1
     assert looker.look()
     assert gone() is None
     assert not looker.look()

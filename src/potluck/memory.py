@@ -75,7 +75,7 @@ def no_long_looks() -> Generator[None]:
 
 class Looker:
     """Looks for cycles when the process has grown by a tenth, among what is new since the last
-    look; and among all, which takes long, when it has grown by half, or an hour has passed."""
+    look; and among all, which takes long, when it has doubled, or an hour has passed."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Looker:
     def look(self) -> bool:
         """Look, if it is time to. Returns whether it was."""
         start, size = self._clock(), self._resident()
-        at_all = size >= 1.5 * self._kept_of_all or start >= self._hour
+        at_all = size >= 2 * self._kept_of_all or start >= self._hour
         has_grown = size >= self._kept + max(GROWTH_BYTES, self._kept // 10)
         if start < self._next or not (at_all or has_grown):
             return False

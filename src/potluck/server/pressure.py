@@ -1,8 +1,9 @@
 """How long those wait who are refused for want of room: the longer, the more of them come.
 
 Refusing costs about half of answering. If everybody came back after the same two seconds, ten times
-too many devices would cost a third of what can be answered. So those who are away, which are those
-refused within the time that they are told, are spread until few of them come in a second. Each is
+too many devices would cost a third of what can be answered. So there are added as many seconds as
+those who are away, which are those refused within the time that they are told, could be refused in.
+A thousand too many cost little then, and ten thousand that a restart cut off are soon back. Each is
 told its own time, around that one: who was refused together must not come again together.
 """
 
@@ -15,8 +16,8 @@ from collections.abc import Callable
 
 LEAST_SECONDS = 2.0
 MOST_SECONDS = 60.0
-REFUSALS = 400
-"""In a second, that the time is set for: one for five that one core answers."""
+REFUSALS = 600
+"""In a second: fewer come, unless so many are away that the most is too short for them."""
 _LOOK_SECONDS = 1.0
 
 
@@ -45,5 +46,5 @@ class Pressure:
             while self._past[0][0] <= now - MOST_SECONDS:
                 self._past.popleft()
             away = sum(count for at, count in self._past if at > now - self._seconds)
-            self._seconds = min(max(away / REFUSALS, LEAST_SECONDS), MOST_SECONDS)
+            self._seconds = min(LEAST_SECONDS + away / REFUSALS, MOST_SECONDS)
         return self._seconds * (0.5 + self._part())

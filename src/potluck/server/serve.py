@@ -46,6 +46,9 @@ TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
+_BACKLOG = 4096
+"""Connections that wait to be accepted. Who finds no room is not told: its system tries again after
+1, 2 and 4 seconds, and thousands together."""
 _TLS_BYTES = 1 << 14
 """What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
 _LOG = logging.getLogger("potluck.server")
@@ -362,7 +365,7 @@ def _authority(host: str, port: int) -> str:
 def _listen(listen: Listen) -> socket.socket:
     try:
         family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((listen.host, listen.port), family=family, backlog=1024)
+        made = socket.create_server((listen.host, listen.port), family=family, backlog=_BACKLOG)
         # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
         # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -406,7 +409,7 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
         ssl_keyfile=key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        backlog=1024,
+        backlog=_BACKLOG,
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]

@@ -268,7 +268,7 @@ def test_a_stranger_who_is_slow_keeps_nobody_waiting(served):
 
 def test_one_device_cannot_hold_more_than_its_share(served):
     from potluck.core import ProtocolError
-    from potluck.server.gate import DEVICE_REQUESTS, Shares
+    from potluck.server.slots import DEVICE_REQUESTS, Shares
 
     shares = Shares()
     scopes = [{} for _ in range(DEVICE_REQUESTS + 1)]

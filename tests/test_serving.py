@@ -28,10 +28,10 @@ from potluck.protocol import Accepted, Assignment, Error, Upload, encode_message
 from potluck.server import RoundSettings
 from potluck.server.app import error_handlers
 from potluck.server.blobs import open_blobs
-from potluck.server.gate import Slots
 from potluck.server.home import Home
 from potluck.server.logs import JsonFormatter
 from potluck.server.serve import Listen
+from potluck.server.slots import Slots
 from potluck.server.tables import audit
 from potluck.server.tls import certificate_fingerprint, ensure_certificate
 from potluck.serving import open_server
@@ -400,13 +400,13 @@ def test_slots_are_taken_in_turn_and_the_rest_is_refused():
         done = asyncio.Event()
 
         async def hold() -> None:
-            async with slots.take():
+            async with slots:
                 told.append("held")
                 await done.wait()
 
         async def ask(name: str) -> None:
             try:
-                async with slots.take():
+                async with slots:
                     told.append(name)
             except ProtocolError as error:
                 told.append(f"{name} {error.code}")

@@ -46,11 +46,12 @@ from potluck.server.batches import GATHER_SECONDS, Batches
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk, answer, refusals
 from potluck.server.direct import Place, direct
-from potluck.server.gate import Gate, Shares, Slots, check_form, read_body
+from potluck.server.gate import Gate, check_form, read_body
 from potluck.server.measured import measured
 from potluck.server.meters import Meters
 from potluck.server.places import Places
 from potluck.server.pressure import LEAST_SECONDS, Pressure
+from potluck.server.slots import Shares, Slots
 from potluck.server.vectors import read_vector
 
 HEALTH = "/health"
@@ -91,7 +92,7 @@ class Download(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_hung_up(receive))
         try:
-            async with self._slots.take():
+            async with self._slots:
                 piece = await self._next()  # a disk that fails is told by a 503
                 start = {"type": "http.response.start", "status": self.status_code}
                 await send(start | {"headers": self.raw_headers})
@@ -161,7 +162,7 @@ class DeviceApp:
         if route.request is CheckIn or route.request is Report:
             return await self._with_claim(request, route, route.request)
         slots = self.uploads if route.request == "bytes" else self.slots
-        async with slots.take():
+        async with slots:
             claim = await self.gate.admit(request)
             self.shares.enter(request.scope, claim.device)
             return await self._answer(request, route, claim)
@@ -182,7 +183,7 @@ class DeviceApp:
         return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
 
     async def _enrol(self, request: Request, route: Route) -> Response:
-        async with self.strangers.take():
+        async with self.strangers:
             _no_query(request)
             claim, message = await self.gate.admit_newcomer(request, route)
             enrolled = await run_in_threadpool(self.desk.enrol, message)
@@ -195,7 +196,7 @@ class DeviceApp:
         self, request: Request, route: Route, kind: type[CheckIn] | type[Report]
     ) -> Response:
         """A message whose request is noted in the transaction that does what it asks for."""
-        async with self.slots.take():
+        async with self.slots:
             claim = await self.gate.verify(request)
             self.shares.enter(request.scope, claim.device)
             try:
@@ -232,7 +233,7 @@ class DeviceApp:
     async def _announce(self, claim: Claim, message: Report) -> Response:
         """What is announced is not sent before there is a place."""
         await self.places.enter(claim.device)
-        async with self.slots.take():
+        async with self.slots:
             with self._leaving(claim.device):
                 given = await run_in_threadpool(answer, self.desk, claim.device, message, "")
         return self._stood(claim.device, given)
@@ -324,7 +325,7 @@ class DeviceApp:
         return Download(pieces, self.downloads, 200 if part is None else 206, headers)
 
     async def _health(self, request: Request, _: str) -> Response:
-        async with self.strangers.take():
+        async with self.strangers:
             await run_in_threadpool(self.desk.service.device_key, "")
         return Response('{"status":"ok"}', media_type="application/json")
 

@@ -26,15 +26,18 @@ _BUFFER = bytearray(1 << 16)
 _VIEW = memoryview(_BUFFER)
 
 
-def _share_buffer(transport: Any) -> None:
-    """Have TLS read into one buffer for all connections.
+def _share_buffer(transport: Any) -> Any:
+    """Have TLS read into one buffer for all connections. Returns what it reads from, None if it is
+    not asyncio's.
 
     asyncio gives each its own, which it fills and empties in one go: with a thousand connections
     that is most of the server's memory.
     """
     protocol = getattr(transport, "_ssl_protocol", None)
-    if isinstance(protocol, SSLProtocol):
-        protocol._ssl_buffer, protocol._ssl_buffer_view = _BUFFER, _VIEW  # pyright: ignore
+    if not isinstance(protocol, SSLProtocol):
+        return None
+    protocol._ssl_buffer, protocol._ssl_buffer_view = _BUFFER, _VIEW  # pyright: ignore
+    return getattr(protocol, "_transport", None)
 
 
 class Connection(HttpToolsProtocol):
@@ -43,19 +46,24 @@ class Connection(HttpToolsProtocol):
     _headers_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_over = False  # answered for good: what still comes is not looked at
+    _below: Any = None  # what TLS reads from
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(BUFFER_BYTES)
         if self.scheme == "https":  # what TLS has read and nobody has asked for
             transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
-            _share_buffer(transport)
+            self._below = _share_buffer(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        # It holds itself, by the method that reads: only a search for cycles would free it.
+        if hasattr(self._below, "_read_ready_cb"):
+            self._below._read_ready_cb = None
+        self._below = None
 
     def data_received(self, data: bytes) -> None:
         if self._is_over or self.transport.is_closing():

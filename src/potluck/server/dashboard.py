@@ -30,7 +30,6 @@ from potluck.core import ProtocolError
 from potluck.server.app import error_response
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk
-from potluck.server.gate import Slots
 from potluck.server.showing import Showing
 from potluck.server.sign_in import (
     SESSION_SECONDS,
@@ -40,6 +39,7 @@ from potluck.server.sign_in import (
     sign_in,
     sign_out,
 )
+from potluck.server.slots import Slots
 from potluck.server.stream import Watch
 
 MAX_STREAMS = 200
@@ -92,14 +92,14 @@ class Dashboard:
         return [*made, _path("/sign-in", {"GET": self._form, "POST": self._sign_in})]
 
     async def _page(self, request: Request) -> Response:
-        async with self._slots.take():
+        async with self._slots:
             if not await self._knows(request):
                 return RedirectResponse("/dashboard/sign-in", 303)
             snapshot = await self._watch.snapshot()
             return HTMLResponse(await run_in_threadpool(self._showing.page, snapshot))
 
     async def _events(self, request: Request) -> Response:
-        async with self._slots.take():
+        async with self._slots:
             if not await self._knows(request):
                 raise ProtocolError("unsigned", "sign in first: potluck dashboard prints a link.")
         if self.num_streams >= MAX_STREAMS:
@@ -124,7 +124,7 @@ class Dashboard:
         if not self._throttle.left(address):
             told = "Too many wrong keys. Wait a minute."
             return HTMLResponse(self._showing.sign_in(told), 429, {"Retry-After": "60"})
-        async with self._slots.take():
+        async with self._slots:
             key = await _key(request)
             now = self._service.time.now()
             session = await run_in_threadpool(sign_in, self._service.database, self._run, key, now)
@@ -139,7 +139,7 @@ class Dashboard:
     async def _sign_out(self, request: Request) -> Response:
         _check_origin(request)
         session, now = request.cookies.get(self.cookie, ""), self._service.time.now()
-        async with self._slots.take():
+        async with self._slots:
             await run_in_threadpool(sign_out, self._service.database, self._run, session, now)
         answer = RedirectResponse("/dashboard/sign-in", 303)
         answer.delete_cookie(self.cookie, **self._kind())

@@ -158,11 +158,7 @@ def note_sequences(
     answers: list[RefusedError | None] = []
     new: dict[str, int] = {}
     names = sorted({device for device, _ in claims})
-    query = select(devices.c.id, devices.c.sequence)
-    here = devices.c.id.in_(names) & devices.c.revoked_ms.is_(None)
-    # Not FOR UPDATE: who inserts an assignment, with the round locked, asks for the device's key.
-    locked = query.where(here).order_by(devices.c.id).with_for_update(key_share=True)
-    last = {row.id: row.sequence for row in db.execute(locked)}
+    last = {row.id: row.sequence for row in db.execute(_LAST, {"names": names})}
     for device, sequence in claims:
         if device not in last:
             told = f"the device must be enrolled, got device={device}. Enrol again."
@@ -180,6 +176,16 @@ def note_sequences(
     return answers
 
 
+# Not FOR UPDATE: who inserts an assignment, with the round locked, asks for the device's key.
+_LAST = (
+    select(devices.c.id, devices.c.sequence)
+    .where(
+        devices.c.id.in_(bindparam("names", expanding=True)),
+        devices.c.revoked_ms.is_(None),
+    )
+    .order_by(devices.c.id)
+    .with_for_update(key_share=True)
+)
 _NOTE = (
     update(devices)
     .where(devices.c.id == bindparam("device"))

@@ -13,14 +13,10 @@ part: between a revocation and the next request there is no time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-from collections import Counter
-from collections.abc import AsyncGenerator
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Scope
 
 from potluck.core import ProtocolError, RefusedError
 from potluck.protocol import (
@@ -45,78 +41,7 @@ STRANGER_SECONDS = 4.0
 PIECE_SECONDS = 20.0
 """Without a byte of a body, before the request is given up."""
 MAX_HEADERS = 100
-DEVICE_REQUESTS = 6
-"""Of one device at once. It should have one; what broke off may not have been noticed yet."""
 _MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
-
-
-class Slots:
-    """Requests that are worked on at once, and those that wait for a slot; the rest is refused."""
-
-    def __init__(self, slots: int, waiting: int, seconds: float) -> None:
-        self._free = asyncio.Semaphore(slots)
-        self._may_wait = waiting
-        self._seconds = seconds
-        self.waiting = 0
-
-    @contextlib.asynccontextmanager
-    async def take(self) -> AsyncGenerator[None]:
-        """Hold a slot.
-
-        Raises:
-            ProtocolError: overloaded.
-        """
-        if self._free.locked():
-            await self._wait()
-        else:
-            await self._free.acquire()  # at once: a timer for it would cost more than the rest
-        try:
-            yield
-        finally:
-            self._free.release()
-
-    async def _wait(self) -> None:
-        if self.waiting >= self._may_wait:
-            raise _overloaded()
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._free.acquire()
-        except TimeoutError:
-            raise _overloaded() from None
-        finally:
-            self.waiting -= 1
-
-
-class Shares:
-    """How many requests each device has under way: none can take all slots, or all polls."""
-
-    def __init__(self, limit: int = DEVICE_REQUESTS) -> None:
-        self._limit = limit
-        self._count: Counter[str] = Counter()
-
-    def enter(self, scope: Scope, device: str) -> None:
-        """One more, which is noted in the request's scope.
-
-        Raises:
-            ProtocolError: overloaded.
-        """
-        if self._count[device] >= self._limit:
-            raise ProtocolError(
-                "overloaded",
-                f"a device has at most {self._limit} requests under way, got one more. "
-                "Wait for the answers.",
-            )
-        self._count[device] += 1
-        scope["device"] = device
-
-    def leave(self, scope: Scope) -> None:
-        """The request of this scope is over, however it ended; it may have been nobody's."""
-        device = scope.get("device")
-        if device is not None:
-            self._count[device] -= 1
-            if not self._count[device]:
-                del self._count[device]
 
 
 class Gate:
@@ -295,7 +220,3 @@ async def read_body(
     digest = hashlib.sha256(body).hexdigest()
     check_body(digest, claim)
     return body
-
-
-def _overloaded() -> ProtocolError:
-    return ProtocolError("overloaded", "there are too many requests at once. Come back later.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -12,6 +13,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import httpx
 import numpy as np
@@ -28,6 +31,7 @@ from potluck.protocol import Accepted, Assignment, Error, Upload, encode_message
 from potluck.server import RoundSettings
 from potluck.server.app import error_handlers
 from potluck.server.blobs import open_blobs
+from potluck.server.connection import Connection
 from potluck.server.home import Home
 from potluck.server.logs import JsonFormatter
 from potluck.server.serve import Listen
@@ -394,36 +398,29 @@ def test_those_for_whom_there_is_no_room_are_told_when_to_come_again(tmp_path, m
     assert {parse_message(answer.content, Error).code for answer in refused} == {"overloaded"}
 
 
-def test_slots_are_taken_in_turn_and_the_rest_is_refused():
-    async def scene() -> list[str]:
-        slots, told = Slots(slots=1, waiting=1, seconds=0.05), []
-        done = asyncio.Event()
+def test_a_connection_that_is_over_is_free_without_a_search_for_cycles(tmp_path, monkeypatch):
+    found = []
 
-        async def hold() -> None:
-            async with slots:
-                told.append("held")
-                await done.wait()
+    class Watched(Connection):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            if self._below is not None:  # the operator's have no TLS
+                found.extend([weakref.ref(self), weakref.ref(self._below)])
 
-        async def ask(name: str) -> None:
-            try:
-                async with slots:
-                    told.append(name)
-            except ProtocolError as error:
-                told.append(f"{name} {error.code}")
-
-        holder = asyncio.create_task(hold())
-        await asyncio.sleep(0)
-        waiting = asyncio.create_task(ask("first"))
-        await asyncio.sleep(0)
-        await ask("second")  # one may wait
-        await waiting  # not for ever
-        done.set()
-        await holder
-        await ask("third")
-        return told
-
-    told = asyncio.run(scene())
-    assert told == ["held", "second overloaded", "first overloaded", "third"]
+    monkeypatch.setattr("potluck.server.serve.Connection", Watched)
+    with Served(tmp_path) as served:
+        gc.collect()
+        gc.disable()
+        try:
+            device = served.device()
+            device.check_in()
+            device.close()
+            end = time.monotonic() + 10
+            while not found or any(one() for one in found):
+                assert time.monotonic() < end, [one() for one in found]
+                time.sleep(0.02)
+        finally:
+            gc.enable()
 
 
 def test_a_log_line_is_one_json_object():

@@ -25,16 +25,21 @@ GROWTH_BYTES = 1 << 23
 LOOK_PART = 1 / 40
 """Of the time, at most, in which the process stands still to look."""
 _HOUR = 3600.0
-_M_ARENA_MAX = -8  # of malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
+_LARGE_BYTES = 1 << 18
 _NEVER = 1 << 30
 _STATM = Path("/proc/self/statm")
 
 
 def share_heaps() -> None:
-    """Let all threads share two heaps."""
+    """Let all threads share two heaps, and what is large come from the system and go back there.
+
+    glibc would keep what is large in its heaps too, once a large piece was freed.
+    """
     mallopt = _of_libc("mallopt")
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 class Trimmer:

@@ -90,18 +90,18 @@ class Download(Response):
         self._pieces, self._slots = pieces, slots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_hung_up(receive))
-        try:
-            async with self._slots:
+        async with self._slots:
+            gone = asyncio.create_task(_hung_up(receive))
+            try:
                 piece = await self._next()  # a disk that fails is told by a 503
                 start = {"type": "http.response.start", "status": self.status_code}
                 await send(start | {"headers": self.raw_headers})
                 while piece and not gone.done():
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                     piece = await self._next()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            gone.cancel()
+            finally:
+                gone.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next(self) -> bytes:
         return await run_in_threadpool(next, self._pieces, b"")
@@ -133,12 +133,12 @@ class DeviceApp:
         handlers = error_handlers(self.desk.service.time.now)
         app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
-        fixed = {
-            (route.method, route.path): Place(route.path, partial(self._endpoint, route=route))
+        places = {
+            (route.method, path): Place(path, partial(self._endpoint, route=route))
             for route in ROUTES
-            if "{" not in route.path
+            for path in [route.path.partition("?")[0]]
         }
-        inner = direct(app, fixed, handlers)
+        inner = direct(app, places, handlers)
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             try:

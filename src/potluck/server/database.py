@@ -31,6 +31,10 @@ from potluck.core import StorageError
 from potluck.server.groups import Groups
 
 _BUSY_SECONDS = 20
+_CACHE_KIB = 512
+"""Of pages, in each of up to thirty connections to SQLite; the system keeps the file in memory."""
+_STATEMENTS = 32
+"""That each of them keeps prepared: those for a number of devices are of another text each."""
 _LOCK = 0x706F746C75636B  # of PostgreSQL's advisory locks: schema changes and the audit log
 
 
@@ -124,7 +128,8 @@ def _engine(url: str) -> Engine:
             "the database must be sqlite:///path or postgresql://user@host/name, "
             f"got url={url!r} ({error}). Name a file."
         ) from None
-    engine = create_engine(parsed, connect_args={"timeout": _BUSY_SECONDS}, pool_size=20)
+    options = {"timeout": _BUSY_SECONDS, "cached_statements": _STATEMENTS}
+    engine = create_engine(parsed, connect_args=options, pool_size=20)
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
     return engine
@@ -133,7 +138,8 @@ def _engine(url: str) -> Engine:
 def _configure(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: `_begin` does
     cursor = connection.cursor()
-    for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+    settings = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
+    for setting in (*settings, f"cache_size = -{_CACHE_KIB}"):
         cursor.execute(f"PRAGMA {setting}")
     cursor.close()
 

@@ -55,7 +55,7 @@ def test_a_cut_costs_an_upload_a_chunk_at_most(rows):
 
 def test_ten_times_as_many_are_served_as_fast(rows):
     (row,) = rows("x7")
-    overload = row["details"]["overload"]
+    (overload,) = row["details"]["overload"]
     assert set(overload["refused"]) <= {"429"}, row
     assert overload["without_retry_after"] == 0
     assert float(row["measured"].split("%")[0]) >= 40.0, row

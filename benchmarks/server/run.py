@@ -11,7 +11,7 @@ results-scale-small.json, each row with its own date and commit; scale.md is mad
 that was measured again takes the place of the old one.
 
 Full sizes need about 25 GB of disk in --work and this long on two quiet cores, by part: s1 and s2
-10 minutes, s3 6, s4 1, s5 3, s6 1, x7 4, costs 20.
+10 minutes, s3 6, s4 1, s5 3, s6 1, x7 7, costs 20.
 """
 
 from __future__ import annotations
@@ -244,14 +244,25 @@ def x7(bench: Bench) -> list[dict[str, Any]]:
         scene.enrol()
         tried = {width: _flood(scene, width, seconds) for width in widths}
         width = max(tried, key=lambda width: tried[width]["answered_per_second"])
-        overload = _flood(scene, devices, seconds)
+        # The best of several is partly luck: what counts is measured again, in turns.
+        turns = bench.pick(3, 1)
+        pairs = [
+            (_flood(scene, width, seconds), _flood(scene, devices, seconds)) for _ in range(turns)
+        ]
         memory = scene.memory_bytes() / MB
         is_alive = scene.is_alive
-    part = overload["answered_per_second"] / tried[width]["answered_per_second"]
-    told = {"by_devices": tried, "overload": overload, "memory_mb": round(memory, 1)}
+    peak, overload = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    answered = [sum(one["answered_per_second"] for one in turn) for turn in (peak, overload)]
+    part = answered[1] / answered[0]
+    told = {
+        "by_devices": tried,
+        "peak_again": peak,
+        "overload": overload,
+        "memory_mb": round(memory, 1),
+    }
     is_right = part >= 0.8 and is_alive and memory <= 1000
-    is_right = is_right and set(overload["refused"]) <= {"429", "503"}
-    is_right = is_right and overload["without_retry_after"] == 0
+    is_right = is_right and all(set(one["refused"]) <= {"429", "503"} for one in overload)
+    is_right = is_right and not any(one["without_retry_after"] for one in overload)
     return [_row("X7", f"{devices} devices where {width} are the peak",
                  "goodput ≥ 80 %, 429/503 with Retry-After, ≤ 1 GB",
                  f"{100 * part:.0f} %, {memory:.0f} MB", is_right, told)]  # fmt: skip

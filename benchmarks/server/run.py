@@ -6,9 +6,10 @@
 
 `potluck serve` runs in a process of its own, over TLS on loopback; devices are processes of
 `load.py`, which sign and speak the protocol but train nothing. Where a row says so the server is
-held to the first core, and the devices to the others. Results go to results-scale.json (full) or
-results-scale-small.json, each row with its own date and commit; scale.md is made from them. A row
-that was measured again takes the place of the old one.
+held to the first core, and the devices to the others. Results of full size go to
+results-scale.json, each row with its own date and commit; scale.md is made from it. A row that was
+measured again takes the place of the old one. What a small size gave is printed alone: its times
+are those of whatever else runs.
 
 Full sizes need about 25 GB of disk in --work and this long on two quiet cores, by part: s1 and s2
 10 minutes, s3 6, s4 1, s5 3, s6 1, x7 7, costs 20.
@@ -336,7 +337,6 @@ def main() -> None:
     parser.add_argument("--note", default="", help="of the machine's state: kept with each row")
     parser.add_argument("--table", action="store_true", help="write scale.md alone")
     options = parser.parse_args()
-    path = HERE / f"results-scale{'' if options.scale == 'full' else '-small'}.json"
     if not options.table:
         bench = Bench(options.work.resolve(), options.scale == "full")
         for part in dict.fromkeys(options.parts.replace("s2", "s1").split(",")):
@@ -351,7 +351,8 @@ def main() -> None:
                 "note": options.note,
                 "part_seconds": round(time.time() - begin, 1),
             }
-            _keep(path, part, [row | about for row in rows])
+            if bench.is_full:
+                _keep(HERE / "results-scale.json", part, [row | about for row in rows])
     write_table(HERE)
 
 

@@ -8,23 +8,16 @@ from typing import Any
 
 _HEAD = """# What the server bears
 
-Made by `python benchmarks/server/run.py --table` from `results-scale.json` and
-`results-scale-small.json`. The rows are described in [run.py](run.py).
+Made by `python benchmarks/server/run.py --table` from `results-scale.json`, which
+`python benchmarks/server/run.py --scale full` writes. The rows are described in [run.py](run.py).
+
 """
-_FILES = (
-    ("Full size", "results-scale.json", "python benchmarks/server/run.py --scale full"),
-    ("Small size", "results-scale-small.json", "python benchmarks/server/run.py --scale small"),
-)
 
 
 def write_table(folder: Path) -> None:
-    """Write scale.md beside the results that there are."""
-    text = _HEAD
-    for title, name, command in _FILES:
-        path = folder / name
-        if path.exists():
-            text += f"\n## {title}\n\n`{command}`\n\n{_section(json.loads(path.read_text()))}"
-    (folder / "scale.md").write_text(text)
+    """Write scale.md beside the results."""
+    rows = json.loads((folder / "results-scale.json").read_text())
+    (folder / "scale.md").write_text(_HEAD + _section(rows))
 
 
 def _section(rows: list[dict[str, Any]]) -> str:

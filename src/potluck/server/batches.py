@@ -76,10 +76,10 @@ class Batches(Generic[T, R]):
 
     def _note(self, count: int) -> None:
         self._count += count
-        passed = self._clock() - self._since
-        if passed >= _RATE_SECONDS:
-            self._rate = self._count / passed
-            self._since, self._count = self._since + passed, 0
+        now = self._clock()
+        if now - self._since >= _RATE_SECONDS:
+            self._rate = self._count / (now - self._since)
+            self._since, self._count = now, 0
 
     async def _do(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         try:

@@ -47,17 +47,17 @@ class Slots:
         if len(self._line) >= self._may_wait:
             raise _overloaded()
         loop = asyncio.get_running_loop()
-        place = loop.time() + self._seconds, loop.create_future()
-        self._line.append(place)
+        until, turn = loop.time() + self._seconds, loop.create_future()
+        self._line.append((until, turn))
         if self._timer is None:
-            self._timer = loop.call_at(place[0], self._lose_patience)
+            self._timer = loop.call_at(until, self._lose_patience)
         try:
-            await place[1]
+            await turn
         except asyncio.CancelledError:
-            if place[1].cancelled():
+            if turn.cancelled():
                 with contextlib.suppress(ValueError):  # it was passed over
-                    self._line.remove(place)
-            elif place[1].exception() is None:  # it was given a slot, and is gone
+                    self._line.remove((until, turn))
+            elif turn.exception() is None:  # it was given a slot, and is gone
                 self._leave()
             raise
 

@@ -87,7 +87,7 @@ def test_what_does_not_go_together_is_refused(task):
         make_executor("loop", task, device="cuda")
     with pytest.raises(ValueError, match=r"precision must be left out with executor='auto', got"):
         make_executor("auto", task, precision="bf16")
-    with pytest.raises(ValueError, match="without a GPU, got precision='bf16' with device='cpu'"):
+    with pytest.raises(ValueError, match="and no GPU, got precision='bf16' with device='cpu'"):
         make_executor("vmap", task, device="cpu", precision="bf16")
     assert make_executor("vmap", task, device="cpu").placed is None
 

@@ -83,6 +83,28 @@ def test_threads_change_no_more_than_rounding(task):
     np.testing.assert_allclose(one[-1].weights, two[-1].weights, rtol=0, atol=1e-5)
 
 
+class Wide(nn.Sequential):
+    """A layer that is large enough to update itself in place where products are float32."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 1100), nn.ReLU(), nn.Linear(1100, 10))
+
+
+def test_bfloat16_gives_the_same_bits_everywhere_and_float32_within_its_rounding(data):
+    task = Task(model=Wide, data=data)
+    exact = history(task, Loop(task))
+    rounded = history(task, Loop(task, precision="bf16"))
+    shared = history(task, make_executor("workers", task, 2, precision="bf16"))
+    for one, other in zip(rounded, shared, strict=True):
+        assert one.weights.tobytes() == other.weights.tobytes()
+        assert one.metrics == other.metrics
+    moved = np.linalg.norm(exact[-1].weights - exact[0].weights)
+    assert 1e-4 < np.linalg.norm(exact[-1].weights - rounded[-1].weights) / moved < 0.05
+    assert rounded[-1].metrics["accuracy"] == pytest.approx(exact[-1].metrics["accuracy"], abs=0.03)
+    with pytest.raises(ValueError, match="CPU, which has no TF32, got precision='tf32'"):
+        make_executor("workers", task, precision="tf32")
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(task):
     first, again = history(task, "loop"), history(task, "loop")
     assert first[-1].weights.tobytes() == again[-1].weights.tobytes()

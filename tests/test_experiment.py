@@ -56,7 +56,9 @@ def written(tmp_path):
     [
         (["device=gpu"], r"run.device must be 'cpu', .* got run.device = 'gpu'"),
         (["device=cuda"], r"left out with run.executor = 'workers', .* Use run.executor = 'vmap'"),
-        (["executor=auto", "precision=bf16"], r"run.precision must be left out without a GPU"),
+        (["executor=auto", "precision=bf16"], r"not be 'bf16' with this executor and no GPU that"),
+        (["executor=vmap", "precision=bf16"], r"Use run.executor = 'workers', or run.device"),
+        (["executor=workers", "precision=tf32"], r"must not be 'tf32' without a GPU"),
         (["executor=vmap", "precision=tf32"], r"got run.precision = 'tf32' .*run.device = None"),
         (["executor=vmap", "precision=half"], r"one of 'float32', 'tf32', 'bf16', got"),
     ],
@@ -72,6 +74,7 @@ def test_a_device_is_read(written):
     ).run
     assert (run.device, run.precision) == ("cuda:1", "tf32")
     assert load_experiment(written(GOOD), ["run.device=cpu"]).run.precision is None
+    assert load_experiment(written(GOOD), ["run.precision=bf16"]).run.precision == "bf16"
 
 
 def test_a_good_file_is_read(written):

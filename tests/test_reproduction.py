@@ -19,6 +19,7 @@ from potluck.cli import app
 from potluck.core import ConfigError
 from potluck.reproduction import grid as reproduce
 from potluck.reproduction import paper
+from potluck.reproduction.comparison import gather, page
 from potluck.reproduction.estimates import left
 from potluck.reproduction.grid import Grid, Job, choice, find, is_complete, jobs, run, select
 from potluck.reproduction.paper import Cell
@@ -98,6 +99,14 @@ def test_a_grid_is_cells_times_seeds_in_order_and_done_once(grid):
     assert list(jobs(mine)) == []
     assert (mine.runs / "b/lr-0.5/seed-2/final.safetensors").exists()
     assert left(mine) == (4, 4, 0.0)
+
+
+def test_a_grid_may_name_the_precision_of_its_runs(grid):
+    mine = replace(grid(cell("a"), seeds=(1,)), precision="bf16")
+    finish(mine)
+    run = read_run(mine.runs / "a/lr-0.5/seed-1")
+    assert run.manifest["experiment"]["run"]["precision"] == "bf16"
+    assert "| bf16 |" in page("table4", gather(mine), "potluck reproduce table4", ())
 
 
 def test_cells_and_seeds_that_were_started_come_first(grid):

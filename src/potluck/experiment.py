@@ -246,7 +246,7 @@ class RunSection(_Section):
     """For executor = "vmap" and "auto": "cpu", "cuda", "cuda:1" or "auto", a GPU if there is one.
     None is "cpu" for the first and "auto" for the second."""
     precision: Literal["float32", "tf32", "bf16"] | None = None
-    """Of products on a GPU; None is float32."""
+    """Of products in local training; None is float32."""
     ray_address: str | None = None
     """For executor = "ray": "auto" or "ray://host:10001"; None starts a cluster on this machine."""
     skip_failures: bool = False
@@ -370,13 +370,25 @@ def _check_device(run: RunSection, origin: str) -> None:
             f"{origin}: run.device must be left out with run.executor = {run.executor!r}, got "
             f"run.device = {run.device!r}. Use run.executor = 'vmap' or 'auto'."
         )
-    if run.precision not in (None, "float32") and (
-        run.executor != "vmap" or run.device in (None, "cpu")
-    ):
+    _check_precision(run, origin)
+
+
+def _check_precision(run: RunSection, origin: str) -> None:
+    """Which numbers go with which executor."""
+    got = (
+        f"got run.precision = {run.precision!r} with run.executor = {run.executor!r} and "
+        f"run.device = {run.device!r}"
+    )
+    on_gpu = run.executor == "vmap" and run.device not in (None, "cpu")
+    if run.precision == "tf32" and not on_gpu:
         raise ConfigError(
-            f"{origin}: run.precision must be left out without a GPU that is named, got "
-            f"run.precision = {run.precision!r} with run.executor = {run.executor!r} and "
-            f"run.device = {run.device!r}. Use run.executor = 'vmap' and run.device = 'cuda'."
+            f"{origin}: run.precision must not be 'tf32' without a GPU that is named, {got}. Use "
+            "run.executor = 'vmap' and run.device = 'cuda'."
+        )
+    if run.precision == "bf16" and not on_gpu and run.executor in ("vmap", "auto"):
+        raise ConfigError(
+            f"{origin}: run.precision must not be 'bf16' with this executor and no GPU that is "
+            f"named, {got}. Use run.executor = 'workers', or run.device = 'cuda' with 'vmap'."
         )
 
 

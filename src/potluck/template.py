@@ -78,8 +78,9 @@ stop_at_target = true
                               # on a GPU are shared out among the GPUs
 # device = "cuda"             # vmap and auto: cpu, cuda, cuda:1, or auto, a GPU if there is one;
                               # left out, vmap takes the cpu and auto a GPU if there is one
-# precision = "tf32"          # vmap on a GPU: float32 (the default); tf32 and bf16 are faster and
-                              # round more
+# precision = "bf16"          # of local training: float32 (the default); bf16 rounds more and is
+                              # faster on a GPU (vmap) and on processors that have it (loop,
+                              # workers, ray); tf32, on a GPU alone, lies between the two
 # ray_address = "auto"        # a Ray cluster that runs; one on this machine if left out
 # skip_failures = false       # true: leave a client that fails out of its round and go on
 

@@ -41,7 +41,7 @@ HEADER = (
 )
 LOSS_HEADER = ("cell", "client_lr", "rounds", "training loss then", "lowest", "best accuracy")
 _TUNING_HEADER = ("cell", "client_lr: rounds to target with seed 0", "chosen")
-_RUN_HEADER = ("run", "rounds", "hours", "commit", "machine")
+_RUN_HEADER = ("run", "rounds", "hours", "products", "commit", "machine")
 _COPIED = ("manifest.json", "rounds.jsonl", "timings.jsonl", DIVERGED)
 
 _COUNTED = """\
@@ -280,6 +280,7 @@ def _run_row(run: RunRecord) -> tuple[str, ...]:
         str(where),
         str(run.rounds[-1]["round"]),
         f"{sum(run.seconds) / 3600:.2f}",
+        str(manifest["experiment"]["run"].get("precision") or "float32"),
         str(manifest["commit"]),
         f"{manifest['machine']}, torch {manifest['versions']['torch']}",
     )

@@ -42,6 +42,7 @@ class Grid:
         copies: a folder of the same shape in which runs that were reported are kept.
         experiments: the folder of the experiment files; None looks for it.
         workers: processes for a run; None takes what its file says.
+        precision: of local training, likewise. A run goes on with that which it began with.
     """
 
     cells: Sequence[Cell]
@@ -51,6 +52,7 @@ class Grid:
     copies: Path = Path("results/runs")
     experiments: Path | None = None
     workers: int | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         tuning.rates(1.0, self.num_rates)
@@ -199,8 +201,9 @@ def load_cell(grid: Grid, cell: Cell) -> Experiment:
     for folder in places:
         path = folder / f"{cell.file}.toml"
         if path.exists():
-            workers = () if grid.workers is None else (f"run.workers={grid.workers}",)
-            return load_experiment(path, [*cell.overrides, *workers])
+            wanted = {"workers": grid.workers, "precision": grid.precision}
+            given = [f"run.{key}={value}" for key, value in wanted.items() if value is not None]
+            return load_experiment(path, [*cell.overrides, *given])
     raise ConfigError(
         f"experiments must be the folder that holds {cell.file}.toml, got "
         f"{' and '.join(repr(str(folder)) for folder in places)} without it. "

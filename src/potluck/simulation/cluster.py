@@ -34,6 +34,7 @@ from potluck.simulation.executors import (
 )
 from potluck.simulation.hands import Hands
 from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means
+from potluck.tasks.precision import Precision, check_precision
 
 
 class _Training(NamedTuple):
@@ -63,19 +64,26 @@ class Cluster:
         address: of a running cluster: "auto" for the one that this machine belongs to,
             "ray://host:10001" for one reached from outside. If None, the cluster that this
             program is connected to already, or else a new one on this machine alone.
+        precision: of local training: "float32" or "bf16".
 
     Raises:
         WorkerError: the cluster cannot be reached, or no worker starts.
     """
 
     def __init__(
-        self, task: Task, num_workers: int | None = None, *, address: str | None = None
+        self,
+        task: Task,
+        num_workers: int | None = None,
+        *,
+        address: str | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if num_workers is not None and num_workers < 1:
             raise ValueError(
                 f"num_workers must be at least 1, got num_workers={num_workers}. "
                 "Leave it out to use every core of the cluster."
             )
+        check_precision(precision, torch.device("cpu"))
         self._task = task
         self._ray, self._owned = _connect(address, num_workers)
         self._calls = 0
@@ -84,7 +92,7 @@ class Cluster:
         labour = self._ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")(_Labour)
         placed = self._ray.put(task)
         try:
-            self._hands = Hands(self._ray, lambda: labour.remote(placed), count)
+            self._hands = Hands(self._ray, lambda: labour.remote(placed, precision), count)
         except BaseException:
             self._disconnect()
             raise
@@ -160,10 +168,10 @@ class Cluster:
 class _Labour:
     """What a worker of the cluster does; it lives in a process of its own."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, precision: Precision) -> None:
         torch.set_num_threads(1)
         self._task = task
-        self._runtime, self._evaluator = TorchRuntime(task), Evaluator(task)
+        self._runtime, self._evaluator = TorchRuntime(task, precision), Evaluator(task)
         self._batches = evaluation_batches(task)
         self._mean = FixedPointMean(self._runtime.spec.dim)
         self._received: Vector = np.empty(0, np.float32)

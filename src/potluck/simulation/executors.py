@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from potluck.algorithms import Algorithm, Runtime
 from potluck.core import DivergedError, FixedPointMean, Update, Vector
 from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
+from potluck.tasks.precision import Precision
 
 
 class Failure(NamedTuple):
@@ -80,12 +81,15 @@ class Loop:
         task: as for every executor.
         num_threads: of PyTorch's kernels during training. With 1 the results are, bit for bit,
             those of `Workers` on any number of cores; large models run faster with more.
+        precision: of local training: "float32" or "bf16".
     """
 
-    def __init__(self, task: Task, num_threads: int = 1) -> None:
+    def __init__(
+        self, task: Task, num_threads: int = 1, *, precision: Precision = "float32"
+    ) -> None:
         self._task = task
         self._num_threads = num_threads
-        self._runtime = TorchRuntime(task)
+        self._runtime = TorchRuntime(task, precision)
         self._evaluator = Evaluator(task)
         self._test = evaluation_batches(task)
         self._mean = FixedPointMean(self._runtime.spec.dim)

@@ -218,26 +218,27 @@ def make_executor(
         address: for "ray": see `Cluster`.
         device: for "vmap" and "auto": "cpu", "cuda", "cuda:1", or "auto", a GPU if there is one.
             For "vmap" None is "cpu", for "auto" it is "auto".
-        precision: for "vmap" with a GPU: "float32", "tf32" or "bf16".
+        precision: of local training: "float32"; "bf16" with "loop", "workers" and "ray"; and
+            with "vmap" and a GPU either, or "tf32".
     """
     if name not in ("vmap", "auto") and device not in (None, "cpu"):
         raise ValueError(
             f"device must be left out with executor={name!r}, got device={device!r}. "
             "Use executor='vmap' or 'auto'."
         )
-    if precision != "float32" and name != "vmap":
+    if precision != "float32" and name == "auto":
         raise ValueError(
-            f"precision must be left out with executor={name!r}, got precision={precision!r}. "
-            "Use executor='vmap'."
+            f"precision must be left out with executor='auto', got precision={precision!r}. "
+            "Name the executor."
         )
     if name == "loop":
-        return Loop(task)
+        return Loop(task, precision=precision)
     if name == "workers":
-        return Workers(task, num_workers)
+        return Workers(task, num_workers, precision=precision)
     if name == "vmap":
         return _vmap(task, num_workers, device or "cpu", precision)
     if name == "ray":
-        return Cluster(task, num_workers, address=address)
+        return Cluster(task, num_workers, address=address, precision=precision)
     if name == "auto":
         return Auto(task, num_workers, device=device or "auto")
     raise ValueError(
@@ -250,8 +251,9 @@ def _vmap(task: Task, processes: int | None, device: str, precision: Precision) 
     if where.type == "cpu":
         if precision != "float32":
             raise ValueError(
-                f"precision must be 'float32' without a GPU, got precision={precision!r} with "
-                f"device={device!r}. Leave it out, or name a GPU."
+                f"precision must be 'float32' with executor='vmap' and no GPU, got "
+                f"precision={precision!r} with device={device!r}. Leave it out, name a GPU, or "
+                "use executor='workers'."
             )
         if processes is None or processes == 1:
             return Vmap(task)

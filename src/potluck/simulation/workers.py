@@ -46,6 +46,7 @@ from potluck.simulation.recording import Work
 from potluck.simulation.slots import Slots
 from potluck.simulation.vmap import Trained, Vmap
 from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
+from potluck.tasks.precision import Precision, check_precision
 
 
 class _Shared(NamedTuple):
@@ -91,10 +92,16 @@ class Workers:
         num_workers: processes; the number of cores this process may use if None.
         chunk: clients that a process trains side by side; if None, one at a time, with the bits of
             `Loop`.
+        precision: of local training, one client at a time: "float32" or "bf16".
     """
 
     def __init__(
-        self, task: Task, num_workers: int | None = None, *, chunk: int | None = None
+        self,
+        task: Task,
+        num_workers: int | None = None,
+        *,
+        chunk: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if num_workers is not None and num_workers < 1:
             raise ValueError(
@@ -105,7 +112,9 @@ class Workers:
             raise ValueError(
                 f"chunk must be at least 1, got chunk={chunk}. Leave it out to train one at a time."
             )
+        check_precision(precision, torch.device("cpu"))
         self._task, self._chunk = task, chunk
+        self._precision: Precision = precision
         self._dim = spec_of(task.module()).dim
         self._num_workers = num_workers or available_cores()
         self._workers: list[_Worker] = []
@@ -211,6 +220,7 @@ class Workers:
                 self._task,
                 self._dim,
                 self._chunk,
+                self._precision,
                 self._shared,
                 partial,
                 theirs,
@@ -285,6 +295,7 @@ def _serve(
     task: Task,
     dim: int,
     chunk: int | None,
+    precision: Precision,
     shared: _Shared,
     partial: Any,
     pipe: Connection,
@@ -296,7 +307,7 @@ def _serve(
         connection.close()  # or the death of the parent would go unnoticed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
-    labour = _Labour(task, dim, chunk, shared, _int64(partial), parent)
+    labour = _Labour(task, dim, chunk, precision, shared, _int64(partial), parent)
     while True:
         try:
             request = pipe.recv()
@@ -320,6 +331,7 @@ class _Labour:
         task: Task,
         dim: int,
         chunk: int | None,
+        precision: Precision,
         shared: _Shared,
         partial: NDArray[np.int64],
         parent: int,
@@ -328,7 +340,7 @@ class _Labour:
         self._received: Vector = np.frombuffer(shared.received, np.float32)
         self._partial = partial
         self._mean = FixedPointMean(dim, partial[:dim])
-        self._trainer = _OneByOne(task) if chunk is None else Vmap(task, chunk)
+        self._trainer = _OneByOne(task, precision) if chunk is None else Vmap(task, chunk)
         self._evaluator, self._batches = Evaluator(task), evaluation_batches(task)
 
     def train(self, request: _Training) -> _Trained:
@@ -381,8 +393,8 @@ class _Labour:
 class _OneByOne:
     """Trains a worker's clients as `Loop` does."""
 
-    def __init__(self, task: Task) -> None:
-        self._runtime = TorchRuntime(task)
+    def __init__(self, task: Task, precision: Precision) -> None:
+        self._runtime = TorchRuntime(task, precision)
 
     def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
         """The client halves of these clients, into the mean of `work`."""

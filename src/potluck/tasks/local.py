@@ -15,6 +15,7 @@ from potluck.core import Correction, Spec, Vector
 from potluck.tasks.correction import CorrectedStep
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.inplace import InPlaceLinears
+from potluck.tasks.precision import Precision, autocast, check_precision
 from potluck.tasks.task import Task, bind, spec_of
 
 _NO_CORRECTION = Correction()
@@ -25,9 +26,14 @@ class TorchRuntime:
 
     It serves one client after another: `take` gives it a client's examples, and an algorithm's
     `client_update` drives the rest. A step is `FedAvg.local_step` without its copies.
+
+    Args:
+        precision: "float32" or "bf16", for processors with bfloat16 products.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, precision: Precision = "float32") -> None:
+        check_precision(precision, torch.device("cpu"))
+        self._precision: Precision = precision
         self.module = task.module().train()
         self.spec: Spec = spec_of(self.module)
         self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
@@ -40,7 +46,7 @@ class TorchRuntime:
         self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
         self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._linears = InPlaceLinears(self.module)
+        self._linears = InPlaceLinears(self.module if precision == "float32" else nn.Module())
         # The same examples for every process, so that all step alike.
         first = task.data.client(0)
         self.take(Examples(first.inputs[:2], first.targets[:2]))
@@ -109,7 +115,11 @@ class TorchRuntime:
         inputs, targets = self._inputs[batch], self._targets[batch]
         if self._lengths is not None:
             inputs, targets = trimmed(inputs, targets, max(int(self._lengths[batch].max()), 1))
-        return self._loss(self.module(inputs), targets)
+        if self._precision == "float32":
+            return self._loss(self.module(inputs), targets)
+        with autocast(self._precision, inputs.device):
+            outputs = self.module(inputs)
+        return self._loss(outputs.float(), targets)
 
     def _descend(self, loss: Tensor, tensors: Sequence[Tensor], lr: float) -> None:
         gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)

@@ -1,4 +1,5 @@
-"""In which numbers a GPU multiplies matrices. Weights, gradients' sums and updates are float32.
+"""In which numbers local training multiplies matrices. Weights, gradients' sums and updates are
+float32, and so is every evaluation on a CPU.
 
 float32   every product in float32: the results of a CPU, to float tolerance
 tf32      float32 whose factors are rounded to 10 bits before they are multiplied

@@ -11,6 +11,7 @@ factor of round t (`client_schedule`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -81,8 +82,7 @@ class LocalTraining:
     def batches(self, num_examples: int) -> list[slice]:
         """The batches of one local epoch, as rows of the shuffled examples; the last may be
         short."""
-        size = num_examples if self.batch_size is None else self.batch_size
-        return [slice(i, min(i + size, num_examples)) for i in range(0, num_examples, size)]
+        return list(_batches(num_examples, self.batch_size or num_examples))
 
     def order(
         self, num_examples: int, lengths: NDArray[np.int64] | None, random: np.random.Generator
@@ -115,17 +115,25 @@ class LocalTraining:
     ) -> Trained:
         """All local steps of one client in one round, from `weights` on."""
         batches = self.batches(num_examples)
-        lr = self.client_lr_at(round)
-        order = self.order(num_examples, runtime.lengths(), stream(seed, "batches", round, client))
-        correction = Correction(self.gradient_clip, proximal, drift)
-        runtime.begin(weights, order, derive_seed(seed, "model", round, client), correction)
-        for _ in range(self.local_epochs):
-            for batch in batches:
-                runtime.step(batch, lr)
-        local, loss = runtime.end()
-        return Trained(local, loss, self.local_epochs * len(batches))
+        found = runtime.recall()
+        if found is None:
+            lr = self.client_lr_at(round)
+            random = stream(seed, "batches", round, client)
+            order = self.order(num_examples, runtime.lengths(), random)
+            correction = Correction(self.gradient_clip, proximal, drift)
+            runtime.begin(weights, order, derive_seed(seed, "model", round, client), correction)
+            for _ in range(self.local_epochs):
+                for batch in batches:
+                    runtime.step(batch, lr)
+            found = runtime.end()
+        return Trained(*found, self.local_epochs * len(batches))
 
     @staticmethod
     def local_step(weights: W, gradient: W, lr: float) -> W:
         """The pure local step, w − η g(w; b), which a runtime may do in place."""
         return weights - lr * gradient  # type: ignore[operator]
+
+
+@lru_cache(maxsize=4096)  # clients of one size, round after round
+def _batches(num_examples: int, size: int) -> tuple[slice, ...]:
+    return tuple(slice(i, min(i + size, num_examples)) for i in range(0, num_examples, size))

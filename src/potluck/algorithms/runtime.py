@@ -23,6 +23,11 @@ class Runtime(Protocol):
         should share a batch with others of their length; None where batches are random."""
         ...
 
+    def recall(self) -> tuple[Vector, float] | None:
+        """What `end` will give, if the steps that are about to be asked for were made before: a
+        client half that runs a second time need not ask again. None for runtimes that train."""
+        ...
+
     def begin(
         self,
         received: Vector,

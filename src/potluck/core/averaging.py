@@ -29,6 +29,7 @@ _BLOCK = 16_384  # entries that are summed at a time, which stay in a core's cac
 _EXACT = float(2**51)
 _MAGIC = 1.5 * 2**52
 _MAGIC_BITS = int(np.float64(_MAGIC).view(np.int64))
+_greatest, _least = np.maximum.reduce, np.minimum.reduce
 
 
 class FixedPointMean:
@@ -58,7 +59,8 @@ class FixedPointMean:
         """
         if not (math.isfinite(weight) and weight > 0.0):
             raise ValueError(f"weight must be positive and finite, got weight={weight!r}.")
-        entry = max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
+        # The ufuncs themselves: for small models a method's way to them takes as long.
+        entry = float(max(_greatest(vector, initial=0.0), -_least(vector, initial=0.0)))
         largest = entry * (weight * _SCALE)
         if not self.has_room(largest):
             raise DivergedError(

@@ -176,6 +176,10 @@ class Watched:
         """Of the inner runtime."""
         return self._inner.lengths()
 
+    def recall(self) -> None:
+        """Of the inner runtime."""
+        self._inner.recall()
+
     def begin(
         self,
         received: Vector,

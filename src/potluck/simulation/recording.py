@@ -4,7 +4,7 @@ Clients that train side by side need their steps before any is made. But steps a
 algorithm's own lines, which ask a runtime for them one by one. So those lines run twice: at first
 against a `Recorder`, which notes what it is asked for and stops them where they want the result;
 then, when all clients of a chunk have been trained, once more against the same recorder, which now
-knows the answer. What a client reports thus comes from the algorithm's own lines, and there is no
+recalls the answer. What a client reports thus comes from the algorithm's own lines, and there is no
 second implementation of any.
 
 This works because a client half is pure: with the same arguments it asks for the same steps. One
@@ -97,6 +97,13 @@ class Recorder:
             return None
         return lengths(self.examples.inputs, self._padding)
 
+    def recall(self) -> Answer | None:
+        """The answer to the question that is about to be asked, if there is one."""
+        if self._asked >= len(self.answers):
+            return None
+        self._asked += 1
+        return self.answers[self._asked - 1]
+
     def begin(
         self,
         received: Vector,
@@ -107,19 +114,16 @@ class Recorder:
         """Note where to start."""
         self._asked += 1
         self._steps: list[tuple[slice, float]] = []
-        if self._asked > len(self.answers):
-            self._run = LocalRun(received, order + self.first_row, self._steps, seed, correction)
+        self._run = LocalRun(received, order + self.first_row, self._steps, seed, correction)
 
     def step(self, batch: slice, lr: float) -> None:
         """Note a step."""
         self._steps.append((batch, lr))
 
     def end(self) -> tuple[Vector, float]:
-        """The answer.
+        """Stop the client half here.
 
         Raises:
-            Unanswered: there is none yet.
+            Unanswered: always.
         """
-        if self._asked > len(self.answers):
-            raise Unanswered
-        return self.answers[self._asked - 1]
+        raise Unanswered

@@ -66,6 +66,9 @@ class TorchRuntime:
         """The lengths of the examples that were taken, if they are to share batches by it."""
         return self._known if self._by_length else None
 
+    def recall(self) -> None:
+        """Nothing: steps are made when they are asked for."""
+
     def begin(
         self,
         received: Vector,

@@ -25,7 +25,7 @@ from potluck.experiment import Experiment, ServeSection, load_experiment
 from potluck.server import RoundSettings
 from potluck.simulation import Round, read_run
 from potluck.template import TEMPLATE
-from potluck.terminal import with_bar, with_lines
+from potluck.terminal import Clients, with_bar, with_lines
 
 TINY = """\
 name = "tiny"
@@ -407,6 +407,21 @@ def test_the_bar_shows_round_accuracy_and_bytes():
     last = [text for text in out.getvalue().splitlines() if "round" in text][-1]
     assert "round 3/3" in last
     assert "loss 0.5000  accuracy 0.3000  up 3 kB" in last
+
+
+def test_the_bar_counts_the_clients_of_a_round_where_the_executor_tells():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, color_system=None)
+    clients = Clients()
+    clients(0, 10)  # nobody looks yet
+
+    def trained():
+        yield made_round(0, 0.1)
+        clients(7, 10)
+        yield made_round(1, 0.2)
+
+    assert len(list(with_bar(trained(), 1, [], console, clients))) == 2
+    assert "7/10 clients" in out.getvalue()
 
 
 def test_in_a_terminal_a_wide_table_is_split_and_nothing_is_lost(monkeypatch):

@@ -1,6 +1,8 @@
-"""Ray: the bits of the plain loop, on one machine or two, whoever dies in between."""
+"""Ray: the bits of the plain loop, or side by side the same to float tolerance, on one machine or
+two, whoever dies in between."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,7 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from potluck import Cluster, FedAvg, Loop, Scaffold, Task, TwoNN, datasets, partitions, rounds
+from potluck import (
+    Cluster,
+    FedAvg,
+    FedProx,
+    Loop,
+    Scaffold,
+    Task,
+    TwoNN,
+    datasets,
+    partitions,
+    rounds,
+)
 from potluck.core import WorkerError
 from potluck.simulation import make_executor
 
@@ -71,6 +84,7 @@ def two_nodes():
         connect=True,
         head_node_args={
             "num_cpus": 2,
+            "num_gpus": 1,  # Ray takes our word for it
             "include_dashboard": False,
             "_system_config": {
                 "health_check_period_ms": 500,
@@ -112,12 +126,114 @@ def assert_same_bits(one, other):
 )
 def test_the_cluster_gives_the_bits_of_the_loop(two_nodes, data, algorithm):
     task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
-    executor = Cluster(task, 2)
+    executor = Cluster(task, 2, local="loop")
     try:
         assert_same_bits(history(algorithm, task, "loop"), history(algorithm, task, executor))
         assert executor.num_lost == 0
     finally:
         executor.close()
+
+
+def assert_alike(one, other):
+    """The same to float tolerance, in units of the way that the weights went."""
+    moved = np.abs(one[-1].weights - one[0].weights).max()
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours.cohort.tolist() == theirs.cohort.tolist()
+        assert np.abs(ours.weights - theirs.weights).max() <= 1e-5 * moved
+        assert ours[5:8] == theirs[5:8]
+        assert ours.client_states.keys() == theirs.client_states.keys()
+        for client, state in ours.client_states.items():
+            np.testing.assert_allclose(theirs.client_states[client], state, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        FedAvg(client_lr=0.1, local_epochs=2, batch_size=14),
+        FedProx(client_lr=0.1, local_epochs=2, batch_size=14, mu=0.1),
+        Scaffold(client_lr=0.1, local_epochs=1, batch_size=14),
+    ],
+    ids=["fedavg", "fedprox", "scaffold"],
+)
+@pytest.mark.parametrize("model", [lambda: TwoNN((1, 8, 8)), lambda: Slow(0)], ids=["2nn", "drop"])
+def test_workers_that_train_side_by_side_give_what_the_loop_gives(
+    two_nodes, data, algorithm, model
+):
+    task = Task(model=model, data=data)
+    executor = Cluster(task, 2, local="vmap")
+    try:
+        ours = history(algorithm, task, executor)
+        assert_alike(history(algorithm, task, "loop"), ours)
+        assert re.fullmatch(r"ray, 2 workers, chunks of up to \d+", ours[-1].executor)
+    finally:
+        executor.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(lambda: TwoNN((1, 8, 8)), "chunks of up to"), (lambda: Slow(0.01), "one client at a time")],
+    ids=["small", "slow"],
+)
+def test_workers_choose_what_is_faster(two_nodes, data, model, words):
+    task = Task(model=model, data=data)
+    executor = Cluster(task, 2)
+    try:
+        last = history(FedAvg(client_lr=0.1, batch_size=14), task, executor, 2)[-1]
+        assert words in last.executor
+    finally:
+        executor.close()
+
+
+def test_workers_share_a_gpu(two_nodes, data):
+    """On the lines for a GPU, which run on a CPU too; the GPU is one in Ray's books alone."""
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
+    executor = Cluster(task, device="cpu", gpus=0.5)
+    try:
+        ours = history(algorithm, task, executor)
+        assert_alike(history(algorithm, task, "loop"), ours)
+        assert ours[-1].executor.startswith("ray, 2 workers on GPUs, chunks of up to")
+        shares = [
+            ray.get(hand.actor.__ray_call__.remote(lambda self: ray.get_gpu_ids()))
+            for hand in executor._hands._idle
+        ]
+        assert shares == [[0], [0]]
+    finally:
+        executor.close()
+
+
+def test_clients_are_counted_while_a_round_goes_on(two_nodes, data):
+    told = []
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    executor = make_executor("ray", task, 2, progress=lambda *seen: told.append(seen))
+    try:
+        executor.train(
+            FedAvg(client_lr=0.1, batch_size=14),
+            task.initial_weights(1),
+            np.arange(20),
+            seed=1,
+            round=1,
+        )
+        assert told[0] == (0, 20)
+        assert told[-1] == (20, 20)
+        assert told == sorted(told)
+        assert len(told) > 2
+    finally:
+        executor.close()
+
+
+def test_what_workers_cannot_be_is_refused(data):
+    task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
+    for arguments, message in (
+        ({"local": "fast"}, "local must be 'auto', 'loop' or 'vmap', got local='fast'"),
+        ({"device": "cuda", "local": "loop"}, "local must be left out with a device"),
+        ({"local": "vmap", "precision": "bf16"}, "precision must be 'float32' with local='vmap'"),
+        ({"precision": "tf32"}, "which has no TF32"),
+        ({"gpus": 0.0}, r"gpus must be above 0, got gpus=0\.0"),
+        ({"device": "cuda:1"}, "must be 'cpu' or 'cuda' with executor='ray'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_executor("ray", task, 2, **arguments)
 
 
 def worker_processes(executor):
@@ -132,7 +248,7 @@ def test_a_worker_that_is_killed_changes_nothing(two_nodes, data):
     task = Task(model=lambda: Slow(0.02), data=data)
     algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
     plain = history(algorithm, Task(model=lambda: Slow(0), data=data), Loop(task))
-    executor = Cluster(task, 2)
+    executor = Cluster(task, 2, local="loop")
     try:
         killed = rounds(algorithm, task, cohort=0.5, num_rounds=3, seed=3, executor=executor)
         results = [next(killed)]
@@ -153,7 +269,7 @@ def test_a_node_that_is_killed_changes_nothing(two_nodes, data):
     task = Task(model=lambda: Slow(0.02), data=data)
     algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
     plain = history(algorithm, Task(model=lambda: Slow(0), data=data), Loop(task))
-    executor = Cluster(task, 4)
+    executor = Cluster(task, 4, local="loop")
     try:
         killed = rounds(algorithm, task, cohort=0.5, num_rounds=3, seed=3, executor=executor)
         results = [next(killed)]
@@ -176,7 +292,7 @@ def test_a_client_that_kills_workers_is_named_and_the_others_count(two_nodes, da
     )
     task = Task(model=Deadly, data=deadly)
     algorithm = FedAvg(client_lr=0.1, batch_size=14)
-    executor = Cluster(task, 2)
+    executor = Cluster(task, 2, local="loop")
     try:
         cohort = np.arange(8)
         received = task.initial_weights(1)
@@ -193,13 +309,13 @@ def test_a_client_that_kills_workers_is_named_and_the_others_count(two_nodes, da
 def test_data_are_placed_once_and_traffic_grows_with_workers(two_nodes, data):
     task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
     algorithm = FedAvg(client_lr=0.1, batch_size=14)
-    executor = Cluster(task, 2)
+    executor = Cluster(task, 2, local="loop")
     handed_over = []
     try:
         deal = executor._hands.deal
 
-        def counted(*args):
-            dealt = deal(*args)
+        def counted(*args, **kwargs):
+            dealt = deal(*args, **kwargs)
             handed_over.append(len(dealt.handed_over))
             return dealt
 

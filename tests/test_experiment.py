@@ -60,6 +60,8 @@ def written(tmp_path):
         (["executor=vmap", "precision=bf16"], r"Use run.executor = 'workers', or run.device"),
         (["executor=workers", "precision=tf32"], r"must not be 'tf32' without a GPU"),
         (["executor=vmap", "precision=tf32"], r"got run.precision = 'tf32' .*run.device = None"),
+        (["executor=ray", "device=cuda:1"], r"must be 'cpu' or 'cuda' with run.executor = 'ray'"),
+        (["executor=ray", "ray_gpus=0"], r"run.ray_gpus must be above 0"),
         (["executor=vmap", "precision=half"], r"one of 'float32', 'tf32', 'bf16', got"),
     ],
 )
@@ -74,6 +76,8 @@ def test_a_device_is_read(written):
     ).run
     assert (run.device, run.precision) == ("cuda:1", "tf32")
     assert load_experiment(written(GOOD), ["run.device=cpu"]).run.precision is None
+    far = ["run.executor=ray", "run.device=cuda", "run.ray_gpus=0.25", "run.precision=tf32"]
+    assert load_experiment(written(GOOD), far).run.ray_gpus == 0.25
     assert load_experiment(written(GOOD), ["run.precision=bf16"]).run.precision == "bf16"
 
 

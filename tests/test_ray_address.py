@@ -25,7 +25,7 @@ task = Task(
     model=lambda: TwoNN((1, 8, 8)), data=partitions.iid(datasets.digits(), clients=10, seed=1)
 )
 algorithm = FedAvg(client_lr=0.1, local_epochs=1)
-cluster = Cluster(task, 2, address=sys.argv[1])
+cluster = Cluster(task, 2, address=sys.argv[1], local="loop")
 far = list(rounds(algorithm, task, cohort=0.5, num_rounds=2, executor=cluster))
 cluster.close()
 near = list(rounds(algorithm, task, cohort=0.5, num_rounds=2, executor="loop"))

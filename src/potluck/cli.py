@@ -327,15 +327,18 @@ def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory
     from potluck.simulation import read_run, train
     from potluck.simulation.report import measure
     from potluck.tasks.describe import draw
-    from potluck.terminal import with_progress
+    from potluck.terminal import Clients, with_progress
 
     history: list[dict[str, Any]] = []
     if (directory / "manifest.json").exists():
         history = read_run(directory).rounds
     verb = "continuing" if history else "training"
     typer.echo(f"\n{verb} with seed {seed} in {directory}")
-    rounds = cast("Generator[Round]", train(experiment, directory, seed=seed, data=data))
-    shown = with_progress(rounds, experiment.run.rounds, history)
+    clients = Clients()
+    rounds = cast(
+        "Generator[Round]", train(experiment, directory, seed=seed, data=data, progress=clients)
+    )
+    shown = with_progress(rounds, experiment.run.rounds, history, clients)
     picture = directory / "partition.png"
     idle = True
     with closing(rounds), closing(shown):

@@ -244,11 +244,15 @@ class RunSection(_Section):
     workers: Annotated[int, Field(ge=1)] | None = None
     device: str | None = None
     """For executor = "vmap" and "auto": "cpu", "cuda", "cuda:1" or "auto", a GPU if there is one.
-    None is "cpu" for the first and "auto" for the second."""
+    None is "cpu" for the first and "auto" for the second. For "ray": "cpu" or "cuda"."""
     precision: Literal["float32", "tf32", "bf16"] | None = None
     """Of products in local training; None is float32."""
     ray_address: str | None = None
     """For executor = "ray": "auto" or "ray://host:10001"; None starts a cluster on this machine."""
+    ray_local: Literal["auto", "loop", "vmap"] = "auto"
+    """How a worker of Ray trains its clients: one after another, side by side, or the faster."""
+    ray_gpus: Annotated[float, Field(gt=0)] = 1.0
+    """Of each worker of Ray, with device = "cuda"."""
     skip_failures: bool = False
 
 
@@ -365,7 +369,12 @@ def _check_device(run: RunSection, origin: str) -> None:
             f"{origin}: run.device must be 'cpu', 'cuda', 'cuda:<number>' or 'auto', got "
             f"run.device = {run.device!r}. 'auto' takes a GPU if there is one."
         )
-    if run.device not in (None, "cpu") and run.executor not in ("vmap", "auto"):
+    if run.executor == "ray" and run.device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"{origin}: run.device must be 'cpu' or 'cuda' with run.executor = 'ray', got "
+            f"run.device = {run.device!r}. Ray says which GPUs a worker has."
+        )
+    if run.device not in (None, "cpu") and run.executor not in ("vmap", "auto", "ray"):
         raise ConfigError(
             f"{origin}: run.device must be left out with run.executor = {run.executor!r}, got "
             f"run.device = {run.device!r}. Use run.executor = 'vmap' or 'auto'."
@@ -379,7 +388,7 @@ def _check_precision(run: RunSection, origin: str) -> None:
         f"got run.precision = {run.precision!r} with run.executor = {run.executor!r} and "
         f"run.device = {run.device!r}"
     )
-    on_gpu = run.executor == "vmap" and run.device not in (None, "cpu")
+    on_gpu = run.executor in ("vmap", "ray") and run.device not in (None, "cpu")
     if run.precision == "tf32" and not on_gpu:
         raise ConfigError(
             f"{origin}: run.precision must not be 'tf32' without a GPU that is named, {got}. Use "

@@ -77,11 +77,15 @@ stop_at_target = true
 # workers = 2                 # number of processes; all cores if left out, with vmap one; more
                               # on a GPU are shared out among the GPUs
 # device = "cuda"             # vmap and auto: cpu, cuda, cuda:1, or auto, a GPU if there is one;
-                              # left out, vmap takes the cpu and auto a GPU if there is one
+                              # left out, vmap takes the cpu and auto a GPU if there is one;
+                              # ray: cpu, or cuda for workers with GPUs
 # precision = "bf16"          # of local training: float32 (the default); bf16 rounds more and is
                               # faster on a GPU (vmap) and on processors that have it (loop,
                               # workers, ray); tf32, on a GPU alone, lies between the two
 # ray_address = "auto"        # a Ray cluster that runs; one on this machine if left out
+# ray_local = "auto"          # how its workers train: loop (one client after another, to the bits
+                              # of loop), vmap (side by side), or auto, the faster of the two
+# ray_gpus = 1.0              # GPUs of each worker, with device = "cuda"; 0.25: four on one GPU
 # skip_failures = false       # true: leave a client that fails out of its round and go on
 
 # [devices]                   # simulated devices: rounds take virtual time (docs/virtual-time.md)

@@ -86,17 +86,32 @@ class Tally(NamedTuple):
         return "  ".join(parts)
 
 
+class Clients:
+    """How far the round under way has come, told by an executor and shown by a bar, if any."""
+
+    def __init__(self) -> None:
+        self.show: Callable[[str], None] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.show is not None:
+            self.show(f"{done}/{total} clients")
+
+
 def with_progress(
-    rounds: Iterable[Round], num_rounds: int, history: Sequence[Mapping[str, Any]]
+    rounds: Iterable[Round],
+    num_rounds: int,
+    history: Sequence[Mapping[str, Any]],
+    clients: Clients | None = None,
 ) -> Generator[Round]:
     """Pass rounds on under a live bar in a terminal, and with plain lines elsewhere.
 
     Args:
         history: the lines of `rounds.jsonl` before this attempt.
+        clients: what the executor tells of the round under way.
     """
     console = Console()
     if console.is_terminal:
-        return with_bar(rounds, num_rounds, history, console)
+        return with_bar(rounds, num_rounds, history, console, clients)
     return with_lines(rounds, num_rounds, history, sys.stdout)
 
 
@@ -105,21 +120,26 @@ def with_bar(
     num_rounds: int,
     history: Sequence[Mapping[str, Any]],
     console: Console,
+    clients: Clients | None = None,
 ) -> Generator[Round]:
     """Pass rounds on under a live bar.
 
     Args:
         history: the lines of `rounds.jsonl` before this attempt.
+        clients: what the executor tells of the round under way.
     """
     columns = (
         TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[clients]}"),
         BarColumn(bar_width=None),
         TextColumn("{task.description}"),
         TimeRemainingColumn(compact=True),
     )
     tally = Tally.of(history)
     with Progress(*columns, console=console, expand=True, speed_estimate_period=120) as progress:
-        task = progress.add_task(str(tally), total=num_rounds, completed=tally.number)
+        task = progress.add_task(str(tally), total=num_rounds, completed=tally.number, clients="")
+        if clients is not None:
+            clients.show = lambda words: progress.update(task, clients=words)
         chosen = ""
         for round, tally in _tallied(rounds, history):
             if round.executor not in ("", chosen):

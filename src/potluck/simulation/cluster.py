@@ -1,11 +1,14 @@
 """The `ray` executor: one cohort over the cores of several machines.
 
 The client data are placed in the cluster's object store once, and each machine's workers read
-them from its shared memory. In a round every worker is sent the model once per machine and the
-numbers of clients to train, adds their updates to a partial sum of its own, and sends that sum back
-when no clients are left: traffic grows with workers, not with clients (except for the states that
-the clients of SCAFFOLD keep, which travel). Sums are exact in any order, so it changes nothing
-which worker trained which client, nor that one was lost and its clients were trained again.
+them from its shared memory. A worker has a core, or a part of a GPU, and trains its clients one
+after another or side by side, whichever is faster (`local`).
+
+In a round every worker is sent the model once per machine and the numbers of clients to train, adds
+their updates to a partial sum of its own, and sends that sum back when no clients are left: traffic
+grows with workers, not with clients (except for the states that the clients of SCAFFOLD keep, which
+travel). Sums are exact in any order, so it changes nothing which worker trained which client, nor
+that one was lost and its clients were trained again; side by side, nothing beyond float tolerance.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import importlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -30,11 +34,17 @@ from potluck.simulation.executors import (
     Failure,
     Outcome,
     summarise,
-    train_client,
 )
 from potluck.simulation.hands import Hands
-from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means
+from potluck.simulation.recording import Work
+from potluck.simulation.timing import Estimate, estimate
+from potluck.simulation.vmap import Vmap
+from potluck.simulation.workers import OneByOne
+from potluck.tasks import Evaluator, Task, evaluation_batches, means, spec_of
+from potluck.tasks.placement import device_of
 from potluck.tasks.precision import Precision, check_precision
+
+Local: TypeAlias = Literal["auto", "loop", "vmap"]
 
 
 class _Training(NamedTuple):
@@ -45,6 +55,15 @@ class _Training(NamedTuple):
     received: Vector
     seed: int
     round: int
+    chunk: int | None  # clients side by side; None is one after another
+
+
+class _Means(NamedTuple):
+    """What a worker is made of."""
+
+    task: Task
+    device: str | None  # a GPU; None is a core
+    precision: Precision
 
 
 class _Partial(NamedTuple):
@@ -60,11 +79,17 @@ class Cluster:
 
     Args:
         task: as for every executor. It may hold lambdas and classes of a notebook.
-        num_workers: as many as the cluster has cores if None.
+        num_workers: as many as the cluster has cores, or GPUs for, if None.
         address: of a running cluster: "auto" for the one that this machine belongs to,
             "ray://host:10001" for one reached from outside. If None, the cluster that this
             program is connected to already, or else a new one on this machine alone.
-        precision: of local training: "float32" or "bf16".
+        precision: of local training: "float32" or "bf16", with a GPU also "tf32".
+        local: how a worker with a core trains its clients: "loop" is one after another, to the
+            bits of `Loop`; "vmap" is side by side; "auto" times both on the first clients of the
+            first cohort, and again for another algorithm.
+        device: "cuda" for workers with a GPU, which train side by side; None for cores.
+        gpus: of each worker: 0.25 puts four of them on one GPU.
+        progress: is told after every few clients how many of the cohort are done, and of how many.
 
     Raises:
         WorkerError: the cluster cannot be reached, or no worker starts.
@@ -77,22 +102,37 @@ class Cluster:
         *,
         address: str | None = None,
         precision: Precision = "float32",
+        local: Local = "auto",
+        device: str | None = None,
+        gpus: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if num_workers is not None and num_workers < 1:
             raise ValueError(
                 f"num_workers must be at least 1, got num_workers={num_workers}. "
                 "Leave it out to use every core of the cluster."
             )
-        check_precision(precision, torch.device("cpu"))
-        self._task = task
+        check_precision(precision, torch.device(device or "cpu"))
+        _check_local(local, precision, device, gpus)
+        self._task, self._progress = task, progress
+        self._local: Local = "loop" if device is None and precision != "float32" else local
+        self._on_gpu = device is not None
+        self._chosen: tuple[Algorithm, int | None] | None = None  # how clients of it are trained
         self._ray, self._owned = _connect(address, num_workers)
         self._calls = 0
         self._num_batches = len(evaluation_batches(task))
-        count = num_workers or int(self._ray.cluster_resources().get("CPU", 1))
-        labour = self._ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")(_Labour)
-        placed = self._ray.put(task)
+        has = self._ray.cluster_resources()
+        fits = int(has.get("CPU", 1)) if device is None else int(has.get("GPU", 0) / gpus)
+        self._count = num_workers or max(fits, 1)
+        labour = self._ray.remote(
+            num_cpus=1 if device is None else 0,
+            num_gpus=0 if device is None else gpus,
+            max_restarts=0,
+            scheduling_strategy="SPREAD",
+        )(_Labour)
+        placed = self._ray.put(_Means(task, device, precision))
         try:
-            self._hands = Hands(self._ray, lambda: labour.remote(placed, precision), count)
+            self._hands = Hands(self._ray, lambda: labour.remote(placed), self._count)
         except BaseException:
             self._disconnect()
             raise
@@ -118,14 +158,19 @@ class Cluster:
             WorkerError: no worker is left and none starts, or a worker failed otherwise.
         """
         self._calls += 1
-        placed = self._ray.put(_Training(self._calls, algorithm, received, seed, round))
         largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
+        training = _Training(self._calls, algorithm, received, seed, round, None)
+        if len(cohort) > 0:
+            training = training._replace(chunk=self._chunk(training, largest_first, states))
+        placed = self._ray.put(training)
         dealt = self._hands.deal(
             largest_first.tolist(),
             lambda actor, clients: actor.train.remote(
                 placed, clients, {client: states[client] for client in clients if client in states}
             ),
             lambda actor: actor.hand_over.remote(),
+            side_by_side=training.chunk or 1,
+            progress=self._progress,
         )
         mean = FixedPointMean(len(received))
         for partial in dealt.handed_over:
@@ -133,7 +178,7 @@ class Cluster:
         outcomes = [outcome for trained, _ in dealt.results for outcome in trained]
         outcomes += [self._took_workers_with_it(client) for client in dealt.refused]
         kept = {client: state for _, new in dealt.results for client, state in new.items()}
-        return summarise(mean, outcomes, kept)
+        return summarise(mean, outcomes, kept)._replace(executor=self._words(training.chunk))
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches dealt out."""
@@ -154,6 +199,35 @@ class Cluster:
         self._hands.close()
         self._disconnect()
 
+    def _chunk(
+        self, training: _Training, cohort: NDArray[np.int64], states: Mapping[int, Vector]
+    ) -> int | None:
+        """How many clients a worker trains side by side; None where it trains them one by one."""
+        if self._local == "loop":
+            return None
+        if self._chosen is not None and self._chosen[0] == training.algorithm:
+            return self._chosen[1]
+        # As many as a worker may ever have side by side are enough to time.
+        few = cohort[: max(-(-len(cohort) // self._count), 2)]
+        kept = {int(client): states[int(client)] for client in few if int(client) in states}
+        placed = self._ray.put(training)
+        dealt = self._hands.deal(
+            [0],
+            lambda actor, _: actor.estimate.remote(placed, few, kept),
+            lambda actor: actor.ready.remote(),
+        )
+        chunk: int | None = None
+        for costs in dealt.results:  # none, if it took three workers with it
+            if self._on_gpu or self._local == "vmap" or costs.vmap < costs.loop:
+                chunk = int(costs.chunk)
+        self._chosen = (training.algorithm, chunk)
+        return chunk
+
+    def _words(self, chunk: int | None) -> str:
+        where = " on GPUs" if self._on_gpu else ""
+        how = "one client at a time" if chunk is None else f"chunks of up to {chunk}"
+        return f"ray, {self._count} workers{where}, {how}"
+
     def _disconnect(self) -> None:
         if self._owned:
             self._ray.shutdown()
@@ -168,17 +242,33 @@ class Cluster:
 class _Labour:
     """What a worker of the cluster does; it lives in a process of its own."""
 
-    def __init__(self, task: Task, precision: Precision) -> None:
+    def __init__(self, means: _Means) -> None:
         torch.set_num_threads(1)
-        self._task = task
-        self._runtime, self._evaluator = TorchRuntime(task, precision), Evaluator(task)
-        self._batches = evaluation_batches(task)
-        self._mean = FixedPointMean(self._runtime.spec.dim)
+        self._task, device, self._precision = means
+        self._device = None if device is None else device_of(device)
+        self._trainers: dict[int | None, Vmap | OneByOne] = {}  # by clients side by side
+        self._evaluator = Evaluator(self._task, self._device)
+        self._batches = evaluation_batches(self._task)
+        self._mean = FixedPointMean(spec_of(self._task.module()).dim)
         self._received: Vector = np.empty(0, np.float32)
         self._call = 0
 
     def ready(self) -> None:
         """Answers when everything before it is done."""
+
+    def estimate(
+        self, training: _Training, clients: NDArray[np.int64], states: Mapping[int, Vector]
+    ) -> Estimate:
+        """What a local step costs here, one after another and side by side."""
+        received = training.received.copy()
+        mean = FixedPointMean(len(received))
+        _, algorithm, _, seed, round, _ = training
+        work = Work(self._task, algorithm, received, seed, round, states, mean)
+        placed = None
+        if self._device is not None:
+            trainer = self._trainer(len(clients))
+            placed = trainer.placed if isinstance(trainer, Vmap) else None
+        return estimate(work, clients, time.perf_counter, placed)
 
     def train(
         self, training: _Training, clients: list[int], states: Mapping[int, Vector]
@@ -190,22 +280,23 @@ class _Labour:
             self._mean = FixedPointMean(len(self._received))
         outcomes: list[Outcome] = []
         kept: dict[int, Vector] = {}
-        for client in clients:
-            outcome, state = train_client(
-                self._task,
-                self._runtime,
-                self._mean,
-                training.algorithm,
-                self._received,
-                client,
-                states.get(client),
-                training.seed,
-                training.round,
-            )
+        _, algorithm, _, seed, round, chunk = training
+        work = Work(self._task, algorithm, self._received, seed, round, states, self._mean)
+        for outcome, state in self._trainer(chunk).train_clients(work, np.array(clients, np.int64)):
             outcomes.append(outcome)
             if state is not None:
-                kept[client] = state.copy()
+                kept[outcome.client] = state.copy()
         return outcomes, kept
+
+    def _trainer(self, chunk: int | None) -> Vmap | OneByOne:
+        if chunk not in self._trainers:
+            if chunk is None:
+                self._trainers[chunk] = OneByOne(self._task, self._precision)
+            else:
+                self._trainers[chunk] = Vmap(
+                    self._task, chunk, device=self._device, precision=self._precision
+                )
+        return self._trainers[chunk]
 
     def hand_over(self) -> _Partial:
         """The partial sum, which is zero from then on."""
@@ -219,6 +310,25 @@ class _Labour:
             self._call = call
             self._evaluator.load(weights)
         return [(number, self._evaluator.sums(self._batches[number])) for number in numbers]
+
+
+def _check_local(local: str, precision: Precision, device: str | None, gpus: float) -> None:
+    if local not in get_args(Local):
+        raise ValueError(
+            f"local must be 'auto', 'loop' or 'vmap', got local={local!r}. Leave it out for 'auto'."
+        )
+    if device is not None and local == "loop":
+        raise ValueError(
+            "local must be left out with a device, on which clients are trained side by side, got "
+            f"local={local!r} with device={device!r}."
+        )
+    if device is None and local == "vmap" and precision != "float32":
+        raise ValueError(
+            f"precision must be 'float32' with local='vmap' and no GPU, got precision="
+            f"{precision!r}. Use local='loop'."
+        )
+    if not gpus > 0.0:
+        raise ValueError(f"gpus must be above 0, got gpus={gpus!r}. Use 0.5 for two on a GPU.")
 
 
 def _restored(partial: _Partial) -> FixedPointMean:

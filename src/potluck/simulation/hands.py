@@ -48,20 +48,27 @@ class _Deal:
         jobs: Sequence[int],
         ask: Callable[[Any, list[int]], Any],
         hand_over: Callable[[Any], Any],
+        side_by_side: int,
     ) -> None:
         self.waiting = deque(jobs)
-        self.ask, self.hand_over = ask, hand_over
+        self.ask, self.hand_over, self.side_by_side = ask, hand_over, side_by_side
         self.busy: dict[Any, _Hand] = {}  # by the reference of their answer
         self.lost_with: Counter[int] = Counter()  # by job, the hands that were lost over it
         self.dealt = Dealt([], [], [])
 
     def chunk(self, num_hands: int) -> list[int]:
         """The next jobs for one hand; a job that a hand was lost over comes alone."""
-        size = max(1, len(self.waiting) // (4 * num_hands))
+        share = -(-len(self.waiting) // num_hands)
+        size = max(min(self.side_by_side, share), len(self.waiting) // (4 * num_hands))
         chunk = [self.waiting.popleft()]
         while len(chunk) < size and not self.lost_with[chunk[0]] + self.lost_with[self.waiting[0]]:
             chunk.append(self.waiting.popleft())
         return chunk
+
+    @property
+    def under_way(self) -> int:
+        """How many jobs are neither waiting nor done."""
+        return sum(len(hand.chunk) for hand in self.busy.values())
 
     def answered(self, hand: _Hand, answer: Any) -> None:
         if hand.chunk:
@@ -114,6 +121,9 @@ class Hands:
         jobs: Sequence[int],
         ask: Callable[[Any, list[int]], Any],
         hand_over: Callable[[Any], Any],
+        *,
+        side_by_side: int = 1,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Dealt:
         """Have every job done, and counted, once.
 
@@ -122,12 +132,20 @@ class Hands:
             ask: has an actor do a chunk of jobs; gives the reference of the result.
             hand_over: has an actor hand over what its chunks since the last time amount to;
                 gives the reference of that.
+            side_by_side: jobs that one hand does at a time, so that fewer are dealt to it only
+                where there are no more for it.
+            progress: is told how many jobs are done and how many there are, whenever it changes;
+                after a loss fewer are done than before.
 
         Raises:
             WorkerError: an actor failed without being lost, or none is left and none starts.
         """
-        deal = _Deal(jobs, ask, hand_over)
+        deal = _Deal(jobs, ask, hand_over, side_by_side)
+        told = -1
         while True:
+            done = len(jobs) - len(deal.waiting) - deal.under_way
+            if progress is not None and done != told:
+                progress(told := done, len(jobs))
             self._employ(deal)
             if deal.busy:
                 self._hear(deal)

@@ -23,6 +23,8 @@ _FREE = (
     "run.workers",
     "run.device",
     "run.ray_address",
+    "run.ray_local",
+    "run.ray_gpus",
     "run.stop_at_target",
     "run.target",
     "run.seed",

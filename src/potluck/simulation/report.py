@@ -48,7 +48,7 @@ _HELD = (
 # What leaves the numbers of a run as they are, or only says when it stops.
 _NOT_THE_EXPERIMENT = (
     "seed", "rounds", "target", "stop_at_target", "executor", "workers", "ray_address",
-    "evaluate_train",
+    "ray_local", "ray_gpus", "evaluate_train",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,7 +23,7 @@ from potluck.core import (
 )
 from potluck.core.cohorts import cohort_size
 from potluck.simulation.auto import Auto
-from potluck.simulation.cluster import Cluster
+from potluck.simulation.cluster import Cluster, Local
 from potluck.simulation.compression import compressed
 from potluck.simulation.device_workers import DeviceWorkers
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
@@ -208,6 +208,9 @@ def make_executor(
     address: str | None = None,
     device: str | None = None,
     precision: Precision = "float32",
+    local: Local = "auto",
+    gpus: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Executor:
     """An executor by its name; the caller closes it.
 
@@ -217,15 +220,22 @@ def make_executor(
             the GPUs that `device` names.
         address: for "ray": see `Cluster`.
         device: for "vmap" and "auto": "cpu", "cuda", "cuda:1", or "auto", a GPU if there is one.
-            For "vmap" None is "cpu", for "auto" it is "auto".
+            For "vmap" None is "cpu", for "auto" it is "auto". For "ray": "cpu" or "cuda".
         precision: of local training: "float32"; "bf16" with "loop", "workers" and "ray"; and
-            with "vmap" and a GPU either, or "tf32".
+            with a GPU ("vmap", "ray") either, or "tf32".
+        local, gpus, progress: for "ray": see `Cluster`.
     """
     if name not in ("vmap", "auto") and device not in (None, "cpu"):
-        raise ValueError(
-            f"device must be left out with executor={name!r}, got device={device!r}. "
-            "Use executor='vmap' or 'auto'."
-        )
+        if name != "ray":
+            raise ValueError(
+                f"device must be left out with executor={name!r}, got device={device!r}. "
+                "Use executor='vmap' or 'auto'."
+            )
+        if device != "cuda":
+            raise ValueError(
+                f"device must be 'cpu' or 'cuda' with executor='ray', got device={device!r}. Ray "
+                "says which GPUs a worker has."
+            )
     if precision != "float32" and name == "auto":
         raise ValueError(
             f"precision must be left out with executor='auto', got precision={precision!r}. "
@@ -238,7 +248,16 @@ def make_executor(
     if name == "vmap":
         return _vmap(task, num_workers, device or "cpu", precision)
     if name == "ray":
-        return Cluster(task, num_workers, address=address, precision=precision)
+        return Cluster(
+            task,
+            num_workers,
+            address=address,
+            precision=precision,
+            local=local,
+            device=None if device == "cpu" else device,
+            gpus=gpus,
+            progress=progress,
+        )
     if name == "auto":
         return Auto(task, num_workers, device=device or "auto")
     raise ValueError(

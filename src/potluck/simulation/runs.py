@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -69,6 +69,7 @@ def train(
     *,
     seed: int | None = None,
     data: FederatedData | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Round]:
     """Start or continue a run in a directory, and yield every round that is new.
 
@@ -78,6 +79,8 @@ def train(
     Args:
         seed: instead of the experiment's.
         data: the partition, if the caller has built it already.
+        progress: is told, within a round, how many clients are done and of how many, by the
+            executors that know: "ray".
 
     Raises:
         RunError: the directory cannot be written, is in use, or holds another experiment.
@@ -92,7 +95,7 @@ def train(
     digest = None if virtual is None else virtual.fleet.digest()
     run = _Run(Path(directory), make_manifest(experiment, seed, task, digest))
     with _locked(run.directory):
-        yield from run.train(experiment, algorithm, task, seed, virtual)
+        yield from run.train(experiment, algorithm, task, seed, virtual, progress)
 
 
 def read_run(directory: Path | str) -> RunRecord:
@@ -166,6 +169,7 @@ class _Run:
         task: Task,
         seed: int,
         virtual: VirtualTime | None,
+        progress: Callable[[int, int], None] | None,
     ) -> Iterator[Round]:
         run = experiment.run
         start = self._open()
@@ -182,6 +186,9 @@ class _Run:
             address=run.ray_address,
             device=run.device,
             precision=run.precision or "float32",
+            local=run.ray_local,
+            gpus=run.ray_gpus,
+            progress=progress,
         )
         if run.evaluate_train is not None:
             executor = WithTrainLoss(executor, task, run.evaluate_train)

@@ -340,7 +340,7 @@ class _Labour:
         self._received: Vector = np.frombuffer(shared.received, np.float32)
         self._partial = partial
         self._mean = FixedPointMean(dim, partial[:dim])
-        self._trainer = _OneByOne(task, precision) if chunk is None else Vmap(task, chunk)
+        self._trainer = OneByOne(task, precision) if chunk is None else Vmap(task, chunk)
         self._evaluator, self._batches = Evaluator(task), evaluation_batches(task)
 
     def train(self, request: _Training) -> _Trained:
@@ -390,8 +390,8 @@ class _Labour:
             yield job
 
 
-class _OneByOne:
-    """Trains a worker's clients as `Loop` does."""
+class OneByOne:
+    """Trains a worker's clients as `Loop` does, and to its bits."""
 
     def __init__(self, task: Task, precision: Precision) -> None:
         self._runtime = TorchRuntime(task, precision)

@@ -244,8 +244,9 @@ class _Labour:
 
     def __init__(self, means: _Means) -> None:
         torch.set_num_threads(1)
-        self._task, device, self._precision = means
-        self._device = None if device is None else device_of(device)
+        self._task = means.task
+        self._precision: Precision = means.precision
+        self._device = None if means.device is None else device_of(means.device)
         self._trainers: dict[int | None, Vmap | OneByOne] = {}  # by clients side by side
         self._evaluator = Evaluator(self._task, self._device)
         self._batches = evaluation_batches(self._task)

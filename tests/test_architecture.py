@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "experiment": {"core", "explain"},
     "explain": {"core"},
     "plan": {"tasks", "algorithms", "core", "experiment"},
-    "simulation": {"tasks", "algorithms", "privacy", "core", "experiment", "plan"},
+    "simulation": {"memory", "tasks", "algorithms", "privacy", "core", "experiment", "plan"},
     "reproduction": {"simulation", "tasks", "algorithms", "core", "experiment"},
     "server": {
         "memory",

@@ -1,6 +1,7 @@
 """Memory that a server gives back: when, and that it is the system's that it gives."""
 
 import gc
+import subprocess
 import sys
 import weakref
 
@@ -34,6 +35,32 @@ def test_what_was_freed_between_what_is_in_use_goes_back():
     pieces = pieces[::100]  # most are free, and none at the end of the heap
     assert Trimmer().look()
     assert resident_bytes() < before - 100 * 10**6
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from potluck.memory import keep_freed
+
+if sys.argv[1] == "keep":
+    keep_freed()
+for step in range(20):
+    if step == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [np.ones(size << 18) for size in (3, 40, 7, 11)]  # 2 to 80 MiB
+    del pieces
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_what_a_step_freed_is_there_for_the_next_one():
+    def faults(word: str) -> int:
+        command = [sys.executable, "-c", FAULTS, word]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    assert faults("keep") < 100
+    assert faults("give") > 5_000
 
 
 class Cycle:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm, Runtime
 from potluck.core import DivergedError, FixedPointMean, Update, Vector
+from potluck.memory import keep_freed
 from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
 from potluck.tasks.precision import Precision
 
@@ -87,6 +88,7 @@ class Loop:
     def __init__(
         self, task: Task, num_threads: int = 1, *, precision: Precision = "float32"
     ) -> None:
+        keep_freed()
         self._task = task
         self._num_threads = num_threads
         self._runtime = TorchRuntime(task, precision)

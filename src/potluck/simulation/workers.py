@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.memory import keep_freed
 from potluck.simulation.executors import (
     NO_STATES,
     CohortResult,
@@ -394,6 +395,7 @@ class OneByOne:
     """Trains a worker's clients as `Loop` does, and to its bits."""
 
     def __init__(self, task: Task, precision: Precision) -> None:
+        keep_freed()
         self._runtime = TorchRuntime(task, precision)
 
     def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:

@@ -75,7 +75,7 @@ class _Partial(NamedTuple):
 
 
 class Cluster:
-    """Workers in a Ray cluster, one core each; those that are lost are replaced.
+    """Workers in a Ray cluster, a core or a part of a GPU each; those that are lost are replaced.
 
     Args:
         task: as for every executor. It may hold lambdas and classes of a notebook.

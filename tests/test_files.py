@@ -229,6 +229,7 @@ def test_of_an_archive_only_the_wanted_member_is_kept(
         (tar(("v1/thing.txt", CONTENT))[:60], "not a whole tar archive"),
         (b"<html>moved</html>", "not a whole tar archive"),
     ],
+    ids=["no-member", "forged", "longer", "cut", "no-archive"],  # a body has the time in it
 )
 def test_an_archive_that_is_not_the_published_one_is_refused(
     cache: Path, host: Host, body: bytes, reason: str

@@ -302,7 +302,7 @@ reports = st.builds(
     loss=st.floats(-1e30, 1e30),
     num_steps=st.integers(0, 10**9),
     metrics=st.dictionaries(
-        st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True), st.floats(-1, 1)
+        st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True), st.floats(-1, 1), max_size=32
     ),
 )
 

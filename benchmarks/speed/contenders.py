@@ -51,7 +51,10 @@ _PEERS = {
 }
 # What was tried and is left out, with the reason that the table gives.
 ABSENT: dict[tuple[str, str], str] = {
-    ("nvflare", ""): "not measured. Its simulator starts every client as a process: the miniature of "
+    (
+        "nvflare",
+        "",
+    ): "not measured. Its simulator starts every client as a process: the miniature of "
     "c, with 4 clients and 3 rounds, took 46 s alone on the machine with NVFlare 2.9.0, whose log "
     "contender_nvflare.py does not find the ends of rounds in.",
 }

@@ -49,17 +49,18 @@ def main() -> None:
 def found(root: Path) -> tuple[list[float], np.ndarray]:
     """When rounds ended, on the clock that all processes share, and the last model."""
     offset = time.time() - time.monotonic()
-    stamp = re.compile(
-        r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}).*(Round \d+ started|Finished FedAvg)"
-    )
+    stamp = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
+    event = re.compile(r"Round \d+ started|Finished FedAvg")
     times: list[float] = []
     for log in root.rglob("log.txt"):
-        hits = [m for m in map(stamp.search, log.read_text().splitlines()) if m]
-        if hits:
-            times = [
-                datetime.datetime.strptime(m[1], "%Y-%m-%d %H:%M:%S,%f").timestamp() - offset
-                for m in hits
-            ]
+        last = ""  # a message of several lines has its time in the first
+        for line in log.read_text().splitlines():
+            found_stamp = stamp.search(line)
+            last = found_stamp[0] if found_stamp else last
+            if event.search(line):
+                moment = datetime.datetime.strptime(last, "%Y-%m-%d %H:%M:%S,%f")
+                times.append(moment.timestamp() - offset)
+        if times:
             break
     return times[1:], np.load(next(root.rglob("server.npy")))
 

@@ -51,9 +51,9 @@ _PEERS = {
 }
 # What was tried and is left out, with the reason that the table gives.
 ABSENT: dict[tuple[str, str], str] = {
-    ("nvflare", ""): "not measured. Its simulator starts processes for clients: rounds of 4 clients "
-    "of c's miniature took 10 and 11 s (NVFlare 2.9.0, alone on the machine), so that the cohorts "
-    "of 10 to 1,000 would take half a minute to most of an hour a round.",
+    ("nvflare", ""): "not measured. Its simulator starts processes for clients: rounds of 4 "
+    "clients of c's miniature took 10 and 11 s (NVFlare 2.9.0, alone on the machine), so that the "
+    "cohorts of 10 to 1,000 would take half a minute to most of an hour a round.",
 }
 
 

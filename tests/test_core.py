@@ -157,6 +157,14 @@ def test_any_order_and_any_grouping_give_the_same_bits(seed, cohort, groups):
     for part in partial:
         merged.merge(part)
     assert merged.mean().tobytes() == whole.mean().tobytes()
+    first, *others = (FixedPointMean.of(part.sum, part.total, part.bound) for part in partial)
+    for other in others:
+        first.merge(other)  # where the first one's sum lies
+    first.add(vectors[0], 1.0)
+    whole.add(vectors[0], 1.0)
+    assert first.mean().tobytes() == whole.mean().tobytes()
+    assert first.sum is partial[0].sum
+    weights[0] += 1.0
     exact = np.average(vectors.astype(np.float64), axis=0, weights=weights)
     np.testing.assert_allclose(whole.mean(), exact, rtol=1e-6, atol=1e-8)
 

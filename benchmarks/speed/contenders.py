@@ -51,9 +51,16 @@ _PEERS = {
 }
 # What was tried and is left out, with the reason that the table gives.
 ABSENT: dict[tuple[str, str], str] = {
-    ("nvflare", ""): "not measured. Its simulator starts processes for clients: rounds of 4 "
-    "clients of c's miniature took 10 and 11 s (NVFlare 2.9.0, alone on the machine), so that the "
-    "cohorts of 10 to 1,000 would take half a minute to most of an hour a round.",
+    ("nvflare", part): f"not measured: it takes half a minute for a round of b's 10 clients, and "
+    f"here {why}."
+    for part, why in {
+        "a": "a client has 3 s of work of its own, too",
+        "c": "a round has 100 clients",
+        "d-equal": "a client has 0.2 s of work of its own, too",
+        "d-natural": "a client has 0.2 s of work of its own, too",
+        "e": "a round has 1,000 clients",
+        "f": "a round has 100 clients",
+    }.items()
 }
 
 

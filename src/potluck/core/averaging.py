@@ -44,6 +44,14 @@ class FixedPointMean:
         self._scratch = np.empty(min(dim, _BLOCK), np.float64)
         self.reset()
 
+    @classmethod
+    def of(cls, sum: NDArray[np.int64], total: float, bound: float) -> FixedPointMean:
+        """The `sum`, `total` and `bound` of another one. The sum is not copied."""
+        mean = cls.__new__(cls)
+        mean.sum, mean.total, mean.bound = sum, total, bound
+        mean._scratch = np.empty(min(len(sum), _BLOCK), np.float64)
+        return mean
+
     def reset(self) -> None:
         """Back to zero, in place."""
         self.sum.fill(0)

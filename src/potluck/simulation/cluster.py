@@ -174,7 +174,7 @@ class Cluster:
         )
         mean = FixedPointMean(len(received))
         for partial in dealt.handed_over:
-            mean.merge(_restored(partial))
+            mean.merge(FixedPointMean.of(*partial))
         outcomes = [outcome for trained, _ in dealt.results for outcome in trained]
         outcomes += [self._took_workers_with_it(client) for client in dealt.refused]
         kept = {client: state for _, new in dealt.results for client, state in new.items()}
@@ -330,12 +330,6 @@ def _check_local(local: str, precision: Precision, device: str | None, gpus: flo
         )
     if not gpus > 0.0:
         raise ValueError(f"gpus must be above 0, got gpus={gpus!r}. Use 0.5 for two on a GPU.")
-
-
-def _restored(partial: _Partial) -> FixedPointMean:
-    mean = FixedPointMean.__new__(FixedPointMean)
-    mean.sum, mean.total, mean.bound = partial
-    return mean
 
 
 def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, bool]:

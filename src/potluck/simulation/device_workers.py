@@ -112,10 +112,7 @@ class DeviceWorkers:
         replies: list[_Reply] = self._ask(requests)
         mean = FixedPointMean(len(received))
         for reply in replies:
-            partial = FixedPointMean(len(received))
-            partial.sum[...] = reply.sum
-            partial.total, partial.bound = reply.total, reply.bound
-            mean.merge(partial)
+            mean.merge(FixedPointMean.of(reply.sum, reply.total, reply.bound))
         results = [reply.result for reply in replies]
         weighted = [r.loss * reply.total for r, reply in zip(results, replies, strict=True)
                     if reply.total > 0.0]  # fmt: skip

@@ -118,6 +118,8 @@ class Workers:
         self._precision: Precision = precision
         self._dim = spec_of(task.module()).dim
         self._num_workers = num_workers or available_cores()
+        if chunk is None:
+            keep_freed()  # here too: a round's mean and weights go where those before them were
         self._workers: list[_Worker] = []
         self._start(vectors=1, slots=None)
 
@@ -149,14 +151,16 @@ class Workers:
         jobs = self._cut(sizes[order])
         request = _Training(algorithm, len(received), largest_first, has_state, jobs, seed, round)
         replies: list[_Trained] = self._ask(received, request)
-        mean = FixedPointMean(len(received))
+        partials = [
+            FixedPointMean.of(worker.sum[: len(received)], reply.total, reply.bound)
+            for worker, reply in zip(self._workers, replies, strict=True)
+        ]
+        mean = partials[0]  # where it lies: what a worker summed is not asked for twice
+        for partial in partials[1:]:
+            mean.merge(partial)
         kept: dict[int, Vector] = {}
         length = algorithm.client_vectors * self._dim
-        for worker, reply in zip(self._workers, replies, strict=True):
-            partial = FixedPointMean.__new__(FixedPointMean)
-            partial.sum = worker.sum[: len(received)]
-            partial.total, partial.bound = reply.total, reply.bound
-            mean.merge(partial)
+        for reply in replies:
             if slots is not None:
                 kept |= {int(largest_first[p]): slots.read(p, length) for p in reply.written}
         return summarise(mean, [o for reply in replies for o in reply.outcomes], kept)

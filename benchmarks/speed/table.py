@@ -106,6 +106,7 @@ def row(
         "other_cores": round(others(best), 2),
         "start_seconds": round(start_up, 3),
         "seconds_a_round": round(each, 5),
+        "median_turn": round(statistics.median(of_rounds(r["ended"])[1] for r in good), 5),
         "total_seconds": round(best["ended"][-1], 3),
         "cpu_seconds": best["cpu_seconds"],
         "peak_megabytes": round(best["peak_bytes"] / 1e6),
@@ -122,10 +123,12 @@ def row(
     return found
 
 
-def ratios(rows: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, float]:
+def ratios(
+    rows: list[dict[str, Any]], ours: dict[str, Any], of: str = "seconds_a_round"
+) -> dict[str, float]:
     """How many times the seconds a round of a row of ours each row takes."""
     return {
-        str(Contender(r["contender"], r["variant"])): r["seconds_a_round"] / ours["seconds_a_round"]
+        str(Contender(r["contender"], r["variant"])): r[of] / ours[of]
         for r in rows
         if "reason" not in r
     }
@@ -134,14 +137,18 @@ def ratios(rows: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, float]
 def headline(result: dict[str, Any]) -> list[str]:
     """How many times as long the fastest of each kind takes for a round as Potluck's fastest."""
     lines = [
-        "| | Potluck, s a round | `auto` | fastest peer | Flower | hand-written loop |",
-        "|---|---|---|---|---|---|",
+        "| | Potluck, s a round | `auto` | fastest peer | the same by medians | Flower "
+        "| hand-written loop |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in result["parts"].items():
         best = fastest(found["rows"])
         if best is None:
             continue
+        typical = fastest(found["rows"], "median_turn")
+        assert typical is not None
         times = ratios(found["rows"], best)
+        medians = ratios(found["rows"], typical, "median_turn")
 
         def least(*names: str, without: str = "never", times: dict[str, float] = times) -> str:
             mine = [
@@ -158,16 +165,18 @@ def headline(result: dict[str, Any]) -> list[str]:
             lines.append(
                 f"| {name}{words} | {digits(best['seconds_a_round'])} ({best['variant']}) | "
                 f"{times.get('potluck, auto', float('nan')):.2f} | "
-                f"{least(*PEERS, without=without)} | {least('flower', without=without)} | "
+                f"{least(*PEERS, without=without)} | "
+                f"{least(*PEERS, without=without, times=medians)} | "
+                f"{least('flower', without=without)} | "
                 f"{least('bare', without=without)} |"
             )
     return lines
 
 
-def fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def fastest(rows: list[dict[str, Any]], of: str = "seconds_a_round") -> dict[str, Any] | None:
     """Potluck's fastest executor."""
     mine = [r for r in rows if r["contender"] == "potluck" and "reason" not in r]
-    return min(mine, key=lambda r: r["seconds_a_round"], default=None)
+    return min(mine, key=lambda r: r[of], default=None)
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -179,19 +188,20 @@ def tables(result: dict[str, Any]) -> str:
         speed = {} if best is None else ratios(found["rows"], best)
         ours = "" if best is None else best["variant"]
         lines += [
-            f"| | start-up, s | s a round | × `{ours}` | total, s | CPU, s | memory, MB | loss | "
-            "difference | turns | others |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            f"| | start-up, s | s a round | median | × `{ours}` | total, s | CPU, s | memory, MB | "
+            "loss | difference | turns | others |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in found["rows"]:
             label = str(Contender(r["contender"], r["variant"]))
             if "reason" in r:
-                lines.append(f"| {label} | {r['reason']} | | | | | | | | | |")
+                lines.append(f"| {label} | {r['reason']} | | | | | | | | | | |")
                 continue
             cells = [
                 label,
                 f"{r['start_seconds']:.2f}",
                 digits(r["seconds_a_round"]),
+                digits(r["median_turn"]) if r["turns"] > 1 else "",
                 f"{speed[label]:.2f}" if label in speed else "",
                 f"{r['total_seconds']:.1f}",
                 f"{r['cpu_seconds']:.1f}",

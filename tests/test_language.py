@@ -53,6 +53,8 @@ def textbook(layer, inputs):
 def test_the_peephole_lstm_and_its_gradients_are_the_textbooks(steps, batch):
     torch.manual_seed(0)
     layer = PeepholeLSTM(5, 7).double()
+    for parameter in (layer.bias, layer.peepholes):  # which start at zero
+        torch.nn.init.uniform_(parameter)
     inputs = torch.randn(steps, batch, 5, dtype=torch.float64, requires_grad=True)
     onward = torch.randn(steps, batch, 7, dtype=torch.float64)
     wanted = [inputs, *layer.parameters()]
@@ -69,8 +71,9 @@ def test_the_peephole_lstm_and_its_gradients_are_the_textbooks(steps, batch):
 def test_without_peepholes_the_layer_is_pytorchs():
     torch.manual_seed(0)
     layer, theirs = PeepholeLSTM(5, 7), torch.nn.LSTM(5, 7)
+    assert not layer.peepholes.any()
+    torch.nn.init.uniform_(layer.bias)
     with torch.no_grad():
-        layer.peepholes.zero_()
         i_f_g_o = torch.cat([torch.arange(14), torch.arange(21, 28), torch.arange(14, 21)])
         theirs.weight_ih_l0.copy_(layer.weight_input[i_f_g_o])
         theirs.weight_hh_l0.copy_(layer.weight_hidden[i_f_g_o])
@@ -78,6 +81,23 @@ def test_without_peepholes_the_layer_is_pytorchs():
         theirs.bias_hh_l0.zero_()
     inputs = torch.randn(6, 3, 5)
     torch.testing.assert_close(layer(inputs), theirs(inputs)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [CharLSTM, PeepholeCharLSTM])
+def test_gates_start_with_as_much_of_their_inputs_as_these_have(model):
+    torch.manual_seed(0)
+    module = model()
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+    recurrent = [w for name, w in weights.items() if "weight_h" in name]
+    from_inputs = [w for name, w in weights.items() if "weight_i" in name]
+    assert len(recurrent) == len(from_inputs) == 2
+    for gate in (gate for weight in recurrent for gate in weight.chunk(4)):
+        torch.testing.assert_close(gate @ gate.t(), torch.eye(256), rtol=0, atol=1e-5)
+    for weight in (*from_inputs, weights["output.weight"]):
+        activations = torch.randn(500, weight.shape[1]) @ weight.t()
+        assert float(activations.std()) == pytest.approx(1.0, abs=0.05)
+    for name, weight in weights.items():
+        assert ("bias" not in name and "peephole" not in name) or not weight.any()
 
 
 def test_losses_by_hand():

@@ -6,13 +6,21 @@ padding symbol does not count (see the losses for sequences in `potluck.tasks.me
 
 `CharLSTM` is the paper's model without its peepholes, on PyTorch's own LSTM: the faster one, and
 the one our results use. `PeepholeCharLSTM` has the paper's parameters to the last one.
+
+The paper does not say how its weights start. PyTorch draws all of an LSTM's within ± 1 / √hidden,
+so that what an embedding of 8 says moves a gate by a tenth, and the first rounds of training go
+into making it louder. Here every gate starts with as much of its input as an input has (variance
+1 / inputs), with an orthogonal matrix for what it remembers (A. M. Saxe, J. L. McClelland,
+S. Ganguli: Exact solutions to the nonlinear dynamics of learning in deep linear neural networks.
+ICLR 2014), and without a bias; the output likewise.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from potluck.tasks.peephole import PeepholeLSTM
+from potluck.tasks.peephole import PeepholeLSTM, start_gates, start_inputs
 
 
 class CharLSTM(nn.Module):
@@ -26,7 +34,15 @@ class CharLSTM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(symbols, embedding)
         self.lstm = nn.LSTM(embedding, hidden, num_layers=2, batch_first=True)
-        self.output = nn.Linear(hidden, symbols)
+        self.output = _output(hidden, symbols)
+        with torch.no_grad():
+            for name, parameter in self.lstm.named_parameters():
+                if name.startswith("weight_hh"):
+                    start_gates(parameter)
+                elif name.startswith("weight_ih"):
+                    start_inputs(parameter)
+                else:
+                    parameter.zero_()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Symbols [batch, steps] to logits [batch, steps, symbols]."""
@@ -45,7 +61,7 @@ class PeepholeCharLSTM(nn.Module):
         self.embedding = nn.Embedding(symbols, embedding)
         self.lstm1 = PeepholeLSTM(embedding, hidden)
         self.lstm2 = PeepholeLSTM(hidden, hidden)
-        self.output = nn.Linear(hidden, symbols)
+        self.output = _output(hidden, symbols)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Symbols [batch, steps] to logits [batch, steps, symbols]."""
@@ -64,9 +80,17 @@ class WordLSTM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(words, embedding)
         self.lstm = PeepholeLSTM(embedding, hidden)
-        self.output = nn.Linear(hidden, words)
+        self.output = _output(hidden, words)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Words [batch, steps] to logits [batch, steps, words]."""
         embedded = self.embedding(inputs.int().t())  # [steps, batch, embedding]
         return self.output(self.lstm(embedded)).transpose(0, 1)
+
+
+def _output(hidden: int, symbols: int) -> nn.Linear:
+    output = nn.Linear(hidden, symbols)
+    with torch.no_grad():
+        start_inputs(output.weight)
+        output.bias.zero_()
+    return output

@@ -31,21 +31,31 @@ class PeepholeLSTM(nn.Module):
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
-        bound = 1.0 / math.sqrt(hidden)  # as PyTorch's own LSTM starts
-
-        def uniform(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-        self.weight_input = uniform(4 * hidden, inputs)
-        self.weight_hidden = uniform(4 * hidden, hidden)
-        self.bias = uniform(4 * hidden)
-        self.peepholes = uniform(3, hidden)  # p_i, p_f, p_o
+        self.weight_input = nn.Parameter(torch.empty(4 * hidden, inputs))
+        self.weight_hidden = nn.Parameter(torch.empty(4 * hidden, hidden))
+        self.bias = nn.Parameter(torch.zeros(4 * hidden))
+        self.peepholes = nn.Parameter(torch.zeros(3, hidden))  # p_i, p_f, p_o
+        with torch.no_grad():
+            start_inputs(self.weight_input)
+            start_gates(self.weight_hidden)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [steps, batch, inputs] to hidden states [steps, batch, hidden], from zeros."""
         activations = functional.linear(inputs, self.weight_input, self.bias)
         recur = cast("Callable[..., Tensor]", _Recurrence.apply)
         return recur(activations, self.weight_hidden, self.peepholes)
+
+
+def start_inputs(weight: Tensor) -> None:
+    """Draw [outputs, inputs] in place, uniform with variance 1 / inputs."""
+    bound = math.sqrt(3.0 / weight.shape[1])
+    weight.uniform_(-bound, bound)
+
+
+def start_gates(weight: Tensor) -> None:
+    """Draw the recurrent weights [4 · hidden, hidden] in place: an orthogonal matrix for a gate."""
+    for gate in weight.chunk(4):
+        nn.init.orthogonal_(gate)
 
 
 class _Recurrence(torch.autograd.Function):

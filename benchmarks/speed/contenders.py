@@ -28,8 +28,8 @@ _POTLUCK = {
     "a": ("auto", "loop", "workers"),
     "b": ("auto", "loop", "workers", "vmap"),
     "c": ("auto", "loop", "workers", "vmap"),
-    "d-equal": ("auto", "loop", "workers"),
-    "d-natural": ("auto", "loop", "workers"),
+    "d-equal": ("auto", "loop", "workers", "workers, bf16"),
+    "d-natural": ("auto", "loop", "workers", "workers, bf16"),
     "e": ("auto", "vmap"),
     "f": ("auto", "loop", "workers", "vmap"),
 }

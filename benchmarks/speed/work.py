@@ -137,7 +137,9 @@ def write(workload: Workload, folder: Path) -> None:
 
 def potluck_task(given: Given) -> Any:
     """The workload as a `potluck.Task`, with next to nothing to evaluate on."""
+    import torch
     from torch import nn
+    from torch.nn.utils import vector_to_parameters
 
     from potluck import CNN, LogisticRegression, Task, TwoNN
     from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
@@ -158,16 +160,21 @@ def potluck_task(given: Given) -> Any:
         num_classes=classes,
         padding=PADDING if workload.is_text else None,
     )
-    if workload.is_text:
-        return Task(model=CharLSTM, data=data, loss=PerCharacter(padding=PADDING), metrics={})
     models: dict[str, Any] = {
+        "lstm": CharLSTM,
         "cnn": CNN,
         "2nn": TwoNN,
         "logistic": LogisticRegression,
         "narrow": lambda: LogisticRegression((64,)),
         "empty": lambda: nn.Linear(1, 2),
     }
-    return Task(model=models[workload.model], data=data)
+    model = models[workload.model]
+    if given.weights.size > 0:  # a file's, from which the others start too
+        model = model()
+        vector_to_parameters(torch.from_numpy(np.array(given.weights)), model.parameters())
+    if workload.is_text:
+        return Task(model=model, data=data, loss=PerCharacter(padding=PADDING), metrics={})
+    return Task(model=model, data=data)
 
 
 def potluck_algorithm(workload: Workload) -> Any:

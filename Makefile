@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What `make results` runs: days of CNN and LSTM among it. It can be stopped at any moment.
-RESULTS ?= table4 table1 table2 figure1 figure2
+RESULTS ?= table4 table1 table2 figure1 figure2 beyond
 
 # How many processes `make test` runs in; a file of tests stays in one of them.
 TEST_PROCESSES ?= 2
@@ -64,7 +64,7 @@ results: $(VENV)/.sim
 	for what in $(RESULTS); do $(BIN)/potluck reproduce $$what || exit 1; done
 
 quick: $(VENV)/.sim
-	for what in table1 table2 table4 figure1 figure2 figure3 figure8; do \
+	for what in table1 table2 table4 figure1 figure2 figure3 figure8 beyond; do \
 	  $(BIN)/potluck reproduce $$what --quick || exit 1; done
 
 bench: $(VENV)/.dev

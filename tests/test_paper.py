@@ -78,8 +78,26 @@ def test_the_tables_are_whole():
         "figure2": 2 * 9 + 2 * 6,
         "figure3": 2 * 8,
         "figure8": 2 * 8,
+        "beyond": 2 * 1,
     }
     assert paper.cells("figure2") == paper.cells("table2")
+
+
+def test_what_goes_beyond_the_paper_differs_in_the_optimizer_alone():
+    cells = paper.cells("beyond")
+    for plain, other in zip(cells[::2], cells[1::2], strict=True):
+        assert plain in paper.cells("table2")
+        assert other.name.startswith(f"{plain.name}-")
+        assert other.setting == f"{plain.setting}, {other.optimizer}"
+        contents = [
+            load_cell(Grid(cells=[cell], experiments=EXPERIMENTS), cell).model_dump()
+            for cell in (plain, other)
+        ]
+        for content in contents:
+            del content["name"]
+            for key in ("client_lr", "client_schedule", "server", "server_schedule"):
+                del content["algorithm"][key]
+        assert contents[0] == contents[1]
 
 
 def test_cells_of_one_figure_differ_in_local_epochs_alone():

@@ -24,7 +24,8 @@ def reproduce(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="table1, table2, table4, figure1, figure2, figure3 or figure8 of the paper.",
+            help="table1, table2, table4, figure1, figure2, figure3 or figure8 of the paper, or "
+            "beyond: the same with better optimizers.",
         ),
     ],
     cells: Annotated[

@@ -63,6 +63,10 @@ N rates in steps of 10^(1/3), chosen with seed 0, which is not among the reporte
 looks at the same test examples that are then reported, as the paper's does; only the seed is
 another.
 """
+_BEYOND = """\
+The rows of plain averaging are those of table 2. The paper's number is of plain averaging too: it
+has no other.
+"""
 _MINIATURE = """\
 This is the miniature that `--quick` makes, of scikit-learn's digits and of the standard library's
 source code: the paper has no such cells.
@@ -140,7 +144,8 @@ def page(what: str, results: Sequence[Result], command: str, pictures: Sequence[
     if what in LOSS_FIGURES:
         parts += [_LOSS, _RATES, markdown(LOSS_HEADER, loss_rows(results))]
     else:
-        parts += [_COUNTED, _RATES, markdown(HEADER, rows(results))]
+        parts += [_COUNTED, *[_BEYOND] * (what == "beyond"), _RATES]
+        parts.append(markdown(HEADER, rows(results)))
     parts += [f"![{TITLES[what]}]({name})\n" for name in pictures]
     tuned = [_tuning_row(r.cell, r.choice) for r in results if r.choice and r.choice.trials]
     if tuned:

@@ -22,6 +22,7 @@ TITLES = {
     "figure2": "Figure 2: test accuracy against rounds",
     "figure3": "Figure 3: training loss with many local epochs, LSTM",
     "figure8": "Figure 8: training loss with many local epochs, CNN",
+    "beyond": "Beyond the paper: the same C, E and B with another server optimizer or schedule",
 }
 
 _TABLE1_FRACTIONS = (0.0, 0.1, 0.2, 0.5, 1.0)
@@ -60,6 +61,20 @@ _TABLE4 = (  # E, B, IID, two-shard
     (10, 10, 34, 497),
     (20, 10, 32, 738),
 )
+_BEYOND = (  # a cell, what is other than plain averaging, in words and as changes to its file
+    (
+        ("shakespeare", "lstm", "role", 5, 10, 0.1, 41),
+        "nesterov",
+        "Nesterov 0.5, cosine",
+        (
+            "algorithm.server.name=nesterov",
+            "algorithm.server.momentum=0.5",
+            "algorithm.client_schedule.name=cosine",
+            "algorithm.client_schedule.rounds=25",
+            "algorithm.client_schedule.floor=0.1",
+        ),
+    ),
+)
 _EPOCHS = (1, 5, 10, 20, 50, 100, 200, 400)  # figures 3 and 8
 _FIGURE_ROUNDS = 100  # of which a large E makes a few only, if --max-hours says so
 
@@ -79,6 +94,7 @@ class Cell(NamedTuple):
     paper: int | None
     file: str  # the experiment file, less .toml
     overrides: tuple[str, ...] = ()
+    optimizer: str = ""  # in words, where it is another than plain averaging
 
     @property
     def panel(self) -> str:
@@ -93,7 +109,7 @@ class Cell(NamedTuple):
         algorithm = f"E {self.epochs}, B {batch}"
         if self.epochs == 1 and self.batch is None:
             algorithm = "FedSGD"
-        return f"{algorithm}, C {self.fraction:g}"
+        return f"{algorithm}, C {self.fraction:g}{self.optimizer and ', '}{self.optimizer}"
 
 
 def cells(what: str) -> list[Cell]:
@@ -110,6 +126,8 @@ def cells(what: str) -> list[Cell]:
             return _many_epochs("shakespeare", "lstm", "role")
         case "figure8":
             return _many_epochs("mnist", "cnn", "two-shard")
+        case "beyond":
+            return [made for row in _BEYOND for made in _beside_plain(*row)]
         case _:
             raise ValueError(
                 f"what must be a table or a figure that is made of runs, got what={what!r}. "
@@ -154,6 +172,21 @@ def _by_epochs(
         cell(data, model, division, row[0], row[1], 0.1, row[2 + i])
         for i, division in enumerate(("iid", other))
         for row in rows
+    ]
+
+
+def _beside_plain(
+    setting: tuple[str, str, str, int, int | None, float, int],
+    suffix: str,
+    words: str,
+    changes: tuple[str, ...],
+) -> list[Cell]:
+    """The paper's cell, whose runs are its table's, and the same with another optimizer."""
+    plain = cell(*setting)
+    name = f"{plain.name}-{suffix}"
+    return [
+        plain,
+        plain._replace(name=name, overrides=(f"name={name}", *changes), optimizer=words),
     ]
 
 

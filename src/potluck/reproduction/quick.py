@@ -51,6 +51,11 @@ def cells(what: str) -> list[Cell]:
             return _grid("2nn", ("iid", "two-shard"), ((1, None), (1, 10), (10, 10)))
         case "figure3" | "figure8":
             return [_with_train_loss(made) for made in _grid(*_MANY_EPOCHS[what])]
+        case "beyond":
+            plain = _cell("cnn", "two-shard", 5, 10, 0.1)
+            name = f"{plain.name}-nesterov"
+            changes = (*plain.overrides, f"name={name}", "algorithm.server.name=nesterov")
+            return [plain, plain._replace(name=name, overrides=changes, optimizer="Nesterov 0.9")]
         case _:
             return [made for part in _TABLE2 for made in _grid(*part)]
 

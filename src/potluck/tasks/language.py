@@ -8,11 +8,11 @@ padding symbol does not count (see the losses for sequences in `potluck.tasks.me
 the one our results use. `PeepholeCharLSTM` has the paper's parameters to the last one.
 
 The paper does not say how its weights start. PyTorch draws all of an LSTM's within ± 1 / √hidden,
-so that what an embedding of 8 says moves a gate by a tenth, and the first rounds of training go
-into making it louder. Here every gate starts with as much of its input as an input has (variance
-1 / inputs), with an orthogonal matrix for what it remembers (A. M. Saxe, J. L. McClelland,
-S. Ganguli: Exact solutions to the nonlinear dynamics of learning in deep linear neural networks.
-ICLR 2014), and without a bias; the output likewise.
+so that what an embedding of 8 says moves a gate by a tenth and what the first layer says moves the
+second by a hundredth; and the first rounds of training go into making that louder. Here all gates,
+and the output, start with variance 1 for inputs of the size that they have, with an orthogonal
+matrix for what a gate remembers (A. M. Saxe, J. L. McClelland, S. Ganguli: Exact solutions to the
+nonlinear dynamics of learning in deep linear neural networks. ICLR 2014), and without biases.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from potluck.tasks.peephole import PeepholeLSTM, start_gates, start_inputs
+
+_STATE_SIZE = 0.25
+"""The standard deviation that the states of an LSTM have about, when it starts."""
 
 
 class CharLSTM(nn.Module):
@@ -40,7 +43,7 @@ class CharLSTM(nn.Module):
                 if name.startswith("weight_hh"):
                     start_gates(parameter)
                 elif name.startswith("weight_ih"):
-                    start_inputs(parameter)
+                    start_inputs(parameter, 1.0 if name.endswith("l0") else _STATE_SIZE)
                 else:
                     parameter.zero_()
 
@@ -60,7 +63,7 @@ class PeepholeCharLSTM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(symbols, embedding)
         self.lstm1 = PeepholeLSTM(embedding, hidden)
-        self.lstm2 = PeepholeLSTM(hidden, hidden)
+        self.lstm2 = PeepholeLSTM(hidden, hidden, input_size=_STATE_SIZE)
         self.output = _output(hidden, symbols)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -91,6 +94,6 @@ class WordLSTM(nn.Module):
 def _output(hidden: int, symbols: int) -> nn.Linear:
     output = nn.Linear(hidden, symbols)
     with torch.no_grad():
-        start_inputs(output.weight)
+        start_inputs(output.weight, _STATE_SIZE)
         output.bias.zero_()
     return output

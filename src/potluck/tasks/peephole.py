@@ -29,14 +29,15 @@ from torch.nn import functional
 class PeepholeLSTM(nn.Module):
     """One layer; its 4 · hidden gates are in the order i, f, o, g."""
 
-    def __init__(self, inputs: int, hidden: int) -> None:
+    def __init__(self, inputs: int, hidden: int, *, input_size: float = 1.0) -> None:
+        """`input_size` is the standard deviation that inputs have about."""
         super().__init__()
         self.weight_input = nn.Parameter(torch.empty(4 * hidden, inputs))
         self.weight_hidden = nn.Parameter(torch.empty(4 * hidden, hidden))
         self.bias = nn.Parameter(torch.zeros(4 * hidden))
         self.peepholes = nn.Parameter(torch.zeros(3, hidden))  # p_i, p_f, p_o
         with torch.no_grad():
-            start_inputs(self.weight_input)
+            start_inputs(self.weight_input, input_size)
             start_gates(self.weight_hidden)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -46,9 +47,9 @@ class PeepholeLSTM(nn.Module):
         return recur(activations, self.weight_hidden, self.peepholes)
 
 
-def start_inputs(weight: Tensor) -> None:
-    """Draw [outputs, inputs] in place, uniform with variance 1 / inputs."""
-    bound = math.sqrt(3.0 / weight.shape[1])
+def start_inputs(weight: Tensor, input_size: float) -> None:
+    """Draw [outputs, inputs] in place, uniform, so that the outputs have variance 1."""
+    bound = math.sqrt(3.0 / weight.shape[1]) / input_size
     weight.uniform_(-bound, bound)
 
 

@@ -112,7 +112,9 @@ def test_bfloat16_rounds_what_layers_hand_on_and_not_the_gradients_of_weights(na
         rounded, gradients = side_by_side(make, modules, inputs)
     assert {g.dtype for g in gradients} == {torch.float32}
     assert not torch.equal(rounded, losses)
-    torch.testing.assert_close(rounded, losses, rtol=0.05, atol=0.05)
+    # The losses are sums of a thousand terms of either sign, which may leave little.
+    tolerance = 0.05 * max(1.0, float(losses.detach().abs().max()))
+    torch.testing.assert_close(rounded, losses, rtol=0.0, atol=tolerance)
 
 
 def test_a_layer_with_options_that_are_not_written_is_left_alone():

@@ -184,7 +184,7 @@ BATCHES = [slice(0, 10), slice(10, 20), slice(18, 23), slice(0, 23)]
 def test_layers_that_update_themselves_do_what_plain_steps_do(model, layers):
     runtime, error = trained(task_with(model), BATCHES)
     assert error < 1e-4
-    assert len(runtime._linears._calls) == layers
+    assert len(runtime._layers._calls) == layers
 
 
 def test_a_penalty_on_the_weights_keeps_its_gradient():
@@ -206,7 +206,7 @@ def test_a_penalty_on_the_weights_keeps_its_gradient():
     runtime.begin(start, np.arange(23), seed=0)
     for _ in range(20):
         runtime.step(slice(0, 23), 0.05)
-    assert len(runtime._linears._calls) == 0
+    assert len(runtime._layers._calls) == 0
     assert np.linalg.norm(runtime.end()[0]) < 0.5 * np.linalg.norm(start)
 
 

@@ -91,7 +91,7 @@ class Loop:
         keep_freed()
         self._task = task
         self._num_threads = num_threads
-        self._runtime = TorchRuntime(task, precision)
+        self._runtime = TorchRuntime(task, precision, one_thread=num_threads == 1)
         self._evaluator = Evaluator(task)
         self._test = evaluation_batches(task)
         self._mean = FixedPointMean(self._runtime.spec.dim)

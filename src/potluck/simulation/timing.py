@@ -54,7 +54,7 @@ def estimate(
     sizes = offsets[cohort + 1] - offsets[cohort]
     cohort = cohort[np.argsort(-sizes, kind="stable")]
     with torch.random.fork_rng(devices=[]), kernel_threads(1):
-        plain = TorchRuntime(work.task)
+        plain = TorchRuntime(work.task, one_thread=True)
         usual = chunk_for(plain.spec.num_bytes) if placed is None else placed.chunk
         usual = min(usual, len(cohort))
         recorders = _recorded(work, cohort[:usual])

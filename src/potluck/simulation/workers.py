@@ -400,7 +400,7 @@ class OneByOne:
 
     def __init__(self, task: Task, precision: Precision) -> None:
         keep_freed()
-        self._runtime = TorchRuntime(task, precision)
+        self._runtime = TorchRuntime(task, precision, one_thread=True)
 
     def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
         """The client halves of these clients, into the mean of `work`."""

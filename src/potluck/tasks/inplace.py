@@ -1,4 +1,4 @@
-"""Linear layers that take their SGD step while gradients flow through them.
+"""Layers that take their SGD step while gradients flow through them.
 
 For a linear layer y = W x + b the gradient of a batch of B examples is a product of two thin
 matrices, ∇W = gᵀ x with g = ∂ℓ/∂y [B, out] and x [B, in]. A plain step writes it out, reads it
@@ -7,7 +7,8 @@ back and adds it to W. Here the backward pass adds the product to W directly, as
     W ← W − lr · gᵀ x
 
 after it has computed what flows on to the layers before. The gradient is never written, which for
-large layers and small batches saves most of the memory traffic of a step.
+large layers and small batches saves most of the memory traffic of a step. LSTMs do the same where
+their steps can be compiled (`potluck.tasks.native`).
 
 This is exact only for a layer that is called once in a forward pass and whose weights nothing
 else reads (no penalty on them, no tying). `probe` finds out which layers those are by running one
@@ -25,22 +26,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from potluck.tasks import native
+
 _SMALLEST = 65_536  # weights; below it the plain step is as fast
 _LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster than MKL
 
 
-class InPlaceLinears:
-    """The linear layers of one module that update themselves, once `probe` has chosen them."""
+class InPlaceLayers:
+    """The layers of one module that update themselves, once `probe` has chosen them."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, compiled: bool = False) -> None:
+        """`compiled`: LSTMs too, on one thread, where their steps can be compiled."""
         self.lr = 0.0
         self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
-        self._calls: dict[nn.Linear, int] = {
+        self._calls: dict[nn.Module, int] = {
             layer: 0
             for layer in module.modules()
-            if type(layer) is nn.Linear
-            and layer.weight.requires_grad
-            and layer.weight.numel() >= _SMALLEST
+            if _is_large(layer) or (compiled and native.suits(layer))
         }
 
     def probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> set[nn.Parameter]:
@@ -89,19 +91,36 @@ class InPlaceLinears:
             for layer in layers:
                 self._replace(layer)
 
-    def _replace(self, layer: nn.Linear) -> None:
+    def _replace(self, layer: nn.Module) -> None:
         self._calls[layer] = 0
 
-        def forward(inputs: Tensor) -> Tensor:
+        def linear(inputs: Tensor) -> Tensor:
+            assert isinstance(layer, nn.Linear)
             self._calls[layer] += 1
             step = cast("Callable[..., Tensor]", _LinearStep.apply)
             return step(inputs, layer.weight, layer.bias, self.token, self)
 
-        layer.forward = forward  # type: ignore[assignment]
+        def lstm(inputs: Any, hx: Any = None) -> Any:
+            assert isinstance(layer, nn.LSTM)
+            if not native.takes(inputs, hx):
+                self._calls[layer] = 2  # as if called twice: not exact
+                return cast(Any, nn.LSTM).forward(layer, inputs, hx)
+            self._calls[layer] += 1
+            return native.in_place(layer, inputs, self.token, self.lr)
 
-    def _restore(self, layer: nn.Linear) -> None:
+        layer.forward = cast(Any, linear if isinstance(layer, nn.Linear) else lstm)
+
+    def _restore(self, layer: nn.Module) -> None:
         del layer.forward  # the class's own shows again
         del self._calls[layer]
+
+
+def _is_large(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Linear
+        and layer.weight.requires_grad
+        and layer.weight.numel() >= _SMALLEST
+    )
 
 
 def _is_there(gradient: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from potluck.core import Correction, Spec, Vector
 from potluck.tasks.correction import CorrectedStep
 from potluck.tasks.data import Examples, lengths, trimmed
-from potluck.tasks.inplace import InPlaceLinears
+from potluck.tasks.inplace import InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision
 from potluck.tasks.task import Task, bind, spec_of
 
@@ -29,9 +29,13 @@ class TorchRuntime:
 
     Args:
         precision: "float32" or "bf16", for processors with bfloat16 products.
+        one_thread: whether PyTorch's kernels run on one thread in every step; then LSTMs are
+            compiled where they can be.
     """
 
-    def __init__(self, task: Task, precision: Precision = "float32") -> None:
+    def __init__(
+        self, task: Task, precision: Precision = "float32", *, one_thread: bool = False
+    ) -> None:
         check_precision(precision, torch.device("cpu"))
         self._precision: Precision = precision
         self.module = task.module().train()
@@ -46,13 +50,14 @@ class TorchRuntime:
         self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
         self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._linears = InPlaceLinears(self.module if precision == "float32" else nn.Module())
+        in_place = self.module if precision == "float32" else nn.Module()
+        self._layers = InPlaceLayers(in_place, compiled=one_thread)
         # The same examples for every process, so that all step alike.
         first = task.data.client(0)
         self.take(Examples(first.inputs[:2], first.targets[:2]))
         self._load(np.arange(self._examples.num_examples))
         with torch.random.fork_rng(devices=[]):
-            done = self._linears.probe(self.module, lambda: self._forward(slice(0, 2)))
+            done = self._layers.probe(self.module, lambda: self._forward(slice(0, 2)))
         self._others = [p for p in self._parameters if p not in done]
         self._corrected = CorrectedStep(self.module, self._vector)
         self._is_corrected = False
@@ -90,19 +95,19 @@ class TorchRuntime:
     def step(self, batch: slice, lr: float) -> None:
         """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place."""
         if self._is_corrected:
-            with self._linears.plain():  # gradients must be seen whole before they are applied
+            with self._layers.plain():  # gradients must be seen whole before they are applied
                 loss = self._forward(batch)
                 self._corrected.descend(loss, lr)
             self._losses.append(loss.detach())
             return
-        self._linears.start(lr)
+        self._layers.start(lr)
         loss = self._forward(batch)
-        if self._linears.called_twice():  # unlike in the probe: it depends on the data
-            with self._linears.plain():
+        if self._layers.called_twice():  # unlike in the probe: it depends on the data
+            with self._layers.plain():
                 loss = self._forward(batch)
                 self._descend(loss, self._parameters, lr)
         else:
-            self._descend(loss, [*self._others, self._linears.token], lr)
+            self._descend(loss, [*self._others, self._layers.token], lr)
         self._losses.append(loss.detach())
 
     def end(self) -> tuple[Vector, float]:

@@ -1,0 +1,208 @@
+"""LSTM layers whose steps are compiled for the processor at hand, where there is a C++ compiler.
+
+A step of a layer multiplies a few rows, a batch's lines, with a large matrix. PyTorch's libraries
+do that at a good half of the core's rate; `recurrence.cpp` at nearly all of it, and leaves out what
+is padding on the way back. It is compiled once for a machine, which takes a second or two, and kept
+in the cache folder; a compiled one that does not do what PyTorch does is not used. The layers take
+their SGD step in the backward pass, as the linear ones of `potluck.tasks.inplace` do, which chooses
+them. Where nothing can be compiled, and with POTLUCK_NATIVE=0, everything goes through PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from potluck.tasks.files import cache_folder
+
+_LOG = logging.getLogger("potluck")
+_SOURCE = Path(__file__).with_name("recurrence.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
+_SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
+_SECONDS = 60.0  # to compile, at most
+
+
+def suits(layer: nn.Module) -> bool:
+    """Whether a layer is one whose steps can be compiled here."""
+    if not (
+        type(layer) is nn.LSTM
+        and layer.hidden_size >= _SMALLEST
+        and layer.proj_size == 0
+        and not layer.bidirectional
+        and layer.bias
+        and (layer.dropout == 0.0 or layer.num_layers == 1)
+        and all(parameter.requires_grad for parameter in layer.parameters())
+    ):
+        return False
+    library = _library()
+    return library is not None and layer.hidden_size % library.columns() == 0
+
+
+def takes(inputs: object, state: object) -> bool:
+    """Whether a layer's arguments are of the kind that `in_place` is for."""
+    return (
+        state is None
+        and isinstance(inputs, Tensor)
+        and inputs.ndim == 3
+        and inputs.numel() > 0
+        and inputs.dtype == torch.float32
+        and inputs.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def in_place(layer: nn.LSTM, inputs: Tensor, token: Tensor, lr: float) -> Any:
+    """What `layer(inputs)` gives; the backward pass is also the SGD step at rate `lr`."""
+    steps = inputs.transpose(0, 1) if layer.batch_first else inputs
+    last: list[tuple[Tensor, Tensor]] = []
+    for k in range(layer.num_layers):
+        weights = [getattr(layer, f"{name}_l{k}") for name in _NAMES]
+        steps, cell = _layer(_library(), steps, token, lr, weights)
+        last.append((steps[-1], cell))
+    outputs = steps.transpose(0, 1) if layer.batch_first else steps
+    h, c = (torch.stack(each) for each in zip(*last, strict=True))
+    return outputs, (h, c)
+
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _layer(
+    library: Any, inputs: Tensor, token: Tensor, lr: float, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """[steps, batch, inputs] to hidden states [steps, batch, hidden] and last cells, from zeros."""
+    apply = cast("Callable[..., tuple[Tensor, Tensor]]", _LayerStep.apply)
+    return apply(inputs, token, library, lr, *(weight.detach() for weight in weights))
+
+
+class _LayerStep(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, inputs: Tensor, token: Tensor, library: Any, lr: float, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        steps, batch, width, size = *inputs.shape, weights[1].shape[1]
+        inputs = inputs.contiguous()
+        gates = inputs.new_empty(steps, batch, 4 * size)
+        hidden, cells = (inputs.new_empty(steps + 1, batch, size) for _ in range(2))
+        squashed = inputs.new_empty(steps, batch, size)
+        sizes = steps, batch, width, size
+        _call(library.forward, *sizes, inputs, *weights, gates, hidden, cells, squashed)
+        ctx.save_for_backward(inputs, gates, hidden, cells, squashed)
+        ctx.sizes, ctx.weights, ctx.library, ctx.lr = sizes, weights, library, lr
+        return hidden[1:], cells[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, into_hidden: Tensor, into_cell: Tensor) -> Any:  # type: ignore[override]
+        inputs, *others = ctx.saved_tensors
+        if into_hidden.stride(2) != 1:
+            into_hidden = into_hidden.contiguous()
+        into_cell = into_cell.clone(memory_format=torch.contiguous_format)
+        onward = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
+        arguments = into_hidden, *into_hidden.stride()[:2], into_cell, inputs, *others
+        _call(ctx.library.backward, *ctx.sizes, *arguments, -ctx.lr, onward, *ctx.weights)
+        return (onward, *[None] * 7)
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+@cache
+def _library() -> Any:
+    """The compiled library, or None without one that agrees with PyTorch; asked for once."""
+    if os.environ.get("POTLUCK_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_made()))
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOG.info("LSTMs are not compiled: %s", str(error).splitlines()[0])
+        return None
+    sizes, pointer = [ctypes.c_int] * 4, ctypes.c_void_p
+    library.forward.argtypes = [*sizes, *[pointer] * 9]
+    into_hidden = [pointer, ctypes.c_int64, ctypes.c_int64]
+    library.backward.argtypes = [
+        *sizes, *into_hidden, *[pointer] * 6, ctypes.c_float, *[pointer] * 5
+    ]  # fmt: skip
+    for function in (library.forward, library.backward):
+        function.restype = None
+    if not _agrees(library):
+        _LOG.warning(
+            "LSTMs are not compiled: the compiler's work differs from PyTorch's. Set "
+            "POTLUCK_NATIVE=0 to leave it out, and report this with your compiler's version."
+        )
+        return None
+    return library
+
+
+def _agrees(library: Any) -> bool:
+    """Whether a small layer takes the same step as PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.LSTM(5, library.columns())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=generator)
+    ours = copy.deepcopy(plain)
+    inputs = torch.randn(4, 3, 5, generator=generator).requires_grad_()
+    into = torch.randn(4, 3, library.columns(), generator=generator)
+    into[2:, 1] = 0.0  # a line that is padded
+    lr = 0.1
+    outputs = plain(inputs)[0]
+    onward, *gradients = torch.autograd.grad(outputs, [inputs, *plain.parameters()], into)
+    found, _ = _layer(library, inputs, inputs, lr, list(ours.parameters()))
+    (found_onward,) = torch.autograd.grad(found, [inputs], into)
+    pairs = [(outputs, found), (onward, found_onward)]
+    for parameter, gradient, stepped in zip(
+        plain.parameters(), gradients, ours.parameters(), strict=True
+    ):
+        pairs.append((parameter - lr * gradient, stepped))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+
+def _made() -> Path:
+    """The library's file, made if it is not there.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be made.
+    """
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise OSError("there is no C++ compiler")
+    about = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, _processor()])
+    folder = cache_folder() / "compiled"
+    path = folder / f"recurrence-{hashlib.blake2b(about.encode(), digest_size=12).hexdigest()}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            target = Path(made) / path.name
+            subprocess.run(
+                [compiler, *_FLAGS, "-o", str(target), str(_SOURCE)],
+                check=True,
+                capture_output=True,
+                timeout=_SECONDS,
+            )
+            target.replace(path)  # at once: others may be looking for it
+    return path
+
+
+def _processor() -> str:
+    """What tells processors apart that a shared folder may serve."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

@@ -1,0 +1,283 @@
+"""LSTM layers that are compiled: PyTorch's are the oracle."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from potluck import FedAvg, Task, rounds
+from potluck.core import Correction
+from potluck.simulation import Loop, Workers
+from potluck.tasks import Examples, FederatedData, TorchRuntime, native
+from potluck.tasks.language import CharLSTM
+from potluck.tasks.local import pure_loss
+from potluck.tasks.metrics import PerCharacter
+from potluck.tasks.text import PADDING, encode_lines
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
+LR = 0.3
+
+
+def both(
+    plain: nn.LSTM, shape: tuple[int, ...], ends: list[int] | None, with_cell: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Outputs, states, gradients of the inputs and stepped weights: PyTorch's and ours."""
+    ours = copy.deepcopy(plain)
+    inputs, token = torch.randn(shape), torch.zeros((), requires_grad=True)
+    weights = torch.randn(*shape[:2], plain.hidden_size)
+    if ends is not None:
+        lines = weights if plain.batch_first else weights.transpose(0, 1)
+        for line, end in zip(lines, ends, strict=True):
+            line[end:] = 0.0
+
+    def loss(outputs: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        return (outputs * weights).sum() + (h.sum() + (c * c).sum() if with_cell else 0.0)
+
+    first, second = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+    outputs, (h, c) = plain(first)
+    onward, *gradients = torch.autograd.grad(loss(outputs, h, c), [first, *plain.parameters()])
+    found, (found_h, found_c) = native.in_place(ours, second, token, LR)
+    (found_onward,) = torch.autograd.grad(loss(found, found_h, found_c), [second])
+    stepped = [p - LR * g for p, g in zip(plain.parameters(), gradients, strict=True)]
+    theirs = [outputs, h, c, onward, *stepped]
+    mine = [found, found_h, found_c, found_onward, *ours.parameters()]
+    return [(a.detach(), b.detach()) for a, b in zip(theirs, mine, strict=True)]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "hidden", "layers", "batch_first"),
+    [
+        ((10, 20, 8), 256, 2, True),  # the paper's
+        ((3, 5, 8), 128, 1, True),
+        ((1, 1, 3), 128, 1, True),
+        ((7, 13, 40), 160, 2, False),  # inputs that fill no panel
+        ((3, 30, 300), 128, 2, True),
+        ((300, 5, 33), 128, 3, False),  # more places than are summed at once
+    ],
+)
+def test_a_compiled_layer_takes_pytorchs_step(shape, hidden, layers, batch_first):
+    plain = nn.LSTM(shape[2], hidden, num_layers=layers, batch_first=batch_first)
+    assert native.suits(plain)
+    for theirs, ours in both(plain, shape, None, with_cell=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_cell", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("ends", [[20, 5, 0, 13], [3, 5, 1, 4], [0, 0, 0, 0]])
+def test_what_is_padded_is_left_out_and_nothing_else(ends, batch_first, with_cell):
+    plain = nn.LSTM(8, 128, num_layers=2, batch_first=batch_first)
+    shape = (4, 20, 8) if batch_first else (20, 4, 8)
+    for theirs, ours in both(plain, shape, ends, with_cell):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1e-6, 1.0, 30.0])
+def test_gates_of_any_size_are_squashed_as_by_pytorch(size):
+    plain = nn.LSTM(4, 128)
+    with torch.no_grad():
+        plain.weight_ih_l0 *= size
+    token = torch.zeros((), requires_grad=True)
+    inputs = torch.randn(6, 3, 4)
+    theirs, _ = plain(inputs)
+    ours, _ = native.in_place(plain, inputs, token, 0.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_what_is_not_a_number_stays_so():
+    plain = nn.LSTM(4, 128)
+    inputs = torch.randn(6, 3, 4)
+    inputs[2, 1, 0] = float("nan")
+    ours, _ = native.in_place(plain, inputs, torch.zeros((), requires_grad=True), 0.0)
+    assert torch.equal(torch.isnan(ours), torch.isnan(plain(inputs)[0]))
+    assert torch.isnan(ours[2:, 1]).all()
+    assert not torch.isnan(ours[:, 0]).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(8, 64),
+        nn.LSTM(8, 129),
+        nn.LSTM(8, 128, bidirectional=True),
+        nn.LSTM(8, 128, proj_size=32),
+        nn.LSTM(8, 128, bias=False),
+        nn.LSTM(8, 128, num_layers=2, dropout=0.5),
+        nn.GRU(8, 128),
+    ],
+)
+def test_other_layers_are_left_to_pytorch(layer):
+    assert not native.suits(layer)
+
+
+class Reader(nn.Module):
+    """Reads lines with one LSTM and says of each which of two kinds it is."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.embedding = nn.Embedding(258, 8)
+        self.lstm = nn.LSTM(8, 128, batch_first=True)
+        self.output = nn.Linear(128, 258)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        embedded = self.embedding(inputs.int())
+        if self.how == "state given":
+            state = torch.ones(1, len(inputs), 128)
+            return self.output(self.lstm(embedded, (state, state))[0])
+        outputs, (h, _) = self.lstm(embedded)
+        if self.how == "called twice":
+            outputs = outputs + self.lstm(embedded.flip(1))[0]
+        if self.how == "sometimes twice" and 2 < len(inputs) < 10:
+            outputs = outputs + self.lstm(embedded.flip(1))[0]
+        if self.how == "last state":
+            outputs = outputs + h[0][:, None]
+        if self.how == "penalty":
+            outputs = outputs + self.lstm.weight_hh_l0.square().mean()
+        return self.output(outputs)
+
+
+def lines() -> FederatedData:
+    random = np.random.default_rng(0)
+    some = [bytes(random.integers(97, 123, n).tolist()) for n in random.integers(1, 12, 46)]
+    examples = encode_lines(some, 12)
+    return FederatedData(
+        name="lines",
+        train=examples,
+        test=Examples(examples.inputs[:5], examples.targets[:5]),
+        offsets=np.array([0, 23, 46]),
+        clients=("a", "b"),
+        num_classes=258,
+        padding=PADDING,
+    )
+
+
+def task(model) -> Task:
+    return Task(model=model, data=lines(), loss=PerCharacter(padding=PADDING), metrics={})
+
+
+WAYS = {
+    "once": 1,
+    "last state": 1,
+    "sometimes twice": 1,
+    "called twice": 0,
+    "state given": 0,
+    "penalty": 0,
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("correction", [None, Correction(0.1, 0.0, None)])
+@pytest.mark.parametrize(("how", "layers"), WAYS.items())
+def test_a_runtime_compiles_a_layer_where_that_is_exact(how, layers, correction):
+    problem = task(lambda: Reader(how))
+    start, examples = problem.initial_weights(1), problem.data.client(0)
+    ours = TorchRuntime(problem, one_thread=True)
+    assert sum(type(layer) is nn.LSTM for layer in ours._layers._calls) == layers
+    plain = TorchRuntime(problem)
+    assert not any(type(layer) is nn.LSTM for layer in plain._layers._calls)
+    found = []
+    for runtime in (ours, plain):
+        runtime.take(examples)
+        runtime.begin(start, np.arange(23), 0, *([] if correction is None else [correction]))
+        for batch in (slice(0, 10), slice(10, 20), slice(20, 23), slice(0, 23)):
+            runtime.step(batch, 0.5)
+        weights, loss = runtime.end()
+        found.append((weights.copy(), loss))
+    moved = np.abs(found[1][0] - start).max()
+    assert moved > 1e-2
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5 * moved)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+@needs_compiler
+def test_loop_and_workers_give_the_same_bits_and_the_pure_steps_to_tolerance():
+    problem = task(lambda: CharLSTM(hidden=128))
+    algorithm = FedAvg(client_lr=0.5, local_epochs=1, batch_size=10)
+    found = []
+    for make in (Loop, lambda t: Workers(t, 2)):
+        executor = make(problem)
+        *_, last = rounds(algorithm, problem, cohort=1.0, num_rounds=2, executor=executor)
+        executor.close()
+        found.append(last.weights)
+    np.testing.assert_array_equal(*found)
+    weights = torch.from_numpy(problem.initial_weights(1))
+    inputs, targets = (torch.from_numpy(array[:10].copy()) for array in problem.data.client(0))
+    gradient = torch.func.grad(pure_loss(problem))(weights, inputs, targets).numpy()
+    runtime = TorchRuntime(problem, one_thread=True)
+    runtime.take(problem.data.client(0))
+    runtime.begin(weights.numpy(), np.arange(23), 0)
+    runtime.step(slice(0, 10), 1.0)
+    error = np.abs(weights.numpy() - runtime.end()[0] - gradient).max()
+    assert error < 1e-5 * np.abs(gradient).max()
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """An empty cache folder, and a library that nobody has asked for yet."""
+    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def test_without_a_compiler_everything_goes_through_pytorch(afresh, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(afresh))
+    with caplog.at_level("INFO", logger="potluck"):
+        assert not native.suits(nn.LSTM(8, 128))
+    assert "there is no C++ compiler" in caplog.text
+    runtime = TorchRuntime(task(lambda: Reader("once")), one_thread=True)
+    assert len(runtime._layers._calls) == 0
+
+
+@needs_compiler
+def test_a_compiler_that_fails_leaves_it_to_pytorch(afresh, monkeypatch, caplog):
+    def fail(*arguments, **_):
+        raise subprocess.CalledProcessError(1, "c++", stderr=b"no such flag")
+
+    monkeypatch.setattr(native.subprocess, "run", fail)
+    with caplog.at_level("INFO", logger="potluck"):
+        assert not native.suits(nn.LSTM(8, 128))
+    assert "are not compiled" in caplog.text
+    assert list((afresh / "compiled").iterdir()) == []
+
+
+@needs_compiler
+def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, caplog):
+    wrong = tmp_path / "recurrence.cpp"
+    text = native._SOURCE.read_text(encoding="utf-8")
+    assert text.count("into_h * s * o * (1.0f - o)") == 1
+    wrong.write_text(text.replace("into_h * s * o * (1.0f - o)", "into_h * s * o"))
+    monkeypatch.setattr(native, "_SOURCE", wrong)
+    assert not native.suits(nn.LSTM(8, 128))
+    assert "differs from PyTorch's" in caplog.text
+
+
+@needs_compiler
+def test_it_is_compiled_once(afresh, monkeypatch):
+    assert native.suits(nn.LSTM(8, 128))
+    (made,) = (afresh / "compiled").iterdir()
+    native._library.cache_clear()
+    monkeypatch.setattr(native.subprocess, "run", itertools.count)  # would raise
+    assert native.suits(nn.LSTM(8, 128))
+    assert list((afresh / "compiled").iterdir()) == [made]
+
+
+def test_it_can_be_switched_off(afresh, monkeypatch):
+    monkeypatch.setenv("POTLUCK_NATIVE", "0")
+    assert not native.suits(nn.LSTM(8, 128))

@@ -10,7 +10,6 @@ them. Where nothing can be compiled, and with POTLUCK_NATIVE=0, everything goes 
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
 import logging
@@ -149,26 +148,31 @@ def _library() -> Any:
 
 
 def _agrees(library: Any) -> bool:
-    """Whether a small layer takes the same step as PyTorch's."""
-    generator = torch.Generator().manual_seed(0)
-    plain = nn.LSTM(5, library.columns())
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.uniform_(-0.5, 0.5, generator=generator)
-    ours = copy.deepcopy(plain)
-    inputs = torch.randn(4, 3, 5, generator=generator).requires_grad_()
-    into = torch.randn(4, 3, library.columns(), generator=generator)
+    """Whether a small layer takes the step that PyTorch finds for the equations of an LSTM."""
+    generator, size, lr = torch.Generator().manual_seed(0), library.columns(), 0.1
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator)
+
+    inputs = drawn(4, 3, 5).requires_grad_()
+    shapes = (4 * size, 5), (4 * size, size), (4 * size,), (4 * size,)
+    weights = [drawn(*shape).requires_grad_() for shape in shapes]
+    into = drawn(4, 3, size)
     into[2:, 1] = 0.0  # a line that is padded
-    lr = 0.1
-    outputs = plain(inputs)[0]
-    onward, *gradients = torch.autograd.grad(outputs, [inputs, *plain.parameters()], into)
-    found, _ = _layer(library, inputs, inputs, lr, list(ours.parameters()))
-    (found_onward,) = torch.autograd.grad(found, [inputs], into)
-    pairs = [(outputs, found), (onward, found_onward)]
-    for parameter, gradient, stepped in zip(
-        plain.parameters(), gradients, ours.parameters(), strict=True
-    ):
-        pairs.append((parameter - lr * gradient, stepped))
+    w, u, b, b2 = weights
+    h = c = torch.zeros(3, size)
+    states: list[Tensor] = []
+    for x in inputs:
+        i, f, g, o = (x @ w.t() + h @ u.t() + b + b2).chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        states.append(h)
+    outputs = torch.stack(states)
+    onward, *gradients = torch.autograd.grad((outputs * into).sum(), [inputs, *weights])
+    expected = [w.detach() - lr * g for w, g in zip(weights, gradients, strict=True)]
+    found, _ = _layer(library, inputs, inputs, lr, weights)
+    (found_onward,) = torch.autograd.grad((found * into).sum(), [inputs])
+    pairs = [(outputs, found), (onward, found_onward), *zip(expected, weights, strict=True)]
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
 
 

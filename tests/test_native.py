@@ -125,6 +125,77 @@ def test_other_layers_are_left_to_pytorch(layer):
     assert not native.suits(layer)
 
 
+def rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def step_by_hand(
+    weights: list[Tensor], inputs: Tensor, into: Tensor, lr: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """States, gradients of the inputs and stepped weights of one layer, all factors of products
+    rounded to bfloat16 and nothing else: the chain rule, written out."""
+    w, u, b, b2 = weights
+    size = u.shape[1]
+    h = c = torch.zeros(inputs.shape[1], size)
+    kept = []
+    for x in inputs:
+        a = rounded(x) @ rounded(w).t() + rounded(h) @ rounded(u).t() + b + b2
+        i, f, g, o = (
+            squash(part)
+            for squash, part in zip(
+                (torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid),
+                a.chunk(4, dim=1),
+                strict=True,
+            )
+        )
+        before, c = (h, c), f * c + i * g
+        h = o * c.tanh()
+        kept.append((x, before, (i, f, g, o), c, h))
+    into_h, into_c = torch.zeros_like(h), torch.zeros_like(c)
+    onward, changes = [], [torch.zeros_like(p) for p in weights]
+    for (x, (h_before, c_before), (i, f, g, o), c, _), flows in zip(
+        reversed(kept), reversed(into), strict=True
+    ):
+        into_h, s = into_h + flows, c.tanh()
+        into_c = into_c + into_h * o * (1 - s * s)
+        parts = (
+            into_c * g * i * (1 - i),
+            into_c * c_before * f * (1 - f),
+            into_c * i * (1 - g * g),
+            into_h * s * o * (1 - o),
+        )
+        into_a = torch.cat(parts, dim=1)
+        onward.insert(0, rounded(into_a) @ rounded(w))
+        changes[0] += rounded(into_a).t() @ rounded(x)
+        changes[1] += rounded(into_a).t() @ rounded(h_before)
+        changes[2] += into_a.sum(0)
+        changes[3] += into_a.sum(0)
+        into_h, into_c = rounded(into_a) @ rounded(u), into_c * f
+    stepped = [p - lr * change for p, change in zip(weights, changes, strict=True)]
+    return torch.stack([h for *_, h in kept]), torch.stack(onward), stepped
+
+
+@pytest.mark.parametrize("inputs", [8, 33, 128])
+@pytest.mark.parametrize("lines", [1, 11])
+def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines):
+    layer = nn.LSTM(inputs, 128)
+    if not native.suits(layer, "bf16"):
+        pytest.skip("no compiled products in bfloat16 here")
+    weights = [parameter.detach().clone() for parameter in layer.parameters()]
+    x, into = torch.randn(5, lines, inputs), torch.randn(5, lines, 128)
+    into[3:, 0] = 0.0
+    outputs, onward, stepped = step_by_hand(weights, x, into, LR)
+    ours = x.clone().requires_grad_()
+    found, _ = native.in_place(layer, ours, torch.zeros((), requires_grad=True), LR, "bf16")
+    (found_onward,) = torch.autograd.grad((found * into).sum(), [ours])
+    # A sum that differs in its last bit may round to another bfloat16: 0.4 % of one factor.
+    torch.testing.assert_close(found.detach(), outputs, rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(found_onward, onward, rtol=0.0, atol=2e-3)
+    for start, theirs, parameter in zip(weights, stepped, layer.parameters(), strict=True):
+        moved = float((theirs - start).abs().max())
+        torch.testing.assert_close(parameter.detach(), theirs, rtol=0.0, atol=2e-3 * moved)
+
+
 class Reader(nn.Module):
     """Reads lines with one LSTM and says of each which of two kinds it is."""
 
@@ -262,6 +333,7 @@ def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, cap
     wrong = tmp_path / "recurrence.cpp"
     text = native._SOURCE.read_text(encoding="utf-8")
     assert text.count("into_h * s * o * (1.0f - o)") == 1
+    shutil.copy(native._PRODUCTS, tmp_path)
     wrong.write_text(text.replace("into_h * s * o * (1.0f - o)", "into_h * s * o"))
     monkeypatch.setattr(native, "_SOURCE", wrong)
     assert not native.suits(nn.LSTM(8, 128))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from potluck.tasks import native
+from potluck.tasks.precision import Precision
 
 _SMALLEST = 65_536  # weights; below it the plain step is as fast
 _LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster than MKL
@@ -35,14 +36,19 @@ _LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster 
 class InPlaceLayers:
     """The layers of one module that update themselves, once `probe` has chosen them."""
 
-    def __init__(self, module: nn.Module, *, compiled: bool = False) -> None:
-        """`compiled`: LSTMs too, on one thread, where their steps can be compiled."""
+    def __init__(
+        self, module: nn.Module, precision: Precision = "float32", *, compiled: bool = False
+    ) -> None:
+        """`compiled`: LSTMs too, on one thread, where their steps can be compiled. With bfloat16
+        products linear layers keep the plain step."""
         self.lr = 0.0
+        self._precision: Precision = precision
         self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
         self._calls: dict[nn.Module, int] = {
             layer: 0
             for layer in module.modules()
-            if _is_large(layer) or (compiled and native.suits(layer))
+            if (precision == "float32" and _is_large(layer))
+            or (compiled and native.suits(layer, precision))
         }
 
     def probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> set[nn.Parameter]:
@@ -102,11 +108,11 @@ class InPlaceLayers:
 
         def lstm(inputs: Any, hx: Any = None) -> Any:
             assert isinstance(layer, nn.LSTM)
-            if not native.takes(inputs, hx):
+            if not native.takes(inputs, hx, self._precision):
                 self._calls[layer] = 2  # as if called twice: not exact
                 return cast(Any, nn.LSTM).forward(layer, inputs, hx)
             self._calls[layer] += 1
-            return native.in_place(layer, inputs, self.token, self.lr)
+            return native.in_place(layer, inputs, self.token, self.lr, self._precision)
 
         layer.forward = cast(Any, linear if isinstance(layer, nn.Linear) else lstm)
 

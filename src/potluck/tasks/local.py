@@ -50,8 +50,7 @@ class TorchRuntime:
         self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
         self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        in_place = self.module if precision == "float32" else nn.Module()
-        self._layers = InPlaceLayers(in_place, compiled=one_thread)
+        self._layers = InPlaceLayers(self.module, precision, compiled=one_thread)
         # The same examples for every process, so that all step alike.
         first = task.data.client(0)
         self.take(Examples(first.inputs[:2], first.targets[:2]))

@@ -21,21 +21,35 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from potluck.tasks.files import cache_folder
+from potluck.tasks.precision import Precision
 
 _LOG = logging.getLogger("potluck")
 _SOURCE = Path(__file__).with_name("recurrence.cpp")
+_PRODUCTS = _SOURCE.with_name("products.hpp")
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
 _SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
 _SECONDS = 60.0  # to compile, at most
+_TOLERANCES = {"float32": 1e-5, "bf16": 2e-2}  # of a step whose numbers are about 1
+
+_SIZES, _POINTER = [ctypes.c_int] * 4, ctypes.c_void_p
+_FORWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 9)
+_BACKWARD = ctypes.CFUNCTYPE(
+    None,
+    *_SIZES,
+    *[_POINTER, ctypes.c_int64, ctypes.c_int64],
+    *[_POINTER] * 6,
+    ctypes.c_float,
+    *[_POINTER] * 5,
+)
 
 
-def suits(layer: nn.Module) -> bool:
+def suits(layer: nn.Module, precision: Precision = "float32") -> bool:
     """Whether a layer is one whose steps can be compiled here."""
     if not (
         type(layer) is nn.LSTM
@@ -48,29 +62,41 @@ def suits(layer: nn.Module) -> bool:
     ):
         return False
     library = _library()
-    return library is not None and layer.hidden_size % library.columns() == 0
+    return (
+        library is not None
+        and precision in library.steps
+        and layer.hidden_size % library.columns == 0
+    )
 
 
-def takes(inputs: object, state: object) -> bool:
+def takes(inputs: object, state: object, precision: Precision = "float32") -> bool:
     """Whether a layer's arguments are of the kind that `in_place` is for."""
     return (
         state is None
         and isinstance(inputs, Tensor)
         and inputs.ndim == 3
         and inputs.numel() > 0
-        and inputs.dtype == torch.float32
         and inputs.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
+        and (
+            precision == "bf16"
+            or (inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
+        )
     )
 
 
-def in_place(layer: nn.LSTM, inputs: Tensor, token: Tensor, lr: float) -> Any:
-    """What `layer(inputs)` gives; the backward pass is also the SGD step at rate `lr`."""
-    steps = inputs.transpose(0, 1) if layer.batch_first else inputs
+def in_place(
+    layer: nn.LSTM, inputs: Tensor, token: Tensor, lr: float, precision: Precision = "float32"
+) -> Any:
+    """What `layer(inputs)` gives; the backward pass is also the SGD step at rate `lr`. With "bf16"
+    products are of numbers rounded to bfloat16; states and sums are float32."""
+    library = _library()
+    assert library is not None  # `suits` said so
+    compiled = library.steps[precision]
+    steps = (inputs.transpose(0, 1) if layer.batch_first else inputs).float()
     last: list[tuple[Tensor, Tensor]] = []
     for k in range(layer.num_layers):
         weights = [getattr(layer, f"{name}_l{k}") for name in _NAMES]
-        steps, cell = _layer(_library(), steps, token, lr, weights)
+        steps, cell = _layer(compiled, steps, token, lr, weights)
         last.append((steps[-1], cell))
     outputs = steps.transpose(0, 1) if layer.batch_first else steps
     h, c = (torch.stack(each) for each in zip(*last, strict=True))
@@ -81,17 +107,17 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _layer(
-    library: Any, inputs: Tensor, token: Tensor, lr: float, weights: Sequence[Tensor]
+    compiled: tuple[Any, Any], inputs: Tensor, token: Tensor, lr: float, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """[steps, batch, inputs] to hidden states [steps, batch, hidden] and last cells, from zeros."""
     apply = cast("Callable[..., tuple[Tensor, Tensor]]", _LayerStep.apply)
-    return apply(inputs, token, library, lr, *(weight.detach() for weight in weights))
+    return apply(inputs, token, compiled, lr, *(weight.detach() for weight in weights))
 
 
 class _LayerStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, inputs: Tensor, token: Tensor, library: Any, lr: float, *weights: Tensor
+        ctx: Any, inputs: Tensor, token: Tensor, compiled: Any, lr: float, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         steps, batch, width, size = *inputs.shape, weights[1].shape[1]
         inputs = inputs.contiguous()
@@ -99,9 +125,10 @@ class _LayerStep(torch.autograd.Function):
         hidden, cells = (inputs.new_empty(steps + 1, batch, size) for _ in range(2))
         squashed = inputs.new_empty(steps, batch, size)
         sizes = steps, batch, width, size
-        _call(library.forward, *sizes, inputs, *weights, gates, hidden, cells, squashed)
+        forward, backward = compiled
+        _call(forward, *sizes, inputs, *weights, gates, hidden, cells, squashed)
         ctx.save_for_backward(inputs, gates, hidden, cells, squashed)
-        ctx.sizes, ctx.weights, ctx.library, ctx.lr = sizes, weights, library, lr
+        ctx.sizes, ctx.weights, ctx.backward_step, ctx.lr = sizes, weights, backward, lr
         return hidden[1:], cells[-1].clone()
 
     @staticmethod
@@ -112,7 +139,7 @@ class _LayerStep(torch.autograd.Function):
         into_cell = into_cell.clone(memory_format=torch.contiguous_format)
         onward = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         arguments = into_hidden, *into_hidden.stride()[:2], into_cell, inputs, *others
-        _call(ctx.library.backward, *ctx.sizes, *arguments, -ctx.lr, onward, *ctx.weights)
+        _call(ctx.backward_step, *ctx.sizes, *arguments, -ctx.lr, onward, *ctx.weights)
         return (onward, *[None] * 7)
 
 
@@ -120,25 +147,33 @@ def _call(function: Any, *arguments: Any) -> None:
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
+class _Library(NamedTuple):
+    columns: int  # of a panel; the size of a layer must be a multiple
+    steps: dict[str, tuple[Any, Any]]  # by precision: forward, backward
+
+
 @cache
-def _library() -> Any:
-    """The compiled library, or None without one that agrees with PyTorch; asked for once."""
+def _library() -> _Library | None:
+    """What is compiled and agrees with PyTorch, or None where there is nothing; asked for once."""
     if os.environ.get("POTLUCK_NATIVE") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_made()))
+        compiled = ctypes.CDLL(str(_made()))
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.info("LSTMs are not compiled: %s", str(error).splitlines()[0])
         return None
-    sizes, pointer = [ctypes.c_int] * 4, ctypes.c_void_p
-    library.forward.argtypes = [*sizes, *[pointer] * 9]
-    into_hidden = [pointer, ctypes.c_int64, ctypes.c_int64]
-    library.backward.argtypes = [
-        *sizes, *into_hidden, *[pointer] * 6, ctypes.c_float, *[pointer] * 5
-    ]  # fmt: skip
-    for function in (library.forward, library.backward):
-        function.restype = None
-    if not _agrees(library):
+    steps: dict[str, tuple[Any, Any]] = {}
+    for precision in _TOLERANCES:
+        try:
+            forward, backward = (
+                ctypes.c_void_p.in_dll(compiled, f"{name}_{precision}").value or 0
+                for name in ("forward", "backward")
+            )
+        except ValueError:  # this processor has no such products
+            continue
+        steps[precision] = _FORWARD(forward), _BACKWARD(backward)
+    library = _Library(compiled.columns(), steps)
+    if not all(_agrees(library, precision) for precision in steps):
         _LOG.warning(
             "LSTMs are not compiled: the compiler's work differs from PyTorch's. Set "
             "POTLUCK_NATIVE=0 to leave it out, and report this with your compiler's version."
@@ -147,9 +182,9 @@ def _library() -> Any:
     return library
 
 
-def _agrees(library: Any) -> bool:
+def _agrees(library: _Library, precision: str) -> bool:
     """Whether a small layer takes the step that PyTorch finds for the equations of an LSTM."""
-    generator, size, lr = torch.Generator().manual_seed(0), library.columns(), 0.1
+    generator, size, lr = torch.Generator().manual_seed(0), library.columns, 0.1
 
     def drawn(*shape: int) -> Tensor:
         return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator)
@@ -170,10 +205,11 @@ def _agrees(library: Any) -> bool:
     outputs = torch.stack(states)
     onward, *gradients = torch.autograd.grad((outputs * into).sum(), [inputs, *weights])
     expected = [w.detach() - lr * g for w, g in zip(weights, gradients, strict=True)]
-    found, _ = _layer(library, inputs, inputs, lr, weights)
+    found, _ = _layer(library.steps[precision], inputs, inputs, lr, weights)
     (found_onward,) = torch.autograd.grad((found * into).sum(), [inputs])
     pairs = [(outputs, found), (onward, found_onward), *zip(expected, weights, strict=True)]
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+    tolerance = _TOLERANCES[precision]
+    return all(torch.allclose(a, b, rtol=0.0, atol=tolerance) for a, b in pairs)
 
 
 def _made() -> Path:
@@ -185,7 +221,8 @@ def _made() -> Path:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise OSError("there is no C++ compiler")
-    about = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, _processor()])
+    sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, _PRODUCTS)]
+    about = "\n".join([*sources, compiler, *_FLAGS, _processor()])
     folder = cache_folder() / "compiled"
     path = folder / f"recurrence-{hashlib.blake2b(about.encode(), digest_size=12).hexdigest()}.so"
     if not path.exists():

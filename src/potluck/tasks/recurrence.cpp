@@ -4,115 +4,16 @@
 //     a_t = W x_t + U h_{t-1} + b            i, f, o = σ(a_i), σ(a_f), σ(a_o)      g = tanh(a_g)
 //     c_t = f ∘ c_{t-1} + i ∘ g              h_t = o ∘ tanh(c_t)
 //
-// The products with U are of a few rows, one for each line of a batch, with a large matrix. Libraries
-// reach half of what the core can do there. Here a tile of ROWS × COLUMNS of the result stays in
-// registers while the matrix, laid out in panels of COLUMNS columns, streams past it. Gates are in the
-// order i, f, g, o, as in PyTorch. All arrays are float32 and contiguous unless strides are given.
+// The products with U are of a few rows, one for each line of a batch, with a large matrix, at which
+// libraries reach half of what a core can do; `products.hpp` has them. Gates are in the order i, f, g,
+// o, as in PyTorch. All arrays are float32 and contiguous unless strides are given.
 //
 // Going back, a place is a step of a line. From some place on a line's ∂ℓ/∂h may be zero to its end,
 // as it is where the line is padded: nothing flows from there, and these places are left out.
 
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "products.hpp"
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 10;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8, ROWS = 6;
-#else
-constexpr int WIDTH = 4, ROWS = 8;
-#endif
-constexpr int COLUMNS = 2 * WIDTH, BLOCK = 1024;
-
-typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef std::vector<float> Room;
-
-static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
-static inline Floats all(float x) { return x - Floats{}; }
-
-// At least `size` floats that stay in use from call to call.
-static float* of(Room& room, int64_t size) {
-    if (int64_t(room.size()) < size) room.resize(size);
-    return room.data();
-}
-
-static int whole_panels(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
-
-// matrix [rows, columns] in panels [rows, COLUMNS], the last one filled up with zeros. Row k is
-// from[index[k]], or from[k] without an index.
-static void pack(int rows, int columns, const float* from, const int32_t* index, float* packed) {
-    for (int n = 0; n < columns; n += COLUMNS) {
-        const int some = columns - n < COLUMNS ? columns - n : COLUMNS;
-        for (int k = 0; k < rows; k++) {
-            float* at = packed + int64_t(n) * rows + k * COLUMNS;
-            std::memcpy(at, from + int64_t(index ? index[k] : k) * columns + n, 4 * some);
-            std::memset(at + some, 0, 4 * (COLUMNS - some));
-        }
-    }
-}
-
-// the transpose of matrix [columns, rows] in panels; columns is a multiple of COLUMNS
-static void pack_transposed(int rows, int columns, const float* from, float* packed) {
-    for (int n = 0; n < columns; n += COLUMNS)
-        for (int first = 0; first < rows; first += WIDTH) {
-            const int last = first + WIDTH < rows ? first + WIDTH : rows;
-            for (int j = 0; j < COLUMNS; j++)
-                for (int k = first; k < last; k++)
-                    packed[int64_t(n) * rows + k * COLUMNS + j] = from[int64_t(n + j) * rows + k];
-        }
-}
-
-// result[m, 0:V·WIDTH] += left[m, 0:inner] · panel[0:inner, 0:V·WIDTH] for m < M
-template <int M, int V>
-static void tile(const float* left, const float* panel, int inner, float* result, int stride) {
-    Floats sum[M][V];
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < V; j++) sum[m][j] = load(result + m * stride + j * WIDTH);
-    for (int k = 0; k < inner; k++) {
-        Floats row[V];
-        for (int j = 0; j < V; j++) row[j] = load(panel + k * COLUMNS + j * WIDTH);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < V; j++) sum[m][j] += left[m * inner + k] * row[j];
-    }
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < V; j++) store(result + m * stride + j * WIDTH, sum[m][j]);
-}
-
-template <int V, int M = ROWS>
-static void some_rows(int rows, const float* left, const float* panel, int inner, float* result,
-                      int stride) {
-    if (rows == M)
-        tile<M, V>(left, panel, inner, result, stride);
-    else if constexpr (M > 1)
-        some_rows<V, M - 1>(rows, left, panel, inner, result, stride);
-}
-
-// result [rows, columns] += left [rows, inner] · what was packed [inner, columns]
-static void add_product(int64_t rows, const float* left, int inner, const float* packed, int columns,
-                        float* result) {
-    const int64_t parts = (rows + ROWS - 1) / ROWS;
-    float edge[ROWS * COLUMNS] = {};
-    for (int n = 0; n < columns; n += COLUMNS) {
-        const int some = columns - n < COLUMNS ? columns - n : COLUMNS;
-        for (int64_t part = 0; part < parts; part++) {  // of about as many rows each
-            const int64_t from = rows * part / parts;
-            const int num = int(rows * (part + 1) / parts - from);
-            const float *a = left + from * inner, *panel = packed + int64_t(n) * inner;
-            float* to = result + from * columns + n;
-            if (some == COLUMNS) {
-                some_rows<2>(num, a, panel, inner, to, columns);
-                continue;
-            }
-            for (int m = 0; m < num; m++) std::memcpy(edge + m * COLUMNS, to + m * columns, 4 * some);
-            (some > WIDTH ? some_rows<2> : some_rows<1>)(num, a, panel, inner, edge, COLUMNS);
-            for (int m = 0; m < num; m++) std::memcpy(to + m * columns, edge + m * COLUMNS, 4 * some);
-        }
-    }
-}
+constexpr int BLOCK = 1024;  // places that are summed at once
 
 // e^x to some 1e-7 of it, for x that neither overflow nor vanish
 static inline Floats exponential(Floats x) {
@@ -147,84 +48,45 @@ static inline Floats hyperbolic(Floats x) {
     return square < 0.04f ? near : far;
 }
 
-// sum[m, 0:V·WIDTH] of left[k, m] · panel[k, 0:V·WIDTH], times `factor`, onto the first `some` columns
-// of the result, for m < M
-template <int M, int V>
-static void outer(const float* left, const float* panel, int inner, float factor, float* result,
-                  int stride, int some) {
-    Floats sum[M][V] = {};
-    for (int k = 0; k < inner; k++) {
-        Floats row[V];
-        for (int j = 0; j < V; j++) row[j] = load(panel + k * COLUMNS + j * WIDTH);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < V; j++) sum[m][j] += left[k * M + m] * row[j];
-    }
-    if (some < V * WIDTH) {
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < some; j++)
-                result[m * stride + j] += factor * sum[m][j / WIDTH][j % WIDTH];
-        return;
-    }
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < V; j++) {
-            float* at = result + m * stride + j * WIDTH;
-            store(at, load(at) + factor * sum[m][j]);
-        }
+// Memory that is kept from call to call.
+template <class P>
+struct Rooms {
+    std::vector<typename P::Unit> panels, lefts;
+    std::vector<float> gradients, flowing, results;
+};
+
+template <class P>
+static Rooms<P>& rooms_of() {
+    static thread_local Rooms<P> rooms;
+    return rooms;
 }
-
-// Of gradient [rows, out], from row `from` on, groups of LEFT columns: [out / LEFT, rows, LEFT].
-constexpr int LEFT = 8;
-static void pack_left(int rows, int out, const float* from, float* packed) {
-    constexpr int SOME = 16;  // rows that stay in the cache
-    for (int first = 0; first < rows; first += SOME)
-        for (int m = 0; m < out; m += LEFT)
-            for (int k = first; k < rows && k < first + SOME; k++)
-                std::memcpy(packed + int64_t(m) * rows + k * LEFT, from + int64_t(k) * out + m,
-                            4 * LEFT);
-}
-
-// weight [out, in] += factor · gradient [rows, out]ᵀ · inputs [rows, in], both packed
-static void rank_update(int rows, int out, int in, const float* gradient, const float* inputs,
-                        float factor, float* weight) {
-    for (int n = 0; n < in; n += COLUMNS) {
-        const int some = in - n < COLUMNS ? in - n : COLUMNS;
-        for (int m = 0; m < out; m += LEFT)
-            (some > WIDTH ? outer<LEFT, 2> : outer<LEFT, 1>)(
-                gradient + int64_t(m) * rows, inputs + int64_t(n) * rows, rows, factor,
-                weight + int64_t(m) * in + n, in, some);
-    }
-}
-
-static thread_local Room panels, flowing, gradients, left_panels;
-static thread_local std::vector<int32_t> places;
-
-extern "C" {
-
-int columns() { return COLUMNS; }
 
 // inputs [steps, batch, in]; weight W [4 size, in]; recurrent U [4 size, size]; biases [4 size], of
 // which b is the sum. gates [steps, batch, 4 size]; squashed [steps, batch, size], which is tanh(c);
 // hidden and cells [steps + 1, batch, size], the first states of which are set to zero. size is a
 // multiple of COLUMNS.
-void forward(int steps, int batch, int in, int size, const float* inputs, const float* weight,
+template <class P>
+static void forward(int steps, int batch, int in, int size, const float* inputs, const float* weight,
              const float* recurrent, const float* bias, const float* other_bias, float* gates,
              float* hidden, float* cells, float* squashed) {
     const int width = 4 * size;
     const int64_t rows = int64_t(batch) * size;
-    float* packed = of(panels, int64_t(width) * (in > size ? in : size));
+    Rooms<P>& rooms = rooms_of<P>();
+    typename P::Unit* packed = of(rooms.panels, int64_t(width) * (in > size ? in : size));
     for (int j = 0; j < width; j++) gates[j] = bias[j] + other_bias[j];
     for (int64_t k = 1; k < int64_t(steps) * batch; k++)
         std::memcpy(gates + k * width, gates, 4 * width);
-    pack_transposed(in, width, weight, packed);
-    add_product(int64_t(steps) * batch, inputs, in, packed, width, gates);
-    pack_transposed(size, width, recurrent, packed);
+    pack_transposed<P>(in, width, weight, packed);
+    add_product<P>(int64_t(steps) * batch, P::left(int64_t(steps) * batch, in, inputs, rooms.lefts),
+                   P::depth(in), packed, width, gates);
+    pack_transposed<P>(size, width, recurrent, packed);
     std::memset(hidden, 0, 4 * rows);
     std::memset(cells, 0, 4 * rows);
     for (int t = 0; t < steps; t++) {
         float* gate = gates + t * 4 * rows;
         if (t > 0)  // before, the state is zero
-            add_product(batch, hidden + t * rows, size, packed, width, gate);
+            add_product<P>(batch, P::left(batch, size, hidden + t * rows, rooms.lefts),
+                           P::depth(size), packed, width, gate);
         for (int b = 0; b < batch; b++)
             for (int j = 0; j < size; j += WIDTH) {
                 float* at = gate + b * width + j;
@@ -241,7 +103,8 @@ void forward(int steps, int batch, int in, int size, const float* inputs, const 
 // From ∂ℓ/∂h_t, into_hidden [steps, batch, size] with strides of its own, and ∂ℓ/∂c of the last
 // step, into_cell [batch, size], which is lost: onward [steps, batch, in] = ∂ℓ/∂x unless it is null,
 // and W, U and both biases with `factor` times their gradients added. The rest as `forward` left it.
-void backward(int steps, int batch, int in, int size, const float* into_hidden, int64_t step_stride,
+template <class P>
+static void backward(int steps, int batch, int in, int size, const float* into_hidden, int64_t step_stride,
               int64_t line_stride, float* into_cell, const float* inputs, const float* gates,
               const float* hidden, const float* cells, const float* squashed, float factor,
               float* onward, float* weight, float* recurrent, float* bias, float* other_bias) {
@@ -260,6 +123,7 @@ void backward(int steps, int batch, int in, int size, const float* into_hidden, 
         ends[b] = end;
     }
     std::vector<int64_t> first(steps + 1, 0);  // of each step, among the places that are left
+    static thread_local std::vector<int32_t> places;
     places.clear();
     for (int t = 0; t < steps; t++) {
         for (int b = 0; b < batch; b++)
@@ -268,11 +132,13 @@ void backward(int steps, int batch, int in, int size, const float* into_hidden, 
     }
     const int64_t left = first[steps];
 
+    Rooms<P>& rooms = rooms_of<P>();
     // ∂ℓ/∂a of every place that is left
-    float* into_gates = of(gradients, left * width);
-    float* packed = of(panels, int64_t(width) * whole_panels(in > size ? in : size));
-    float* back = of(flowing, 2 * rows);  // through U, of each line; and of the lines that are left
-    pack(width, size, recurrent, nullptr, packed);
+    float* into_gates = of(rooms.gradients, left * width);
+    typename P::Unit* packed =
+        of(rooms.panels, int64_t(width > BLOCK ? width : BLOCK) * whole_panels(in > size ? in : size));
+    float* back = of(rooms.flowing, 2 * rows);  // through U, of each line; and of those that are left
+    pack<P, COLUMNS>(width, size, recurrent, nullptr, packed);
     std::memset(back, 0, 4 * rows);
     for (int t = steps - 1; t >= 0; t--) {
         for (int64_t k = first[t]; k < first[t + 1]; k++) {
@@ -297,7 +163,9 @@ void backward(int steps, int batch, int in, int size, const float* into_hidden, 
         const int64_t num = first[t + 1] - first[t];
         float* some = num == batch ? back : back + rows;
         std::memset(some, 0, 4 * num * size);
-        if (t > 0) add_product(num, into_gates + first[t] * width, width, packed, size, some);
+        if (t > 0)
+            add_product<P>(num, P::left(num, width, into_gates + first[t] * width, rooms.lefts),
+                           P::depth(width), packed, size, some);
         if (num < batch)
             for (int64_t k = 0; k < num; k++)
                 std::memcpy(back + (places[first[t] + k] - t * batch) * size, some + k * size,
@@ -305,31 +173,27 @@ void backward(int steps, int batch, int in, int size, const float* into_hidden, 
     }
 
     if (onward) {
-        pack(width, in, weight, nullptr, packed);
+        pack<P, COLUMNS>(width, in, weight, nullptr, packed);
         std::memset(onward, 0, 4 * int64_t(steps) * batch * in);
-        if (left == int64_t(steps) * batch)
-            add_product(left, into_gates, width, packed, in, onward);
-        else {
-            static thread_local Room results;
-            float* result = of(results, left * in);
-            std::memset(result, 0, 4 * left * in);
-            add_product(left, into_gates, width, packed, in, result);
-            for (int64_t k = 0; k < left; k++)
-                std::memcpy(onward + int64_t(places[k]) * in, result + k * in, 4 * in);
-        }
+        const bool whole = left == int64_t(steps) * batch;
+        float* result = whole ? onward : of(rooms.results, left * in);
+        if (!whole) std::memset(result, 0, 4 * left * in);
+        add_product<P>(left, P::left(left, width, into_gates, rooms.lefts), P::depth(width), packed,
+                       in, result);
+        for (int64_t k = 0; k < left && !whole; k++)
+            std::memcpy(onward + int64_t(places[k]) * in, result + k * in, 4 * in);
     }
     // Some rows after others, so that sums stay short.
-    float* packed_left = of(left_panels, int64_t(BLOCK) * width);
-    packed = of(panels, int64_t(BLOCK) * whole_panels(in > size ? in : size));
+    typename P::Unit* packed_left = of(rooms.lefts, int64_t(BLOCK) * width);
     for (int64_t from = 0; from < left; from += BLOCK) {
         const int num = left - from < BLOCK ? int(left - from) : BLOCK;
-        pack_left(num, width, into_gates + from * width, packed_left);
-        pack(num, in, inputs, places.data() + from, packed);
-        rank_update(num, width, in, packed_left, packed, factor, weight);
-        pack(num, size, hidden, places.data() + from, packed);
-        rank_update(num, width, size, packed_left, packed, factor, recurrent);
+        pack<P, LEFT>(num, width, into_gates + from * width, nullptr, packed_left);
+        pack<P, COLUMNS>(num, in, inputs, places.data() + from, packed);
+        rank_update<P>(P::depth(num), width, in, packed_left, packed, factor, weight);
+        pack<P, COLUMNS>(num, size, hidden, places.data() + from, packed);
+        rank_update<P>(P::depth(num), width, size, packed_left, packed, factor, recurrent);
     }
-    float* sums = of(flowing, width);
+    float* sums = of(rooms.flowing, width);
     std::memset(sums, 0, 4 * width);
     for (int64_t k = 0; k < left; k++)
         for (int j = 0; j < width; j += WIDTH)
@@ -339,5 +203,16 @@ void backward(int steps, int batch, int in, int size, const float* into_hidden, 
         other_bias[j] += factor * sums[j];
     }
 }
+
+extern "C" {
+
+int columns() { return COLUMNS; }
+
+decltype(&forward<Float32>) forward_float32 = forward<Float32>;
+decltype(&backward<Float32>) backward_float32 = backward<Float32>;
+#if defined(__AVX512BF16__)
+decltype(&forward<BFloat16>) forward_bf16 = forward<BFloat16>;
+decltype(&backward<BFloat16>) backward_bf16 = backward<BFloat16>;
+#endif
 
 }  // extern "C"

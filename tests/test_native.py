@@ -6,6 +6,7 @@ import copy
 import itertools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,15 +126,15 @@ def test_other_layers_are_left_to_pytorch(layer):
     assert not native.suits(layer)
 
 
-def rounded(x: Tensor) -> Tensor:
+def to_bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
 def step_by_hand(
-    weights: list[Tensor], inputs: Tensor, into: Tensor, lr: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    weights: list[Tensor], inputs: Tensor, into: Tensor, rounded: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
     """States, gradients of the inputs and stepped weights of one layer, all factors of products
-    rounded to bfloat16 and nothing else: the chain rule, written out."""
+    rounded and nothing else: the chain rule, written out."""
     w, u, b, b2 = weights
     size = u.shape[1]
     h = c = torch.zeros(inputs.shape[1], size)
@@ -171,29 +172,30 @@ def step_by_hand(
         changes[2] += into_a.sum(0)
         changes[3] += into_a.sum(0)
         into_h, into_c = rounded(into_a) @ rounded(u), into_c * f
-    stepped = [p - lr * change for p, change in zip(weights, changes, strict=True)]
-    return torch.stack([h for *_, h in kept]), torch.stack(onward), stepped
+    stepped = [p - LR * change for p, change in zip(weights, changes, strict=True)]
+    return [torch.stack([h for *_, h in kept]), torch.stack(onward), *stepped]
 
 
 @pytest.mark.parametrize("inputs", [8, 33, 128])
 @pytest.mark.parametrize("lines", [1, 11])
 def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines):
+    torch.manual_seed(0)
     layer = nn.LSTM(inputs, 128)
     if not native.suits(layer, "bf16"):
         pytest.skip("no compiled products in bfloat16 here")
     weights = [parameter.detach().clone() for parameter in layer.parameters()]
     x, into = torch.randn(5, lines, inputs), torch.randn(5, lines, 128)
     into[3:, 0] = 0.0
-    outputs, onward, stepped = step_by_hand(weights, x, into, LR)
     ours = x.clone().requires_grad_()
     found, _ = native.in_place(layer, ours, torch.zeros((), requires_grad=True), LR, "bf16")
-    (found_onward,) = torch.autograd.grad((found * into).sum(), [ours])
-    # A sum that differs in its last bit may round to another bfloat16: 0.4 % of one factor.
-    torch.testing.assert_close(found.detach(), outputs, rtol=0.0, atol=1e-4)
-    torch.testing.assert_close(found_onward, onward, rtol=0.0, atol=2e-3)
-    for start, theirs, parameter in zip(weights, stepped, layer.parameters(), strict=True):
-        moved = float((theirs - start).abs().max())
-        torch.testing.assert_close(parameter.detach(), theirs, rtol=0.0, atol=2e-3 * moved)
+    (onward,) = torch.autograd.grad((found * into).sum(), [ours])
+    tensors = [found, onward, *layer.parameters()]
+    # Some sums differ in their last bit, and some of these round to another bfloat16.
+    expected = step_by_hand(weights, x, into, to_bfloat16)
+    unrounded = step_by_hand(weights, x, into, lambda factor: factor)
+    for mine, theirs, others in zip(tensors, expected, unrounded, strict=True):
+        assert (mine - theirs).abs().mean() < 0.3 * (mine - others).abs().mean()
+        torch.testing.assert_close(mine.detach(), theirs, rtol=0.0, atol=5e-3)
 
 
 class Reader(nn.Module):

@@ -39,7 +39,10 @@ ALGORITHM = FedAvg(client_lr=0.05)
 KINDS = {
     "linear layers": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear"),
     "convolutions": ("convolution", "mkldnn_convolution", "convolution_backward"),
-    "LSTM": ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "lstm"),
+    "LSTM": (
+        *("_LayerStep", "_LayerStepBackward"),  # what potluck.tasks.native compiles
+        *("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "lstm"),
+    ),
     "pooling": ("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "max_pool2d"),
 }
 OTHER, NONE = "other operators", "no operator"
@@ -139,7 +142,7 @@ def operators(task: Any, weights: Any, cohort: Any, chunk: int | None) -> dict[s
         kind = next((k for k, names in KINDS.items() if name in names), OTHER)
         if event.key.startswith("mkldnn::_linear"):
             kind = "linear layers"
-        if event.key.startswith(("aten::", "mkldnn::")):
+        if event.key.startswith(("aten::", "mkldnn::")) or event.key in KINDS["LSTM"]:
             shares[kind] += event.self_cpu_time_total / 1e6
     # The profiler slows what is between operators, so the whole is taken from rounds without it.
     whole = max(whole, sum(shares.values()))

@@ -65,10 +65,11 @@ _BEYOND = (  # a cell, what is other than plain averaging, in words and as chang
     (
         ("shakespeare", "lstm", "role", 5, 10, 0.1, 41),
         "nesterov",
-        "Nesterov 0.5, cosine",
+        "Nesterov 0.9, rate 1.0 and down a cosine",
         (
+            "algorithm.client_lr=1.0",
             "algorithm.server.name=nesterov",
-            "algorithm.server.momentum=0.5",
+            "algorithm.server.momentum=0.9",
             "algorithm.client_schedule.name=cosine",
             "algorithm.client_schedule.rounds=25",
             "algorithm.client_schedule.floor=0.1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -340,6 +341,21 @@ def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, cap
     monkeypatch.setattr(native, "_SOURCE", wrong)
     assert not native.suits(nn.LSTM(8, 128))
     assert "differs from PyTorch's" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize(("target", "columns"), [("x86-64", 8), ("haswell", 16)])
+def test_processors_with_narrower_vectors_take_the_same_step(afresh, monkeypatch, target, columns):
+    if platform.machine() != "x86_64" or not torch.cpu._is_avx2_supported():
+        pytest.skip("no x86 processor with AVX2")
+    flags = [f"-march={target}" if f.startswith("-march") else f for f in native._FLAGS]
+    monkeypatch.setattr(native, "_FLAGS", flags)
+    plain = nn.LSTM(33, 128, num_layers=2)
+    assert native.suits(plain)
+    assert not native.suits(plain, "bf16")
+    assert native._library().columns == columns
+    for theirs, ours in both(plain, (7, 13, 33), None, with_cell=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
 @needs_compiler

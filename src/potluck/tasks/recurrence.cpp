@@ -67,8 +67,8 @@ static Rooms<P>& rooms_of() {
 // multiple of COLUMNS.
 template <class P>
 static void forward(int steps, int batch, int in, int size, const float* inputs, const float* weight,
-             const float* recurrent, const float* bias, const float* other_bias, float* gates,
-             float* hidden, float* cells, float* squashed) {
+                    const float* recurrent, const float* bias, const float* other_bias, float* gates,
+                    float* hidden, float* cells, float* squashed) {
     const int width = 4 * size;
     const int64_t rows = int64_t(batch) * size;
     Rooms<P>& rooms = rooms_of<P>();
@@ -104,10 +104,11 @@ static void forward(int steps, int batch, int in, int size, const float* inputs,
 // step, into_cell [batch, size], which is lost: onward [steps, batch, in] = ∂ℓ/∂x unless it is null,
 // and W, U and both biases with `factor` times their gradients added. The rest as `forward` left it.
 template <class P>
-static void backward(int steps, int batch, int in, int size, const float* into_hidden, int64_t step_stride,
-              int64_t line_stride, float* into_cell, const float* inputs, const float* gates,
-              const float* hidden, const float* cells, const float* squashed, float factor,
-              float* onward, float* weight, float* recurrent, float* bias, float* other_bias) {
+static void backward(int steps, int batch, int in, int size, const float* into_hidden,
+                     int64_t step_stride, int64_t line_stride, float* into_cell,
+                     const float* inputs, const float* gates, const float* hidden,
+                     const float* cells, const float* squashed, float factor, float* onward,
+                     float* weight, float* recurrent, float* bias, float* other_bias) {
     const int width = 4 * size;
     const int64_t rows = int64_t(batch) * size;
     std::vector<int> ends(batch);  // of each line: from there on nothing flows back

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from potluck import FedAvg, Task, rounds
 from potluck.core import Correction
-from potluck.simulation import Loop, Workers
+from potluck.simulation import Loop, Vmap, Workers
 from potluck.tasks import Examples, FederatedData, TorchRuntime, native
 from potluck.tasks.language import CharLSTM
 from potluck.tasks.local import pure_loss
@@ -25,7 +25,7 @@ from potluck.tasks.metrics import PerCharacter
 from potluck.tasks.text import PADDING, encode_lines
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+    not any(map(shutil.which, native._COMPILERS)), reason="no C++ compiler"
 )
 LR = 0.3
 
@@ -277,6 +277,14 @@ def test_a_runtime_compiles_a_layer_where_that_is_exact(how, layers, correction)
     assert moved > 1e-2
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5 * moved)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("num_threads", "layers"), [(1, 1), (2, 0)])
+def test_kernels_on_several_threads_keep_pytorchs_lstm(num_threads, layers):
+    problem = task(lambda: Reader("once"))
+    for runtime in (Loop(problem, num_threads)._runtime, Vmap(problem, 2, num_threads)._plain):
+        assert sum(type(layer) is nn.LSTM for layer in runtime._layers._calls) == layers
 
 
 @needs_compiler

@@ -91,7 +91,7 @@ class Vmap:
             )
         self._task = task
         self._num_threads = num_threads
-        self._plain = TorchRuntime(task, one_thread=True)
+        self._plain = TorchRuntime(task, one_thread=num_threads == 1)
         self._precision: Precision = precision
         self._tolerance = _TOLERANCES.get(precision, TOLERANCE)
         self._device_cohort = _placed(task, device, precision, chunk)

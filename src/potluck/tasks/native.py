@@ -32,6 +32,7 @@ from potluck.tasks.precision import Precision
 _LOG = logging.getLogger("potluck")
 _SOURCE = Path(__file__).with_name("recurrence.cpp")
 _PRODUCTS = _SOURCE.with_name("products.hpp")
+_COMPILERS = ("c++", "g++", "clang++")  # the first that is there
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
 _SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
 _SECONDS = 60.0  # to compile, at most
@@ -94,16 +95,12 @@ def in_place(
     compiled = library.steps[precision]
     steps = (inputs.transpose(0, 1) if layer.batch_first else inputs).float()
     last: list[tuple[Tensor, Tensor]] = []
-    for k in range(layer.num_layers):
-        weights = [getattr(layer, f"{name}_l{k}") for name in _NAMES]
+    for weights in layer.all_weights:
         steps, cell = _layer(compiled, steps, token, lr, weights)
         last.append((steps[-1], cell))
     outputs = steps.transpose(0, 1) if layer.batch_first else steps
     h, c = (torch.stack(each) for each in zip(*last, strict=True))
     return outputs, (h, c)
-
-
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _layer(
@@ -218,7 +215,7 @@ def _made() -> Path:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be made.
     """
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise OSError("there is no C++ compiler")
     sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, _PRODUCTS)]

@@ -149,9 +149,20 @@ static void pack_transposed(int rows, int columns, const float* from, typename P
         }
 }
 
-template <class P, int V>
-static inline void load_panel(const typename P::Unit* panel, Floats* row) {
-    for (int j = 0; j < V; j++) row[j] = load(reinterpret_cast<const float*>(panel) + j * WIDTH);
+// sum[m] += over k, left[m · row + k · place] · panel[k, 0:V·WIDTH]
+template <class P, int M, int V>
+static inline __attribute__((always_inline)) void accumulate(
+    const typename P::Unit* left, int row, int place, const typename P::Unit* panel, int depth,
+    Floats (&sum)[M][V]) {
+    for (int k = 0; k < depth; k++) {
+        Floats right[V];
+        for (int j = 0; j < V; j++)
+            right[j] = load(reinterpret_cast<const float*>(panel + k * COLUMNS) + j * WIDTH);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < V; j++)
+                sum[m][j] = P::add(sum[m][j], left[m * row + k * place], right[j]);
+    }
 }
 
 // result[m, 0:V·WIDTH] += left[m, 0:depth] · panel[0:depth, 0:V·WIDTH] for m < M
@@ -161,13 +172,7 @@ static void tile(const typename P::Unit* left, const typename P::Unit* panel, in
     Floats sum[M][V];
     for (int m = 0; m < M; m++)
         for (int j = 0; j < V; j++) sum[m][j] = load(result + m * stride + j * WIDTH);
-    for (int k = 0; k < depth; k++) {
-        Floats row[V];
-        load_panel<P, V>(panel + k * COLUMNS, row);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < V; j++) sum[m][j] = P::add(sum[m][j], left[m * depth + k], row[j]);
-    }
+    accumulate<P>(left, depth, 1, panel, depth, sum);
     for (int m = 0; m < M; m++)
         for (int j = 0; j < V; j++) store(result + m * stride + j * WIDTH, sum[m][j]);
 }
@@ -210,13 +215,7 @@ template <class P, int V>
 static void outer(const typename P::Unit* left, const typename P::Unit* panel, int depth, float factor,
                   float* result, int stride, int some) {
     Floats sum[HALF][V] = {};
-    for (int k = 0; k < depth; k++) {
-        Floats row[V];
-        load_panel<P, V>(panel + k * COLUMNS, row);
-#pragma GCC unroll 16
-        for (int m = 0; m < HALF; m++)
-            for (int j = 0; j < V; j++) sum[m][j] = P::add(sum[m][j], left[k * LEFT + m], row[j]);
-    }
+    accumulate<P>(left, 1, LEFT, panel, depth, sum);
     if (some < V * WIDTH) {
         for (int m = 0; m < HALF; m++)
             for (int j = 0; j < some; j++)

@@ -100,6 +100,13 @@ static void forward(int steps, int batch, int in, int size, const float* inputs,
     }
 }
 
+// whether any of a gradient is not zero
+static bool flows(const float* gradient, int size) {
+    bool found = false;
+    for (int j = 0; j < size; j++) found |= gradient[j] != 0.0f;
+    return found;
+}
+
 // From ∂ℓ/∂h_t, into_hidden [steps, batch, size] with strides of its own, and ∂ℓ/∂c of the last
 // step, into_cell [batch, size], which is lost: onward [steps, batch, in] = ∂ℓ/∂x unless it is null,
 // and W, U and both biases with `factor` times their gradients added. The rest as `forward` left it.
@@ -113,14 +120,11 @@ static void backward(int steps, int batch, int in, int size, const float* into_h
     const int64_t rows = int64_t(batch) * size;
     std::vector<int> ends(batch);  // of each line: from there on nothing flows back
     for (int b = 0; b < batch; b++) {
-        bool flows = false;
-        for (int j = 0; j < size; j++) flows |= into_cell[b * size + j] != 0.0f;
         int end = steps;
-        for (; end > 0 && !flows; end--) {
-            const float* at = into_hidden + (end - 1) * step_stride + b * line_stride;
-            for (int j = 0; j < size; j++) flows |= at[j] != 0.0f;
-            if (flows) break;
-        }
+        if (!flows(into_cell + b * size, size))
+            while (end > 0 &&
+                   !flows(into_hidden + (end - 1) * step_stride + b * line_stride, size))
+                end--;
         ends[b] = end;
     }
     std::vector<int64_t> first(steps + 1, 0);  // of each step, among the places that are left
@@ -145,14 +149,14 @@ static void backward(int steps, int batch, int in, int size, const float* into_h
         for (int64_t k = first[t]; k < first[t + 1]; k++) {
             const int b = places[k] - t * batch;
             const float* gate = gates + int64_t(places[k]) * width;
-            const float* flows = into_hidden + t * step_stride + b * line_stride;
+            const float* into = into_hidden + t * step_stride + b * line_stride;
             float *to = into_gates + k * width, *cell = into_cell + b * size;
             for (int j = 0; j < size; j += WIDTH) {
                 const int64_t here = int64_t(places[k]) * size + j;
                 const Floats i = load(gate + j), f = load(gate + size + j),
                              g = load(gate + 2 * size + j), o = load(gate + 3 * size + j),
                              s = load(squashed + here),
-                             into_h = load(flows + j) + load(back + b * size + j);
+                             into_h = load(into + j) + load(back + b * size + j);
                 const Floats into_c = load(cell + j) + into_h * o * (1.0f - s * s);
                 store(to + j, into_c * g * i * (1.0f - i));
                 store(to + size + j, into_c * load(cells + here) * f * (1.0f - f));

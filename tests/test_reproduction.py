@@ -109,6 +109,13 @@ def test_a_grid_may_name_the_precision_of_its_runs(grid):
     assert "| bf16 |" in page("table4", gather(mine), "potluck reproduce table4", ())
 
 
+def test_a_grid_may_name_a_device_on_which_the_cohort_is_one_program(grid):
+    mine = replace(grid(cell("a"), seeds=(1,)), device="cpu")
+    finish(mine)
+    run = read_run(mine.runs / "a/lr-0.5/seed-1").manifest["experiment"]["run"]
+    assert (run["executor"], run["device"]) == ("vmap", "cpu")
+
+
 def test_cells_and_seeds_that_were_started_come_first(grid):
     mine = grid(cell("a"), cell("b"), seeds=(1, 2))
     started = list(jobs(mine))[3]

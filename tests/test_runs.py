@@ -65,6 +65,12 @@ def test_a_run_directory_holds_what_the_rounds_gave(undisturbed):
     assert "seconds" not in (undisturbed / "rounds.jsonl").read_text()
 
 
+def test_a_tree_without_its_history_may_be_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("POTLUCK_COMMIT", "0123456789ab")
+    list(train(experiment(), tmp_path / "run"))
+    assert read_run(tmp_path / "run").manifest["commit"] == "0123456789ab"
+
+
 def test_a_finished_run_is_not_run_again(undisturbed):
     before = files(undisturbed)
     assert list(train(experiment(), undisturbed)) == []

@@ -83,6 +83,14 @@ def reproduce(
             "fast on processors that have it.",
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Train on it, the cohort as one program: cuda, cuda:1, or auto, a GPU if there is "
+            "one.",
+        ),
+    ] = None,
     max_hours: Annotated[
         float | None, typer.Option(min=0.0, metavar="H", help="Stop after so many hours.")
     ] = None,
@@ -124,6 +132,7 @@ def reproduce(
         experiments=experiments,
         workers=workers,
         precision=precision,
+        device=device,
     )
     if not report_only:
         try:

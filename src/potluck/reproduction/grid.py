@@ -43,6 +43,7 @@ class Grid:
         experiments: the folder of the experiment files; None looks for it.
         workers: processes for a run; None takes what its file says.
         precision: of local training, likewise. A run goes on with that which it began with.
+        device: "cuda" or another of `run.device`, on which the cohort is one program.
     """
 
     cells: Sequence[Cell]
@@ -53,6 +54,7 @@ class Grid:
     experiments: Path | None = None
     workers: int | None = None
     precision: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         tuning.rates(1.0, self.num_rates)
@@ -201,7 +203,12 @@ def load_cell(grid: Grid, cell: Cell) -> Experiment:
     for folder in places:
         path = folder / f"{cell.file}.toml"
         if path.exists():
-            wanted = {"workers": grid.workers, "precision": grid.precision}
+            wanted = {
+                "executor": None if grid.device is None else "vmap",
+                "device": grid.device,
+                "workers": grid.workers,
+                "precision": grid.precision,
+            }
             given = [f"run.{key}={value}" for key, value in wanted.items() if value is not None]
             return load_experiment(path, [*cell.overrides, *given])
     raise ConfigError(

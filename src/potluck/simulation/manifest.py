@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from potluck.experiment import Experiment
 from potluck.tasks import Task, spec_of
+from potluck.tasks.placement import device_of
 
 # What may differ between the run that was started and the one that continues it.
 _FREE = (
@@ -52,7 +54,7 @@ def make_manifest(
             "numpy": np.__version__,
             "torch": metadata.version("torch"),
         },
-        "machine": machine(),
+        "machine": machine() + _gpu(experiment.run.device),
         "commit": commit(),
     }
 
@@ -77,8 +79,20 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {sys.platform}"
 
 
+def _gpu(device: str | None) -> str:
+    """What is added to the machine of a run that names a GPU."""
+    if device is None or device_of(device).type == "cpu":
+        return ""
+    return f", {torch.cuda.get_device_name(device_of(device))}"
+
+
 def commit() -> str | None:
-    """The commit of the source tree, with a + if it has changes; None outside one."""
+    """The commit of the source tree, with a + if it has changes; None outside one.
+
+    Of a tree that was copied without its history, the environment variable POTLUCK_COMMIT says it.
+    """
+    if "POTLUCK_COMMIT" in os.environ:
+        return os.environ["POTLUCK_COMMIT"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],

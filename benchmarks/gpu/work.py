@@ -133,6 +133,11 @@ class Engine:
         assert getattr(self._executor, "refused", None) is None, self._executor.refused
         self._state = ALGORITHM.server_update(self._state, result.aggregate, round=number)
 
+    @property
+    def num_captured(self) -> int:
+        """Shapes of steps that are replayed."""
+        return self._executor.placed.num_captured
+
     def vector(self) -> np.ndarray:
         return self._state.weights
 

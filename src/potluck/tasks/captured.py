@@ -10,6 +10,7 @@ Where a step cannot be captured, it goes on as it is, and a line of the log "pot
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -63,5 +64,17 @@ class Captured:
             self._failed = graph
             _LOG.warning("steps are not captured in CUDA graphs: %s", self.refused)
             torch.cuda.synchronize()
+            self._heal_generator()
         else:
             self._graph = graph
+
+    def _heal_generator(self) -> None:
+        """Give the GPU's generator a state that is in no capture, at the same place in its stream:
+        a capture that failed leaves it in one, and whatever draws next fails."""
+        generators: Any = torch.cuda.default_generators
+        generator = generators[self._stream.device.index]
+        fresh: Any = torch.Generator(self._stream.device)
+        fresh.manual_seed(generator.initial_seed())
+        with contextlib.suppress(RuntimeError):  # it does not tell its place any more
+            fresh.set_offset(generator.get_offset())
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())

@@ -21,13 +21,14 @@ from potluck.core import Vector
 from potluck.tasks.by_example import by_example
 from potluck.tasks.data import lengths, trimmed
 from potluck.tasks.local import Judged
-from potluck.tasks.placement import sent, unpacked_rnns
+from potluck.tasks.placement import free_bytes, sent, unpacked_rnns
 from potluck.tasks.precision import Precision, autocast, products
 from potluck.tasks.resident import Resident
 from potluck.tasks.task import Task, bind, spec_of
 
-_OUTPUTS = 2**25  # logits that are made at a time, or so
-_EXAMPLES = 4096  # at most, at a time
+_OUTPUTS = 2**27  # logits that are made at a time, or so
+_BYTES = 640  # of free memory that there must be for each of them
+_EXAMPLES = 8192  # at most, at a time
 
 
 class PooledOnDevice:
@@ -45,7 +46,8 @@ class PooledOnDevice:
         self._padding = task.data.padding
         self._lengths = None if self._padding is None else lengths(train.inputs, self._padding)
         width = train.inputs.shape[1] if self._padding is not None else 1
-        self._examples = max(min(_OUTPUTS // (width * max(task.data.num_classes, 1)), _EXAMPLES), 1)
+        outputs = min(_OUTPUTS, free_bytes(device) // _BYTES)
+        self._examples = max(min(outputs // (width * max(task.data.num_classes, 1)), _EXAMPLES), 1)
         self._module = Judged(task).module.to(device)
         self._vector = torch.zeros(spec_of(self._module).dim, device=device)
         bind(self._module, self._vector)

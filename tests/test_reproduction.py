@@ -288,6 +288,7 @@ def test_when_the_time_is_up_it_stops_cleanly_and_goes_on_later(tmp_path):
 
 def test_report_only_reads_the_runs_that_are_committed(tmp_path):
     shutil.copytree(ROOT / "results/runs", tmp_path / "results/runs")
+    shutil.rmtree(tmp_path / "results/runs/mnist-2nn-iid-fedsgd-c0.1")
     result = potluck(
         "table4", "--report-only", "--runs", tmp_path / "none", "--out", tmp_path / "results"
     )

@@ -75,6 +75,18 @@ _BEYOND = (  # a cell, what is other than plain averaging, in words and as chang
             "algorithm.client_schedule.floor=0.1",
         ),
     ),
+    (
+        ("mnist", "cnn", "two-shard", 5, 10, 0.1, 229),
+        "nesterov",
+        "Nesterov 0.7, rate 0.1 and down a cosine",
+        (
+            "algorithm.server.name=nesterov",
+            "algorithm.server.momentum=0.7",
+            "algorithm.client_schedule.name=cosine",
+            "algorithm.client_schedule.rounds=110",
+            "algorithm.client_schedule.floor=0.05",
+        ),
+    ),
 )
 _EPOCHS = (1, 5, 10, 20, 50, 100, 200, 400)  # figures 3 and 8
 _FIGURE_ROUNDS = 100  # of which a large E makes a few only, if --max-hours says so

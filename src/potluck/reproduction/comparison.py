@@ -58,8 +58,8 @@ round. The means and standard deviations are over the seeds.
 """
 _RATES = """\
 client_lr is the rate of the cell's experiment file where it says "file": the paper's, where its
-figures show one, and otherwise a guess, neither of which was tuned here. "Best of N" is the best of
-N rates in steps of 10^(1/3), chosen with seed 0, which is not among the reported seeds. The choice
+figures show one, and otherwise a guess, or what the file says of it. "Best of N" is the best of N
+rates in steps of 10^(1/3), chosen with seed 0, which is not among the reported seeds. The choice
 looks at the same test examples that are then reported, as the paper's does; only the seed is
 another.
 """

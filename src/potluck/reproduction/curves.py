@@ -33,7 +33,7 @@ def draw_accuracy(results: Sequence[Result], paths: Sequence[Path]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(left=1)
         _plain_numbers(axes.xaxis)
-        axes.legend(frameon=False, fontsize="x-small", loc="upper left")
+        axes.legend(frameon=False, fontsize="x-small", loc="lower right")
     save_figure(figure, paths)
 
 

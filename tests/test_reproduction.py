@@ -289,11 +289,11 @@ def test_when_the_time_is_up_it_stops_cleanly_and_goes_on_later(tmp_path):
 def test_report_only_reads_the_runs_that_are_committed(tmp_path):
     shutil.copytree(ROOT / "results/runs", tmp_path / "results/runs")
     shutil.rmtree(tmp_path / "results/runs/mnist-2nn-iid-fedsgd-c0.1")
-    result = potluck(
-        "table4", "--report-only", "--runs", tmp_path / "none", "--out", tmp_path / "results"
-    )
+    words = ["table4", "--report-only", "--device", "cpu", "--runs", tmp_path / "none"]
+    result = potluck(*words, "--out", tmp_path / "results")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "results/table4/README.md").read_text()
+    assert "Made by `potluck reproduce table4 --device cpu`" in page
     assert "| 2NN, IID, 97 %: E 1, B 10, C 0.1 | 0.1 (file) | 92 | 57.2 ± 3.9 (3 seeds) |" in page
     assert "55.8, 54.1, 61.5" in page
     assert "aa64806b55c9" in page

@@ -111,6 +111,7 @@ def reproduce(
     given = [f"--cells {shlex.quote(pattern)}" for pattern in cells or []]
     given += [f"--seeds {seeds}"] * (seeds is not None) + [f"--rates {rates}"] * (rates != 1)
     given += [f"--precision {precision}"] * (precision is not None)
+    given += [f"--device {device}"] * (device is not None)
     words = " ".join(["potluck reproduce", what, *given, *["--quick"] * quick])
     out = out or Path("results-quick" if quick else "results")
     chosen = _seeds(seeds or ("1,2" if quick else "1,2,3"))

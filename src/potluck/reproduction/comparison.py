@@ -65,8 +65,8 @@ another.
 """
 _BEYOND = """\
 The rows of plain averaging are those of table 2. The paper's number is of plain averaging too: it
-has no other. A rate "with its optimizer" was set together with it: those of Shakespeare were chosen
-with seed 0, on training examples alone (benchmarks/LOG.md).
+has no other. A rate "with its optimizer" was set together with it, with seed 0 and on training
+examples alone (benchmarks/LOG.md).
 """
 _MINIATURE = """\
 This is the miniature that `--quick` makes, of scikit-learn's digits and of the standard library's

@@ -81,9 +81,10 @@ def machine() -> str:
 
 def _gpu(device: str | None) -> str:
     """What is added to the machine of a run that names a GPU."""
-    if device is None or device_of(device).type == "cpu":
+    there = None if device is None else device_of(device)
+    if there is None or there.type == "cpu":
         return ""
-    return f", {torch.cuda.get_device_name(device_of(device))}"
+    return f", {torch.cuda.get_device_name(there)}"
 
 
 def commit() -> str | None:

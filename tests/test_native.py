@@ -177,13 +177,22 @@ def step_by_hand(
     return [torch.stack([h for *_, h in kept]), torch.stack(onward), *stepped]
 
 
+@pytest.fixture(params=["bf16", "tiles"])
+def kind(request, monkeypatch):
+    """One kind of compiled products in bfloat16, by which such layers are multiplied."""
+    monkeypatch.setattr(native, "_KINDS", {"bf16": (request.param,)})
+    native._library.cache_clear()
+    yield request.param
+    native._library.cache_clear()
+
+
 @pytest.mark.parametrize("inputs", [8, 33, 128])
-@pytest.mark.parametrize("lines", [1, 11])
-def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines):
+@pytest.mark.parametrize("lines", [1, 11, 37])
+def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines, kind):
     torch.manual_seed(0)
     layer = nn.LSTM(inputs, 128)
     if not native.suits(layer, "bf16"):
-        pytest.skip("no compiled products in bfloat16 here")
+        pytest.skip(f"no compiled products in bfloat16 of the kind {kind} here")
     weights = [parameter.detach().clone() for parameter in layer.parameters()]
     x, into = torch.randn(5, lines, inputs), torch.randn(5, lines, 128)
     into[3:, 0] = 0.0
@@ -344,7 +353,8 @@ def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, cap
     wrong = tmp_path / "recurrence.cpp"
     text = native._SOURCE.read_text(encoding="utf-8")
     assert text.count("into_h * s * o * (1.0f - o)") == 1
-    shutil.copy(native._PRODUCTS, tmp_path)
+    for header in native._HEADERS:
+        shutil.copy(header, tmp_path)
     wrong.write_text(text.replace("into_h * s * o * (1.0f - o)", "into_h * s * o"))
     monkeypatch.setattr(native, "_SOURCE", wrong)
     assert not native.suits(nn.LSTM(8, 128))

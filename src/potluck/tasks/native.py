@@ -31,11 +31,12 @@ from potluck.tasks.precision import Precision
 
 _LOG = logging.getLogger("potluck")
 _SOURCE = Path(__file__).with_name("recurrence.cpp")
-_PRODUCTS = _SOURCE.with_name("products.hpp")
+_HEADERS = tuple(_SOURCE.with_name(name) for name in ("products.hpp", "tiles.hpp"))
 _COMPILERS = ("c++", "g++", "clang++")  # the first that is there
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
 _SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
 _SECONDS = 60.0  # to compile, at most
+_KINDS = {"float32": ("float32",), "bf16": ("tiles", "bf16")}  # of products; the first that is there
 _TOLERANCES = {"float32": 1e-5, "bf16": 2e-2}  # of a step whose numbers are about 1
 
 _SIZES, _POINTER = [ctypes.c_int] * 4, ctypes.c_void_p
@@ -160,15 +161,12 @@ def _library() -> _Library | None:
         _LOG.info("LSTMs are not compiled: %s", str(error).splitlines()[0])
         return None
     steps: dict[str, tuple[Any, Any]] = {}
-    for precision in _TOLERANCES:
-        try:
-            forward, backward = (
-                ctypes.c_void_p.in_dll(compiled, f"{name}_{precision}").value or 0
-                for name in ("forward", "backward")
-            )
-        except ValueError:  # this processor has no such products
-            continue
-        steps[precision] = _FORWARD(forward), _BACKWARD(backward)
+    for precision, kinds in _KINDS.items():
+        for kind in kinds:
+            found = _steps(compiled, kind)
+            if found is not None:
+                steps[precision] = found
+                break
     library = _Library(compiled.columns(), steps)
     if not all(_agrees(library, precision) for precision in steps):
         _LOG.warning(
@@ -177,6 +175,20 @@ def _library() -> _Library | None:
         )
         return None
     return library
+
+
+def _steps(compiled: ctypes.CDLL, kind: str) -> tuple[Any, Any] | None:
+    """The steps of a kind of products, forward and backward, if the processor has it."""
+    try:
+        forward, backward = (
+            ctypes.c_void_p.in_dll(compiled, f"{name}_{kind}").value or 0
+            for name in ("forward", "backward")
+        )
+    except ValueError:
+        return None
+    if kind == "tiles" and not compiled.prepare_tiles():  # the kernel has no room for them
+        return None
+    return _FORWARD(forward), _BACKWARD(backward)
 
 
 def _agrees(library: _Library, precision: str) -> bool:
@@ -218,7 +230,7 @@ def _made() -> Path:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise OSError("there is no C++ compiler")
-    sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, _PRODUCTS)]
+    sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
     about = "\n".join([*sources, compiler, *_FLAGS, _processor()])
     folder = cache_folder() / "compiled"
     path = folder / f"recurrence-{hashlib.blake2b(about.encode(), digest_size=12).hexdigest()}.so"

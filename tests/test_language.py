@@ -111,6 +111,9 @@ def test_losses_by_hand():
     right = CharacterAccuracy(padding=2)(logits, targets[:, :2])
     np.testing.assert_array_equal(right[:, 0], [1.0, 1.0])
     assert right.isnan().tolist() == [[False, False], [False, True]]
+    later = CharacterAccuracy(padding=2, skipped=1)(logits, targets[:, :2])
+    assert later.isnan().tolist() == [[True, False], [True, True]]
+    assert float(later[0, 1]) == float(right[0, 1])
 
 
 def lines(num_clients=4, size=23, steps=12, symbols=10):

@@ -159,6 +159,26 @@ def test_a_given_target_replaces_the_runs_own():
     assert measure(record({1: 0.5, 2: 0.9}, target=0.9), 0.7).to_target == pytest.approx(1.5)
 
 
+def test_a_run_can_be_judged_by_another_of_its_metrics(tmp_path):
+    run = record({0: 0.1, 1: 0.5, 2: 0.6})
+    for line in run.rounds:
+        line["metrics"]["accuracy_after_first"] = line["metrics"]["accuracy"] + 0.2
+        line["metrics"]["loss"] = 1.0 - line["metrics"]["accuracy"]
+    assert measure(run, 0.6).to_target == pytest.approx(2.0)
+    cost = measure(run, 0.6, metric="accuracy_after_first")  # 0.3, 0.7: three quarters of the way
+    assert cost.to_target == pytest.approx(0.75)
+    assert measure(run, 0.6, metric="loss").to_target == pytest.approx(0.75)
+    draw([cost], [tmp_path / "a.svg"])
+    assert "test accuracy_after_first" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
+def test_a_metric_that_a_run_has_not_is_refused_with_those_that_it_has():
+    run = record({0: 0.1, 1: 0.5})
+    run.rounds[0]["metrics"]["train_loss"] = 1.0  # not of every evaluation
+    with pytest.raises(ValueError, match="one of accuracy for .* got metric='train_loss'"):
+        measure(run, metric="train_loss")
+
+
 def test_without_a_target_there_is_nothing_to_reach():
     assert format_rounds(measure(record({1: 0.5}, target=None))) == "no target"
 

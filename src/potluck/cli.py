@@ -119,6 +119,13 @@ def report(
         float | None,
         typer.Option(metavar="SCORE", help="Count rounds to this instead of the runs' own target."),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Judge by this metric of the runs. accuracy if not given, or loss without it.",
+        ),
+    ] = None,
     x: Annotated[
         Literal["rounds", "hours"],
         typer.Option("--x", help="Draw over rounds, or over the hours of simulated devices."),
@@ -142,7 +149,7 @@ def report(
     for record in records:
         if not record.rounds:
             typer.echo(f"left out, for it has no rounds yet: {record.directory}", err=True)
-    costs = [measure(record, target) for record in records if record.rounds]
+    costs = [measure(record, target, metric=metric) for record in records if record.rounds]
     rows = table(costs)
     show_table(header(costs), rows, keys=2)
     for note in notes(costs):

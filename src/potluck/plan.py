@@ -194,7 +194,10 @@ def _language_task(task: PlannedTask, data: FederatedData) -> Task:
         model=partial(model, task.num_classes, hidden=task.hidden or 256),
         data=data,
         loss=loss,
-        metrics={"accuracy": CharacterAccuracy(padding=data.padding)},
+        metrics={
+            "accuracy": CharacterAccuracy(padding=data.padding),
+            "accuracy_after_first": CharacterAccuracy(padding=data.padding, skipped=1),
+        },
         batches="random" if task.batches == "random" else "by length",
     )
 

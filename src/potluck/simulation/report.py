@@ -59,7 +59,7 @@ class Cost(NamedTuple):
     seed: int
     directory: Path
     identity: str  # equal for runs of one experiment that differ in the seed
-    metric: str  # "accuracy", or "loss" where there is none
+    metric: str  # that the run was judged by
     curve: Curve
     target: float | None
     to_target: float | None
@@ -107,11 +107,17 @@ def on_paper_grid(curve: Curve) -> list[tuple[int, float]]:
     return kept
 
 
-def measure(record: RunRecord, target: float | None = None) -> Cost:
-    """The cost of one run; `target` instead of the experiment's own.
+def measure(record: RunRecord, target: float | None = None, *, metric: str | None = None) -> Cost:
+    """The cost of one run.
+
+    Args:
+        target: instead of the experiment's own.
+        metric: a name among those that were evaluated; if None, "accuracy", or "loss" where there
+            is none. The more the better, but for losses.
 
     Raises:
-        ValueError: the run has not been evaluated yet, or the target is no accuracy.
+        ValueError: the run has not been evaluated yet, or not by this metric; or the target is no
+            accuracy.
     """
     manifest = record.manifest
     scored = [line for line in record.rounds if line["metrics"]]
@@ -120,9 +126,16 @@ def measure(record: RunRecord, target: float | None = None) -> Cost:
             f"a run must have one evaluated round to be reported, got {str(record.directory)!r} "
             "with none. Run `potluck train` on, or leave it out."
         )
-    metric = "accuracy" if "accuracy" in scored[0]["metrics"] else "loss"
-    sign = 1.0 if metric == "accuracy" else -1.0
-    if metric == "accuracy" and target is not None and not 0.0 < target < 1.0:
+    known = sorted(set.intersection(*(set(line["metrics"]) for line in scored)))
+    if metric is None:
+        metric = "accuracy" if "accuracy" in known else "loss"
+    if metric not in known:
+        raise ValueError(
+            f"metric must be one of {', '.join(known)} for {str(record.directory)!r}, got "
+            f"metric={metric!r}. Take one of these, or leave the run out."
+        )
+    sign = _sign(metric)
+    if _is_accuracy(metric) and target is not None and not 0.0 < target < 1.0:
         raise ValueError(
             f"target must be an accuracy above 0 and below 1, got target={target:g}. "
             "For 97 % write 0.97."
@@ -162,6 +175,15 @@ def measure(record: RunRecord, target: float | None = None) -> Cost:
         virtual_to_target=None if to_target is None else to_target * 3600.0,
         virtual_seconds=record.rounds[-1].get("virtual_seconds"),
     )
+
+
+def _is_accuracy(metric: str) -> bool:
+    return metric.startswith("accuracy")
+
+
+def _sign(metric: str) -> float:
+    """By what a score is multiplied so that more is better."""
+    return -1.0 if metric.endswith("loss") else 1.0
 
 
 def group(costs: Iterable[Cost]) -> list[list[Cost]]:
@@ -207,7 +229,7 @@ def mean_of_best(runs: Sequence[Cost], x: Axis = "rounds") -> list[tuple[float, 
     A run that reached its target keeps its best after its end. Where one ends that has not, the
     mean ends too: with fewer seeds it would jump.
     """
-    sign = 1.0 if runs[0].metric == "accuracy" else -1.0
+    sign = _sign(runs[0].metric)
     shown = [curve_of(run, x) for run in runs]
     curves = [best_so_far([(n, sign * score) for n, score in curve]) for curve in shown]
     short = [curve[-1][0] for run, curve in zip(runs, shown, strict=True) if run.to_target is None]
@@ -264,10 +286,11 @@ def draw(costs: Iterable[Cost], paths: Sequence[Path], x: Axis = "rounds") -> No
     axes.set_xlabel("round" if x == "rounds" else "virtual hours")
     axes.set_ylabel(f"test {' and '.join(metrics)}")
     axes.set_xlim(left=0)
-    if metrics == ["accuracy"]:
+    rising = all(map(_is_accuracy, metrics))
+    if rising:
         axes.set_ylim(_lowest_shown(groups), 1.0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right" if metrics == ["accuracy"] else "upper right")
+    axes.legend(frameon=False, loc="lower right" if rising else "upper right")
     save_figure(figure, paths)
 
 

@@ -71,11 +71,14 @@ class CharacterAccuracy:
     """1 where the largest logit is the target's, 0 where not, NaN at padding: [batch, width]."""
 
     padding: int  # the target that does not count
+    skipped: int = 0  # positions at the beginning of every row that do not count either
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Of logits [batch, width, symbols] and targets [batch, width]."""
         right = (outputs.argmax(dim=2) == targets).float()
-        return right.masked_fill(targets == self.padding, float("nan"))
+        right = right.masked_fill(targets == self.padding, float("nan"))
+        right[:, : self.skipped] = float("nan")
+        return right
 
 
 def _summed(outputs: Tensor, targets: Tensor, padding: int) -> Tensor:

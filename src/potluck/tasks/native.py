@@ -36,7 +36,8 @@ _COMPILERS = ("c++", "g++", "clang++")  # the first that is there
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
 _SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
 _SECONDS = 60.0  # to compile, at most
-_KINDS = {"float32": ("float32",), "bf16": ("tiles", "bf16")}  # of products; the first that is there
+# Of products, by precision: the first kind that is there.
+_KINDS = {"float32": ("float32",), "bf16": ("tiles", "bf16")}
 _TOLERANCES = {"float32": 1e-5, "bf16": 2e-2}  # of a step whose numbers are about 1
 
 _SIZES, _POINTER = [ctypes.c_int] * 4, ctypes.c_void_p

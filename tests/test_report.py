@@ -175,7 +175,7 @@ def test_a_run_can_be_judged_by_another_of_its_metrics(tmp_path):
 def test_a_metric_that_a_run_has_not_is_refused_with_those_that_it_has():
     run = record({0: 0.1, 1: 0.5})
     run.rounds[0]["metrics"]["train_loss"] = 1.0  # not of every evaluation
-    with pytest.raises(ValueError, match="one of accuracy for .* got metric='train_loss'"):
+    with pytest.raises(ValueError, match=r"one of accuracy for .* got metric='train_loss'"):
         measure(run, metric="train_loss")
 
 

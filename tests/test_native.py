@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from potluck import FedAvg, Task, rounds
 from potluck.core import Correction
 from potluck.simulation import Loop, Vmap, Workers
-from potluck.tasks import Examples, FederatedData, TorchRuntime, native
+from potluck.tasks import Examples, FederatedData, TorchRuntime, building, native
 from potluck.tasks.language import CharLSTM
 from potluck.tasks.local import pure_loss
 from potluck.tasks.metrics import PerCharacter
 from potluck.tasks.text import PADDING, encode_lines
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, native._COMPILERS)), reason="no C++ compiler"
+    not any(map(shutil.which, building.COMPILERS)), reason="no C++ compiler"
 )
 LR = 0.3
 
@@ -341,7 +341,7 @@ def test_a_compiler_that_fails_leaves_it_to_pytorch(afresh, monkeypatch, caplog)
     def fail(*arguments, **_):
         raise subprocess.CalledProcessError(1, "c++", stderr=b"no such flag")
 
-    monkeypatch.setattr(native.subprocess, "run", fail)
+    monkeypatch.setattr(building.subprocess, "run", fail)
     with caplog.at_level("INFO", logger="potluck"):
         assert not native.suits(nn.LSTM(8, 128))
     assert "are not compiled" in caplog.text
@@ -351,12 +351,13 @@ def test_a_compiler_that_fails_leaves_it_to_pytorch(afresh, monkeypatch, caplog)
 @needs_compiler
 def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, caplog):
     wrong = tmp_path / "recurrence.cpp"
-    text = native._SOURCE.read_text(encoding="utf-8")
+    source, *headers = native._SOURCES
+    text = source.read_text(encoding="utf-8")
     assert text.count("into_h * s * o * (1.0f - o)") == 1
-    for header in native._HEADERS:
+    for header in headers:
         shutil.copy(header, tmp_path)
     wrong.write_text(text.replace("into_h * s * o * (1.0f - o)", "into_h * s * o"))
-    monkeypatch.setattr(native, "_SOURCE", wrong)
+    monkeypatch.setattr(native, "_SOURCES", (wrong, *headers))
     assert not native.suits(nn.LSTM(8, 128))
     assert "differs from PyTorch's" in caplog.text
 
@@ -366,8 +367,8 @@ def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, cap
 def test_processors_with_narrower_vectors_take_the_same_step(afresh, monkeypatch, target, columns):
     if platform.machine() != "x86_64" or not torch.cpu._is_avx2_supported():
         pytest.skip("no x86 processor with AVX2")
-    flags = [f"-march={target}" if f.startswith("-march") else f for f in native._FLAGS]
-    monkeypatch.setattr(native, "_FLAGS", flags)
+    flags = [f"-march={target}" if f.startswith("-march") else f for f in building.FLAGS]
+    monkeypatch.setattr(building, "FLAGS", flags)
     plain = nn.LSTM(33, 128, num_layers=2)
     assert native.suits(plain)
     assert not native.suits(plain, "bf16")
@@ -381,7 +382,7 @@ def test_it_is_compiled_once(afresh, monkeypatch):
     assert native.suits(nn.LSTM(8, 128))
     (made,) = (afresh / "compiled").iterdir()
     native._library.cache_clear()
-    monkeypatch.setattr(native.subprocess, "run", itertools.count)  # would raise
+    monkeypatch.setattr(building.subprocess, "run", itertools.count)  # would raise
     assert native.suits(nn.LSTM(8, 128))
     assert list((afresh / "compiled").iterdir()) == [made]
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from potluck.tasks.pooling import relu_of_max_pool
+
 Shape = tuple[int, ...]
 
 
@@ -61,8 +63,8 @@ class CNN(nn.Module):
         """Inputs [batch, channels, height, width] to logits [batch, num_classes]."""
         # ReLU and max pooling commute, and pooling first leaves a quarter to do. Pooling, and a
         # convolution of few channels, are several times faster on a CPU with the channels last.
-        maps = functional.relu(functional.max_pool2d(self.conv1(_channels_last(inputs)), 2))
-        maps = functional.relu(functional.max_pool2d(self.conv2(maps), 2))
+        maps = relu_of_max_pool(self.conv1(_channels_last(inputs)))
+        maps = relu_of_max_pool(self.conv2(maps))
         return self.output(functional.relu(self.hidden(maps.flatten(1))))
 
 

@@ -2,40 +2,26 @@
 
 A step of a layer multiplies a few rows, a batch's lines, with a large matrix. PyTorch's libraries
 do that at a good half of the core's rate; `recurrence.cpp` at nearly all of it, and leaves out what
-is padding on the way back. It is compiled once for a machine, which takes a second or two, and kept
-in the cache folder; a compiled one that does not do what PyTorch does is not used. The layers take
-their SGD step in the backward pass, as the linear ones of `potluck.tasks.inplace` do, which chooses
-them. Where nothing can be compiled, and with POTLUCK_NATIVE=0, everything goes through PyTorch.
+is padding on the way back. A compiled one (`potluck.tasks.building`) that does not do what PyTorch
+does is not used. The layers take their SGD step in the backward pass, as the linear ones of
+`potluck.tasks.inplace` do, which chooses them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from potluck.tasks.files import cache_folder
+from potluck.tasks import building
 from potluck.tasks.precision import Precision
 
-_LOG = logging.getLogger("potluck")
-_SOURCE = Path(__file__).with_name("recurrence.cpp")
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ("products.hpp", "tiles.hpp"))
-_COMPILERS = ("c++", "g++", "clang++")  # the first that is there
-_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
+_SOURCES = building.sources("recurrence.cpp", "products.hpp", "tiles.hpp")
 _SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
-_SECONDS = 60.0  # to compile, at most
 # Of products, by precision: the first kind that is there.
 _KINDS = {"float32": ("float32",), "bf16": ("tiles", "bf16")}
 _TOLERANCES = {"float32": 1e-5, "bf16": 2e-2}  # of a step whose numbers are about 1
@@ -154,12 +140,8 @@ class _Library(NamedTuple):
 @cache
 def _library() -> _Library | None:
     """What is compiled and agrees with PyTorch, or None where there is nothing; asked for once."""
-    if os.environ.get("POTLUCK_NATIVE") == "0":
-        return None
-    try:
-        compiled = ctypes.CDLL(str(_made()))
-    except (OSError, subprocess.SubprocessError) as error:
-        _LOG.info("LSTMs are not compiled: %s", str(error).splitlines()[0])
+    compiled = building.library("LSTMs", _SOURCES)
+    if compiled is None:
         return None
     steps: dict[str, tuple[Any, Any]] = {}
     for precision, kinds in _KINDS.items():
@@ -170,10 +152,7 @@ def _library() -> _Library | None:
                 break
     library = _Library(compiled.columns(), steps)
     if not all(_agrees(library, precision) for precision in steps):
-        _LOG.warning(
-            "LSTMs are not compiled: the compiler's work differs from PyTorch's. Set "
-            "POTLUCK_NATIVE=0 to leave it out, and report this with your compiler's version."
-        )
+        building.warn("LSTMs")
         return None
     return library
 
@@ -220,40 +199,3 @@ def _agrees(library: _Library, precision: str) -> bool:
     pairs = [(outputs, found), (onward, found_onward), *zip(expected, weights, strict=True)]
     tolerance = _TOLERANCES[precision]
     return all(torch.allclose(a, b, rtol=0.0, atol=tolerance) for a, b in pairs)
-
-
-def _made() -> Path:
-    """The library's file, made if it is not there.
-
-    Raises:
-        OSError, subprocess.SubprocessError: it cannot be made.
-    """
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise OSError("there is no C++ compiler")
-    sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
-    about = "\n".join([*sources, compiler, *_FLAGS, _processor()])
-    folder = cache_folder() / "compiled"
-    path = folder / f"recurrence-{hashlib.blake2b(about.encode(), digest_size=12).hexdigest()}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            target = Path(made) / path.name
-            subprocess.run(
-                [compiler, *_FLAGS, "-o", str(target), str(_SOURCE)],
-                check=True,
-                capture_output=True,
-                timeout=_SECONDS,
-            )
-            target.replace(path)  # at once: others may be looking for it
-    return path
-
-
-def _processor() -> str:
-    """What tells processors apart that a shared folder may serve."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

@@ -30,6 +30,7 @@ from potluck.tasks import native
 from potluck.tasks.precision import Precision
 
 _SMALLEST = 65_536  # weights; below it the plain step is as fast
+_THIN = 32  # rows of a batch; up to here the time goes into reading the weights, not into products
 _LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster than MKL
 
 
@@ -39,16 +40,14 @@ class InPlaceLayers:
     def __init__(
         self, module: nn.Module, precision: Precision = "float32", *, compiled: bool = False
     ) -> None:
-        """`compiled`: LSTMs too, on one thread, where their steps can be compiled. With bfloat16
-        products linear layers keep the plain step."""
+        """`compiled`: LSTMs too, on one thread, where their steps can be compiled."""
         self.lr = 0.0
         self._precision: Precision = precision
         self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
         self._calls: dict[nn.Module, int] = {
             layer: 0
             for layer in module.modules()
-            if (precision == "float32" and _is_large(layer))
-            or (compiled and native.suits(layer, precision))
+            if _is_large(layer) or (compiled and native.suits(layer, precision))
         }
 
     def probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> set[nn.Parameter]:
@@ -103,8 +102,10 @@ class InPlaceLayers:
         def linear(inputs: Tensor) -> Tensor:
             assert isinstance(layer, nn.Linear)
             self._calls[layer] += 1
+            rounds = self._precision == "bf16" and inputs.numel() > _THIN * inputs.shape[-1]
+            kind = torch.bfloat16 if rounds else torch.float32
             step = cast("Callable[..., Tensor]", _LinearStep.apply)
-            return step(inputs, layer.weight, layer.bias, self.token, self)
+            return step(inputs.to(kind), layer.weight, layer.bias, self.token, self)
 
         def lstm(inputs: Any, hx: Any = None) -> Any:
             assert isinstance(layer, nn.LSTM)
@@ -134,23 +135,38 @@ def _is_there(gradient: Tensor | None) -> bool:
 
 
 class _LinearStep(torch.autograd.Function):
-    """y = x Wᵀ + b, whose backward pass is also the SGD step of W and b."""
+    """y = x Wᵀ + b, whose backward pass is also the SGD step of W and b. Products are of the
+    inputs' type; the weights and their step are float32."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, owner: Any
     ) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.weight, ctx.bias, ctx.owner = weight.detach(), bias, owner
-        return _linear(inputs, weight, bias)
+        weight, kind = weight.detach(), inputs.dtype
+        ctx.weight, ctx.bias, ctx.owner = weight, bias, owner
+        ctx.rounded = None if kind == weight.dtype else weight.to(kind)
+        if ctx.rounded is None:
+            ctx.save_for_backward(inputs)
+            with torch.autocast("cpu", enabled=False):  # which would round them
+                return _linear(inputs, weight, bias)
+        rows = inputs.flatten(0, -2)  # one product, whatever the layout
+        ctx.save_for_backward(rows)
+        outputs = nn.functional.linear(rows, ctx.rounded, None if bias is None else bias.to(kind))
+        return outputs.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         (inputs,) = ctx.saved_tensors
-        weight, lr = ctx.weight, ctx.owner.lr
-        onward = _linear(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        weight, lr, onward = ctx.weight, ctx.owner.lr, None
         rows = gradient.flatten(0, -2)  # [batch, out]
-        weight.addmm_(rows.t(), inputs.flatten(0, -2), alpha=-lr)
+        if ctx.rounded is None:
+            if ctx.needs_input_grad[0]:
+                onward = _linear(gradient, weight.t(), None)
+            weight.addmm_(rows.t(), inputs.flatten(0, -2), alpha=-lr)
+        else:
+            if ctx.needs_input_grad[0]:
+                onward = (rows @ ctx.rounded).view(*gradient.shape[:-1], -1)
+            weight.add_(rows.t() @ inputs, alpha=-lr)
         if ctx.bias is not None:
             ctx.bias.detach().add_(rows.sum(0), alpha=-lr)
         return onward, None, None, None, None

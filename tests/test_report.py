@@ -172,11 +172,16 @@ def test_a_run_can_be_judged_by_another_of_its_metrics(tmp_path):
     assert "test accuracy_after_first" in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
+def test_a_metric_that_was_not_always_evaluated_counts_where_it_was():
+    run = record({0: 0.1, 1: 0.5, 2: 0.6})
+    run.rounds[1]["metrics"]["train_loss"] = 1.0
+    run.rounds[2]["metrics"]["train_loss"] = 0.8
+    assert measure(run, 0.9, metric="train_loss").to_target == pytest.approx(1.5)
+
+
 def test_a_metric_that_a_run_has_not_is_refused_with_those_that_it_has():
-    run = record({0: 0.1, 1: 0.5})
-    run.rounds[0]["metrics"]["train_loss"] = 1.0  # not of every evaluation
     with pytest.raises(ValueError, match=r"one of accuracy for .* got metric='train_loss'"):
-        measure(run, metric="train_loss")
+        measure(record({0: 0.1, 1: 0.5}), metric="train_loss")
 
 
 def test_without_a_target_there_is_nothing_to_reach():

@@ -112,8 +112,8 @@ def measure(record: RunRecord, target: float | None = None, *, metric: str | Non
 
     Args:
         target: instead of the experiment's own.
-        metric: a name among those that were evaluated; if None, "accuracy", or "loss" where there
-            is none. The more the better, but for losses.
+        metric: a name among those that were evaluated, by the rounds that have it; if None,
+            "accuracy", or "loss" where there is none. The more the better, but for losses.
 
     Raises:
         ValueError: the run has not been evaluated yet, or not by this metric; or the target is no
@@ -126,7 +126,7 @@ def measure(record: RunRecord, target: float | None = None, *, metric: str | Non
             f"a run must have one evaluated round to be reported, got {str(record.directory)!r} "
             "with none. Run `potluck train` on, or leave it out."
         )
-    known = sorted(set.intersection(*(set(line["metrics"]) for line in scored)))
+    known = sorted(set.union(*(set(line["metrics"]) for line in scored)))
     if metric is None:
         metric = "accuracy" if "accuracy" in known else "loss"
     if metric not in known:
@@ -134,6 +134,7 @@ def measure(record: RunRecord, target: float | None = None, *, metric: str | Non
             f"metric must be one of {', '.join(known)} for {str(record.directory)!r}, got "
             f"metric={metric!r}. Take one of these, or leave the run out."
         )
+    scored = [line for line in scored if metric in line["metrics"]]
     sign = _sign(metric)
     if _is_accuracy(metric) and target is not None and not 0.0 < target < 1.0:
         raise ValueError(

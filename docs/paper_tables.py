@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 from potluck.reproduction import interpolation, paper
-from potluck.reproduction.comparison import HEADER, LOSS_HEADER, gather, loss_rows, rows
+from potluck.reproduction.comparison import (
+    AFTER_FIRST,
+    HEADER,
+    LOSS_HEADER,
+    gather,
+    loss_rows,
+    rows,
+)
 from potluck.reproduction.grid import Grid
 from potluck.simulation.report import markdown
 
@@ -15,16 +22,17 @@ PAGE = ROOT / "docs" / "paper.md"
 
 
 def table(what: str) -> str:
-    """The table of one name, from `results/`."""
+    """The table of one name, from `results/`; with "_after_first", without first characters."""
     if what == "figure1":
         path = ROOT / "results" / what / "lines.json"
         found = interpolation.load(path, interpolation.PAPER)
         return markdown(interpolation.HEADER, interpolation.rows(found))
+    what, _, other = what.partition("_")
     kept = ROOT / "results" / "runs"
     grid = Grid(cells=paper.cells(what), runs=kept, copies=kept, experiments=ROOT / "experiments")
     if what in ("figure3", "figure8"):
         return markdown(LOSS_HEADER, loss_rows(gather(grid)))
-    return markdown(HEADER, rows(gather(grid)))
+    return markdown(HEADER, rows(gather(grid, AFTER_FIRST if other else None)))
 
 
 def written(text: str) -> str:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from potluck.reproduction import comparison, curves
-from potluck.reproduction.comparison import Result, gather, keep, loss_rows, page, rows
+from potluck.reproduction.comparison import AFTER_FIRST, Result, gather, keep, loss_rows, page, rows
 from potluck.reproduction.estimates import seconds_per_round, work
 from potluck.reproduction.grid import Grid, find, place
 from potluck.reproduction.paper import Cell
@@ -41,6 +41,7 @@ def write(
     num_rounds: int = 100,
     train_losses: list[float] | None = None,
     diverged: bool = False,
+    after_first: list[float] | None = None,
 ) -> Path:
     """A run directory with these accuracies from round 0; two seconds a round."""
     directory = root / place(cell, rate, seed)
@@ -59,7 +60,8 @@ def write(
             "round": number,
             "loss": 1.0,
             "metrics": {"accuracy": score}
-            | ({} if train_losses is None else {"train_loss": train_losses[number]}),
+            | ({} if train_losses is None else {"train_loss": train_losses[number]})
+            | ({} if after_first is None else {AFTER_FIRST: after_first[number]}),
             "uplink_bytes": 1,
             "downlink_bytes": 1,
             "failures": [],
@@ -119,6 +121,19 @@ def test_one_seed_that_ended_without_the_target_leaves_no_mean(grid):
     assert ours == "– (reached by 1 of 2 seeds)"
     assert each == "1.5, – (best 0.6000 in 2)"
     assert on_grid == ratio == "–"
+
+
+def test_runs_are_judged_without_first_characters_where_they_were_evaluated_so(grid):
+    write(grid.runs, [0.1, 0.8, 0.85], seed=1, after_first=[0.1, 0.85, 0.95])
+    write(grid.runs, [0.1, 0.5], seed=2)
+    (result,) = gather(grid, AFTER_FIRST)
+    assert rows([result])[0][3:6] == ("1.5 (1 of 2 seeds)", "1.5", "1.5")
+    assert row(grid)[4] == "– (best 0.8500 in 2, unfinished), – (best 0.5000 in 1, unfinished)"
+    text = page("table2", gather(grid), "potluck reproduce table2", (), [result])
+    assert "## Without first characters" in text
+    assert text.index("unfinished (2 of 2 seeds begun)") < text.index("1.5 (1 of 2 seeds)")
+    assert gather(grid, "loss of nothing") == []
+    assert "first characters" not in page("table2", gather(grid), "potluck reproduce table2", ())
 
 
 def test_a_run_that_still_goes_on_is_named_and_in_no_mean(grid):

@@ -23,7 +23,8 @@ spec.loader.exec_module(paper_tables)
 
 
 def test_every_table_and_figure_has_its_block():
-    assert {name for name, _ in BLOCKS} == set(paper.TITLES) - {"figure2"}  # table 2's runs
+    names = {name for name, _ in BLOCKS} - {"table2_after_first"}
+    assert names == set(paper.TITLES) - {"figure2"}  # table 2's runs
 
 
 @pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])

@@ -219,7 +219,8 @@ def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
         (draw_train_loss if of_loss else draw_accuracy)(results, pictures)
     page = folder / "README.md"
     shown = [path.name for path in pictures[:1]]
-    page.write_text(comparison.page(what, results, words, shown), encoding="utf-8")
+    others = comparison.gather(grid, comparison.AFTER_FIRST)
+    page.write_text(comparison.page(what, results, words, shown, others), encoding="utf-8")
     typer.echo()
     if of_loss:
         show_table(comparison.LOSS_HEADER, comparison.loss_rows(results))

@@ -29,6 +29,7 @@ from potluck.reproduction.tuning import SEED, Choice, Trial
 from potluck.simulation.report import Cost, Curve, markdown, measure
 from potluck.simulation.runs import RunRecord
 
+AFTER_FIRST = "accuracy_after_first"  # the metric of text that leaves out first characters
 LOSS_FIGURES = ("figure3", "figure8")  # of the training loss; the others are of test accuracy
 HEADER = (
     "cell",
@@ -68,6 +69,11 @@ The rows of plain averaging are those of table 2. The paper's number is of plain
 has no other. A rate "with its optimizer" was set together with it, with seed 0 and on training
 examples alone (benchmarks/LOG.md).
 """
+_AFTER_FIRST = """\
+The paper's model predicts the next character after reading each one, and so none before the first;
+whether its accuracy counts that one, it does not say. The table above does: it follows nothing, and
+is seldom right. These are the same runs without the first character of each line.
+"""
 _MINIATURE = """\
 This is the miniature that `--quick` makes, of scikit-learn's digits and of the standard library's
 source code: the paper has no such cells.
@@ -97,10 +103,12 @@ class Result(NamedTuple):
         return statistics.fmean(reached) if reached and len(reached) == len(self.ended) else None
 
 
-def gather(grid: Grid) -> list[Result]:
-    """What there is of every cell of a grid."""
+def gather(grid: Grid, metric: str | None = None) -> list[Result]:
+    """What there is of every cell of a grid; with a metric, judged by it, of the cells with runs
+    that have it."""
     seconds = seconds_per_round(grid)
-    return [_gather(grid, cell, seconds[cell.name]) for cell in grid.cells]
+    results = [_gather(grid, cell, seconds[cell.name], metric) for cell in grid.cells]
+    return [result for result in results if metric is None or result.runs]
 
 
 def keep(grid: Grid) -> None:
@@ -137,8 +145,15 @@ def train_loss(run: RunRecord) -> Curve:
     ]
 
 
-def page(what: str, results: Sequence[Result], command: str, pictures: Sequence[str]) -> str:
-    """The README of a table or of a figure that is drawn from runs."""
+def page(
+    what: str,
+    results: Sequence[Result],
+    command: str,
+    pictures: Sequence[str],
+    after_first: Sequence[Result] = (),
+) -> str:
+    """The README of a table or of a figure that is drawn from runs; `after_first` are those of its
+    cells that are judged without first characters too."""
     quick = any(result.cell.name.startswith("quick-") for result in results)
     parts = [f"# {TITLES[what]}\n", f"Made by `{command}`, from the runs in [../runs](../runs).\n"]
     parts += [_MINIATURE] * quick
@@ -147,6 +162,9 @@ def page(what: str, results: Sequence[Result], command: str, pictures: Sequence[
     else:
         parts += [_COUNTED, *[_BEYOND] * (what == "beyond"), _RATES]
         parts.append(markdown(HEADER, rows(results)))
+    if after_first and what not in LOSS_FIGURES:
+        parts += ["## Without first characters\n", _AFTER_FIRST]
+        parts.append(markdown(HEADER, rows(after_first)))
     parts += [f"![{TITLES[what]}]({name})\n" for name in pictures]
     tuned = [_tuning_row(r.cell, r.choice) for r in results if r.choice and r.choice.trials]
     if tuned:
@@ -162,14 +180,14 @@ def title(cell: Cell) -> str:
     return f"{cell.panel}, {100 * cell.target:g} %: {cell.setting}"
 
 
-def _gather(grid: Grid, cell: Cell, seconds_per_round: float) -> Result:
+def _gather(grid: Grid, cell: Cell, seconds_per_round: float, metric: str | None = None) -> Result:
     expected = None if cell.paper is None else cell.paper * seconds_per_round
     chosen = _reported(grid, cell)
     if chosen is None:
         return Result(cell, None, (), (), len(grid.seeds), expected)
     found = [find(grid, cell, chosen.rate, seed) for seed in grid.seeds]
-    runs = tuple(record for record in found if record is not None)
-    costs = tuple(measure(run) for run in runs)
+    runs = tuple(run for run in found if run is not None and (metric is None or _has(run, metric)))
+    costs = tuple(measure(run, metric=metric) for run in runs)
     return Result(cell, chosen, runs, costs, len(grid.seeds), expected)
 
 
@@ -183,6 +201,10 @@ def _reported(grid: Grid, cell: Cell) -> Choice | None:
     file_rate = found[0] if one else load_cell(grid, cell).algorithm.client_lr
     chosen = choice(grid, cell, file_rate)
     return chosen if chosen.rate in found or not found else Choice(file_rate)
+
+
+def _has(run: RunRecord, metric: str) -> bool:
+    return any(metric in line["metrics"] for line in run.rounds if line["metrics"])
 
 
 def _has_ended(run: RunRecord) -> bool:

@@ -126,7 +126,7 @@ def measure(record: RunRecord, target: float | None = None, *, metric: str | Non
             f"a run must have one evaluated round to be reported, got {str(record.directory)!r} "
             "with none. Run `potluck train` on, or leave it out."
         )
-    known = sorted(set.union(*(set(line["metrics"]) for line in scored)))
+    known: list[str] = sorted({name for line in scored for name in line["metrics"]})
     if metric is None:
         metric = "accuracy" if "accuracy" in known else "loss"
     if metric not in known:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from potluck.reproduction import interpolation, paper
 from potluck.reproduction.comparison import (
-    AFTER_FIRST,
     HEADER,
     LOSS_HEADER,
     gather,
@@ -16,6 +15,7 @@ from potluck.reproduction.comparison import (
 )
 from potluck.reproduction.grid import Grid
 from potluck.simulation.report import markdown
+from potluck.tasks.metrics import AFTER_FIRST
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"

@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 import pytest
 
 from potluck.reproduction import comparison, curves
-from potluck.reproduction.comparison import AFTER_FIRST, Result, gather, keep, loss_rows, page, rows
+from potluck.reproduction.comparison import Result, gather, keep, loss_rows, page, rows
 from potluck.reproduction.estimates import seconds_per_round, work
 from potluck.reproduction.grid import Grid, find, place
 from potluck.reproduction.paper import Cell
+from potluck.tasks.metrics import AFTER_FIRST
 
 CELL = Cell("tiny", "2NN", 0.9, "iid", 1, 10, 0.1, 40, "tiny")
 TOML = """\

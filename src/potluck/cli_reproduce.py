@@ -206,6 +206,7 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
 def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
     from potluck.reproduction import comparison
     from potluck.reproduction.curves import draw_accuracy, draw_train_loss
+    from potluck.tasks.metrics import AFTER_FIRST
     from potluck.terminal import show_table
 
     comparison.keep(grid)
@@ -219,7 +220,7 @@ def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
         (draw_train_loss if of_loss else draw_accuracy)(results, pictures)
     page = folder / "README.md"
     shown = [path.name for path in pictures[:1]]
-    others = comparison.gather(grid, comparison.AFTER_FIRST)
+    others = [] if of_loss else comparison.gather(grid, AFTER_FIRST)
     page.write_text(comparison.page(what, results, words, shown, others), encoding="utf-8")
     typer.echo()
     if of_loss:

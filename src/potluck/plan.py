@@ -181,6 +181,7 @@ def _language_task(task: PlannedTask, data: FederatedData) -> Task:
         PerStep,
         Task,
     )
+    from potluck.tasks.metrics import AFTER_FIRST
 
     if data.padding is None:
         raise ConfigError(
@@ -196,7 +197,7 @@ def _language_task(task: PlannedTask, data: FederatedData) -> Task:
         loss=loss,
         metrics={
             "accuracy": CharacterAccuracy(padding=data.padding),
-            "accuracy_after_first": CharacterAccuracy(padding=data.padding, skipped=1),
+            AFTER_FIRST: CharacterAccuracy(padding=data.padding, skipped=1),
         },
         batches="random" if task.batches == "random" else "by length",
     )

@@ -29,7 +29,6 @@ from potluck.reproduction.tuning import SEED, Choice, Trial
 from potluck.simulation.report import Cost, Curve, markdown, measure
 from potluck.simulation.runs import RunRecord
 
-AFTER_FIRST = "accuracy_after_first"  # the metric of text that leaves out first characters
 LOSS_FIGURES = ("figure3", "figure8")  # of the training loss; the others are of test accuracy
 HEADER = (
     "cell",
@@ -162,7 +161,7 @@ def page(
     else:
         parts += [_COUNTED, *[_BEYOND] * (what == "beyond"), _RATES]
         parts.append(markdown(HEADER, rows(results)))
-    if after_first and what not in LOSS_FIGURES:
+    if after_first:
         parts += ["## Without first characters\n", _AFTER_FIRST]
         parts.append(markdown(HEADER, rows(after_first)))
     parts += [f"![{TITLES[what]}]({name})\n" for name in pictures]

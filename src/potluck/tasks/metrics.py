@@ -23,6 +23,8 @@ from torch.nn import functional
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Metric: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
+AFTER_FIRST = "accuracy_after_first"  # the name of the metric of text without first characters
+
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of logits [batch, classes] against classes [batch]."""

@@ -7,8 +7,9 @@ back and adds it to W. Here the backward pass adds the product to W directly, as
     W ← W − lr · gᵀ x
 
 after it has computed what flows on to the layers before. The gradient is never written, which for
-large layers and small batches saves most of the memory traffic of a step. LSTMs do the same where
-their steps can be compiled (`potluck.tasks.native`).
+large layers and small batches saves most of the memory traffic of a step. LSTMs and, in bfloat16,
+convolutions that are pooled do the same where their steps can be compiled (`potluck.tasks.native`,
+`potluck.tasks.pooled_convolution`).
 
 This is exact only for a layer that is called once in a forward pass and whose weights nothing
 else reads (no penalty on them, no tying). `probe` finds out which layers those are by running one
@@ -26,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from potluck.tasks import native
+from potluck.tasks import native, pooled_convolution
 from potluck.tasks.precision import Precision
 
 _SMALLEST = 65_536  # weights; below it the plain step is as fast
@@ -40,14 +41,14 @@ class InPlaceLayers:
     def __init__(
         self, module: nn.Module, precision: Precision = "float32", *, compiled: bool = False
     ) -> None:
-        """`compiled`: LSTMs too, on one thread, where their steps can be compiled."""
+        """`compiled`: others than linear ones too, on one thread, where they can be compiled."""
         self.lr = 0.0
         self._precision: Precision = precision
         self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
         self._calls: dict[nn.Module, int] = {
             layer: 0
             for layer in module.modules()
-            if _is_large(layer) or (compiled and native.suits(layer, precision))
+            if _is_large(layer) or (compiled and _is_compiled(layer, precision))
         }
 
     def probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> set[nn.Parameter]:
@@ -115,10 +116,24 @@ class InPlaceLayers:
             self._calls[layer] += 1
             return native.in_place(layer, inputs, self.token, self.lr, self._precision)
 
-        layer.forward = cast(Any, linear if isinstance(layer, nn.Linear) else lstm)
+        def pooled(images: Tensor) -> Tensor:
+            assert isinstance(layer, nn.Conv2d)
+            if not pooled_convolution.takes(layer, images):
+                self._calls[layer] = 2
+                return pooled_convolution.plain(layer, images)
+            self._calls[layer] += 1
+            return pooled_convolution.in_place(layer, images, self.token, self.lr)
+
+        if isinstance(layer, nn.Conv2d):
+            pooled_convolution.replace(layer, pooled)
+        else:
+            layer.forward = cast(Any, linear if isinstance(layer, nn.Linear) else lstm)
 
     def _restore(self, layer: nn.Module) -> None:
-        del layer.forward  # the class's own shows again
+        if isinstance(layer, nn.Conv2d):
+            pooled_convolution.restore(layer)
+        else:
+            del layer.forward  # the class's own shows again
         del self._calls[layer]
 
 
@@ -128,6 +143,12 @@ def _is_large(layer: nn.Module) -> bool:
         and layer.weight.requires_grad
         and layer.weight.numel() >= _SMALLEST
     )
+
+
+def _is_compiled(layer: nn.Module, precision: Precision) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return precision == "bf16" and pooled_convolution.suits(layer)
+    return native.suits(layer, precision)
 
 
 def _is_there(gradient: Tensor | None) -> bool:

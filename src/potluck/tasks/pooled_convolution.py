@@ -1,0 +1,183 @@
+"""A convolution, 2 × 2 max pooling and ReLU as one step, compiled for processors with a tile unit.
+
+With products in bfloat16, PyTorch writes what a convolution gives, four times what is left of it
+after pooling, and reads it again, and going back it writes as much, three quarters of it zeros.
+`pooled_convolution.cpp` pools what the processor's tile unit (AMX) gives before it leaves the
+cache, and takes the SGD step of the layer in the backward pass, as the linear layers of
+`potluck.tasks.inplace` do, which chooses these too.
+
+Factors of products are rounded to bfloat16, the pooled maps and the gradients that flow back too;
+sums and the step are float32. Elsewhere, and for other convolutions, PyTorch does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from potluck.tasks import building
+from potluck.tasks.convolution import padding_of
+from potluck.tasks.pooling import relu_of_max_pool
+
+_SOURCES = building.sources("pooled_convolution.cpp", "products.hpp", "tiles.hpp")
+_COLUMNS = 32  # channels come in whole multiples of it
+_LARGEST = 15  # kernel
+_TOLERANCE = 2e-2  # of a step whose numbers are about 1
+_POINTER = ctypes.c_void_p
+_SIZES = [ctypes.c_int64, *[ctypes.c_int] * 5]
+_FORWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 5)
+_BACKWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 3, ctypes.c_float, *[_POINTER] * 3)
+_IN_PLACE = "pooled_in_place"  # of a layer: what does it instead
+
+Step = Callable[[Tensor], Tensor]
+
+
+def pooled(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """relu(max_pool2d(layer(images), 2)) of images [batch, channels, height, width]."""
+    step: Step | None = getattr(layer, _IN_PLACE, None)
+    return plain(layer, images) if step is None else step(images)
+
+
+def plain(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """`pooled` by PyTorch."""
+    # ReLU and max pooling commute, and pooling first leaves a quarter to do.
+    return relu_of_max_pool(layer(images))
+
+
+def replace(layer: nn.Conv2d, step: Step) -> None:
+    """Let `pooled` of this layer be `step`."""
+    setattr(layer, _IN_PLACE, step)
+
+
+def restore(layer: nn.Conv2d) -> None:
+    """Undo `replace`."""
+    delattr(layer, _IN_PLACE)
+
+
+def suits(layer: nn.Module) -> bool:
+    """Whether a layer's pooled steps can be compiled here."""
+    if type(layer) is not nn.Conv2d or layer.bias is None:
+        return False
+    side, channels = layer.kernel_size[0], layer.in_channels
+    return (
+        layer.kernel_size == (side, side)
+        and side % 2 == 1
+        and side <= _LARGEST
+        and padding_of(layer) == (side // 2, side // 2)
+        and (channels == 1 or channels % _COLUMNS == 0)
+        and layer.out_channels % _COLUMNS == 0
+        and layer.weight.requires_grad
+        and layer.bias.requires_grad
+        and _library() is not None
+    )
+
+
+def takes(layer: nn.Conv2d, images: Tensor) -> bool:
+    """Whether these images are of the kind that `in_place` is for."""
+    return (
+        images.ndim == 4
+        and images.numel() > 0
+        and images.device.type == "cpu"
+        and images.shape[1] == layer.in_channels
+        and images.shape[2] % 2 == images.shape[3] % 2 == 0
+        and not (layer.in_channels == 1 and images.requires_grad)
+    )
+
+
+def in_place(layer: nn.Conv2d, images: Tensor, token: Tensor, lr: float) -> Tensor:
+    """What `pooled(layer, images)` gives; the backward pass is also the SGD step at rate `lr`."""
+    library = _library()
+    assert library is not None  # `suits` said so
+    assert layer.bias is not None
+    apply = cast("Callable[..., Tensor]", _Step.apply)
+    return apply(images, token, library, lr, layer.weight.detach(), layer.bias.detach())
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, images: Tensor, token: Tensor, library: Any, lr: float, *layer: Tensor
+    ) -> Tensor:
+        weight, bias = layer
+        rows = _rows(images)
+        batch, height, width, channels = rows.shape
+        shape = batch, height // 2, width // 2, len(weight)
+        maps = torch.empty(shape, dtype=torch.bfloat16)
+        which = torch.empty(shape, dtype=torch.uint8)
+        sizes = batch, height, width, channels, len(weight), weight.shape[-1]
+        forward, backward = library
+        _call(forward, *sizes, rows, weight, bias, maps, which)
+        ctx.save_for_backward(rows, which)
+        ctx.sizes, ctx.kind, ctx.backward_step, ctx.lr = sizes, images.dtype, backward, lr
+        ctx.layer = layer
+        return maps.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, into: Tensor) -> Any:  # type: ignore[override]
+        rows, which = ctx.saved_tensors
+        onward = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        _call(ctx.backward_step, *ctx.sizes, rows, _rows(into), which, -ctx.lr, onward, *ctx.layer)
+        if onward is not None:
+            onward = onward.permute(0, 3, 1, 2).to(ctx.kind)
+        return (onward, *[None] * 5)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """[batch, channels, height, width] as bfloat16 [batch, height, width, channels]."""
+    return images.bfloat16().permute(0, 2, 3, 1).contiguous()
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+@cache
+def _library() -> tuple[Any, Any] | None:
+    """Forward and backward, if they are compiled and agree with PyTorch; asked for once."""
+    compiled = building.library("pooled convolutions", _SOURCES)
+    if compiled is None:
+        return None
+    try:
+        forward, backward = (
+            kind((f"{way}_pooled", compiled))
+            for way, kind in (("forward", _FORWARD), ("backward", _BACKWARD))
+        )
+    except AttributeError:  # the processor has no tiles
+        return None
+    if not compiled.prepare():  # the kernel has no room for them
+        return None
+    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever mode the caller is in
+        if not all(_agrees((forward, backward), channels) for channels in (1, _COLUMNS)):
+            building.warn("pooled convolutions")
+            return None
+    return forward, backward
+
+
+def _agrees(library: tuple[Any, Any], channels: int) -> bool:
+    """Whether a small layer takes the step that PyTorch finds, but for the rounding."""
+    generator, lr = torch.Generator().manual_seed(0), 0.1
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator).bfloat16().float()
+
+    images, kernel = drawn(3, channels, 4, 18), drawn(_COLUMNS, channels, 3, 3) / 4
+    bias, into = drawn(_COLUMNS), drawn(3, _COLUMNS, 2, 9)
+    first, second = kernel.clone().requires_grad_(), bias.clone().requires_grad_()
+    images.requires_grad_(channels > 1)
+    flowing = [images] if channels > 1 else []
+    maps = functional.conv2d(images, first, second, padding=1)
+    maps = functional.relu(functional.max_pool2d(maps, 2))
+    *onward, change, shift = torch.autograd.grad((maps * into).sum(), [*flowing, first, second])
+    token = torch.zeros((), requires_grad=True)
+    apply = cast("Callable[..., Tensor]", _Step.apply)
+    found = apply(images, token, library, lr, kernel, bias)
+    mine = torch.autograd.grad((found * into).sum(), [*flowing, token], allow_unused=True)
+    pairs = [(maps, found), (first - lr * change, kernel), (second - lr * shift, bias)]
+    pairs += zip(onward, mine, strict=False)
+    return all(torch.allclose(a, b.float(), rtol=0.0, atol=_TOLERANCE) for a, b in pairs)

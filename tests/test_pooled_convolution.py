@@ -171,9 +171,9 @@ class Seer(nn.Module):
         return outputs
 
 
-def images_of(num: int) -> FederatedData:
+def images_of(num: int, height: int, width: int) -> FederatedData:
     random = np.random.default_rng(0)
-    inputs = random.standard_normal((num, 1, 16, 24)).astype(np.float32)
+    inputs = random.standard_normal((num, 1, height, width)).astype(np.float32)
     examples = Examples(inputs, random.integers(0, 10, num))
     return FederatedData(
         name="images",
@@ -187,7 +187,7 @@ def images_of(num: int) -> FederatedData:
 
 def stepped(model, precision: Precision, one_thread: bool, correction=None):
     """The runtime, and how far four steps lead, as it goes there."""
-    task = Task(model=model, data=images_of(46))
+    task = Task(model=model, data=images_of(46, 16, 24))
     runtime, start = TorchRuntime(task, precision, one_thread=one_thread), task.initial_weights(1)
     runtime.take(task.data.client(0))
     runtime.begin(start, np.arange(23), 0, *([] if correction is None else [correction]))
@@ -229,17 +229,8 @@ def test_in_float32_and_on_several_threads_pytorch_does_it(precision, one_thread
 
 @needs_tiles
 def test_the_papers_cnn_uses_it():
-    random = np.random.default_rng(0)
-    examples = Examples(random.random((4, 1, 28, 28), np.float32), random.integers(0, 10, 4))
-    data = FederatedData(
-        name="images",
-        train=examples,
-        test=examples,
-        offsets=np.array([0, 4]),
-        clients=("a",),
-        num_classes=10,
-    )
-    runtime = TorchRuntime(Task(model=CNN, data=data), "bf16", one_thread=True)
+    task = Task(model=CNN, data=images_of(4, 28, 28))
+    runtime = TorchRuntime(task, "bf16", one_thread=True)
     assert sum(type(layer) is nn.Conv2d for layer in runtime._layers._calls) == 2
     assert runtime._others == list(runtime.module.output.parameters())
 

@@ -1,5 +1,5 @@
-"""Convolutions that are pooled on the tile unit: PyTorch's in float32 are the oracle, for factors
-that are bfloat16 already."""
+"""Convolutions that are pooled on the tile unit: PyTorch's, with sums in float64, are the oracle,
+for factors that are bfloat16 already."""
 
 from __future__ import annotations
 

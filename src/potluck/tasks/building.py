@@ -16,6 +16,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from potluck.tasks.files import cache_folder
 
@@ -40,6 +43,11 @@ def library(what: str, sources: tuple[Path, ...]) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.info("%s are not compiled: %s", what, str(error).splitlines()[0])
         return None
+
+
+def call(function: Any, *arguments: Any) -> None:
+    """Call a compiled function, with the memory of those arguments that are tensors."""
+    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 def warn(what: str) -> None:

@@ -111,7 +111,7 @@ class _LayerStep(torch.autograd.Function):
         squashed = inputs.new_empty(steps, batch, size)
         sizes = steps, batch, width, size
         forward, backward = compiled
-        _call(forward, *sizes, inputs, *weights, gates, hidden, cells, squashed)
+        building.call(forward, *sizes, inputs, *weights, gates, hidden, cells, squashed)
         ctx.save_for_backward(inputs, gates, hidden, cells, squashed)
         ctx.sizes, ctx.weights, ctx.backward_step, ctx.lr = sizes, weights, backward, lr
         return hidden[1:], cells[-1].clone()
@@ -124,12 +124,8 @@ class _LayerStep(torch.autograd.Function):
         into_cell = into_cell.clone(memory_format=torch.contiguous_format)
         onward = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         arguments = into_hidden, *into_hidden.stride()[:2], into_cell, inputs, *others
-        _call(ctx.backward_step, *ctx.sizes, *arguments, -ctx.lr, onward, *ctx.weights)
+        building.call(ctx.backward_step, *ctx.sizes, *arguments, -ctx.lr, onward, *ctx.weights)
         return (onward, *[None] * 7)
-
-
-def _call(function: Any, *arguments: Any) -> None:
-    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 class _Library(NamedTuple):

@@ -112,7 +112,7 @@ class _Step(torch.autograd.Function):
         which = torch.empty(shape, dtype=torch.uint8)
         sizes = batch, height, width, channels, len(weight), weight.shape[-1]
         forward, backward = library
-        _call(forward, *sizes, rows, weight, bias, maps, which)
+        building.call(forward, *sizes, rows, weight, bias, maps, which)
         ctx.save_for_backward(rows, which)
         ctx.sizes, ctx.kind, ctx.backward_step, ctx.lr = sizes, images.dtype, backward, lr
         ctx.layer = layer
@@ -122,7 +122,9 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, into: Tensor) -> Any:  # type: ignore[override]
         rows, which = ctx.saved_tensors
         onward = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        _call(ctx.backward_step, *ctx.sizes, rows, _rows(into), which, -ctx.lr, onward, *ctx.layer)
+        building.call(
+            ctx.backward_step, *ctx.sizes, rows, _rows(into), which, -ctx.lr, onward, *ctx.layer
+        )
         if onward is not None:
             onward = onward.permute(0, 3, 1, 2).to(ctx.kind)
         return (onward, *[None] * 5)
@@ -131,10 +133,6 @@ class _Step(torch.autograd.Function):
 def _rows(images: Tensor) -> Tensor:
     """[batch, channels, height, width] as bfloat16 [batch, height, width, channels]."""
     return images.bfloat16().permute(0, 2, 3, 1).contiguous()
-
-
-def _call(function: Any, *arguments: Any) -> None:
-    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 @cache

@@ -65,7 +65,7 @@ class _Pool(torch.autograd.Function):
         shape = batch, height // 2, width // 2, channels
         pooled, which = maps.new_empty(shape), maps.new_empty(shape, dtype=torch.uint8)
         sizes = batch, height, width, channels
-        forward(*sizes, maps.data_ptr(), pooled.data_ptr(), which.data_ptr())
+        building.call(forward, *sizes, maps, pooled, which)
         ctx.save_for_backward(which)
         ctx.sizes, ctx.backward_step = sizes, backward
         return pooled.permute(0, 3, 1, 2)
@@ -76,7 +76,7 @@ class _Pool(torch.autograd.Function):
         batch, height, width, channels = ctx.sizes
         rows = into.permute(0, 2, 3, 1).contiguous()
         onward = rows.new_empty(batch, height, width, channels)
-        ctx.backward_step(*ctx.sizes, rows.data_ptr(), which.data_ptr(), onward.data_ptr())
+        building.call(ctx.backward_step, *ctx.sizes, rows, which, onward)
         return onward.permute(0, 3, 1, 2), None, None
 
 

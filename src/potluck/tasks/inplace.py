@@ -9,7 +9,8 @@ back and adds it to W. Here the backward pass adds the product to W directly, as
 after it has computed what flows on to the layers before. The gradient is never written, which for
 large layers and small batches saves most of the memory traffic of a step. LSTMs and, in bfloat16,
 convolutions that are pooled do the same where their steps can be compiled (`potluck.tasks.native`,
-`potluck.tasks.pooled_convolution`).
+`potluck.tasks.pooled_convolution`), and linear layers do it in compiled code then
+(`potluck.tasks.linear`).
 
 This is exact only for a layer that is called once in a forward pass and whose weights nothing
 else reads (no penalty on them, no tying). `probe` finds out which layers those are by running one
@@ -27,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from potluck.tasks import native, pooled_convolution
+from potluck.tasks import linear, native, pooled_convolution
 from potluck.tasks.precision import Precision
 
 _SMALLEST = 65_536  # weights; below it the plain step is as fast
@@ -41,9 +42,10 @@ class InPlaceLayers:
     def __init__(
         self, module: nn.Module, precision: Precision = "float32", *, compiled: bool = False
     ) -> None:
-        """`compiled`: others than linear ones too, on one thread, where they can be compiled."""
+        """`compiled`: on one thread, where layers may be compiled, others than linear ones too."""
         self.lr = 0.0
         self._precision: Precision = precision
+        self._compiled = compiled
         self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
         self._calls: dict[nn.Module, int] = {
             layer: 0
@@ -100,9 +102,13 @@ class InPlaceLayers:
     def _replace(self, layer: nn.Module) -> None:
         self._calls[layer] = 0
 
-        def linear(inputs: Tensor) -> Tensor:
+        tiled = self._compiled and self._precision == "bf16" and linear.suits(layer)
+
+        def straight(inputs: Tensor) -> Tensor:
             assert isinstance(layer, nn.Linear)
             self._calls[layer] += 1
+            if tiled and linear.takes(layer, inputs):
+                return linear.in_place(layer, inputs, self.token, self.lr)
             rounds = self._precision == "bf16" and inputs.numel() > _THIN * inputs.shape[-1]
             kind = torch.bfloat16 if rounds else torch.float32
             step = cast("Callable[..., Tensor]", _LinearStep.apply)
@@ -127,7 +133,7 @@ class InPlaceLayers:
         if isinstance(layer, nn.Conv2d):
             pooled_convolution.replace(layer, pooled)
         else:
-            layer.forward = cast(Any, linear if isinstance(layer, nn.Linear) else lstm)
+            layer.forward = cast(Any, straight if isinstance(layer, nn.Linear) else lstm)
 
     def _restore(self, layer: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d):

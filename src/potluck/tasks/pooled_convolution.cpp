@@ -52,10 +52,6 @@ static T* zeros(std::vector<T>& room, int64_t size) {
     return found;
 }
 
-static inline __m512i wide(const uint16_t* from) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
 static inline void narrow(__m512i from, uint16_t* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(from));
 }

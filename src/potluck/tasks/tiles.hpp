@@ -62,6 +62,11 @@ class TileShapes {
     Config before_, now_;
 };
 
+// EDGE numbers of bfloat16, each in 32 bits
+static inline __m512i wide(const uint16_t* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
 // Element j of row i becomes element i of row j.
 static inline void transpose(__m512i (&rows)[EDGE]) {
     __m512i pairs[EDGE], fours[EDGE];  // fours[4 g + c] has columns c, 4 + c … of rows 4 g to 4 g + 3
@@ -184,6 +189,21 @@ static inline void multiply_square(const uint32_t* left, const uint32_t* lower, 
     }
 }
 
+// sums [2 EDGE, COLUMNS] = what `multiply_square` adds; all tiles have EDGE rows
+static inline void product_of_square(const uint32_t* left, const uint32_t* lower, int64_t row, int step,
+                                     const uint32_t* panel, int depth, float* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    multiply_square(left, lower, row, step, panel, depth);
+    _tile_stored(0, sums, 4 * COLUMNS);
+    _tile_stored(1, sums + EDGE, 4 * COLUMNS);
+    _tile_stored(2, sums + EDGE * COLUMNS, 4 * COLUMNS);
+    _tile_stored(3, sums + EDGE * COLUMNS + EDGE, 4 * COLUMNS);
+    written();
+}
+
 template <>
 void add_product<Tiles>(int64_t rows, const uint32_t* left, int depth, const uint32_t* packed,
                         int columns, float* result, TileShapes& shapes) {
@@ -248,15 +268,8 @@ void rank_update<Tiles>(int depth, int out, int in, const uint32_t* gradient, co
         const int some = in - n < COLUMNS ? in - n : COLUMNS;
         for (int m = 0; m < out; m += 2 * EDGE) {  // COLUMNS divides `out`
             const uint32_t* a = gradient + int64_t(m) * depth;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            multiply_square(a, a + EDGE * depth, EDGE, EDGE * EDGE, inputs + int64_t(n) * depth, depth);
-            _tile_stored(0, sums, 4 * COLUMNS);
-            _tile_stored(1, sums + EDGE, 4 * COLUMNS);
-            _tile_stored(2, sums + EDGE * COLUMNS, 4 * COLUMNS);
-            _tile_stored(3, sums + EDGE * COLUMNS + EDGE, 4 * COLUMNS);
+            product_of_square(a, a + EDGE * depth, EDGE, EDGE * EDGE, inputs + int64_t(n) * depth, depth,
+                              sums);
             for (int i = 0; i < 2 * EDGE; i++) {
                 float* to = weight + int64_t(m + i) * in + n;
                 const float* from = sums + i * COLUMNS;

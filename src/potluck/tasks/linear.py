@@ -1,0 +1,135 @@
+"""A linear layer with its SGD step, compiled for processors with a tile unit.
+
+With products in bfloat16, PyTorch rounds all weights of a layer and writes them down before it
+multiplies, once forward and once going back, and writes their gradient. `linear.cpp` rounds a few
+columns of the weights at a time, multiplies them on the processor's tile unit (AMX) and takes their
+step while they are in the cache. `potluck.tasks.inplace` chooses the layers.
+
+Factors of products are rounded to bfloat16, outputs and the gradients that flow back too, as by
+PyTorch's autocast; sums, weights and the step are float32. Elsewhere, and for layers whose sizes
+are no multiples of 32, PyTorch does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from potluck.tasks import building
+
+_SOURCES = building.sources("linear.cpp", "products.hpp", "tiles.hpp")
+_COLUMNS = 32  # inputs and outputs come in whole multiples of it
+_TOLERANCE = 2e-2  # of a step whose numbers are about 1
+_POINTER = ctypes.c_void_p
+_SIZES = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+_FORWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 4)
+_BACKWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 2, ctypes.c_float, *[_POINTER] * 3)
+
+
+def suits(layer: nn.Module) -> bool:
+    """Whether a layer's steps can be compiled here."""
+    return (
+        type(layer) is nn.Linear
+        and layer.in_features % _COLUMNS == layer.out_features % _COLUMNS == 0
+        and all(parameter.requires_grad for parameter in layer.parameters())
+        and _library() is not None
+    )
+
+
+def takes(layer: nn.Linear, inputs: Tensor) -> bool:
+    """Whether these inputs are of the kind that `in_place` is for."""
+    return (
+        inputs.ndim > 1
+        and inputs.numel() > 0
+        and inputs.device.type == "cpu"
+        and inputs.shape[-1] == layer.in_features
+    )
+
+
+def in_place(layer: nn.Linear, inputs: Tensor, token: Tensor, lr: float) -> Tensor:
+    """What `layer(inputs)` gives, in bfloat16; the backward pass is also the SGD step at rate
+    `lr`."""
+    library = _library()
+    assert library is not None  # `suits` said so
+    weight, *bias = (parameter.detach() for parameter in layer.parameters())
+    apply = cast("Callable[..., Tensor]", _Step.apply)
+    return apply(inputs, token, library, lr, weight, *bias or [None])
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, inputs: Tensor, token: Tensor, library: Any, lr: float, *layer: Any
+    ) -> Tensor:
+        weight, bias = layer
+        rows = _rows(inputs)
+        sizes = len(rows), weight.shape[1], weight.shape[0]
+        outputs = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
+        forward, backward = library
+        building.call(forward, *sizes, rows, weight, bias, outputs)
+        ctx.save_for_backward(rows)
+        ctx.sizes, ctx.shape, ctx.kind, ctx.lr = sizes, inputs.shape, inputs.dtype, lr
+        ctx.layer, ctx.backward_step = layer, backward
+        return outputs.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, into: Tensor) -> Any:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        onward = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        building.call(ctx.backward_step, *ctx.sizes, rows, _rows(into), -ctx.lr, onward, *ctx.layer)
+        if onward is not None:
+            onward = onward.view(ctx.shape).to(ctx.kind)
+        return (onward, *[None] * 5)
+
+
+def _rows(numbers: Tensor) -> Tensor:
+    """[…, columns] as bfloat16 [rows, columns]."""
+    return numbers.bfloat16().flatten(0, -2).contiguous()
+
+
+@cache
+def _library() -> tuple[Any, Any] | None:
+    """Forward and backward, if they are compiled and agree with PyTorch; asked for once."""
+    compiled = building.library("linear layers", _SOURCES)
+    if compiled is None:
+        return None
+    try:
+        forward, backward = (
+            kind((f"{way}_linear", compiled))
+            for way, kind in (("forward", _FORWARD), ("backward", _BACKWARD))
+        )
+    except AttributeError:  # the processor has no tiles
+        return None
+    if not compiled.prepare():  # the kernel has no room for them
+        return None
+    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever mode the caller is in
+        if not all(_agrees((forward, backward), rows) for rows in (3, 35)):
+            building.warn("linear layers")
+            return None
+    return forward, backward
+
+
+def _agrees(library: tuple[Any, Any], rows: int) -> bool:
+    """Whether a small layer takes the step that PyTorch finds, but for the rounding."""
+    generator, lr = torch.Generator().manual_seed(0), 0.1
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator).bfloat16().float()
+
+    inputs, into = drawn(rows, 2 * _COLUMNS).requires_grad_(), drawn(rows, 3 * _COLUMNS)
+    weight, bias = drawn(3 * _COLUMNS, 2 * _COLUMNS) / 4, drawn(3 * _COLUMNS)
+    first, second = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    outputs = nn.functional.linear(inputs, first, second)
+    onward, change, shift = torch.autograd.grad(outputs, [inputs, first, second], into)
+    token = torch.zeros((), requires_grad=True)
+    apply = cast("Callable[..., Tensor]", _Step.apply)
+    found = apply(inputs, token, library, lr, weight, bias)
+    (mine,) = torch.autograd.grad(found, [inputs], into.bfloat16())
+    pairs = [(outputs, found), (onward, mine)]
+    pairs += [(first - lr * change, weight), (second - lr * shift, bias)]
+    return all(torch.allclose(a, b.float(), rtol=0.0, atol=_TOLERANCE) for a, b in pairs)

@@ -10,7 +10,7 @@
 //
 // Going back, ∂ℓ/∂a is that of the pool at the largest of its four and zero elsewhere. ∂ℓ/∂image is a
 // convolution of it with the kernel turned round. The gradient of the kernel is a sum over places, so there
-// the images are turned: places of a channel lie together.
+// the images are turned, so that places of a channel lie together, and meet ∂ℓ/∂a in pairs of places.
 //
 // kernel is odd, height and width even, out a multiple of COLUMNS, in one or a multiple of COLUMNS; with
 // one channel nothing flows back to the images.
@@ -21,6 +21,8 @@
 
 constexpr uint8_t NONE = 4;  // for ReLU's zero, where 0 to 3 say which of a pool is the largest
 constexpr int TILE = 2 * EDGE * EDGE;  // numbers of a tile
+constexpr int LINE = 2 * EDGE;  // places of a channel on a line of the cache, and of a tile's row
+constexpr int MARGIN = LINE / 2;  // pairs that are zeros, before and after those of an image
 constexpr int GROUP = 8;  // images whose places are summed before sums go back to memory
 
 struct Shape {
@@ -259,6 +261,14 @@ static void turn(int length, int in, const uint16_t* from, uint16_t* to, int str
         }
 }
 
+// The same pairs with the place before: from (p, p + 1), (p + 2, p + 3), … to (p - 1, p), (p + 1, p + 2), …
+static void shift(int64_t pairs, int columns, const uint32_t* from, uint32_t* to) {
+    for (int64_t j = 0; j < pairs * columns; j += EDGE) {
+        const __m512i before = _mm512_loadu_si512(from + j - columns), here = _mm512_loadu_si512(from + j);
+        _mm512_storeu_si512(to + j, _mm512_srli_epi32(before, 16) | _mm512_slli_epi32(here, 16));
+    }
+}
+
 // sums [2 EDGE, columns], two tiles of rows, += over images and places, left · pairs. A row of a tile is
 // `stride` further than the last, the second tile `lower`; images are `next_left` and `next_pairs` apart.
 static void sum_places(int num, int places, const uint16_t* left, int64_t lower, int64_t stride,
@@ -300,11 +310,15 @@ static void backward(int64_t num, const Shape& s, const uint16_t* images, const 
     TileShapes shapes;
     const bool one = s.in == 1;  // then rows of tiles are places of the kernel's row instead of channels
     const int length = s.length(), across = one ? EDGE : s.kernel * s.in;  // of the sums of a kernel's row
-    const int64_t pairs_of_image = int64_t(s.places()) / 2 * s.out;
+    // Tiles of an image start on lines of the cache wherever the kernel is, so those of its pairs start
+    // where they may, in zeros before the first or, at odd distances, among `odd` pairs.
+    const int64_t margin = int64_t(MARGIN) * s.out;
+    const int64_t pairs_of_image = int64_t(s.places()) / 2 * s.out + margin;
     const int64_t image_size = s.padded(s.in), turned_size = one ? image_size : int64_t(length) * s.in;
     uint16_t* padded = zeros(rooms.images, one ? GROUP * image_size : image_size);
     uint16_t* turned = one ? padded : of(rooms.turned, GROUP * turned_size);
-    uint32_t* pairs = zeros(rooms.pairs, GROUP * pairs_of_image);
+    uint32_t* pairs = zeros(rooms.pairs, (one ? 1 : 2) * (GROUP * pairs_of_image + margin)) + margin;
+    uint32_t* odd = pairs + GROUP * pairs_of_image + margin;
     float* sums = zeros(rooms.sums, int64_t(s.kernel + 1) * across * s.out);
     float* biases = zeros(rooms.biases, s.out);
     uint16_t* gradient = onward ? zeros(rooms.gradients, s.padded(s.out)) : nullptr;
@@ -320,6 +334,8 @@ static void backward(int64_t num, const Shape& s, const uint16_t* images, const 
             if (!one) turn(length, s.in, padded, turned + g * turned_size, length);
             spread(s, into + m * pooled, which + m * pooled, pairs + g * pairs_of_image, gradient,
                    biases);
+            if (!one)
+                shift(s.places() / 2, s.out, pairs + g * pairs_of_image, odd + g * pairs_of_image);
             written();
             if (onward)
                 convolve(s, s.out, gradient, packed, s.in, rooms.results,
@@ -333,19 +349,19 @@ static void backward(int64_t num, const Shape& s, const uint16_t* images, const 
                                  }
                          });
         }
-        for (int dy = 0; dy < s.kernel; dy += one ? 2 : 1) {
-            const uint16_t* left = turned + int64_t(dy) * s.row();
-            float* to = sums + int64_t(dy) * across * s.out;
-            if (one) {
-                sum_places(some, s.places(), left, s.row(), 1, turned_size, pairs, pairs_of_image,
-                           s.out, to, EDGE * s.out);
-                continue;
-            }
-            for (int dx = 0; dx < s.kernel; dx++)
-                for (int c = 0; c < s.in; c += 2 * EDGE)
-                    sum_places(some, s.places(), left + dx + int64_t(c) * length, EDGE * length, length,
-                               turned_size, pairs, pairs_of_image, s.out,
-                               to + int64_t(dx * s.in + c) * s.out, EDGE * s.out);
+        for (int dy = 0; one && dy < s.kernel; dy += 2)
+            sum_places(some, s.places(), padded + dy * s.row(), s.row(), 1, image_size, pairs,
+                       pairs_of_image, s.out, sums + int64_t(dy) * across * s.out, EDGE * s.out);
+        for (int tap = 0; !one && tap < s.kernel * s.kernel; tap++) {
+            // A place of the image meets the one of the gradient that lies `apart` before.
+            const int apart = tap / s.kernel * s.row() + tap % s.kernel, first = apart / LINE * LINE;
+            const int last = apart + (s.height - 1) * s.row() + s.width;
+            const uint32_t* right =
+                (apart % 2 ? odd : pairs) + int64_t(first - apart + apart % 2) / 2 * s.out;
+            for (int c = 0; c < s.in; c += 2 * EDGE)
+                sum_places(some, last - first, turned + int64_t(c) * length + first, EDGE * length, length,
+                           turned_size, right, pairs_of_image, s.out,
+                           sums + int64_t(tap * s.in + c) * s.out, EDGE * s.out);
         }
         written();
     }

@@ -7,7 +7,7 @@
 // reading W, so that is done once each way: forward some rows of it at a time, which then lie in the cache
 // as bfloat16; back some columns, which take their step when g has been multiplied with them.
 //
-// in and out are multiples of COLUMNS.
+// in is a multiple of COLUMNS; out is filled up to one with zeros.
 
 #include "tiles.hpp"
 
@@ -39,8 +39,11 @@ static void pack_rows(int64_t rows, int depth, const uint16_t* from, uint32_t* p
         }
 }
 
-// sums [out, rows], one square of them, plus the bias, to outputs [rows, out], of which there are `num`
-static void put(float* sums, const float* bias, int num, int out, uint16_t* outputs) {
+// sums [out, rows], one square of them, plus the bias, to outputs [rows, out], of which there are num · some
+static void put(const float* sums, const float* bias, int num, int some, int64_t out, uint16_t* outputs) {
+    const __mmask32 there = some < SIDE ? (1u << some) - 1 : ~0u;
+    const __m512 low_bias = _mm512_maskz_loadu_ps(bias ? there & 0xffff : 0, bias),
+                 high_bias = _mm512_maskz_loadu_ps(bias ? there >> EDGE : 0, bias + EDGE);
     for (int from = 0; from < num; from += EDGE) {
         __m512i first[EDGE], second[EDGE];
         for (int j = 0; j < EDGE; j++) {
@@ -50,10 +53,10 @@ static void put(float* sums, const float* bias, int num, int out, uint16_t* outp
         transpose(first);
         transpose(second);
         for (int i = 0; i < EDGE && from + i < num; i++) {
-            Floats low = Floats(first[i]), high = Floats(second[i]);
-            if (bias) low += load(bias), high += load(bias + EDGE);
-            _mm512_storeu_si512(outputs + int64_t(from + i) * out,
-                                __m512i(_mm512_cvtne2ps_pbh(__m512(high), __m512(low))));
+            const __m512 low = _mm512_add_ps(__m512(first[i]), low_bias),
+                         high = _mm512_add_ps(__m512(second[i]), high_bias);
+            _mm512_mask_storeu_epi16(outputs + (from + i) * out, there,
+                                     __m512i(_mm512_cvtne2ps_pbh(high, low)));
         }
     }
 }
@@ -74,6 +77,7 @@ static void forward(int64_t rows, int in, int out, const uint16_t* inputs, const
         for (int64_t k = 0; k < int64_t(some) * depth; k += EDGE)
             _mm512_storeu_si512(rounded + k,
                                 Tiles::units(weight + int64_t(from) * in + 2 * k, 0, 2 * EDGE));
+        std::memset(rounded + int64_t(some) * depth, 0, 4 * int64_t(whole_panels(some) - some) * depth);
         written();
         for (int64_t m = 0; m < rows; m += COLUMNS)
             for (int n = 0; n < some; n += SIDE) {
@@ -81,7 +85,7 @@ static void forward(int64_t rows, int in, int out, const uint16_t* inputs, const
                 product_of_square(left, left + int64_t(EDGE) * depth, depth, EDGE, packed + m * depth,
                                   depth, sums);
                 put(sums, bias ? bias + from + n : nullptr, int(rows - m < COLUMNS ? rows - m : COLUMNS),
-                    out, outputs + m * out + from + n);
+                    some - n, out, outputs + m * out + from + n);
             }
     }
 }
@@ -123,9 +127,9 @@ static void turn(int64_t rows, int columns, const uint16_t* from, uint32_t* pack
         }
 }
 
-// to [SIDE, COLUMNS], whose rows are `stride` further, += factor · sums
-static void step(const float* sums, float factor, int64_t stride, float* to) {
-    for (int i = 0; i < SIDE; i++, to += stride, sums += COLUMNS) {
+// to [num, COLUMNS], whose rows are `stride` further, += factor · sums
+static void step(int num, const float* sums, float factor, int64_t stride, float* to) {
+    for (int i = 0; i < num; i++, to += stride, sums += COLUMNS) {
         for (int j = 0; j < COLUMNS; j += WIDTH) {
             _mm_prefetch(to + COLUMNS + j, _MM_HINT_T1);  // the next columns, which are wanted soon
             store(to + j, load(to + j) + factor * load(sums + j));
@@ -139,15 +143,22 @@ static void backward(int64_t rows, int in, int out, const uint16_t* inputs, cons
                      float factor, uint16_t* onward, float* weight, float* bias) {
     Rooms& rooms = rooms_of();
     TileShapes shapes;
-    const int outs = out / 2, depth = Tiles::depth(int(rows));
+    const int whole = whole_panels(out), outs = whole / 2, depth = Tiles::depth(int(rows));
     uint32_t* gradient = of(rooms.rows, int64_t(2 * depth) * outs + int64_t(depth) * COLUMNS);
     uint32_t* panel = gradient + int64_t(2 * depth) * outs;  // of the inputs
-    uint32_t* turned = of(rooms.turned, int64_t(out) * depth);
+    uint32_t* turned = of(rooms.turned, int64_t(whole) * depth);
     uint32_t* weights = of(rooms.weights, int64_t(outs) * COLUMNS);
     alignas(64) float sums[SIDE * COLUMNS];
-    std::memcpy(gradient, into, 4 * rows * outs);
-    std::memset(gradient + rows * outs, 0, 4 * (2 * depth - rows) * outs);
-    turn(2 * depth, out, reinterpret_cast<const uint16_t*>(gradient), turned);
+    float* biases = of(rooms.biases, whole);
+    std::memset(gradient, 0, 4 * int64_t(2 * depth) * outs);
+    std::memset(biases, 0, 4 * whole);
+    for (int64_t m = 0; m < rows; m++) {
+        const uint16_t* row = reinterpret_cast<const uint16_t*>(gradient + m * outs);
+        std::memcpy(gradient + m * outs, into + m * out, 2 * out);
+        for (int j = 0; j < whole; j += WIDTH)
+            store(biases + j, load(biases + j) + Floats(_mm512_slli_epi32(wide(row + j), 16)));
+    }
+    turn(2 * depth, whole, reinterpret_cast<const uint16_t*>(gradient), turned);
     shapes.rows(EDGE);
     for (int n = 0; n < in; n += COLUMNS) {
         if (onward) pack_columns(out, in, weight + n, outs, weights);
@@ -162,16 +173,10 @@ static void backward(int64_t rows, int in, int out, const uint16_t* inputs, cons
         for (int m = 0; m < out; m += SIDE) {
             const uint32_t* left = turned + int64_t(m) * depth;
             product_of_square(left, left + EDGE * depth, EDGE, EDGE * EDGE, panel, depth, sums);
-            step(sums, factor, in, weight + int64_t(m) * in + n);
+            step(out - m < SIDE ? out - m : SIDE, sums, factor, in, weight + int64_t(m) * in + n);
         }
     }
-    if (!bias) return;
-    float* biases = of(rooms.biases, out);
-    std::memset(biases, 0, 4 * out);
-    for (int64_t m = 0; m < rows; m++)
-        for (int j = 0; j < out; j += WIDTH)
-            store(biases + j, load(biases + j) + Floats(_mm512_slli_epi32(wide(into + m * out + j), 16)));
-    for (int j = 0; j < out; j++) bias[j] += factor * biases[j];
+    for (int j = 0; bias && j < out; j++) bias[j] += factor * biases[j];
 }
 
 extern "C" {

@@ -6,8 +6,8 @@ columns of the weights at a time, multiplies them on the processor's tile unit (
 step while they are in the cache. `potluck.tasks.inplace` chooses the layers.
 
 Factors of products are rounded to bfloat16, outputs and the gradients that flow back too, as by
-PyTorch's autocast; sums, weights and the step are float32. Elsewhere, and for layers whose sizes
-are no multiples of 32, PyTorch does it.
+PyTorch's autocast; sums, weights and the step are float32. Elsewhere, and for inputs whose number
+is no multiple of 32, PyTorch does it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from potluck.tasks import building
 
 _SOURCES = building.sources("linear.cpp", "products.hpp", "tiles.hpp")
-_COLUMNS = 32  # inputs and outputs come in whole multiples of it
+_COLUMNS = 32  # inputs come in whole multiples of it
+_ROWS = 98  # of the weights of the layer that is tried
 _TOLERANCE = 2e-2  # of a step whose numbers are about 1
 _POINTER = ctypes.c_void_p
 _SIZES = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
@@ -35,7 +36,7 @@ def suits(layer: nn.Module) -> bool:
     """Whether a layer's steps can be compiled here."""
     return (
         type(layer) is nn.Linear
-        and layer.in_features % _COLUMNS == layer.out_features % _COLUMNS == 0
+        and layer.in_features % _COLUMNS == 0
         and all(parameter.requires_grad for parameter in layer.parameters())
         and _library() is not None
     )
@@ -121,8 +122,8 @@ def _agrees(library: tuple[Any, Any], rows: int) -> bool:
     def drawn(*shape: int) -> Tensor:
         return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator).bfloat16().float()
 
-    inputs, into = drawn(rows, 2 * _COLUMNS).requires_grad_(), drawn(rows, 3 * _COLUMNS)
-    weight, bias = drawn(3 * _COLUMNS, 2 * _COLUMNS) / 4, drawn(3 * _COLUMNS)
+    inputs, into = drawn(rows, 2 * _COLUMNS).requires_grad_(), drawn(rows, _ROWS)
+    weight, bias = drawn(_ROWS, 2 * _COLUMNS) / 4, drawn(_ROWS)
     first, second = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     outputs = nn.functional.linear(inputs, first, second)
     onward, change, shift = torch.autograd.grad(outputs, [inputs, first, second], into)

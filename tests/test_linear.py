@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from local_steps import images_of, miscompiled, stepped
 from potluck import Task
 from potluck.core import Correction
-from potluck.tasks import CNN, Examples, FederatedData, TorchRuntime, building, linear
-from potluck.tasks.precision import Precision
+from potluck.tasks import CNN, TorchRuntime, building, linear
 
 needs_tiles = pytest.mark.skipif(
     linear._library() is None, reason="no C++ compiler, or no tile unit"
@@ -150,32 +150,6 @@ class Wide(nn.Module):
         return outputs
 
 
-def images_of(num: int, height: int, width: int) -> FederatedData:
-    random = np.random.default_rng(0)
-    inputs = random.standard_normal((num, 1, height, width)).astype(np.float32)
-    examples = Examples(inputs, random.integers(0, 10, num))
-    return FederatedData(
-        name="images",
-        train=examples,
-        test=Examples(examples.inputs[:5], examples.targets[:5]),
-        offsets=np.array([0, num // 2, num]),
-        clients=("a", "b"),
-        num_classes=10,
-    )
-
-
-def stepped(model, precision: Precision, one_thread: bool, correction=None):
-    """The runtime, and how far four steps lead, as it goes there."""
-    task = Task(model=model, data=images_of(46, 16, 24))
-    runtime, start = TorchRuntime(task, precision, one_thread=one_thread), task.initial_weights(1)
-    runtime.take(task.data.client(0))
-    runtime.begin(start, np.arange(23), 0, *([] if correction is None else [correction]))
-    for batch in (slice(0, 10), slice(10, 20), slice(20, 23), slice(0, 23)):
-        runtime.step(batch, 0.1)
-    weights, loss = runtime.end()
-    return runtime, weights - start, loss
-
-
 @pytest.fixture
 def called(monkeypatch):
     """How often a layer's step was compiled."""
@@ -260,13 +234,6 @@ def test_it_may_be_asked_for_first_without_gradients(afresh):
     ],
 )
 def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, caplog, right, wrong):
-    source, *headers = linear._SOURCES
-    text = source.read_text(encoding="utf-8")
-    assert text.count(right) == 1
-    for header in headers:
-        shutil.copy(header, afresh)
-    changed = afresh / source.name
-    changed.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(linear, "_SOURCES", (changed, *headers))
+    monkeypatch.setattr(linear, "_SOURCES", miscompiled(linear._SOURCES, afresh, right, wrong))
     assert not linear.suits(layer_of(32, 32))
     assert "linear layers are not compiled" in caplog.text

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from local_steps import miscompiled
 from potluck import FedAvg, Task, rounds
 from potluck.core import Correction
 from potluck.simulation import Loop, Vmap, Workers
@@ -350,14 +351,8 @@ def test_a_compiler_that_fails_leaves_it_to_pytorch(afresh, monkeypatch, caplog)
 
 @needs_compiler
 def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, caplog):
-    wrong = tmp_path / "recurrence.cpp"
-    source, *headers = native._SOURCES
-    text = source.read_text(encoding="utf-8")
-    assert text.count("into_h * s * o * (1.0f - o)") == 1
-    for header in headers:
-        shutil.copy(header, tmp_path)
-    wrong.write_text(text.replace("into_h * s * o * (1.0f - o)", "into_h * s * o"))
-    monkeypatch.setattr(native, "_SOURCES", (wrong, *headers))
+    right, wrong = "into_h * s * o * (1.0f - o)", "into_h * s * o"
+    monkeypatch.setattr(native, "_SOURCES", miscompiled(native._SOURCES, tmp_path, right, wrong))
     assert not native.suits(nn.LSTM(8, 128))
     assert "differs from PyTorch's" in caplog.text
 

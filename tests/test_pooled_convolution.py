@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from local_steps import images_of, miscompiled, stepped
 from potluck import Task
 from potluck.core import Correction
-from potluck.tasks import CNN, Examples, FederatedData, TorchRuntime, building, pooled_convolution
+from potluck.tasks import CNN, TorchRuntime, building, pooled_convolution
 from potluck.tasks.pooled_convolution import pooled
-from potluck.tasks.precision import Precision
 
 needs_tiles = pytest.mark.skipif(
     pooled_convolution._library() is None, reason="no C++ compiler, or no tile unit"
@@ -173,32 +173,6 @@ class Seer(nn.Module):
         return outputs
 
 
-def images_of(num: int, height: int, width: int) -> FederatedData:
-    random = np.random.default_rng(0)
-    inputs = random.standard_normal((num, 1, height, width)).astype(np.float32)
-    examples = Examples(inputs, random.integers(0, 10, num))
-    return FederatedData(
-        name="images",
-        train=examples,
-        test=Examples(examples.inputs[:5], examples.targets[:5]),
-        offsets=np.array([0, num // 2, num]),
-        clients=("a", "b"),
-        num_classes=10,
-    )
-
-
-def stepped(model, precision: Precision, one_thread: bool, correction=None):
-    """The runtime, and how far four steps lead, as it goes there."""
-    task = Task(model=model, data=images_of(46, 16, 24))
-    runtime, start = TorchRuntime(task, precision, one_thread=one_thread), task.initial_weights(1)
-    runtime.take(task.data.client(0))
-    runtime.begin(start, np.arange(23), 0, *([] if correction is None else [correction]))
-    for batch in (slice(0, 10), slice(10, 20), slice(20, 23), slice(0, 23)):
-        runtime.step(batch, 0.1)
-    weights, loss = runtime.end()
-    return runtime, weights - start, loss
-
-
 WAYS = {
     "once": 2,
     "sometimes twice": 2,
@@ -277,13 +251,10 @@ def test_it_may_be_asked_for_first_without_gradients(afresh):
     ],
 )
 def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, caplog, right, wrong):
-    source, *headers = pooled_convolution._SOURCES
-    text = source.read_text(encoding="utf-8")
-    assert text.count(right) == 1
-    for header in headers:
-        shutil.copy(header, afresh)
-    changed = afresh / source.name
-    changed.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(pooled_convolution, "_SOURCES", (changed, *headers))
+    monkeypatch.setattr(
+        pooled_convolution,
+        "_SOURCES",
+        miscompiled(pooled_convolution._SOURCES, afresh, right, wrong),
+    )
     assert not pooled_convolution.suits(layer_of(32, 32, 3))
     assert "pooled convolutions are not compiled" in caplog.text

@@ -96,23 +96,13 @@ def _rows(numbers: Tensor) -> Tensor:
 @cache
 def _library() -> tuple[Any, Any] | None:
     """Forward and backward, if they are compiled and agree with PyTorch; asked for once."""
-    compiled = building.library("linear layers", _SOURCES)
-    if compiled is None:
-        return None
-    try:
-        forward, backward = (
-            kind((f"{way}_linear", compiled))
-            for way, kind in (("forward", _FORWARD), ("backward", _BACKWARD))
-        )
-    except AttributeError:  # the processor has no tiles
-        return None
-    if not compiled.prepare():  # the kernel has no room for them
-        return None
-    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever mode the caller is in
-        if not all(_agrees((forward, backward), rows) for rows in (3, 35)):
-            building.warn("linear layers")
-            return None
-    return forward, backward
+    return building.tiled_steps(
+        "linear layers",
+        _SOURCES,
+        "linear",
+        (_FORWARD, _BACKWARD),
+        lambda steps: all(_agrees(steps, rows) for rows in (3, 35)),
+    )
 
 
 def _agrees(library: tuple[Any, Any], rows: int) -> bool:

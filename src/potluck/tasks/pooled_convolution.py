@@ -138,23 +138,13 @@ def _rows(images: Tensor) -> Tensor:
 @cache
 def _library() -> tuple[Any, Any] | None:
     """Forward and backward, if they are compiled and agree with PyTorch; asked for once."""
-    compiled = building.library("pooled convolutions", _SOURCES)
-    if compiled is None:
-        return None
-    try:
-        forward, backward = (
-            kind((f"{way}_pooled", compiled))
-            for way, kind in (("forward", _FORWARD), ("backward", _BACKWARD))
-        )
-    except AttributeError:  # the processor has no tiles
-        return None
-    if not compiled.prepare():  # the kernel has no room for them
-        return None
-    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever mode the caller is in
-        if not all(_agrees((forward, backward), channels) for channels in (1, _COLUMNS)):
-            building.warn("pooled convolutions")
-            return None
-    return forward, backward
+    return building.tiled_steps(
+        "pooled convolutions",
+        _SOURCES,
+        "pooled",
+        (_FORWARD, _BACKWARD),
+        lambda steps: all(_agrees(steps, channels) for channels in (1, _COLUMNS)),
+    )
 
 
 def _agrees(library: tuple[Any, Any], channels: int) -> bool:

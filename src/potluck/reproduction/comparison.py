@@ -266,8 +266,8 @@ def _ours(result: Result) -> str:
 
 
 def _hours(seconds: float) -> str:
-    """An estimate, which deserves no more than two digits."""
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+    """An estimate, which deserves no more than two digits, and no less than a minute."""
+    return f"{max(seconds / 60, 1):.0f} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
 
 
 def _mean_std(values: Sequence[float | None], digits: str = ".1f") -> str:

@@ -156,9 +156,10 @@ def test_a_cell_that_was_not_run_says_so_with_its_cost(grid):
     assert work(CELL) == pytest.approx(9333.3, rel=1e-4)
     assert seconds_per_round(grid)["tiny"] == pytest.approx(0.21, rel=1e-3)
     assert gather(grid)[0].seconds_expected == pytest.approx(8.4, rel=1e-3)
-    assert row(grid)[:3] == ("–", "40", "not run (about 1 min a seed)")
-    hours = Result(CELL, None, (), (), 2, 9000.0)
-    assert rows([hours])[0][3] == "not run (about 2.5 h a seed)"
+    assert row(grid)[:3] == ("–", "40", "not run (under 1 min a seed)")
+    for seconds, cost in ((60.0, "about 1 min"), (3599.0, "about 60 min"), (9000.0, "about 2.5 h")):
+        expensive = Result(CELL, None, (), (), 2, seconds)
+        assert rows([expensive])[0][3] == f"not run ({cost} a seed)"
 
 
 def test_costs_are_those_of_rounds_that_were_timed(grid):

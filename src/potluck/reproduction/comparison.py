@@ -253,7 +253,7 @@ def _ours(result: Result) -> str:
     ended, wanted = result.ended, result.num_seeds
     if not result.costs:
         cost = result.seconds_expected
-        about = "" if cost is None else f" (about {_hours(cost)} a seed)"
+        about = "" if cost is None else f" ({_about(cost)} a seed)"
         return f"not run{about}"
     if not ended:
         return f"unfinished ({len(result.costs)} of {wanted} seeds begun)"
@@ -265,9 +265,11 @@ def _ours(result: Result) -> str:
     return f"{_mean_std(reached)} ({len(ended)}{so_far} seeds)"
 
 
-def _hours(seconds: float) -> str:
-    """An estimate, which deserves no more than two digits, and no less than a minute."""
-    return f"{max(seconds / 60, 1):.0f} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+def _about(seconds: float) -> str:
+    """An estimate, which deserves no more than two digits."""
+    if seconds < 60:
+        return "under 1 min"
+    return f"about {seconds / 60:.0f} min" if seconds < 3600 else f"about {seconds / 3600:.2g} h"
 
 
 def _mean_std(values: Sequence[float | None], digits: str = ".1f") -> str:

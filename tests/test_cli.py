@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -345,6 +346,21 @@ def test_a_command_that_is_not_understood_has_exit_status_2(words):
 
 def test_the_version_is_told():
     assert re.fullmatch(r"potluck \d+\.\d+\S*\n", potluck("--version").output)
+
+
+def test_a_source_tree_that_is_not_installed_trains(monkeypatch):
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "potluck":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert potluck("--version").output == "potluck unknown\n"
+    result = potluck("train", "tiny.toml")
+    assert result.exit_code == 0, result.output
+    assert read_run(Path("runs/tiny/seed-0")).manifest["versions"]["potluck"] == "unknown"
 
 
 def made_round(number: int, accuracy: float | None) -> Round:

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from potluck.algorithms import (
         Adagrad,
         Adam,
@@ -109,6 +110,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(import_module(home), name)
@@ -119,3 +122,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _version() -> str:
+    """The installed version; "unknown" of a source tree that runs without being installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("potluck")
+    except metadata.PackageNotFoundError:
+        return "unknown"

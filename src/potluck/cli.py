@@ -8,12 +8,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+import potluck
 from potluck.cli_reproduce import reproduce
 from potluck.command import Debug, ExperimentFile, Overrides, command
 from potluck.demo_serve import demo_serve
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"potluck {metadata.version('potluck')}")
+        typer.echo(f"potluck {potluck.__version__}")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+import potluck
 from potluck.experiment import Experiment
 from potluck.tasks import Task, spec_of
 from potluck.tasks.placement import device_of
@@ -49,7 +50,7 @@ def make_manifest(
         "devices_digest": devices_digest,
         "data_checksums": dict(task.data.checksums),
         "versions": {
-            "potluck": metadata.version("potluck"),
+            "potluck": potluck.__version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
             "torch": metadata.version("torch"),

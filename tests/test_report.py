@@ -297,6 +297,15 @@ def test_the_mean_curve_ends_with_a_run_that_did_not_reach_its_target():
     assert mean_of_best([short, longer]) == [(1, pytest.approx(0.7)), (2, pytest.approx(0.7))]
 
 
+def test_the_mean_curve_has_the_rounds_in_which_every_run_was_evaluated():
+    each = measure(record({0: 0.1, 1: 0.2, 2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7}))
+    seldom = measure(record({0: 0.3, 2: 0.8, 4: 0.9}, seed=1))
+    # Round 5: (0.7 + 0.9) / 2, for the other has reached its target and ended.
+    means = mean_of_best([each, seldom])
+    assert [number for number, _ in means] == [0, 2, 4, 5]
+    assert [score for _, score in means] == pytest.approx([0.2, 0.6, 0.75, 0.8])
+
+
 def test_the_same_runs_draw_the_same_bytes(tmp_path):
     runs = [measure(record({0: 0.1, 1: 0.5, 3: 0.8, 4: 0.95 - 0.1 * k}, seed=k)) for k in range(2)]
     runs.append(measure(record({1: 0.2, 2: 0.3}, name="other", target=None)))

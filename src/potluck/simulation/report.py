@@ -228,7 +228,8 @@ def mean_of_best(runs: Sequence[Cost], x: Axis = "rounds") -> list[tuple[float, 
     """The mean of the seeds' best scores so far, over rounds or over virtual hours.
 
     A run that reached its target keeps its best after its end. Where one ends that has not, the
-    mean ends too: with fewer seeds it would jump.
+    mean ends too: with fewer seeds it would jump. Of rounds it takes those in which every run was
+    evaluated that has not ended: between its evaluations a run's best is old.
     """
     sign = _sign(runs[0].metric)
     shown = [curve_of(run, x) for run in runs]
@@ -236,6 +237,10 @@ def mean_of_best(runs: Sequence[Cost], x: Axis = "rounds") -> list[tuple[float, 
     short = [curve[-1][0] for run, curve in zip(runs, shown, strict=True) if run.to_target is None]
     end = min(short, default=max(curve[-1][0] for curve in curves))
     numbers = sorted({n for curve in curves for n, _ in curve if n <= end})
+    if x == "rounds":
+        known = [({n for n, _ in curve}, curve[-1][0]) for curve in curves]
+        common = [n for n in numbers if all(n in mine or n > last for mine, last in known)]
+        numbers = common or numbers
     columns = [[_at(curve, n) for curve in curves] for n in numbers]
     means = [sign * statistics.fmean(column) for column in columns]
     return list(zip(numbers, means, strict=True))

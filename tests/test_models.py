@@ -1,5 +1,7 @@
 """The paper's models, tensors in vectors, and layers that update themselves."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,28 @@ def test_initial_weights_follow_from_the_seed_alone():
     assert np.array_equal(
         given[: module.first.weight.numel()], module.first.weight.detach().ravel()
     )
+
+
+def test_initial_weights_are_the_same_while_other_threads_make_modules():
+    """A server evaluates in a thread of its own, and devices in threads make theirs."""
+    task = task_with(TwoNN)
+    expected = task.initial_weights(1)
+    ended = threading.Event()
+
+    def others():
+        while not ended.is_set():
+            TorchRuntime(task)
+
+    threads = [threading.Thread(target=others) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            np.testing.assert_array_equal(task.initial_weights(1), expected)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
 
 
 class Wide(nn.Module):

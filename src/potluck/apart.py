@@ -55,7 +55,7 @@ class Judge:
         task = self._load()
         weights = task.initial_weights(self._experiment.run.seed)
         plan = write_plan(plan_of(self._experiment, task.data, needs))
-        return Beginning(weights, spec_of(task.model()), plan)
+        return Beginning(weights, spec_of(task.module()), plan)
 
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
         """Metrics of a model."""

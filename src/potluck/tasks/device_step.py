@@ -24,6 +24,7 @@ from potluck.tasks.correction import Pull
 from potluck.tasks.draws import Given, Recording
 from potluck.tasks.local import Judged
 from potluck.tasks.precision import Precision, autocast
+from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.stack import Layer, Stack
 from potluck.tasks.task import Task
 from potluck.tasks.vectorised import slow_operators_refused
@@ -174,7 +175,7 @@ def is_pure(module: nn.Module, task: Task) -> bool:
     if next(module.buffers(), None) is not None:
         return False
     examples = task.data.train
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), Recording() as recording:
+    with borrowed_randomness(), torch.no_grad(), Recording() as recording:
         try:
             module(torch.tensor(examples.inputs[:2]))
         except Exception:  # it will be told where clients train

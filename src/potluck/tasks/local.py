@@ -16,6 +16,7 @@ from potluck.tasks.correction import CorrectedStep
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.inplace import InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision
+from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.task import Task, bind, spec_of
 
 _NO_CORRECTION = Correction()
@@ -55,7 +56,7 @@ class TorchRuntime:
         first = task.data.client(0)
         self.take(Examples(first.inputs[:2], first.targets[:2]))
         self._load(np.arange(self._examples.num_examples))
-        with torch.random.fork_rng(devices=[]):
+        with borrowed_randomness():
             done = self._layers.probe(self.module, lambda: self._forward(slice(0, 2)))
         self._others = [p for p in self._parameters if p not in done]
         self._corrected = CorrectedStep(self.module, self._vector)

@@ -13,6 +13,7 @@ from torch import nn
 from potluck.core import Spec, Vector, derive_seed
 from potluck.tasks.data import FederatedData
 from potluck.tasks.metrics import Loss, Metric, accuracy, cross_entropy
+from potluck.tasks.randomness import borrowed_randomness
 
 
 def _accuracy() -> dict[str, Metric]:
@@ -45,12 +46,15 @@ class Task:
         """A new module, of which the caller may do what it likes. Global randomness is kept."""
         if isinstance(self.model, nn.Module):
             return copy.deepcopy(self.model)
-        with torch.random.fork_rng(devices=[]):
+        with borrowed_randomness():
             return self.model()
 
     def initial_weights(self, seed: int) -> Vector:
-        """The model of round 0, which depends on the seed alone. Global randomness is kept."""
-        with torch.random.fork_rng(devices=[]):
+        """The model of round 0, which depends on the seed alone. Global randomness is kept.
+
+        Whatever threads of Potluck make or try modules meanwhile wait for it.
+        """
+        with borrowed_randomness():
             torch.manual_seed(derive_seed(seed, "weights"))
             module = self.module()
         return spec_of(module).flatten(

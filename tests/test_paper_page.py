@@ -10,6 +10,7 @@ import pytest
 
 from potluck.reproduction import paper
 from potluck.simulation import read_run
+from potluck.simulation.report import measure, rounds_to_target
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
@@ -43,3 +44,17 @@ def test_every_committed_run_is_one_of_the_papers_cells():
         assert manifest["name"] == name
         assert rate == f"lr-{manifest['experiment']['algorithm']['client_lr']:.4g}"
         assert seed == f"seed-{manifest['seed']}"
+
+
+def test_federated_sgd_needs_46_times_the_rounds_to_what_plain_averaging_has_after_41():
+    """Said in the README too. Both count first characters, with which neither has 54 % in 41."""
+    runs = ROOT / "results/runs"
+    sgd = measure(read_run(runs / "shakespeare-lstm-role-fedsgd-c0.1/lr-4.7/seed-1"))
+    for seed in (1, 2, 3):
+        plain = measure(read_run(runs / f"shakespeare-lstm-role-e5-b10-c0.1/lr-1.47/seed-{seed}"))
+        accuracy = max(score for number, score in plain.curve if number <= 41)
+        assert 0.5305 < accuracy < 0.5335
+        rounds = rounds_to_target(sgd.curve, accuracy)
+        assert rounds is not None
+        assert 1881.5 < rounds < 1903.5
+        assert round(rounds / 41) == 46

@@ -12,6 +12,7 @@ from potluck.core import (
     Poisson,
     Spec,
     derive_seed,
+    higher_is_better,
     sample_cohort,
     stream,
 )
@@ -201,3 +202,22 @@ def test_a_stream_is_pcg64_of_its_derived_seed_every_time():
     expected = np.random.Generator(np.random.PCG64(seed)).random(9)
     for _ in range(2):
         np.testing.assert_array_equal(stream(3, "batches", 4, 5).random(9), expected)
+
+
+@pytest.mark.parametrize("name", ["loss", "train_loss", "mae", "rmse", "wordError", "val-mse"])
+def test_losses_and_errors_are_better_the_smaller_they_are(name):
+    assert not higher_is_better(name)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "r2", "accuracy_after_first", "f1", "lossless"])
+def test_other_metrics_are_better_the_larger_they_are(name):
+    assert higher_is_better(name)
+
+
+def test_a_metric_may_say_itself_which_way_it_gets_better():
+    def drop(outputs, targets):
+        return outputs
+
+    assert higher_is_better("drop", drop)
+    drop.higher_is_better = False
+    assert not higher_is_better("drop", drop)

@@ -11,6 +11,7 @@ from potluck.core.codecs import (
 )
 from potluck.core.cohorts import Poisson, sample_cohort
 from potluck.core.correction import Correction
+from potluck.core.direction import higher_is_better
 from potluck.core.errors import (
     AbandonedError,
     ChecksumError,
@@ -23,6 +24,7 @@ from potluck.core.errors import (
     RefusedError,
     RunError,
     StorageError,
+    TaskError,
     TrainingError,
     WorkerError,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "RunError",
     "Spec",
     "StorageError",
+    "TaskError",
     "TrainingError",
     "Update",
     "Vector",
@@ -57,6 +60,7 @@ __all__ = [
     "derive_seed",
     "encode_update",
     "encoded_bytes",
+    "higher_is_better",
     "sample_cohort",
     "stream",
 ]

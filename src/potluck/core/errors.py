@@ -5,6 +5,7 @@
     │   ├── ChecksumError  a file that is not the one that was published
     │   └── DownloadError  no host gave the file
     ├── ConfigError        an experiment file that cannot be used
+    ├── TaskError          a model, loss or metric that does not fit its contract or data
     ├── RunError           a run directory that cannot be opened, written or continued
     ├── TrainingError      local training failed at a named client and round
     │   └── DivergedError  its loss or weights are no longer finite
@@ -14,9 +15,9 @@
     ├── StorageError       a server's database or blobs cannot be read or written now
     └── RefusedError       a server does not do what a device or an operator asked, and says why
 
-A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError` and
-`ConfigError` are `ValueError`s too. Each message says what was expected, what was got
-(name = value) and what to do.
+A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError`,
+`ConfigError` and `TaskError` are `ValueError`s too. Each message says what was expected, what was
+got (name = value) and what to do.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class DownloadError(DataError):
 
 class ConfigError(PotluckError, ValueError):
     """An experiment file that cannot be used."""
+
+
+class TaskError(PotluckError, ValueError):
+    """A model, loss or metric that breaks its contract, or does not fit the data."""
 
 
 class RunError(PotluckError):

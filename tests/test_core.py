@@ -221,3 +221,22 @@ def test_a_metric_may_say_itself_which_way_it_gets_better():
     assert higher_is_better("drop", drop)
     drop.higher_is_better = False
     assert not higher_is_better("drop", drop)
+
+
+def test_what_travels_is_trained_entries_and_then_statistics():
+    spec = Spec(
+        ("frozen", "encoder", "head", "mean", "mask"),
+        ((2,), (1,), (2,), (2,), (1,)),
+        ("constant", "statistic", "trained", "statistic", "constant"),
+        num_buffers=2,
+    )
+    vector = np.array([1, 2, 3, 4, 5, 6, 7, -np.inf], np.float32)
+    packed = spec.packed()
+    assert (spec.num_parameters, spec.size("trained"), spec.size("statistic")) == (5, 2, 3)
+    assert packed.names == ("head", "encoder", "mean")
+    assert (packed.num_parameters, packed.dim) == (2, 5)
+    assert spec.pack(vector).tolist() == [4, 5, 3, 6, 7]
+    moved = spec.unpack(2 * spec.pack(vector), vector)
+    assert moved.tolist() == [1, 2, 6, 8, 10, 12, 14, -np.inf]
+    assert [spec.name_at(entry) for entry in (0, 2, 7)] == ["frozen", "encoder", "mask"]
+    assert spec.digest() != Spec(spec.names, spec.shapes).digest()

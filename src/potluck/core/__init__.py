@@ -29,7 +29,7 @@ from potluck.core.errors import (
     WorkerError,
 )
 from potluck.core.seeds import derive_seed, stream
-from potluck.core.spec import Spec
+from potluck.core.spec import Role, Spec
 from potluck.core.update import Update, Vector
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "PotluckError",
     "ProtocolError",
     "RefusedError",
+    "Role",
     "RunError",
     "Spec",
     "StorageError",

@@ -1,6 +1,19 @@
 """The names and shapes inside a model's vector.
 
-A model is one contiguous float32 vector w ∈ ℝᵈ; a `Spec` says which slice of it is which tensor.
+A model is one contiguous float32 vector w ∈ ℝᵈ; a `Spec` says which slice of it is which tensor:
+
+    w = [parameters | buffers]        # parameters first, num_parameters entries
+
+and what becomes of each tensor in a round, its role:
+
+    trained     a parameter that local steps move; its Δ is an update
+    statistic   what the forward pass writes (running means and variances, a momentum encoder): the
+                clients' values are averaged by weight, and nothing else acts on them
+    constant    a frozen parameter, a mask, a table of positions: the same everywhere, so that it
+                need not travel; it may hold infinities
+
+What travels between a server and its clients is `packed`: trained entries, then statistics.
+
 `flatten` and `unflatten` share memory: the tensors that `unflatten` returns are views of the
 vector, so writing into one writes into the other. Both work on NumPy arrays and on PyTorch
 tensors alike, and on the rows of a matrix of models.
@@ -12,29 +25,45 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from potluck.core.update import Vector
 
+Role: TypeAlias = Literal["trained", "statistic", "constant"]
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Names and shapes, in the order in which they lie in the vector.
+    """Names, shapes and roles, in the order in which the tensors lie in the vector.
 
-    Averaged buffers (batch-norm statistics) are part of it, behind the parameters; integer
-    buffers are not: they stay local.
+    Args:
+        names, shapes: of each tensor. Integer buffers are not among them: they stay local.
+        roles: of each tensor; all are trained if left out.
+        num_buffers: how many of the tensors, the last ones, are buffers and not parameters.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    roles: tuple[Role, ...] = ()
+    num_buffers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.roles:
+            object.__setattr__(self, "roles", ("trained",) * len(self.names))
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, Any]]) -> Spec:
+    def of(
+        cls,
+        tensors: Iterable[tuple[str, Any]],
+        roles: Iterable[Role] = (),
+        num_buffers: int = 0,
+    ) -> Spec:
         """The spec of named tensors (anything with a `shape`)."""
         pairs = [(name, tuple(int(n) for n in tensor.shape)) for name, tensor in tensors]
-        return cls(tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs))
+        names, shapes = tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs)
+        return cls(names, shapes, tuple(roles), num_buffers)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -55,13 +84,72 @@ class Spec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one float32 vector: what one client uploads or downloads in a round."""
+        """Bytes of one float32 vector."""
         return 4 * self.dim
 
+    @property
+    def num_parameters(self) -> int:
+        """How many leading entries are parameters, trained or not; an algorithm works on these."""
+        return self.offsets[len(self.names) - self.num_buffers]
+
+    @property
+    def is_all_trained(self) -> bool:
+        """Whether every entry is of a trained parameter."""
+        return self.num_buffers == 0 and all(role == "trained" for role in self.roles)
+
+    def slices(self, *roles: Role) -> list[slice]:
+        """Where the tensors of these roles lie, in order."""
+        ends = self.offsets
+        return [slice(ends[i], ends[i + 1]) for i, role in enumerate(self.roles) if role in roles]
+
+    def size(self, *roles: Role) -> int:
+        """How many entries have these roles."""
+        return sum(part.stop - part.start for part in self.slices(*roles))
+
+    def with_roles(self, roles: Mapping[str, Role]) -> Spec:
+        """The same tensors, some of them in another role."""
+        new = tuple(roles.get(n, role) for n, role in zip(self.names, self.roles, strict=True))
+        return Spec(self.names, self.shapes, new, self.num_buffers)
+
+    def packed(self) -> Spec:
+        """The spec of what travels: the trained tensors, then the statistics."""
+        order = [i for i, role in enumerate(self.roles) if role == "trained"]
+        statistics = [i for i, role in enumerate(self.roles) if role == "statistic"]
+        order += statistics
+        return Spec(
+            tuple(self.names[i] for i in order),
+            tuple(self.shapes[i] for i in order),
+            tuple(self.roles[i] for i in order),
+            len(statistics),
+        )
+
+    def pack(self, vector: Vector) -> Vector:
+        """From a vector of this spec to one of `packed`."""
+        parts = self.slices("trained") + self.slices("statistic")
+        return np.concatenate([vector[part] for part in parts] or [vector[:0]])
+
+    def unpack(self, packed: Vector, rest: Vector) -> Vector:
+        """From a vector of `packed` to one of this spec, with the constants of `rest` [dim]."""
+        vector, start = rest.copy(), 0
+        for part in self.slices("trained") + self.slices("statistic"):
+            stop = start + part.stop - part.start
+            vector[part] = packed[start:stop]
+            start = stop
+        return vector
+
+    def name_at(self, entry: int) -> str:
+        """The tensor in which an entry of the vector lies."""
+        ends = self.offsets
+        return next(name for i, name in enumerate(self.names) if entry < ends[i + 1])
+
     def digest(self) -> str:
-        """Equal digests mean that vectors are interchangeable."""
-        text = repr((self.names, self.shapes)).encode()
-        return hashlib.blake2b(text, digest_size=16).hexdigest()
+        """Equal digests mean that vectors are interchangeable, and what an algorithm keeps of
+        them."""
+        told: tuple[object, ...] = (self.names, self.shapes)
+        if not self.is_all_trained:
+            trained = tuple(role == "trained" for role in self.roles)
+            told += (self.num_buffers, trained)
+        return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
 
     def flatten(self, tensors: Mapping[str, Any]) -> Vector:
         """One new vector with the contents of `tensors`.

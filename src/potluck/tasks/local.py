@@ -48,7 +48,7 @@ class TorchRuntime:
         self._padding = task.data.padding
         self._by_length = task.batches == "by length"
         self._losses: list[Tensor] = []
-        self._counters = [b for b in self.module.buffers() if not b.is_floating_point()]
+        self._counters = [b for b in self.module.buffers() if b.dtype != torch.float32]
         self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._layers = InPlaceLayers(self.module, precision, compiled=one_thread)

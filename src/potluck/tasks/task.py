@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from potluck.core import Spec, Vector, derive_seed
+from potluck.core import Role, Spec, Vector, derive_seed
 from potluck.tasks.data import FederatedData
 from potluck.tasks.metrics import Loss, Metric, accuracy, cross_entropy
 from potluck.tasks.randomness import borrowed_randomness
@@ -63,26 +63,33 @@ class Task:
 
 
 def averaged_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """What a model's vector holds: its parameters, then its floating-point buffers."""
+    """What a model's vector holds: its parameters, then its float32 buffers."""
     tensors: list[tuple[str, torch.Tensor]] = list(module.named_parameters())
-    tensors += [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
-    return tensors
+    return tensors + _buffers(module)
 
 
 def spec_of(module: nn.Module) -> Spec:
-    """The names and shapes inside the vector of a module.
+    """The names and shapes inside the vector of a module, and their roles as far as the module
+    alone shows them: frozen parameters are constants, and buffers statistics. `roles` of
+    `potluck.tasks.statistics` finds out more.
 
     Raises:
         TypeError: a parameter that is not float32.
     """
-    tensors = averaged_tensors(module)
-    for name, tensor in tensors:
+    parameters, buffers = list(module.named_parameters()), _buffers(module)
+    for name, tensor in parameters:
         if tensor.dtype != torch.float32:
             raise TypeError(
                 f"every parameter must be float32, got {name} of dtype={tensor.dtype}. "
                 "Call .float() on the model."
             )
-    return Spec.of(tensors)
+    roles: list[Role] = ["trained" if p.requires_grad else "constant" for _, p in parameters]
+    roles += ["statistic"] * len(buffers)
+    return Spec.of([*parameters, *buffers], roles, len(buffers))
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, b) for name, b in module.named_buffers() if b.dtype == torch.float32]
 
 
 def bind(module: nn.Module, vector: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from potluck.core import Codec, ConfigError
+from potluck.core.validate import plain
 from potluck.explain import explain
 
 
@@ -353,7 +354,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
     """Validate the content of an experiment file; `origin` names it in errors."""
     try:
-        experiment = Experiment.model_validate(content)
+        experiment = Experiment.model_validate(plain(content))
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Experiment)}") from None
     _check_device(experiment.run, origin)

@@ -21,6 +21,7 @@ from potluck.algorithms.ranges import check_above
 from potluck.algorithms.runtime import Runtime
 from potluck.algorithms.schedules import Constant, Schedule
 from potluck.core import Correction, Vector, derive_seed, stream
+from potluck.core.validate import as_count
 
 W = TypeVar("W")  # vectors, tensors, batches of either
 
@@ -60,15 +61,12 @@ class LocalTraining:
             ValueError: one is; it is named.
         """
         check_above("client_lr", self.client_lr, 0.0, "Start with 0.1.")
-        if self.local_epochs < 1:
-            raise ValueError(
-                f"local_epochs must be at least 1, got local_epochs={self.local_epochs!r}. "
-                "Use 1 for a single pass."
-            )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(
-                f"batch_size must be at least 1, got batch_size={self.batch_size!r}. "
-                "Use None for all of a client's examples in one step."
+        epochs = as_count("local_epochs", self.local_epochs, 1, "Use 1 for a single pass.")
+        object.__setattr__(self, "local_epochs", epochs)
+        if self.batch_size is not None:
+            advice = "Use None for all of a client's examples in one step."
+            object.__setattr__(
+                self, "batch_size", as_count("batch_size", self.batch_size, 1, advice)
             )
         if self.gradient_clip is not None:
             check_above(

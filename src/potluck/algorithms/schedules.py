@@ -13,7 +13,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from potluck.algorithms.ranges import check_above, check_at_least, check_within
+from potluck.algorithms.ranges import check_above, check_within
+from potluck.core.validate import as_count
+
+_ROUNDS = "Give a number of rounds."
 
 
 class Schedule(Protocol):
@@ -56,7 +59,7 @@ class Step:
     factor: float
 
     def __post_init__(self) -> None:
-        check_at_least("every", self.every, 1, "Give a number of rounds.")
+        object.__setattr__(self, "every", as_count("every", self.every, 1, _ROUNDS))
         check_above("factor", self.factor, 0.0, "Use 0.1 for a tenth.")
         check_within("factor", self.factor, 0.0, 1.0, "Use 0.1 for a tenth.")
 
@@ -73,7 +76,7 @@ class Linear:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_ramp(self.rounds, self.floor)
+        _check_ramp(self)
 
     def __call__(self, round: int, /) -> float:
         """1 − (1 − floor) (t − 1) / rounds, and then the floor."""
@@ -88,7 +91,7 @@ class Cosine:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_ramp(self.rounds, self.floor)
+        _check_ramp(self)
 
     def __call__(self, round: int, /) -> float:
         """floor + (1 − floor) (1 + cos(π (t − 1) / rounds)) / 2, and then the floor."""
@@ -104,7 +107,7 @@ class Warmup:
     then: Schedule = field(default_factory=Constant)
 
     def __post_init__(self) -> None:
-        check_at_least("rounds", self.rounds, 1, "Give a number of rounds.")
+        object.__setattr__(self, "rounds", as_count("rounds", self.rounds, 1, _ROUNDS))
 
     def __call__(self, round: int, /) -> float:
         """t / (rounds + 1) while t ≤ rounds, then `then(t − rounds)`."""
@@ -113,9 +116,10 @@ class Warmup:
         return self.then(round - self.rounds)
 
 
-def _check_ramp(rounds: int, floor: float) -> None:
-    check_at_least("rounds", rounds, 1, "Give the number of rounds to the floor.")
-    check_within("floor", floor, 0.0, 1.0, "Use 0.0 to go down to nothing.")
+def _check_ramp(ramp: Linear | Cosine) -> None:
+    rounds = as_count("rounds", ramp.rounds, 1, "Give the number of rounds to the floor.")
+    object.__setattr__(ramp, "rounds", rounds)
+    check_within("floor", ramp.floor, 0.0, 1.0, "Use 0.0 to go down to nothing.")
 
 
 def _done(round: int, rounds: int) -> float:

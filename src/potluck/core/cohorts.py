@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core.seeds import stream
+from potluck.core.validate import as_count, as_integer, as_real, is_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Poisson:
     rate: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", as_real("rate", self.rate))
         if not 0.0 < self.rate <= 1.0:
             raise ValueError(
                 f"a Poisson cohort needs a rate above 0 and at most 1, got rate={self.rate!r}. "
@@ -38,9 +40,8 @@ def cohort_size(population: int, cohort: float | int) -> int:
     Raises:
         ValueError: a fraction outside [0, 1], a count outside [1, population].
     """
-    if isinstance(cohort, bool):
-        raise TypeError(f"cohort must be a number, got cohort={cohort!r}. Give 0.1 or 10.")
-    if isinstance(cohort, int):
+    if is_integer(cohort):
+        cohort = as_integer("cohort", cohort)
         if cohort > population:
             raise ValueError(
                 f"cohort must be at most the population ({population}), got cohort={cohort}. "
@@ -52,6 +53,7 @@ def cohort_size(population: int, cohort: float | int) -> int:
                 "For the paper's C = 0 (one client) write 0.0."
             )
         return cohort
+    cohort = as_real("cohort", cohort, "Give 0.1 or 10.")
     if not 0.0 <= cohort <= 1.0:
         raise ValueError(
             f"cohort must be a fraction from 0.0 to 1.0, got cohort={cohort!r}. "
@@ -64,8 +66,7 @@ def sample_cohort(
     population: int, cohort: float | int | Poisson, *, seed: int, round: int
 ) -> NDArray[np.int64]:
     """The clients of one round, as sorted indices into the population."""
-    if population < 1:
-        raise ValueError(f"population must be at least 1, got population={population}.")
+    population = as_count("population", population)
     random = stream(seed, "cohort", round)
     if isinstance(cohort, Poisson):
         size = int(random.binomial(population, cohort.rate))

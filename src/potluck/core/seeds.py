@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
+from potluck.core.validate import as_seed
+
 
 def derive_seed(seed: int, purpose: str, round: int = 0, client: int = 0) -> int:
     """A 63-bit seed for one purpose ("cohort", "batches", "model", …), round and client."""
-    text = f"{seed}/{purpose}/{round}/{client}".encode()
+    text = f"{as_seed(seed)}/{purpose}/{round}/{client}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

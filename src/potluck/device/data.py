@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from potluck.core import DataError
+from potluck.core.validate import as_integer
 
 if TYPE_CHECKING:
     from potluck.tasks import FederatedData
@@ -53,7 +54,7 @@ def one_client(data: FederatedData, client: int) -> FederatedData:
     """
     from dataclasses import replace
 
-    if not 0 <= client < data.num_clients:
+    if not 0 <= as_integer("client", client) < data.num_clients:
         raise DataError(
             f"client must be from 0 to {data.num_clients - 1}, got client={client}. "
             "Name a client of the experiment's partition."

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck.core import PotluckError
+from potluck.core.validate import as_count
 
 DAY_MS = 86_400_000
 _HIDDEN = ("token", "update")
@@ -38,7 +39,7 @@ class Record:
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
-        self._limit = limit_bytes
+        self._limit = None if limit_bytes is None else as_count("limit_bytes", limit_bytes, 0)
         self._day = ""
         self._sent = 0
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from potluck.core import ConfigError, Correction, DataError, DivergedError, Spec, Update, Vector
+from potluck.core.validate import as_count
 from potluck.plan import Plan, build_planned_algorithm, build_planned_task
 from potluck.protocol import Runtime
 
@@ -69,7 +70,7 @@ class TorchTrainer:
 
     def __init__(self, load: Callable[[], FederatedData], num_threads: int | None = None) -> None:
         self._load = load
-        self._num_threads = num_threads
+        self._num_threads = None if num_threads is None else as_count("num_threads", num_threads)
         self._data: FederatedData | None = None
         self._plan: Plan | None = None
         self._task: Task | None = None

@@ -6,9 +6,10 @@ import math
 from functools import lru_cache
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from potluck.core.cohorts import cohort_size
+from potluck.core.validate import plain
 from potluck.experiment import Experiment
 
 Seconds = Annotated[float, Field(gt=0, le=10**7)]
@@ -18,6 +19,7 @@ class RoundSettings(BaseModel):
     """How devices are selected, how long they have, and when a round counts."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    _plain = model_validator(mode="before")(plain)  # NumPy's numbers
 
     selection: Literal["open", "sampled"] = "open"
     """Open: whoever checks in is selected, until the slots are taken. Sampled: the cohort is drawn

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.core.validate import as_count
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Loop
 from potluck.simulation.recording import Work
 from potluck.simulation.timing import Estimate, estimate
@@ -62,6 +63,8 @@ class Auto:
         device: str | torch.device = "auto",
     ) -> None:
         self._task, self._clock = task, clock
+        if num_workers is not None:
+            num_workers = as_count("num_workers", num_workers)
         self._num_workers = num_workers or available_cores()
         self._executors: dict[_Name, Executor] = {"loop": Loop(task)}
         where = device_of(device) if isinstance(device, str) else device

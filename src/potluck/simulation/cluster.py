@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.core.validate import as_count
 from potluck.simulation.executors import (
     NO_STATES,
     CohortResult,
@@ -107,11 +108,9 @@ class Cluster:
         gpus: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if num_workers is not None and num_workers < 1:
-            raise ValueError(
-                f"num_workers must be at least 1, got num_workers={num_workers}. "
-                "Leave it out to use every core of the cluster."
-            )
+        if num_workers is not None:
+            advice = "Leave it out to use every core of the cluster."
+            num_workers = as_count("num_workers", num_workers, 1, advice)
         check_precision(precision, torch.device(device or "cpu"))
         _check_local(local, precision, device, gpus)
         self._task, self._progress = task, progress

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm, Runtime
 from potluck.core import DivergedError, FixedPointMean, Update, Vector
+from potluck.core.validate import as_count
 from potluck.memory import keep_freed
 from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
 from potluck.tasks.precision import Precision
@@ -90,7 +91,7 @@ class Loop:
     ) -> None:
         keep_freed()
         self._task = task
-        self._num_threads = num_threads
+        self._num_threads = num_threads = as_count("num_threads", num_threads)
         self._runtime = TorchRuntime(task, precision, one_thread=num_threads == 1)
         self._evaluator = Evaluator(task)
         self._test = evaluation_batches(task)

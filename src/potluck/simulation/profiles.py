@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from potluck.core import stream
+from potluck.core.validate import as_count
 from potluck.simulation.fleet import Fleet
 
 _HOUR = 3600.0
@@ -121,6 +122,7 @@ def draw_fleet(
         utc_offsets: hours; every device lives in one of these time zones, drawn evenly.
         start_hour: the hour of the day, UTC, at virtual time 0.
     """
+    population = as_count("population", population)
     random = stream(seed, "devices")
     speed = profile.examples_per_second if examples_per_second is None else examples_per_second
     # In a fixed order, so that no key changes what another draws.

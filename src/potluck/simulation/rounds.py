@@ -22,6 +22,7 @@ from potluck.core import (
     sample_cohort,
 )
 from potluck.core.cohorts import cohort_size
+from potluck.core.validate import as_count, as_seed
 from potluck.simulation.auto import Auto
 from potluck.simulation.cluster import Cluster, Local
 from potluck.simulation.compression import compressed
@@ -98,11 +99,12 @@ def rounds(
     population = task.data.num_clients
     if not isinstance(cohort, Poisson):
         cohort_size(population, cohort)
-    if evaluate_every < 1:
-        raise ValueError(
-            f"evaluate_every must be at least 1, got evaluate_every={evaluate_every}. "
-            "Use 1 to evaluate after every round."
-        )
+    if num_rounds is not None:
+        num_rounds = as_count("num_rounds", num_rounds, 0)
+    seed = as_seed(seed)
+    evaluate_every = as_count(
+        "evaluate_every", evaluate_every, 1, "Use 1 to evaluate after every round."
+    )
     if resume is not None and len(resume) == 2:
         if algorithm.client_vectors > 0:
             raise ValueError(
@@ -150,7 +152,7 @@ def _rounds(
             nobody = np.empty(0, np.int64)
             yield _round(algorithm, codec, 0, state, kept, nobody, None, metrics, started)
         else:
-            number, state, kept = resume
+            number, state, kept = as_count("resume[0]", resume[0], 0), *resume[1:]
         timings: Iterator[Timing] | None = None
         if virtual is not None:
             length = algorithm.vectors * len(state.weights)
@@ -225,6 +227,8 @@ def make_executor(
             with a GPU ("vmap", "ray") either, or "tf32".
         local, gpus, progress: for "ray": see `Cluster`.
     """
+    if num_workers is not None:
+        num_workers = as_count("num_workers", num_workers)
     if name not in ("vmap", "auto") and device not in (None, "cpu"):
         if name != "ray":
             raise ValueError(

@@ -31,6 +31,7 @@ from safetensors.numpy import save
 
 from potluck.algorithms import Algorithm, ServerState
 from potluck.core import RunError, Vector
+from potluck.core.validate import as_seed
 from potluck.experiment import Experiment
 from potluck.simulation.build import build_algorithm, build_data, build_task, build_virtual_time
 from potluck.simulation.manifest import difference, make_manifest
@@ -87,7 +88,7 @@ def train(
         AbandonedError, DivergedError, TrainingError: as `rounds`; the checkpoint is then of the
             last good round.
     """
-    seed = experiment.run.seed if seed is None else seed
+    seed = experiment.run.seed if seed is None else as_seed(seed)
     data = build_data(experiment) if data is None else data
     task = build_task(experiment, data)
     algorithm = build_algorithm(experiment)

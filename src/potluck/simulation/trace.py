@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from potluck.core import ConfigError
+from potluck.core.validate import as_count
 from potluck.simulation.fleet import DAY_SECONDS, Fleet
 
 COLUMNS = (
@@ -54,6 +55,7 @@ def read_trace(
     Raises:
         ConfigError: the file cannot be read, a line is wrong, or there are too few devices.
     """
+    population, days = as_count("population", population), as_count("days", days)
     found: dict[str, list[_Line]] = {}
     for number, row in _rows(Path(path)):
         line = _line(f"{path}, line {number}", row, 24.0 * days)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import Vector, stream
+from potluck.core.validate import as_count
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, kernel_threads
 from potluck.tasks import Evaluator, Examples, Task, evaluation_batches, means
 
@@ -31,7 +32,7 @@ class WithTrainLoss:
         self._evaluator = Evaluator(task)
         train = task.data.train
         order = stream(0, "train-loss").permutation(train.num_examples)
-        rows = np.sort(order[:num_examples])
+        rows = np.sort(order[: as_count("num_examples", num_examples)])
         sample = Examples(train.inputs[rows], train.targets[rows])
         self._batches = evaluation_batches(task, sample)
 

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from potluck.core import AbandonedError, Poisson, sample_cohort, stream
 from potluck.core.cohorts import cohort_size
+from potluck.core.validate import as_count
 from potluck.simulation.fleet import Fleet
 
 OVERHEAD_BYTES = 4000
@@ -69,6 +70,9 @@ class RoundRules:
     pace_seconds: float = 10.0
     attempts: int = 3
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attempts", as_count("attempts", self.attempts))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VirtualTime:
@@ -83,6 +87,9 @@ class VirtualTime:
     fleet: Fleet
     rules: RoundRules = field(default_factory=RoundRules)
     passes: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", as_count("passes", self.passes))
 
 
 class Timing(NamedTuple):

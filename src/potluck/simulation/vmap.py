@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector
+from potluck.core.validate import as_count
 from potluck.simulation.executors import (
     NO_STATES,
     CohortResult,
@@ -85,12 +86,10 @@ class Vmap:
         device: str | torch.device | None = None,
         precision: Precision = "float32",
     ) -> None:
-        if chunk is not None and chunk < 1:
-            raise ValueError(
-                f"chunk must be at least 1, got chunk={chunk}. Leave it out to fit the model."
-            )
+        if chunk is not None:
+            chunk = as_count("chunk", chunk, 1, "Leave it out to fit the model.")
         self._task = task
-        self._num_threads = num_threads
+        self._num_threads = num_threads = as_count("num_threads", num_threads)
         self._plain = TorchRuntime(task, one_thread=num_threads == 1)
         self._precision: Precision = precision
         self._tolerance = _TOLERANCES.get(precision, TOLERANCE)

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.core.validate import as_count
 from potluck.memory import keep_freed
 from potluck.simulation.executors import (
     NO_STATES,
@@ -104,15 +105,11 @@ class Workers:
         chunk: int | None = None,
         precision: Precision = "float32",
     ) -> None:
-        if num_workers is not None and num_workers < 1:
-            raise ValueError(
-                f"num_workers must be at least 1, got num_workers={num_workers}. "
-                "Leave it out to use every core."
-            )
-        if chunk is not None and chunk < 1:
-            raise ValueError(
-                f"chunk must be at least 1, got chunk={chunk}. Leave it out to train one at a time."
-            )
+        if num_workers is not None:
+            advice = "Leave it out to use every core."
+            num_workers = as_count("num_workers", num_workers, 1, advice)
+        if chunk is not None:
+            chunk = as_count("chunk", chunk, 1, "Leave it out to train one at a time.")
         check_precision(precision, torch.device("cpu"))
         self._task, self._chunk = task, chunk
         self._precision: Precision = precision

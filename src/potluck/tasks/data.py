@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
+from potluck.core.validate import as_count
+from potluck.tasks.names import client_names
 
 Array = NDArray[Any]
 A = TypeVar("A", bound=Any)  # arrays or tensors
@@ -92,6 +94,7 @@ class FederatedData:
 
     def client(self, index: int) -> Examples:
         """The training examples of client `index`: views, not copies."""
+        index = as_count("client", index, 0)
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Examples(self.train.inputs[rows], self.train.targets[rows])
 
@@ -99,6 +102,7 @@ class FederatedData:
         """The test examples of client `index`, or its training examples if it has none."""
         if self.test_offsets is None:
             return self.client(index)
+        index = as_count("client", index, 0)
         rows = slice(int(self.test_offsets[index]), int(self.test_offsets[index + 1]))
         return Examples(self.test.inputs[rows], self.test.targets[rows])
 
@@ -123,7 +127,7 @@ def divide(
     Raises:
         DataError: a client without examples.
     """
-    names = tuple(str(k) for k in range(len(parts))) if clients is None else tuple(clients)
+    names = tuple(client_names(range(len(parts)) if clients is None else clients).values())
     for name, part in zip(names, parts, strict=True):
         if len(part) == 0:
             raise DataError(

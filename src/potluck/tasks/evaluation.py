@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.core import Vector
+from potluck.core.validate import as_count
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.task import Task, bind, spec_of
 
@@ -80,6 +81,7 @@ def evaluation_batches(
     """The examples of a central evaluation (the task's test examples) in batches; sequences in
     order of length, so that little is padded."""
     examples = examples or task.data.test
+    size = as_count("size", size)
     if task.data.padding is not None:
         order = np.argsort(lengths(examples.inputs, task.data.padding), kind="stable")
         examples = Examples(examples.inputs[order], examples.targets[order])

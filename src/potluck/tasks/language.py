@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from potluck.core.validate import as_count
 from potluck.tasks.peephole import PeepholeLSTM, start_gates, start_inputs
 
 _STATE_SIZE = 0.25
@@ -35,6 +36,7 @@ class CharLSTM(nn.Module):
 
     def __init__(self, symbols: int = 258, embedding: int = 8, hidden: int = 256) -> None:
         super().__init__()
+        symbols, embedding, hidden = _sizes(symbols=symbols, embedding=embedding, hidden=hidden)
         self.embedding = nn.Embedding(symbols, embedding)
         self.lstm = nn.LSTM(embedding, hidden, num_layers=2, batch_first=True)
         self.output = _output(hidden, symbols)
@@ -61,6 +63,7 @@ class PeepholeCharLSTM(nn.Module):
 
     def __init__(self, symbols: int = 258, embedding: int = 8, hidden: int = 256) -> None:
         super().__init__()
+        symbols, embedding, hidden = _sizes(symbols=symbols, embedding=embedding, hidden=hidden)
         self.embedding = nn.Embedding(symbols, embedding)
         self.lstm1 = PeepholeLSTM(embedding, hidden)
         self.lstm2 = PeepholeLSTM(hidden, hidden, input_size=_STATE_SIZE)
@@ -81,6 +84,7 @@ class WordLSTM(nn.Module):
 
     def __init__(self, words: int = 10_000, embedding: int = 192, hidden: int = 256) -> None:
         super().__init__()
+        words, embedding, hidden = _sizes(words=words, embedding=embedding, hidden=hidden)
         self.embedding = nn.Embedding(words, embedding)
         self.lstm = PeepholeLSTM(embedding, hidden)
         self.output = _output(hidden, words)
@@ -89,6 +93,10 @@ class WordLSTM(nn.Module):
         """Words [batch, steps] to logits [batch, steps, words]."""
         embedded = self.embedding(inputs.int().t())  # [steps, batch, embedding]
         return self.output(self.lstm(embedded)).transpose(0, 1)
+
+
+def _sizes(**sizes: int) -> list[int]:
+    return [as_count(name, size) for name, size in sizes.items()]
 
 
 def _output(hidden: int, symbols: int) -> nn.Linear:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from potluck.core.validate import as_count
 from potluck.tasks.pooled_convolution import pooled
 
 Shape = tuple[int, ...]
@@ -23,6 +24,7 @@ class LogisticRegression(nn.Module):
 
     def __init__(self, input_shape: Shape = (1, 28, 28), num_classes: int = 10) -> None:
         super().__init__()
+        num_classes = as_count("num_classes", num_classes)
         self.linear = nn.Linear(math.prod(input_shape), num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -35,6 +37,7 @@ class TwoNN(nn.Module):
 
     def __init__(self, input_shape: Shape = (1, 28, 28), num_classes: int = 10) -> None:
         super().__init__()
+        num_classes = as_count("num_classes", num_classes)
         self.hidden1 = nn.Linear(math.prod(input_shape), 200)
         self.hidden2 = nn.Linear(200, 200)
         self.output = nn.Linear(200, num_classes)
@@ -53,6 +56,7 @@ class CNN(nn.Module):
 
     def __init__(self, input_shape: Shape = (1, 28, 28), num_classes: int = 10) -> None:
         super().__init__()
+        num_classes = as_count("num_classes", num_classes)
         channels, height, width = input_shape
         self.conv1 = nn.Conv2d(channels, 32, kernel_size=5, padding=2)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=5, padding=2)

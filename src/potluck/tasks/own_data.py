@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
+from potluck.core.validate import as_count, as_real
 from potluck.tasks.data import Array, Examples, FederatedData, num_test
+from potluck.tasks.names import client_names
 from potluck.tasks.tables import (
     Located,
     first_line,
@@ -49,6 +51,7 @@ def from_clients(
     """Federated data from `{client: (inputs, targets)}`, in the order of the dictionary.
 
     Args:
+        clients: what is not text is called as it prints: 7, 2024-01-01.
         test: one pair that all clients share, or a dictionary of the clients' own; then
             `test_fraction` is not used, and every example of `clients` is for training.
         num_classes: the number of classes; one more than the largest label if not given.
@@ -58,20 +61,25 @@ def from_clients(
     """
     if not clients:
         raise DataError("there must be at least one client, got none. Give {name: (x, y)}.")
-    places = {key: f"client {key!r}" for key in clients}
-    train = {key: _examples(pair, places[key]) for key, pair in clients.items()}
+    names = client_names(clients)
+    places = {key: f"client {key!r}" for key in names.values()}
+    train = {names[key]: _examples(pair, places[names[key]]) for key, pair in clients.items()}
     if test is None:
         return _held_out(train, places, test_fraction, num_classes, name)
     if not isinstance(test, Mapping):
         shared = _examples(test, "the shared test set")
         return _packed(train, places, shared, num_classes, name)
-    strangers = [key for key in test if key not in clients]
+    tests = client_names(test)
+    strangers = [key for key, tested in tests.items() if tested not in train]
     if strangers:
         raise DataError(
             f"test must name only clients that train, got client={strangers[0]!r}. "
             "Give its training examples too, or leave it out."
         )
-    own = {key: _examples(pair, f"the test of {places[key]}") for key, pair in test.items()}
+    own = {
+        tests[key]: _examples(pair, f"the test of {places[tests[key]]}")
+        for key, pair in test.items()
+    }
     return _packed(train, places, own, num_classes, name)
 
 
@@ -231,6 +239,7 @@ def _held_out(
     name: str,
 ) -> FederatedData:
     """Split the last examples of each client off, as its test examples."""
+    test_fraction = as_real("test_fraction", test_fraction)
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(
             f"test_fraction must be above 0 and below 1, got test_fraction={test_fraction!r}. "
@@ -260,6 +269,8 @@ def _packed(
         parts += [(f"the test of {places[key]}", examples) for key, examples in test.items()]
     for part in parts:
         _check_alike(part, parts[0])
+    if num_classes is not None:
+        num_classes = as_count("num_classes", num_classes, 0)
     classes = _num_classes(parts, num_classes)
     if isinstance(test, Examples):
         tested, test_offsets = test, None

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError, stream
+from potluck.core.validate import as_count, as_integer, as_real
 from potluck.tasks.data import Array, Dataset, Examples, FederatedData, divide
 
 Rows = NDArray[np.int64]
@@ -29,7 +30,7 @@ def iid(dataset: Dataset, clients: int, *, seed: int) -> FederatedData:
 
     Where they do not divide evenly the first clients get one more, as `numpy.array_split` does.
     """
-    _check_clients(dataset, clients)
+    clients = _checked_clients(dataset, clients)
     order = stream(seed, "partition").permutation(dataset.train.num_examples)
     return divide(dataset, np.array_split(order, clients))
 
@@ -44,12 +45,8 @@ def shards(
     order. Where shards do not divide evenly the first ones are longer by one, as
     `numpy.array_split` does.
     """
-    _check_clients(dataset, clients)
-    if shards_per_client < 1:
-        raise ValueError(
-            f"shards_per_client must be at least 1, got shards_per_client={shards_per_client}. "
-            "The paper has 2."
-        )
+    clients = _checked_clients(dataset, clients)
+    shards_per_client = as_count("shards_per_client", shards_per_client, 1, "The paper has 2.")
     num_shards = clients * shards_per_client
     if num_shards > dataset.train.num_examples:
         raise ValueError(
@@ -78,12 +75,14 @@ def dirichlet(
     examples of whichever client then has most, where others draw the whole partition again,
     which with many clients never ends.
     """
-    _check_clients(dataset, clients)
+    clients = _checked_clients(dataset, clients)
+    alpha = as_real("alpha", alpha)
     if not (alpha > 0.0 and math.isfinite(alpha)):
         raise ValueError(
             f"alpha must be positive and finite, got alpha={alpha!r}. "
             "0.1 is strong label skew, 1.0 moderate, 100.0 nearly none."
         )
+    min_examples = as_integer("min_examples", min_examples)
     if not 1 <= min_examples <= dataset.train.num_examples // clients:
         raise ValueError(
             f"min_examples must be from 1 to {dataset.train.num_examples // clients}, which is "
@@ -109,7 +108,8 @@ def unbalanced(dataset: Dataset, clients: int, sigma: float, *, seed: int) -> Fe
     z standard normal: sigma = 0 is equal sizes, at sigma = 1 a tenth of the clients has about
     four tenths of the examples.
     """
-    _check_clients(dataset, clients)
+    clients = _checked_clients(dataset, clients)
+    sigma = as_real("sigma", sigma)
     if not (sigma >= 0.0 and math.isfinite(sigma)):
         raise ValueError(
             f"sigma must be at least 0 and finite, got sigma={sigma!r}. "
@@ -135,8 +135,7 @@ def by_group(dataset: Dataset, *, min_examples: int = 1) -> FederatedData:
     Raises:
         DataError: a data set without groups, or no group with `min_examples`.
     """
-    if min_examples < 1:
-        raise ValueError(f"min_examples must be at least 1, got min_examples={min_examples}.")
+    min_examples = as_count("min_examples", min_examples)
     if dataset.groups is None:
         raise DataError(
             f"the data set must name the group of each example, got {dataset.name!r} without. "
@@ -221,12 +220,12 @@ def _labels(dataset: Dataset) -> Array:
     return labels
 
 
-def _check_clients(dataset: Dataset, clients: int) -> None:
-    if clients < 1:
-        raise ValueError(f"clients must be at least 1, got clients={clients}.")
+def _checked_clients(dataset: Dataset, clients: int) -> int:
+    clients = as_count("clients", clients)
     if clients > dataset.train.num_examples:
         raise ValueError(
             f"clients must be at most the number of training examples "
             f"({dataset.train.num_examples}), got clients={clients}. "
             "Lower it, so that every client has an example."
         )
+    return clients

@@ -21,6 +21,7 @@ from potluck.device.outbox import Outbox
 from potluck.device.record import seconds_to_tomorrow
 from potluck.device.watch import NotEligibleError
 from potluck.protocol import fingerprint, public_key
+from potluck.tasks.data import reread
 from test_protocol_messages import REPORT
 
 NOW = 1_767_225_600_000  # midnight, UTC
@@ -277,7 +278,8 @@ def test_own_data_are_one_client_from_a_file_or_a_folder_with_one(tmp_path):
     np.savez(tmp_path / "ward.npz", inputs=x, targets=y)
     for path in (tmp_path, tmp_path / "ward.npz"):
         data = read_own(path)
-        assert (data.clients, data.num_classes, data.train.num_examples) == (("ward",), 3, 8)
+        assert (data.clients, data.kind, data.train.num_examples) == (("ward",), "regression", 8)
+        assert reread(data, "classes", 10).train.targets.tolist() == y[:8].tolist()
         np.testing.assert_array_equal(data.client_test(0).inputs, x[8:])
     np.savez(tmp_path / "other.npz", inputs=x, targets=y)
     with pytest.raises(DataError, match=r"must hold one .npz, .csv or .parquet file, got 2"):
@@ -288,7 +290,7 @@ def test_a_table_is_one_client_and_its_labels_must_be_numbers(tmp_path):
     path = tmp_path / "ward.csv"
     path.write_text("a,b,target\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(10)))
     data = read_own(path)
-    assert (data.clients, data.train.inputs.shape, data.num_classes) == (("ward",), (8, 2), 2)
+    assert (data.clients, data.train.inputs.shape, data.kind) == (("ward",), (8, 2), "regression")
     path.write_text("a,target\n1,yes\n2,no\n")
     with pytest.raises(DataError, match="targets must be numbers on a device"):
         read_own(path)

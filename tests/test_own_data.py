@@ -99,8 +99,8 @@ def test_num_classes_may_be_more_than_occur_but_not_less() -> None:
         from_clients({"a": pair(4)}, num_classes=1)
     with pytest.raises(DataError, match=r"got label=1 in the shared test set"):
         from_clients({"a": (np.ones((2, 2)), [0, 0])}, test=pair(4), num_classes=1)
-    with pytest.raises(DataError, match="float targets have no classes, got num_classes=3"):
-        from_clients({"a": (np.ones(4), np.ones(4))}, num_classes=3)
+    with pytest.raises(DataError, match=r"whole numbers or text, got 0\.5 in ex"):
+        from_clients({"a": (np.ones(4), np.arange(4) / 2)}, num_classes=3)
 
 
 def with_nan(row: int) -> np.ndarray:
@@ -118,8 +118,12 @@ def with_nan(row: int) -> np.ndarray:
         ((np.full((1, 2), np.inf), [0]), "inputs of client 'x' .* infinity in example 0"),
         ((np.full((1, 2), 1e39), [0]), "inputs of client 'x' .* infinity in example 0"),
         ((np.ones((2, 2)), [0.5, np.nan]), "targets of client 'x' .* NaN or infinity in example 1"),
-        ((np.ones((2, 2)), [0, -1]), r"0 or more, got label=-1 in client 'x' \(first in example 1"),
-        ((np.ones((2, 2)), ["a", "b"]), "targets of client 'x' .* array of numbers .* got dtype="),
+        (
+            (np.ones((2, 2)), [0, -1]),
+            r"from -1 to 1 in 6 examples \(see the test of client 'x'",
+        ),
+        ((np.ones((2, 2)), ["a", "b"]), "all numbers or all text, got text in client 'x'"),
+        ((np.ones((2, 2)), [{}, {}]), "targets of client 'x' .* array of numbers .* got dtype="),
         ((np.array([{}, {}]), [0, 1]), "inputs of client 'x' .* got dtype=object"),
         (([[1.0], [1.0, 2.0]], [0, 1]), "inputs of client 'x' must be an array, got error="),
         ((3.0, 1), r"inputs of client 'x' .* axis of examples, .* shape=\(\)"),
@@ -267,7 +271,7 @@ def test_npz_files_need_two_arrays_and_no_objects(tmp_path: Path) -> None:
         ("a,target,b\n1,0,2\n1,0,\n", r"finite, got nan in column 'b', row 1 of .*x\.csv"),
         ("a,target,b\n1,0,inf\n", r"finite, got inf in column 'b', row 0 of .*x\.csv"),
         ("a,target,b\n1,,2\n", r"must have a target, got none in column 'target', row 0 of .*x\."),
-        ("a,target,b\n1,-3,2\n", r"0 or more, got label=-3 in .*x\.csv"),
+        ("a,target,b\n1,-3,2\n", r"from -3 to 1 in 4 examples \(see .*x\.csv"),
         ("a,target,b\n1,cat,2\n", r"all numbers or all text, got .*x\.csv with value 'cat'"),
         ("a,target,b\n", r"x\.csv must have at least one example, got 0"),
         ("a,target,b\n1,0,2,9\n", r"x\.csv must be a whole .* got error='more fields in a row"),

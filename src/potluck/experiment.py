@@ -53,6 +53,8 @@ class TaskSection(_Section):
     """For text: what the loss is averaged over, the real characters (the default) or all steps."""
     batches: Literal["by-length", "random"] | None = None
     """For text: None is by-length."""
+    kind: Literal["classes", "regression", "multilabel"] | None = None
+    """For data = "folder" and "table": what the targets are; None asks the values."""
     path: str | None = None
     """For data = "folder" and "table": where they are, relative to the experiment file."""
     client_column: str = "client"

@@ -31,7 +31,7 @@ from potluck.algorithms import (
     Yogi,
     schedules,
 )
-from potluck.core import ConfigError
+from potluck.core import ConfigError, DataError
 from potluck.experiment import AlgorithmSection, Experiment, ScheduleSection
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class PlannedTask(_Strict):
     num_classes: int = Field(ge=0, le=10**6)
     """0 for a regression."""
     padding: int | None = None
+    kind: Literal["multilabel"] | None = None
+    """Of the targets; None: what the two above say (text, a regression or classes)."""
 
 
 class Plan(_Strict):
@@ -93,6 +95,7 @@ def plan_of(experiment: Experiment, data: FederatedData, needs: tuple[Need, ...]
         batches=section.batches,
         num_classes=data.num_classes,
         padding=data.padding,
+        kind="multilabel" if data.kind == "multilabel" else None,
     )
     return Plan(task=task, algorithm=experiment.algorithm, needs=needs)
 
@@ -125,9 +128,11 @@ def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
     Raises:
         ConfigError: data that do not fit the plan.
     """
+    from torch.nn import functional
+
     from potluck.tasks import Task, cross_entropy, mean_squared_error, models
 
-    _check_labels(task, data)
+    data = _as_planned(task, data)
     if task.model in LANGUAGE_MODELS:
         return _language_task(task, data)
     shape = data.train.inputs.shape[1:]
@@ -138,6 +143,9 @@ def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
         )
     kinds = {"2nn": models.TwoNN, "cnn": models.CNN, "logistic": models.LogisticRegression}
     model = partial(kinds[task.model], shape, task.num_classes or 1)
+    if task.kind == "multilabel":
+        loss = functional.binary_cross_entropy_with_logits
+        return Task(model=model, data=data, loss=loss, metrics={})
     if task.num_classes == 0:
         return Task(model=model, data=data, loss=mean_squared_error, metrics={})
     return Task(model=model, data=data, loss=cross_entropy)
@@ -203,15 +211,18 @@ def _language_task(task: PlannedTask, data: FederatedData) -> Task:
     )
 
 
-def _check_labels(task: PlannedTask, data: FederatedData) -> None:
-    if (data.num_classes == 0) != (task.num_classes == 0):
-        kind = "numbers (a regression)" if task.num_classes == 0 else "classes"
-        raise ConfigError(
-            f"the targets must be {kind} for this run, got dtype={data.train.targets.dtype}. "
-            "Give the targets that the run asks for."
-        )
-    if data.num_classes > task.num_classes:
-        raise ConfigError(
-            f"labels must be from 0 to {task.num_classes - 1} in this run, "
-            f"got label={data.num_classes - 1}. Mend the labels."
-        )
+def _as_planned(task: PlannedTask, data: FederatedData) -> FederatedData:
+    """Data, which may be one device's, with the run's kind of targets and number of classes.
+
+    What targets are, the run says: a device whose quantities happen to be whole numbers, or whose
+    examples have not all classes, cannot know it.
+    """
+    from potluck.tasks.data import reread
+
+    if data.padding is not None:
+        return data
+    kind = task.kind or ("classes" if task.num_classes else "regression")
+    try:
+        return reread(data, kind, task.num_classes or None)
+    except DataError as error:
+        raise ConfigError(f"the data do not fit the run: {error}") from None

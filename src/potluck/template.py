@@ -19,6 +19,8 @@ model = "2nn"                 # logistic, 2nn or cnn (cnn: images only); for tex
 # path = "my-data"            # folder: one .npz, .csv or .parquet a client; table: one file
 # client_column = "client"    # table: who owns a row
 # target_column = "target"    # folder and table: what is to be predicted
+# kind = "regression"         # folder and table: what targets are, classes, regression or
+                              # multilabel; whole numbers that could be either are refused without
 
 [partition]                   # how the training examples are divided among clients
 kind = "iid"                  # iid: shuffled and dealt; shards: sorted by label, a few blocks

@@ -22,6 +22,7 @@ def read_own(path: Path, *, target_column: str = "target") -> FederatedData:
     """One client, from a `.npz`, `.csv` or `.parquet` file, or a folder that holds just one.
 
     Its last 20 % are for federated evaluation, as in a simulation on a folder of such files.
+    Targets are numbers here; the run says what they are (`potluck.plan.build_planned_task`).
 
     Raises:
         DataError: it cannot be used.
@@ -31,7 +32,7 @@ def read_own(path: Path, *, target_column: str = "target") -> FederatedData:
 
     path = _only_file(path)
     if path.suffix.lower() == ".npz":
-        return own_data.from_clients({path.stem: _arrays(path)}, name=path.stem)
+        return own_data.from_clients({path.stem: _arrays(path)}, kind="regression", name=path.stem)
     table = read_table(path)
     if target_column in table.columns and table[target_column].dtype.kind not in "iufb":
         raise DataError(
@@ -42,7 +43,10 @@ def read_own(path: Path, *, target_column: str = "target") -> FederatedData:
     if client in table.columns:
         raise DataError(f"{path} must have no column {client!r}. Rename it.")
     return own_data.from_table(
-        table.assign(**{client: path.stem}), client_column=client, target_column=target_column
+        table.assign(**{client: path.stem}),
+        client_column=client,
+        target_column=target_column,
+        kind="regression",
     )
 
 

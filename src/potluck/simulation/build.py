@@ -35,9 +35,12 @@ def build_data(experiment: Experiment) -> FederatedData:
     if task.data in ("folder", "table"):
         assert task.path is not None  # checked when the experiment was read
         if task.data == "folder":
-            return own_data.from_folder(task.path, target_column=task.target_column)
+            return own_data.from_folder(task.path, target_column=task.target_column, kind=task.kind)
         return own_data.from_table(
-            task.path, client_column=task.client_column, target_column=task.target_column
+            task.path,
+            client_column=task.client_column,
+            target_column=task.target_column,
+            kind=task.kind,
         )
     return _partition(experiment, _dataset(experiment))
 
@@ -99,6 +102,11 @@ def _check_fit(experiment: Experiment) -> None:
         raise ConfigError(
             "task.variant must be left out unless task.data = 'shakespeare', got "
             f"task.variant = {task.variant!r} with task.data = {task.data!r}. Remove it."
+        )
+    if task.kind is not None and task.data not in ("folder", "table"):
+        raise ConfigError(
+            "task.kind must be left out unless task.data = 'folder' or 'table', got task.kind = "
+            f"{task.kind!r} with task.data = {task.data!r}. Remove it."
         )
     for name in ("hidden", "loss", "batches"):
         if getattr(task, name) is not None and task.model not in LANGUAGE_MODELS:

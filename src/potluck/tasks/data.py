@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from potluck.core import DataError
 from potluck.core.validate import as_count
 from potluck.tasks.names import client_names
+from potluck.tasks.targets import Part, TargetKind, understand
 
 Array = NDArray[Any]
 A = TypeVar("A", bound=Any)  # arrays or tensors
+_UNSAID = cast("TargetKind", "")  # what num_classes and padding say
 
 
 class Examples(NamedTuple):
@@ -63,6 +65,17 @@ class Dataset:
     groups: Array | None = None  # [train examples]
     test_groups: Array | None = None  # [test examples]
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
+    kind: TargetKind = _UNSAID
+    classes: tuple[str, ...] | None = None  # names by code
+
+    def __post_init__(self) -> None:
+        _settle_kind(self)
+
+
+def _settle_kind(data: Dataset | FederatedData) -> None:
+    if data.kind == _UNSAID:
+        kind = "classes" if data.num_classes else "regression"
+        object.__setattr__(data, "kind", kind if data.padding is None else "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +84,11 @@ class FederatedData:
 
     Client k owns the rows `offsets[k]:offsets[k + 1]` of `train`, and, where clients have test
     examples of their own, the rows `test_offsets[k]:test_offsets[k + 1]` of `test`.
+
+    `kind` says what the targets are: "classes" (a whole number each, from 0 to num_classes − 1),
+    "regression" (quantities; num_classes is 0), "multilabel" (rows of num_classes zeros and ones)
+    or "text" (the symbols that follow). If it is not given, it is text where there is padding, a
+    regression where num_classes is 0, and else classes.
     """
 
     name: str
@@ -82,6 +100,12 @@ class FederatedData:
     padding: int | None = None  # a target with this value does not count
     test_offsets: NDArray[np.int64] | None = None  # [clients + 1]
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
+    kind: TargetKind = _UNSAID
+    classes: tuple[str, ...] | None = None  # names by code; None: labels are their own codes
+    notes: tuple[str, ...] = ()  # what the loader took for granted, in words
+
+    def __post_init__(self) -> None:
+        _settle_kind(self)
 
     @property
     def num_clients(self) -> int:
@@ -149,6 +173,28 @@ def divide(
         num_classes=dataset.num_classes,
         padding=dataset.padding,
         checksums=dataset.checksums,
+        classes=dataset.classes,
+        kind=dataset.kind,
+    )
+
+
+def reread(data: FederatedData, kind: TargetKind, num_classes: int | None) -> FederatedData:
+    """The same examples with targets of another kind, as a run asks for.
+
+    Raises:
+        DataError: targets that are not of that kind.
+    """
+    if data.kind == kind and num_classes in (None, data.num_classes):
+        return data
+    parts = [Part("the training examples", data.train.targets)]
+    parts.append(Part("the test examples", data.test.targets))
+    (train, test), meaning = understand(parts, kind=kind, num_classes=num_classes)
+    return replace(
+        data,
+        train=data.train._replace(targets=train),
+        test=data.test._replace(targets=test),
+        kind=meaning.kind,
+        num_classes=meaning.num_classes,
     )
 
 

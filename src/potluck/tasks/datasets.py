@@ -133,6 +133,7 @@ def wisdm() -> Dataset:
         num_classes=len(WISDM_CLASSES),
         groups=windows.users[~is_test],
         test_groups=windows.users[is_test],
+        classes=WISDM_CLASSES,
         checksums=checksums(_WISDM),
     )
 

@@ -62,7 +62,10 @@ class PartitionSummary:
     own_tests: bool  # clients have test examples of their own
     input_shape: tuple[int, ...]  # of one example
     input_dtype: str
+    target_kind: str
     target_dtype: str
+    classes: tuple[str, ...] | None  # names
+    notes: tuple[str, ...]  # what was taken for granted
     num_classes: int | None
     classes_per_client: float | None  # median
     label_skew: float | None  # mean over the clients, from 0 to 1
@@ -84,11 +87,12 @@ class PartitionSummary:
             ]
         rows += [
             ("input", f"{_shape(self.input_shape)} {self.input_dtype}"),
-            ("target", self.target_dtype),
+            ("target", f"{self.target_kind}, {self.target_dtype}"),
+            *(("note", note) for note in self.notes),
         ]
         if self.classes_per_client is not None and self.label_skew is not None:
             rows += [
-                ("classes", f"{self.num_classes:,}"),
+                ("classes", f"{self.num_classes:,}{_named(self.classes)}"),
                 ("classes per client: median", f"{self.classes_per_client:g}"),
                 ("label skew: mean total variation", f"{self.label_skew:.3f}"),
             ]
@@ -118,7 +122,10 @@ def describe(data: FederatedData) -> PartitionSummary:
         own_tests=data.test_offsets is not None,
         input_shape=data.train.inputs.shape[1:],
         input_dtype=str(data.train.inputs.dtype),
+        target_kind=data.kind,
         target_dtype=str(data.train.targets.dtype),
+        classes=data.classes,
+        notes=data.notes,
         num_classes=data.num_classes if labelled else None,
         classes_per_client=classes,
         label_skew=skew,
@@ -141,7 +148,7 @@ def draw(data: FederatedData, path: str | Path) -> None:
 
 def _has_labels(data: FederatedData) -> bool:
     targets = data.train.targets
-    return data.num_classes > 0 and targets.ndim == 1 and targets.dtype.kind in "iu"
+    return data.kind == "classes" and targets.ndim == 1 and targets.dtype.kind in "iu"
 
 
 def _characters(examples: Examples, padding: int) -> NDArray[np.int64]:  # [examples]
@@ -231,6 +238,13 @@ def _draw_sizes(axes: Any, sizes: NDArray[np.int64]) -> None:
 
 def _whose(own_tests: bool) -> str:
     return ", each client's own" if own_tests else ", shared"
+
+
+def _named(classes: tuple[str, ...] | None) -> str:
+    if classes is None:
+        return ""
+    shown = ", ".join(classes[:_MOST_COLOURS])
+    return f": {shown}" + (", …" if len(classes) > _MOST_COLOURS else "")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -4,9 +4,9 @@ All three come down to one pair of arrays per client, checked and packed in the 
 
 - Inputs are arrays [examples, ...] of one shape for all clients. Floats become float32; integers
   (token ids) become int64, so scale images to floats. Features of tables always become float32.
-- Integer targets are classes, 0 to num_classes − 1. Text in the target column of a table is mapped
-  to classes in sorted order, over all clients together. Float targets are a regression, with
-  `num_classes` 0.
+- What the targets are, classes, a regression or several labels, is what the user says (`kind`);
+  what the values show is a proposal, see `potluck.tasks.targets`. Text is mapped to classes in
+  sorted order, over all clients together, and the names are kept.
 - Unless a test set is given, the last 20 % of each client's examples, in their order, are its test
   examples: at least one of two, and none where a client has only one.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,21 @@ from potluck.tasks.tables import (
     split_by_client,
     split_columns,
 )
+from potluck.tasks.targets import Part, TargetKind, understand
 
 Pair = tuple[Any, Any]  # inputs, targets: anything that NumPy makes an array of
 
 _SUFFIXES = (".csv", ".npz", ".parquet")
+
+
+class _Asked(NamedTuple):
+    """What the user says of the data."""
+
+    name: str
+    kind: TargetKind | None
+    num_classes: int | None
+    test_fraction: float = 0.2
+    in_tables: bool = False
 
 
 def from_clients(
@@ -45,6 +56,7 @@ def from_clients(
     *,
     test: Pair | Mapping[str, Pair] | None = None,
     test_fraction: float = 0.2,
+    kind: TargetKind | None = None,
     num_classes: int | None = None,
     name: str = "own data",
 ) -> FederatedData:
@@ -54,7 +66,8 @@ def from_clients(
         clients: what is not text is called as it prints: 7, 2024-01-01.
         test: one pair that all clients share, or a dictionary of the clients' own; then
             `test_fraction` is not used, and every example of `clients` is for training.
-        num_classes: the number of classes; one more than the largest label if not given.
+        kind: what the targets are; None asks the values, and refuses what could be two.
+        num_classes: the number of classes, whose labels are then their own codes from 0.
 
     Raises:
         DataError: data that cannot be used; the message names the client.
@@ -64,11 +77,12 @@ def from_clients(
     names = client_names(clients)
     places = {key: f"client {key!r}" for key in names.values()}
     train = {names[key]: _examples(pair, places[names[key]]) for key, pair in clients.items()}
+    asked = _Asked(name, kind, num_classes, test_fraction)
     if test is None:
-        return _held_out(train, places, test_fraction, num_classes, name)
+        return _held_out(train, places, asked)
     if not isinstance(test, Mapping):
         shared = _examples(test, "the shared test set")
-        return _packed(train, places, shared, num_classes, name)
+        return _packed(train, places, shared, asked)
     tests = client_names(test)
     strangers = [key for key, tested in tests.items() if tested not in train]
     if strangers:
@@ -80,7 +94,7 @@ def from_clients(
         tests[key]: _examples(pair, f"the test of {places[tests[key]]}")
         for key, pair in test.items()
     }
-    return _packed(train, places, own, num_classes, name)
+    return _packed(train, places, own, asked)
 
 
 def from_folder(
@@ -88,6 +102,7 @@ def from_folder(
     *,
     target_column: str = "target",
     test_fraction: float = 0.2,
+    kind: TargetKind | None = None,
     num_classes: int | None = None,
     name: str | None = None,
 ) -> FederatedData:
@@ -108,7 +123,9 @@ def from_folder(
         tables = {path.stem: Located(read_table(path), str(path)) for path in paths}
         pairs = split_columns(tables, target_column)
     train = {key: _examples(pair, places[key]) for key, pair in pairs.items()}
-    return _held_out(train, places, test_fraction, num_classes, name or Path(folder).name)
+    in_tables = paths[0].suffix.lower() != ".npz"
+    called = name or Path(folder).name
+    return _held_out(train, places, _Asked(called, kind, num_classes, test_fraction, in_tables))
 
 
 def from_table(
@@ -117,6 +134,7 @@ def from_table(
     client_column: str,
     target_column: str = "target",
     test_fraction: float = 0.2,
+    kind: TargetKind | None = None,
     num_classes: int | None = None,
     name: str = "own data",
 ) -> FederatedData:
@@ -152,7 +170,7 @@ def from_table(
     places = {key: part.where for key, part in tables.items()}
     pairs = split_columns(tables, target_column)
     train = {key: _examples(pair, places[key]) for key, pair in pairs.items()}
-    return _held_out(train, places, test_fraction, num_classes, name)
+    return _held_out(train, places, _Asked(name, kind, num_classes, test_fraction, True))
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -187,7 +205,7 @@ def _examples(pair: Any, where: str) -> Examples:
         )
     values = cast("list[Any]", pair)
     inputs = _array(values[0], f"the inputs of {where}")
-    targets = _array(values[1], f"the targets of {where}")
+    targets = _targets(values[1], f"the targets of {where}")
     if len(inputs) != len(targets):
         raise DataError(
             f"{where} must have one target for each input, got inputs={len(inputs)}, "
@@ -195,24 +213,32 @@ def _examples(pair: Any, where: str) -> Examples:
         )
     if len(inputs) == 0:
         raise DataError(f"{where} must have at least one example, got 0. Leave it out.")
-    if targets.dtype.kind == "i" and targets.min(initial=0) < 0:
-        row = int(np.argwhere(targets < 0)[0][0])
-        raise DataError(
-            f"labels must be 0 or more, got label={int(targets.min())} in {where} (first in "
-            f"example {row}). Number classes from 0; for a regression give floats."
-        )
     return Examples(inputs, targets)
 
 
-def _array(values: Any, what: str) -> Array:
-    """Float32 or int64, finite, with an axis of examples."""
+def _targets(values: Any, what: str) -> Array:
+    """Text, Booleans, int64 or float32, with an axis of examples; what they mean is asked later."""
+    array = _as_array(values, what)
+    if array.dtype.kind == "O" and all(isinstance(value, str) for value in array.flat):
+        array = array.astype(np.str_)
+    if array.ndim > 0 and array.dtype.kind in "Ub":
+        return array
+    return _array(array, what)
+
+
+def _as_array(values: Any, what: str) -> Array:
     try:
-        array: Array = np.asarray(values)
+        return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{what} must be an array, got error={first_line(error)!r}. "
             "Give every example the same shape."
         ) from error
+
+
+def _array(values: Any, what: str) -> Array:
+    """Float32 or int64, finite, with an axis of examples."""
+    array = _as_array(values, what)
     if array.dtype.kind not in "iufb" or array.ndim == 0:
         raise DataError(
             f"{what} must be an array of numbers with an axis of examples, "
@@ -232,14 +258,10 @@ def _array(values: Any, what: str) -> Array:
 
 
 def _held_out(
-    clients: Mapping[str, Examples],
-    places: Mapping[str, str],
-    test_fraction: float,
-    num_classes: int | None,
-    name: str,
+    clients: Mapping[str, Examples], places: Mapping[str, str], asked: _Asked
 ) -> FederatedData:
     """Split the last examples of each client off, as its test examples."""
-    test_fraction = as_real("test_fraction", test_fraction)
+    test_fraction = as_real("test_fraction", asked.test_fraction)
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(
             f"test_fraction must be above 0 and below 1, got test_fraction={test_fraction!r}. "
@@ -251,78 +273,71 @@ def _held_out(
         end = len(inputs) - num_test(len(inputs), test_fraction)
         train[key] = Examples(inputs[:end], targets[:end])
         own[key] = Examples(inputs[end:], targets[end:])
-    return _packed(train, places, own, num_classes, name)
+    return _packed(train, places, own, asked)
 
 
 def _packed(
     train: Mapping[str, Examples],
     places: Mapping[str, str],
     test: Examples | Mapping[str, Examples],
-    num_classes: int | None,
-    name: str,
+    asked: _Asked,
 ) -> FederatedData:
-    """Check that all parts are alike, and pack the clients behind each other."""
+    """Check that all parts are alike, give targets their meaning, and pack the clients."""
     parts = [(places[key], examples) for key, examples in train.items()]
     if isinstance(test, Examples):
         parts.append(("the shared test set", test))
     else:
         parts += [(f"the test of {places[key]}", examples) for key, examples in test.items()]
     for part in parts:
-        _check_alike(part, parts[0])
+        _check_alike(part, parts[0], asked)
+    num_classes = asked.num_classes
     if num_classes is not None:
         num_classes = as_count("num_classes", num_classes, 0)
-    classes = _num_classes(parts, num_classes)
+    targets, meaning = understand(
+        [Part(where, examples.targets) for where, examples in parts],
+        kind=asked.kind,
+        num_classes=num_classes,
+        in_tables=asked.in_tables,
+    )
+    examples = [
+        Examples(part.inputs, values) for (_, part), values in zip(parts, targets, strict=True)
+    ]
+    packed, offsets = _joined(examples[: len(train)])
     if isinstance(test, Examples):
-        tested, test_offsets = test, None
+        tested, test_offsets = examples[-1], None
     else:
-        nothing = Examples(*(array[:0] for array in parts[0][1]))
-        tested, test_offsets = _joined(test.get(key, nothing) for key in train)
+        own = dict(zip(test, examples[len(train) :], strict=True))
+        nothing = Examples(*(array[:0] for array in examples[0]))
+        tested, test_offsets = _joined(own.get(key, nothing) for key in train)
         if tested.num_examples == 0:
             raise DataError(
                 "there must be a test example, got none: a client with one example keeps it for "
                 "training. Give `from_clients` a test set: test=(inputs, targets)."
             )
-    packed, offsets = _joined(train.values())
     return FederatedData(
-        name=name,
+        name=asked.name,
         train=packed,
         offsets=offsets,
         test=tested,
         clients=tuple(train),
-        num_classes=classes,
+        num_classes=meaning.num_classes,
         test_offsets=test_offsets,
+        kind=meaning.kind,
+        classes=meaning.classes,
+        notes=() if meaning.note is None else (meaning.note,),
     )
 
 
-def _check_alike(part: tuple[str, Examples], first: tuple[str, Examples]) -> None:
+def _check_alike(part: tuple[str, Examples], first: tuple[str, Examples], asked: _Asked) -> None:
+    said = asked.kind is not None or asked.in_tables  # any type of number will do then
     for what, got, expected in zip(("inputs", "targets"), part[1], first[1], strict=True):
-        if got.shape[1:] != expected.shape[1:] or got.dtype != expected.dtype:
+        any_type = what == "targets" and (said or "U" in (got.dtype.kind, expected.dtype.kind))
+        if got.shape[1:] != expected.shape[1:] or (got.dtype != expected.dtype and not any_type):
             raise DataError(
                 f"{what} must have one shape and type for all clients, {expected.shape[1:]} and "
                 f"{expected.dtype} as in {first[0]}, got shape={got.shape[1:]}, "
                 f"dtype={got.dtype} in {part[0]}. Convert them alike."
             )
-
-
-def _num_classes(parts: list[tuple[str, Examples]], given: int | None) -> int:
-    if parts[0][1].targets.dtype.kind == "f":
-        if given:
-            raise DataError(
-                f"float targets have no classes, got num_classes={given}. "
-                "Give integer targets, or leave num_classes out."
-            )
-        return 0
-    if given is None:
-        return 1 + max(int(examples.targets.max(initial=0)) for _, examples in parts)
-    for where, (_, targets) in parts:
-        wrong = np.argwhere(targets >= given)
-        if len(wrong) > 0:
-            raise DataError(
-                f"labels must be from 0 to {given - 1} (num_classes={given}), got "
-                f"label={int(targets.max())} in {where} (first in example {int(wrong[0][0])}). "
-                "Mend the label, or raise num_classes."
-            )
-    return given
 
 
 def _joined(parts: Iterable[Examples]) -> tuple[Examples, NDArray[np.int64]]:

@@ -166,14 +166,14 @@ def _targets(columns: Mapping[str, Located]) -> dict[str, Array]:
             )
     kinds = {key: _kind(column) for key, (column, _) in columns.items()}
     found = set(kinds.values())
+    if found == {"b"}:
+        return {key: column.to_numpy(np.bool_) for key, (column, _) in columns.items()}
     if found <= set("iub"):
         return {key: column.to_numpy(np.int64) for key, (column, _) in columns.items()}
     if found <= set("iuf"):  # a file whose floats happen to be whole reads as integers
         return {key: column.to_numpy(np.float64) for key, (column, _) in columns.items()}
     if found == {"text"}:
-        texts = {key: column.to_numpy(np.str_) for key, (column, _) in columns.items()}
-        classes = np.unique(np.concatenate(list(texts.values())))
-        return {key: np.searchsorted(classes, text) for key, text in texts.items()}
+        return {key: column.to_numpy(np.str_) for key, (column, _) in columns.items()}
     unfit = [key for key, kind in kinds.items() if kind in ("other", "text")]
     odd = min(unfit, key=lambda key: kinds[key])  # "other" before "text"
     column, where = columns[odd]

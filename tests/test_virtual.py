@@ -386,7 +386,7 @@ def test_a_trace_that_is_none_is_named(tmp_path):
     with pytest.raises(ConfigError, match="the first line must be 'device,examples_per_second"):
         read_trace(written(tmp_path / "t.csv", head="name,speed"), 1)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="CSV file in UTF-8"):
+    with pytest.raises(ConfigError, match=r"b\.csv must be text in UTF-16, got half a character"):
         read_trace(tmp_path / "b.csv", 1)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from potluck.core import Codec, ConfigError
+from potluck.core.text_files import read_text
 from potluck.core.validate import plain
 from potluck.explain import explain
 
@@ -339,14 +340,16 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     """
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"an experiment must be a readable file, got path={str(path)!r} ({error.strerror}). "
             "Write one with `potluck init`."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not a TOML file: {error}.") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for override in overrides:
         _override(content, override)
     experiment = check_experiment(content, str(path))

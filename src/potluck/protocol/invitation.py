@@ -21,6 +21,7 @@ from potluck.protocol.messages import Digest, Key, Message, Name, Token, validat
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
 
 _FORM = re.compile(r"[A-Za-z0-9_-]{1,1024}")
+_AROUND = " \t\r\n\v\f\xa0\"'`\ufeff\udcff\udcfe\udcef\udcbb\udcbf"  # marks too, also as arguments
 
 
 class Invitation(Message):
@@ -41,12 +42,12 @@ def encode_invitation(invitation: Invitation) -> str:
 
 
 def parse_invitation(text: str) -> Invitation:
-    """The invitation in a string, which may have blanks around it.
+    """The invitation in a string, which may have blanks, quotes or byte-order marks around it.
 
     Raises:
         ProtocolError: "malformed".
     """
-    text = text.strip()
+    text = text.strip(_AROUND)
     try:
         if _FORM.fullmatch(text) is None:
             refuse("it must be one word of A-Z a-z 0-9 _ -")

@@ -14,6 +14,7 @@ device, in the order in which the devices first appear.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from potluck.core import ConfigError
+from potluck.core.text_files import read_text
 from potluck.core.validate import as_count
 from potluck.simulation.fleet import DAY_SECONDS, Fleet
 
@@ -95,17 +97,18 @@ def read_trace(
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
     """The lines behind the header, with their numbers."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = tuple(next(reader, ()))
-            rows = [(reader.line_num, row) for row in reader]
+        reader = csv.reader(io.StringIO(read_text(path)), strict=True)
+        header = tuple(next(reader, ()))
+        rows = [(reader.line_num, row) for row in reader]
     except OSError as error:
         raise ConfigError(
             f"devices.trace must be a readable file, got path={str(path)!r} ({error.strerror}). "
             "Name a CSV file."
         ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} must be a CSV file in UTF-8: {error}.") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except csv.Error as error:
+        raise ConfigError(f"{path} must be a CSV file: {error}. Write it anew.") from None
     if header != COLUMNS:
         raise ConfigError(
             f"{path}: the first line must be {','.join(COLUMNS)!r}, got {','.join(header)!r}. "

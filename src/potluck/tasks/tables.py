@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from potluck.core import DataError
+from potluck.tasks.columns import odd_value, read_column
 from potluck.tasks.data import Array
 
 
@@ -138,13 +139,13 @@ def _check_same_columns(located: Located, first: Located) -> None:
 def _features(located: Located, features: list[Any]) -> Array:
     columns: list[Array] = []
     for name in features:
-        column = located.table[name]
-        if _kind(column) not in "iufb":
+        column = read_column(located.table[name])
+        if column.type not in ("number", "boolean"):
             raise DataError(
                 f"features must be numbers, got column {str(name)!r} of {located.where} with "
-                f"{_not_a_number(column)}. Encode it as numbers, or remove the column."
+                f"{odd_value(located.table[name])}. Encode it as numbers, or remove the column."
             )
-        values = column.to_numpy(np.float64, na_value=np.nan)
+        values = np.where(column.missing, np.nan, column.values)
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong) > 0:
             row = int(wrong[0])
@@ -157,48 +158,20 @@ def _features(located: Located, features: list[Any]) -> Array:
 
 
 def _targets(columns: Mapping[str, Located]) -> dict[str, Array]:
-    for column, where in columns.values():
-        missing = np.flatnonzero(column.isna().to_numpy())
+    read = {key: read_column(column) for key, (column, _) in columns.items()}
+    for key, (column, where) in columns.items():
+        missing = np.flatnonzero(read[key].missing)
         if len(missing) > 0:
             raise DataError(
                 f"every example must have a target, got none in column {column.name!r}, row "
                 f"{int(missing[0])} of {where}. Fill it in, or remove the row."
             )
-    kinds = {key: _kind(column) for key, (column, _) in columns.items()}
-    found = set(kinds.values())
-    if found == {"b"}:
-        return {key: column.to_numpy(np.bool_) for key, (column, _) in columns.items()}
-    if found <= set("iub"):
-        return {key: column.to_numpy(np.int64) for key, (column, _) in columns.items()}
-    if found <= set("iuf"):  # a file whose floats happen to be whole reads as integers
-        return {key: column.to_numpy(np.float64) for key, (column, _) in columns.items()}
-    if found == {"text"}:
-        return {key: column.to_numpy(np.str_) for key, (column, _) in columns.items()}
-    unfit = [key for key, kind in kinds.items() if kind in ("other", "text")]
-    odd = min(unfit, key=lambda key: kinds[key])  # "other" before "text"
-    column, where = columns[odd]
-    raise DataError(
-        f"targets must be all numbers or all text, got column {column.name!r} of {where} with "
-        f"{_not_a_number(column)}. Make them alike for all clients."
-    )
-
-
-def _kind(column: Any) -> str:
-    """ "i", "u", "f" or "b" as NumPy has it, "text", or "other"."""
-    kind = getattr(column.dtype, "kind", "O")
-    if kind in "iufb":
-        return kind
-    types: Any = importlib.import_module("pandas.api.types")
-    inferred = types.infer_dtype(column, skipna=True)
-    if inferred == "categorical":
-        return _kind(column.astype(column.cat.categories.dtype))
-    return "text" if inferred == "string" else "other"
-
-
-def _not_a_number(column: Any) -> str:
-    for value in column:
-        try:
-            float(value)
-        except (TypeError, ValueError):
-            return f"value {value!r}"
-    return f"dtype={column.dtype}"
+    types = [column.type for column in read.values()]
+    if "other" in types or ("text" in types and set(types) != {"text"}):
+        odd = min(read, key=lambda key: ("other", "text", *types).index(read[key].type))
+        column, where = columns[odd]
+        raise DataError(
+            f"targets must be all numbers or all text, got column {column.name!r} of {where} with "
+            f"{odd_value(column)}. Make them alike for all clients."
+        )
+    return {key: column.values for key, column in read.items()}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from potluck.core import Target
 from potluck.simulation import demo
 from potluck.simulation.report import Cost
 
@@ -14,7 +15,7 @@ def cost(to_target, uplink):
         identity="x",
         metric="accuracy",
         curve=[(0, 0.1), (1, 0.5), (100, 0.96)],
-        target=0.95,
+        target=Target.of(0.95, "accuracy"),
         to_target=to_target,
         on_grid=to_target,
         held=False,

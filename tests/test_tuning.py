@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from potluck.core import Target
 from potluck.reproduction import tuning
 from potluck.reproduction.tuning import Trial
 from potluck.simulation.report import Cost
@@ -19,7 +20,7 @@ def cost(to_target: float | None, *, best: float = 0.9, rounds: int = 100) -> Co
         identity="x",
         metric="accuracy",
         curve=[(0, 0.1), (rounds, best)],
-        target=0.9,
+        target=Target.of(0.9, "accuracy"),
         to_target=to_target,
         on_grid=to_target,
         held=False,

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from potluck.core import CODECS, RunError
 from potluck.experiment import load_experiment
 from potluck.simulation import build_data, read_run, train
+from potluck.simulation.directory import RunRecord
 from potluck.simulation.report import best_so_far, markdown, rounds_to_target
-from potluck.simulation.runs import RunRecord
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -355,7 +355,7 @@ def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory
                 draw(data, picture)
     if idle:
         typer.echo("nothing to do: this run has finished")
-    return measure(read_run(directory), experiment.run.target)
+    return measure(read_run(directory))
 
 
 def _run_directories(paths: Iterable[Path]) -> list[Path]:

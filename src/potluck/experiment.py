@@ -22,7 +22,7 @@ from potluck.explain import explain
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _named(default: str | None = None) -> Discriminator:
@@ -231,6 +231,14 @@ AlgorithmSection: TypeAlias = Annotated[
 ]
 
 
+class TargetSection(_Section):
+    """[run.target]: a metric, and the score at which a run has come far enough."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    at_least: float | None = None
+    at_most: float | None = None
+
+
 class RunSection(_Section):
     """[run]: rounds, cohorts and how they are executed."""
 
@@ -239,7 +247,8 @@ class RunSection(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
     codec: Codec | None = None
     """In which updates travel, simulated or real; None is float32."""
-    target: Annotated[float, Field(gt=0, lt=1)] | None = None
+    target: _Positive | TargetSection | None = None
+    """A number is an accuracy to reach from below, or, without accuracies, a loss from above."""
     stop_at_target: bool = True
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_train: Annotated[int, Field(ge=1)] | None = None
@@ -362,10 +371,21 @@ def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
         experiment = Experiment.model_validate(plain(content))
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Experiment)}") from None
+    _check_target(experiment.run.target, origin)
     _check_device(experiment.run, origin)
     if experiment.devices is not None:
         _check_devices(experiment.devices, origin)
     return experiment
+
+
+def _check_target(target: float | TargetSection | None, origin: str) -> None:
+    """What the schema cannot say: one bound."""
+    if isinstance(target, TargetSection) and (target.at_least is None) == (target.at_most is None):
+        raise ConfigError(
+            f"{origin}: run.target must have at_least or at_most, got "
+            f"at_least = {target.at_least}, at_most = {target.at_most}. Give one of the two: "
+            '{metric = "loss", at_most = 2.0}.'
+        )
 
 
 def _check_device(run: RunSection, origin: str) -> None:

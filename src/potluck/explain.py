@@ -17,9 +17,13 @@ from pydantic import BaseModel, Tag, ValidationError
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """All that is wrong with the content of a `model`, one sentence each."""
     seen: dict[str, tuple[_Place, list[Any]]] = {}
-    for detail in error.errors():
+    details = error.errors()
+    for detail in details:
+        if _is_other_shape(detail, details):
+            continue
         # For a union pydantic reports every member that did not match: group them by key.
-        place = _place(model, [str(part) for part in detail["loc"]])
+        is_known = detail["type"] != "extra_forbidden"
+        place = _place(model, [str(part) for part in detail["loc"]], is_known)
         seen.setdefault(place.key, (place, []))[1].append(detail)
     return " ".join(_sentence(place, details) for place, details in seen.values())
 
@@ -47,12 +51,27 @@ class _Place(NamedTuple):
         return [name for name, table in self.union.items() if self.path[-1] in table.model_fields]
 
 
-def _place(model: type[BaseModel], loc: list[str]) -> _Place:
-    """Follow pydantic's path, in which the name of a union's member stands between two keys."""
+def _is_other_shape(detail: Any, details: list[Any]) -> bool:
+    """Whether this says that a table is no number where more is known of the table itself."""
+    around, is_table = detail["loc"][:-1], isinstance(detail["input"], dict)
+    deeper = (d["loc"] for d in details if d["loc"][: len(around)] == around)
+    return is_table and any(len(loc) > len(around) + 1 for loc in deeper)
+
+
+def _place(model: type[BaseModel], loc: list[str], is_known: bool) -> _Place:
+    """Follow pydantic's path, in which the name of a union's member stands between two keys.
+
+    Args:
+        is_known: whether the last key is one that the schema has.
+    """
     path: list[str] = []
     section: type[BaseModel] | None = model
     around, union, tag = model, dict[str, type[BaseModel]](), None
     for part in loc:
+        if section is not None and part == section.__name__:
+            continue  # a table in a union of plain types
+        if section is not None and is_known and part not in section.model_fields:
+            break  # a plain type in a union with a table
         if section is None:
             if part not in union:
                 break  # a member of a union of plain types
@@ -142,6 +161,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "less_than_equal": lambda c: f"at most {c['le']}",
     "literal_error": lambda c: f"one of {c['expected']}".replace(" or ", ", "),
     "string_pattern_mismatch": lambda c: "letters, digits, dots, dashes and underscores",
+    "finite_number": lambda c: "a finite number",
     "int_type": lambda c: "an integer",
     "float_type": lambda c: "a number",
     "bool_type": lambda c: "true or false",

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from potluck.core import ConfigError, RunError
+from potluck.core.plain_json import to_json
 from potluck.device import LinuxSensor
 from potluck.server.home import Home
 from potluck.server.operator import Operator
@@ -70,7 +71,7 @@ class LocalFederation:
         self.operator = Operator(Home(folder / "server"))
         self.pids: dict[int, int] = {}
         """Of the devices that run."""
-        self._command = [sys.executable, "-m", "potluck.nursery", json.dumps(wanted)]
+        self._command = [sys.executable, "-m", "potluck.nursery", to_json(wanted)]
         self._pending = b""
         self._held: list[dict[str, Any]] = []  # news that nobody has asked for yet
 
@@ -147,7 +148,7 @@ class LocalFederation:
     def _tell(self, asked: dict[str, Any]) -> None:
         assert self._nursery.stdin is not None
         try:
-            self._nursery.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._nursery.stdin.write(to_json(asked).encode() + b"\n")
             self._nursery.stdin.flush()
         except BrokenPipeError:
             raise RunError("the processes were ended from outside. Start again.") from None

@@ -40,6 +40,7 @@ from typing import Any, NoReturn
 import torch
 
 from potluck.core import ConfigError, PotluckError, RunError, Spec, Update, Vector
+from potluck.core.plain_json import to_json
 from potluck.device import Event, TorchTrainer, one_client, run_until_stopped
 from potluck.device.training import Sums
 from potluck.experiment import load_experiment
@@ -238,7 +239,7 @@ class Mortal:
 
 def say(told: dict[str, Any]) -> None:
     """Write a line; lines of several processes do not mix."""
-    os.write(1, json.dumps(told).encode() + b"\n")
+    os.write(1, to_json(told).encode() + b"\n")
 
 
 def main(wanted: Wanted) -> int:

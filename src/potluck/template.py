@@ -66,7 +66,8 @@ batch_size = 10               # B: examples a local step, or "full"
 [run]
 rounds = 200                  # at most
 cohort = 0.1                  # clients in a round: a fraction (0.1; 0.0 is one client) or a count
-target = 0.95                 # test accuracy to count the rounds to
+target = 0.95                 # test accuracy to count the rounds to; without accuracies a loss to
+                              # come down to; or {metric = "loss", at_most = 2.0}, or at_least
 stop_at_target = true
 # seed = 0                    # of weights, cohorts and batches; --seeds 3 runs 0, 1 and 2
 # codec = "int8"              # in which updates travel, with `train` and with `serve`: float32 (the

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from potluck.core import is_result, main_metric
 from potluck.experiment import AlgorithmSection, AverageSection, Experiment, ScheduleSection
 from potluck.simulation import Round
 from potluck.simulation.report import (
@@ -27,6 +28,7 @@ from potluck.simulation.report import (
     format_bytes,
     format_on_grid,
     format_rounds,
+    format_score,
     format_seconds,
     markdown,
 )
@@ -40,7 +42,7 @@ class Tally(NamedTuple):
 
     number: int = 0
     loss: float | None = None  # the cohort's training loss
-    metrics: dict[str, float] | None = None  # the latest
+    metrics: Mapping[str, float | None] | None = None  # the latest; None: no result
     uplink_bytes: int = 0  # of all rounds
     failures: int = 0
     virtual_seconds: float | None = None  # of simulated devices
@@ -75,9 +77,10 @@ class Tally(NamedTuple):
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4f}")
         if self.metrics is not None:
-            metric = "accuracy" if "accuracy" in self.metrics else "loss"
-            name = "accuracy" if metric == "accuracy" else "test loss"
-            parts.append(f"{name} {self.metrics[metric]:.4f}")
+            metric = main_metric(self.metrics)
+            score = self.metrics[metric]
+            name = "test loss" if metric == "loss" else metric
+            parts.append(f"{name} {format_score(score) if is_result(score) else 'no result'}")
         parts.append(f"up {format_bytes(self.uplink_bytes)}")
         if self.virtual_seconds is not None:
             parts.append(f"virtual {format_seconds(self.virtual_seconds)}")
@@ -231,7 +234,10 @@ def outcome(cost: Cost) -> list[tuple[str, str]]:
         ("rounds", str(cost.rounds)),
         (
             cost.metric,
-            f"best {cost.best:.4f} in round {cost.best_round}, final {cost.final:.4f}",
+            f"best {format_score(cost.best)} in round {cost.best_round}, "
+            f"final {format_score(cost.final)}"
+            if cost.curve
+            else "no result: no evaluation gave a finite number",
         ),
         ("uplink, downlink", f"{uplink}, {downlink}"),
         ("wall time", format_seconds(cost.seconds)),
@@ -239,15 +245,15 @@ def outcome(cost: Cost) -> list[tuple[str, str]]:
     ]
     if cost.target is not None:
         grid = "" if cost.to_target is None else f" (on the paper's grid {format_on_grid(cost)})"
-        pairs.insert(2, (f"rounds to {cost.target:g}", format_rounds(cost) + grid))
+        pairs.insert(2, (f"rounds to {cost.target}", format_rounds(cost) + grid))
     if cost.virtual_seconds is not None:
         pairs.insert(-2, ("virtual time", format_seconds(cost.virtual_seconds)))
         if cost.virtual_to_target is not None:
-            named = f"virtual time to {cost.target:g}"
+            named = f"virtual time to {cost.target}"
             pairs.insert(-2, (named, format_seconds(cost.virtual_to_target)))
     if cost.bytes_to_target is not None:
         up, down = (format_bytes(number) for number in cost.bytes_to_target)
-        pairs.insert(3, (f"uplink, downlink to {cost.target:g}", f"{up}, {down}"))
+        pairs.insert(3, (f"uplink, downlink to {cost.target}", f"{up}, {down}"))
     return pairs
 
 

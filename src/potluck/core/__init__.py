@@ -30,6 +30,7 @@ from potluck.core.errors import (
 )
 from potluck.core.seeds import derive_seed, stream
 from potluck.core.spec import Role, Spec
+from potluck.core.target import Target, is_result, main_metric
 from potluck.core.update import Update, Vector
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RunError",
     "Spec",
     "StorageError",
+    "Target",
     "TaskError",
     "TrainingError",
     "Update",
@@ -62,6 +64,8 @@ __all__ = [
     "encode_update",
     "encoded_bytes",
     "higher_is_better",
+    "is_result",
+    "main_metric",
     "sample_cohort",
     "stream",
 ]

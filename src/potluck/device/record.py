@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck.core import PotluckError
+from potluck.core.plain_json import to_json
 from potluck.core.validate import as_count
 
 DAY_MS = 86_400_000
@@ -60,7 +61,7 @@ class Record:
         if is_message:
             message = json.loads(body)
             line["message"] = message | {key: "…" for key in _HIDDEN if key in message}
-        text = json.dumps(line, ensure_ascii=False) + "\n"
+        text = to_json(line, ensure_ascii=False) + "\n"
         file = os.open(self._path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(file, text.encode())

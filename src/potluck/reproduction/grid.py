@@ -8,7 +8,6 @@ share a cell share its runs. A run whose copy lies among the results counts as d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,13 +16,15 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from potluck.core import ConfigError, DivergedError
+from potluck.core.plain_json import to_json
 from potluck.experiment import Experiment, load_experiment
 from potluck.reproduction import tuning
 from potluck.reproduction.paper import Cell
 from potluck.reproduction.tuning import Choice, Trial
+from potluck.simulation.directory import RunRecord, read_run
 from potluck.simulation.report import measure
 from potluck.simulation.rounds import Round
-from potluck.simulation.runs import RunRecord, read_run, train
+from potluck.simulation.runs import train
 from potluck.tasks import FederatedData
 
 SEEDS = (1, 2, 3)
@@ -142,7 +143,7 @@ def run(job: Job, data: FederatedData) -> Generator[Round]:
                     return
         except DivergedError as error:
             path = job.directory / DIVERGED
-            path.write_text(json.dumps({"reason": str(error)}) + "\n", encoding="utf-8")
+            path.write_text(to_json({"reason": str(error)}) + "\n", encoding="utf-8")
 
 
 def choice(grid: Grid, cell: Cell, file_rate: float) -> Choice:

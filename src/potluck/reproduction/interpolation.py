@@ -23,6 +23,7 @@ import numpy as np
 
 from potluck.algorithms import FedAvg
 from potluck.core import Vector, stream
+from potluck.core.plain_json import to_json
 from potluck.reproduction.paper import TITLES
 from potluck.simulation.executors import kernel_threads
 from potluck.simulation.figures import save_figure
@@ -112,7 +113,7 @@ def lines(
 def save(setting: Setting, found: Sequence[Line], path: Path) -> None:
     """Write the numbers as JSON."""
     content = {"setting": setting._asdict(), "lines": [line._asdict() for line in found]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: Path, setting: Setting) -> list[Line]:

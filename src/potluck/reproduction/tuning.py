@@ -91,4 +91,4 @@ def choose(file_rate: float, trials: Sequence[Trial]) -> Choice:
 
 def _badness(cost: Cost) -> tuple[float, float]:
     rounds = math.inf if cost.to_target is None else cost.to_target
-    return rounds, -cost.best if cost.metric == "accuracy" else cost.best
+    return rounds, -cost.sign * cost.best if math.isfinite(cost.best) else math.inf

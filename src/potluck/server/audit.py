@@ -10,11 +10,11 @@ off its end, is found only by comparing with a hash that was kept elsewhere: `he
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select
 
+from potluck.core.plain_json import to_json
 from potluck.server.database import lock
 from potluck.server.tables import audit
 
@@ -68,4 +68,4 @@ def _hash(row: tuple[Any, ...]) -> str:
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return to_json(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

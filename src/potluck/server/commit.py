@@ -26,6 +26,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from potluck.algorithms import Algorithm, ServerState
 from potluck.core import Vector
+from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
 from potluck.server.aggregation import DamagedError, Stored, aggregate
 from potluck.server.blobs import PIECE_BYTES, BlobStore
@@ -185,7 +186,7 @@ def sweep(works: Works) -> None:
 def accepted_digest(accepted: list[Any]) -> str:
     """One hash for who is in a model, and with what: SHA-256 of JSON [[client, digest, weight]]."""
     rows = sorted([r.client, r.sha256, r.weight] for r in accepted)
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(to_json(rows, separators=(",", ":")).encode()).hexdigest()
 
 
 def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
@@ -217,7 +218,7 @@ def insert_evaluation(
 ) -> None:
     """The row of an evaluation, central or federated."""
     values = {"run": run, "round": round, "kind": kind, "created_ms": now}
-    values |= {"metrics": json.dumps(dict(metrics)), "num_devices": len(accepted or [])}
+    values |= {"metrics": to_json(metrics), "num_devices": len(accepted or [])}
     db.execute(insert(evaluations).values(values))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
+
+from potluck.core.plain_json import to_json
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -24,7 +25,7 @@ class JsonFormatter(logging.Formatter):
         told |= {name: v for name, v in vars(record).items() if name not in _STANDARD}
         if record.exc_info:
             told["trace"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+        return to_json(told, default=str)
 
 
 def log_to_stderr(level: str) -> None:

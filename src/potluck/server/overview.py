@@ -6,7 +6,6 @@ costs the rounds that are new, not the history.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, case, func, select
 
+from potluck.core import higher_is_better
+from potluck.core.plain_json import read_results
 from potluck.server.database import as_dict
 from potluck.server.leader import LEASE_SECONDS
 from potluck.server.look import open_round_of
@@ -248,7 +249,7 @@ def _round_row(
 
 def _evaluations(db: Connection, run: str) -> list[tuple[str, int, dict[str, float]]]:
     query = select(evaluations).where(evaluations.c.run == run).order_by(evaluations.c.round)
-    return [(row.kind, row.round, json.loads(row.metrics)) for row in db.execute(query)]
+    return [(row.kind, row.round, read_results(row.metrics)) for row in db.execute(query)]
 
 
 def _curves(
@@ -261,7 +262,7 @@ def _curves(
     for kind, number, metrics in judged:
         for metric, value in metrics.items():
             name = names[kind] if metric in ("accuracy", "loss") else f"{metric}, {names[kind]}"
-            (losses if metric == "loss" else scores)[name].append((number, float(value)))
+            (scores if higher_is_better(metric) else losses)[name].append((number, float(value)))
     trained = [(row.number, row.loss) for row in history if row.loss is not None]
     return dict(scores), dict(losses) | ({"training": trained} if trained else {})
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from potluck.core import RefusedError
+from potluck.core.plain_json import to_json
 from potluck.protocol import CODECS, Codec, encoded_bytes
 from potluck.protocol.routes import CHUNK_BYTES as MAX_CHUNK_BYTES
 from potluck.server import audit, faults
@@ -188,7 +189,7 @@ def report_metrics(
     ok = all(math.isfinite(s) and math.isfinite(c) and c > 0 for s, c in metrics.values())
     if not metrics or not ok:
         raise RefusedError("bad_update", "metrics must be finite sums with counts above 0.")
-    text = json.dumps({k: [float(v) for v in metrics[k]] for k in sorted(metrics)})
+    text = to_json({k: [float(v) for v in metrics[k]] for k in sorted(metrics)})
     digest = hashlib.sha256(text.encode()).hexdigest()
     with database.write() as db:
         found = known_assignment(db, device, assignment, lock=True)

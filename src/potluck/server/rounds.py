@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import derive_seed, sample_cohort
+from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
 from potluck.server.settings import RoundSettings, milliseconds, settings_of
 from potluck.server.tables import OPEN, assignments, devices, reports, rounds, runs
@@ -76,7 +77,7 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
         "minimum": settings.minimum_of(goal),
         "slots": slots,
         "version": run.version,
-        "cohort": None if cohort is None else json.dumps(cohort),
+        "cohort": None if cohort is None else to_json(cohort),
         "opened_ms": now,
         "swept": False,
     }

@@ -26,6 +26,7 @@ from sqlalchemy import Row, func, insert, select, update
 
 from potluck.algorithms import Algorithm
 from potluck.core import RefusedError, Spec, Vector
+from potluck.core.plain_json import read_results, to_json
 from potluck.experiment import Experiment
 from potluck.server import arrivals, audit, enrolment, faults, reports, rounds, selection
 from potluck.server import commit as commits
@@ -158,13 +159,13 @@ class Service:
                 f"weights must have the length of the spec ({spec.dim}), got {len(weights)}. "
                 "Take both from one model."
             )
-        shape = json.dumps(list(zip(spec.names, spec.shapes, strict=True)))
+        shape = to_json(list(zip(spec.names, spec.shapes, strict=True)))
         values = {
             "name": experiment.name,
             "experiment": experiment.model_dump_json(),
             "settings": settings.model_dump_json(),
             "spec": shape,
-            "plan": json.dumps(dict(plan or {})),
+            "plan": to_json(plan or {}),
         }
         with self.database.read() as db:
             old = one(db, select(runs).where(runs.c.name == experiment.name))
@@ -491,7 +492,7 @@ class Service:
         query = select(evaluations).where(evaluations.c.run == run).order_by(evaluations.c.round)
         with self.database.read() as db:
             rows = db.execute(query.order_by(evaluations.c.kind)).all()
-        return [as_dict(row) | {"metrics": json.loads(row.metrics)} for row in rows]
+        return [as_dict(row) | {"metrics": read_results(row.metrics)} for row in rows]
 
     def _accepted(self, answer: reports.Accepted) -> reports.Accepted:
         if answer.is_goal:

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from sqlalchemy import select
 
+from potluck.core.plain_json import to_json
 from potluck.server.charts import draw
 from potluck.server.overview import Overview, Tallies, Tally, read_mark, read_overview
 from potluck.server.service import Service
@@ -54,7 +55,7 @@ class Showing:
                 return self._last
             seen = read_overview(db, self._run, self._service.time.now(), self._tallies)
         sections = self._render(seen)
-        digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(to_json(sections, sort_keys=True).encode()).hexdigest()[:16]
         self._mark, self._read = mark, time.monotonic()
         self._last = Snapshot(digest, sections)
         return self._last
@@ -144,4 +145,4 @@ def _groups(asked: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _said(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else to_json(value)

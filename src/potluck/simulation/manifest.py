@@ -21,6 +21,8 @@ from potluck.tasks.placement import device_of
 
 # What may differ between the run that was started and the one that continues it.
 _FREE = (
+    "task.path",  # the data are known by their content: `data_digest`
+    "devices.trace",  # likewise: `devices_digest`
     "run.rounds",
     "run.executor",
     "run.workers",

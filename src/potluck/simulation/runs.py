@@ -13,27 +13,30 @@ continued from its checkpoint: the lines after it are dropped and made again, th
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from potluck.algorithms import Algorithm, ServerState
-from potluck.core import RunError, Vector
+from potluck.core import ConfigError, RunError, Target, Vector
+from potluck.core.plain_json import to_json
 from potluck.core.validate import as_seed
-from potluck.experiment import Experiment
+from potluck.experiment import Experiment, TargetSection
 from potluck.simulation.build import build_algorithm, build_data, build_task, build_virtual_time
+from potluck.simulation.directory import (
+    disk_errors,
+    locked,
+    read_tensors,
+    whole_lines,
+    write_whole,
+)
 from potluck.simulation.manifest import difference, make_manifest
 from potluck.simulation.rounds import ClientStates, Round, make_executor, rounds
 from potluck.simulation.train_loss import WithTrainLoss
@@ -43,25 +46,6 @@ from potluck.tasks import FederatedData, Task
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
 _OPTIMIZER = "optimizer."
 _CLIENT = "client."
-_FILES = (
-    "manifest.json",
-    "rounds.jsonl",
-    "timings.jsonl",
-    "checkpoint.safetensors",
-    "final.safetensors",
-    "partition.png",  # drawn by the command line
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
-    """A run directory as read: for reports."""
-
-    directory: Path
-    manifest: Mapping[str, Any]
-    rounds: list[dict[str, Any]]
-    seconds: list[float]  # of every round; of the latest attempt where one was repeated
-    is_finished: bool
 
 
 def train(
@@ -93,57 +77,11 @@ def train(
     task = build_task(experiment, data)
     algorithm = build_algorithm(experiment)
     virtual = build_virtual_time(experiment, data.num_clients, seed)
+    target = _target(experiment, task)
     digest = None if virtual is None else virtual.fleet.digest()
     run = _Run(Path(directory), make_manifest(experiment, seed, task, digest))
-    with _locked(run.directory):
-        yield from run.train(experiment, algorithm, task, seed, virtual, progress)
-
-
-def read_run(directory: Path | str) -> RunRecord:
-    """Read a run directory, finished or not.
-
-    Raises:
-        RunError: it is none.
-    """
-    path = Path(directory)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        lines = [json.loads(line) for line in _whole_lines(path / "rounds.jsonl")]
-        timings = [json.loads(line) for line in _whole_lines(path / "timings.jsonl")]
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"a run directory must hold manifest.json and rounds.jsonl, got {str(path)!r} "
-            f"({error}). Name a directory that `potluck train` made."
-        ) from None
-    seconds = {int(t["round"]): float(t["seconds"]) for t in timings}
-    return RunRecord(
-        directory=path,
-        manifest=manifest,
-        rounds=lines,
-        seconds=[seconds.get(int(line["round"]), 0.0) for line in lines],
-        is_finished=(path / "final.safetensors").exists(),
-    )
-
-
-def read_weights(directory: Path | str) -> Vector:
-    """The final weights of a finished run, or those of its checkpoint: [dim]."""
-    path = Path(directory)
-    final = path / "final.safetensors"
-    tensors, _ = _read_tensors(final if final.exists() else path / "checkpoint.safetensors")
-    return tensors["weights"]
-
-
-def discard_run(directory: Path | str) -> None:
-    """Remove the files of a run, and nothing else, so that it can be started again.
-
-    Raises:
-        RunError: another process is writing it.
-    """
-    path = Path(directory)
-    if (path / "manifest.json").exists():
-        with _locked(path), _disk_errors(path):
-            for name in _FILES:
-                (path / name).unlink(missing_ok=True)
+    with locked(run.directory):
+        yield from run.train(experiment, algorithm, task, seed, target, virtual, progress)
 
 
 class _Position(NamedTuple):
@@ -169,13 +107,14 @@ class _Run:
         algorithm: Algorithm,
         task: Task,
         seed: int,
+        target: Target | None,
         virtual: VirtualTime | None,
         progress: Callable[[int, int], None] | None,
     ) -> Iterator[Round]:
         run = experiment.run
         start = self._open()
-        best = self._best_so_far()
-        if start is not None and (start.number >= run.rounds or self._reached(run, best)):
+        reached = target is not None and self._has_reached(target)
+        if start is not None and (start.number >= run.rounds or reached):
             self._finish(start)
             self._close()
             return
@@ -217,8 +156,7 @@ class _Run:
                     due = self._checkpoint(last)
                     unsaved = False
                 yield round
-                best = max(best, (round.metrics or {}).get("accuracy", 0.0))
-                if self._reached(run, best):
+                if target and round.metrics and target.is_reached(round.metrics[target.metric]):
                     break
             assert last is not None
             self._checkpoint(last)
@@ -232,33 +170,30 @@ class _Run:
             finally:
                 self._close()
 
-    @staticmethod
-    def _reached(run: Any, best: float) -> bool:
-        return run.stop_at_target and run.target is not None and best >= run.target
-
-    def _best_so_far(self) -> float:
-        lines = _whole_lines(self.directory / "rounds.jsonl")
-        metrics: list[dict[str, float]] = [json.loads(line)["metrics"] or {} for line in lines]
-        return max([m.get("accuracy", 0.0) for m in metrics], default=0.0)
+    def _has_reached(self, target: Target) -> bool:
+        """Whether one of the rounds before reached the target."""
+        lines = whole_lines(self.directory / "rounds.jsonl")
+        metrics: list[dict[str, Any]] = [json.loads(line)["metrics"] or {} for line in lines]
+        return any(target.is_reached(scores.get(target.metric)) for scores in metrics)
 
     def _open(self) -> _Position | None:
         """Check the manifest and open the logs where the checkpoint ends."""
         path = self.directory / "manifest.json"
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             if path.exists():
                 self._compare(path)
             else:
-                _write_whole(path, json.dumps(self._manifest, indent=1).encode() + b"\n")
+                write_whole(path, to_json(self._manifest, indent=1).encode() + b"\n")
             start = self._read_checkpoint()
             kept = 0 if start is None else start.number + 1
             log = self.directory / "rounds.jsonl"
-            lines = _whole_lines(log)
+            lines = whole_lines(log)
             if len(lines) < kept:
                 raise RunError(
                     f"{log} must hold the {kept} rounds before its checkpoint, "
                     f"got {len(lines)}. Remove the directory and start again."
                 )
-            _write_whole(log, "".join(line + "\n" for line in lines[:kept]).encode())
+            write_whole(log, "".join(line + "\n" for line in lines[:kept]).encode())
             # Without buffers: what was not written for want of space is not tried again at close.
             self._rounds = FileIO(log, "a")
             self._timings = FileIO(self.directory / "timings.jsonl", "a")
@@ -279,13 +214,13 @@ class _Run:
             )
         if old["experiment"] != self._manifest["experiment"]:  # more rounds, another target
             old["experiment"] = self._manifest["experiment"]
-            _write_whole(path, json.dumps(old, indent=1).encode() + b"\n")
+            write_whole(path, to_json(old, indent=1).encode() + b"\n")
 
     def _read_checkpoint(self) -> _Position | None:
         path = self.directory / "checkpoint.safetensors"
         if not path.exists():
             return None
-        tensors, info = _read_tensors(path)
+        tensors, info = read_tensors(path)
         state = ServerState(tensors["weights"], _named(tensors, _OPTIMIZER))
         clients = {int(number): vector for number, vector in _named(tensors, _CLIENT).items()}
         return _Position(int(info["round"]), state, clients)
@@ -293,7 +228,7 @@ class _Run:
     def _append(self, round: Round) -> None:
         summary = {
             "round": round.number,
-            "loss": round.loss if math.isfinite(round.loss) else None,  # JSON has no NaN
+            "loss": round.loss,
             "metrics": round.metrics,
             "num_clients": len(round.cohort),
             "num_examples": round.num_examples,
@@ -306,13 +241,13 @@ class _Run:
         timing: dict[str, Any] = {"round": round.number, "seconds": round.seconds}
         if round.executor:
             timing["executor"] = round.executor
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             for file, content in (
                 (self._rounds, summary),
                 (self._timings, timing),
             ):
                 assert file is not None
-                line = json.dumps(content).encode() + b"\n"
+                line = to_json(content).encode() + b"\n"
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -324,21 +259,44 @@ class _Run:
         tensors |= {f"{_CLIENT}{client}": value for client, value in last.client_states.items()}
         content = save(tensors, {"round": str(last.number)})
         assert self._rounds is not None
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             os.fsync(self._rounds.fileno())  # a checkpoint never runs ahead of its log
-            _write_whole(self.directory / "checkpoint.safetensors", content)
+            write_whole(self.directory / "checkpoint.safetensors", content)
         now = time.monotonic()
         return now + max(_CHECKPOINT_SECONDS, 9.0 * (now - started))
 
     def _finish(self, last: _Position) -> None:
         content = save({"weights": last.state.weights}, {"round": str(last.number)})
-        with _disk_errors(self.directory):
-            _write_whole(self.directory / "final.safetensors", content)
+        with disk_errors(self.directory):
+            write_whole(self.directory / "final.safetensors", content)
 
     def _close(self) -> None:
         for file in (self._rounds, self._timings):
             if file is not None:
                 file.close()
+
+
+def _target(experiment: Experiment, task: Task) -> Target | None:
+    """Where a run stops; None where nothing but its last round ends it.
+
+    Raises:
+        ConfigError: the target is of a metric that the run does not have, or is no accuracy.
+    """
+    run = experiment.run
+    known = [*task.metrics, "loss", *(["train_loss"] if run.evaluate_train is not None else [])]
+    content = run.target
+    try:
+        target = Target.read(
+            content.model_dump() if isinstance(content, TargetSection) else content, known
+        )
+    except ValueError as error:
+        raise ConfigError(f"run.{error}") from None
+    if target is not None and target.metric not in known:
+        raise ConfigError(
+            f"run.target must be of one of {', '.join(known)}, got "
+            f"metric = {target.metric!r}. Take one of these."
+        )
+    return target if run.stop_at_target else None
 
 
 def _virtual(round: Round) -> dict[str, Any]:
@@ -356,13 +314,6 @@ def _virtual(round: Round) -> dict[str, Any]:
     }
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The complete lines of a log; a last line cut short by a kill is not one."""
-    if not path.exists():
-        return []
-    return path.read_text().split("\n")[:-1]
-
-
 def _named(tensors: Mapping[str, Vector], prefix: str) -> dict[str, Vector]:
     """The tensors whose names start with a prefix, without it."""
     return {
@@ -370,66 +321,3 @@ def _named(tensors: Mapping[str, Vector], prefix: str) -> dict[str, Vector]:
         for name, vector in tensors.items()
         if name.startswith(prefix)
     }
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:
-    try:
-        opened: Any = safe_open(path, framework="numpy")
-        with opened as file:
-            tensors: dict[str, Vector] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} must be a safetensors file: {error}. Remove it.") from None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once: a reader or a crash sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Generator[None]:
-    """Hold a run directory for this process alone."""
-    with _disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"a run directory must have one writer, got {str(directory)!r} in use. "
-                "Wait for the other process, or name another directory (--out)."
-            ) from None
-        yield
-
-
-@contextlib.contextmanager
-def _disk_errors(directory: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise RunError(
-                f"a run directory must be writable, got no space left in {str(directory)!r}. "
-                "Make room, then run the same command: it continues from the last checkpoint."
-            ) from None
-        raise RunError(
-            f"a run directory must be writable, got {error.strerror!r} in {str(directory)!r}. "
-            "Name another directory (--out), or change its permissions."
-        ) from None

@@ -1,0 +1,154 @@
+"""The files of a run directory: read, replaced as a whole, and held by one writer."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from potluck.core import RunError, Vector
+
+_FILES = (
+    "manifest.json",
+    "rounds.jsonl",
+    "timings.jsonl",
+    "checkpoint.safetensors",
+    "final.safetensors",
+    "partition.png",  # drawn by the command line
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run directory as read: for reports."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    rounds: list[dict[str, Any]]
+    seconds: list[float]  # of every round; of the latest attempt where one was repeated
+    is_finished: bool
+
+
+def read_run(directory: Path | str) -> RunRecord:
+    """Read a run directory, finished or not.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = Path(directory)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        lines = [json.loads(line) for line in whole_lines(path / "rounds.jsonl")]
+        timings = [json.loads(line) for line in whole_lines(path / "timings.jsonl")]
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"a run directory must hold manifest.json and rounds.jsonl, got {str(path)!r} "
+            f"({error}). Name a directory that `potluck train` made."
+        ) from None
+    seconds = {int(t["round"]): float(t["seconds"]) for t in timings}
+    return RunRecord(
+        directory=path,
+        manifest=manifest,
+        rounds=lines,
+        seconds=[seconds.get(int(line["round"]), 0.0) for line in lines],
+        is_finished=(path / "final.safetensors").exists(),
+    )
+
+
+def read_weights(directory: Path | str) -> Vector:
+    """The final weights of a finished run, or those of its checkpoint: [dim]."""
+    path = Path(directory)
+    final = path / "final.safetensors"
+    tensors, _ = read_tensors(final if final.exists() else path / "checkpoint.safetensors")
+    return tensors["weights"]
+
+
+def discard_run(directory: Path | str) -> None:
+    """Remove the files of a run, and nothing else, so that it can be started again.
+
+    Raises:
+        RunError: another process is writing it.
+    """
+    path = Path(directory)
+    if (path / "manifest.json").exists():
+        with locked(path), disk_errors(path):
+            for name in _FILES:
+                (path / name).unlink(missing_ok=True)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The complete lines of a log; a last line cut short by a kill is not one."""
+    if not path.exists():
+        return []
+    return path.read_text().split("\n")[:-1]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:
+    try:
+        opened: Any = safe_open(path, framework="numpy")
+        with opened as file:
+            tensors: dict[str, Vector] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} must be a safetensors file: {error}. Remove it.") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file at once: a reader or a crash sees the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Generator[None]:
+    """Hold a run directory for this process alone."""
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"a run directory must have one writer, got {str(directory)!r} in use. "
+                "Wait for the other process, or name another directory (--out)."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def disk_errors(directory: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise RunError(
+                f"a run directory must be writable, got no space left in {str(directory)!r}. "
+                "Make room, then run the same command: it continues from the last checkpoint."
+            ) from None
+        raise RunError(
+            f"a run directory must be writable, got {error.strerror!r} in {str(directory)!r}. "
+            "Name another directory (--out), or change its permissions."
+        ) from None

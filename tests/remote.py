@@ -61,6 +61,7 @@ class Served:
         key=None,
         codec="float32",
         places=(None, None),
+        host="127.0.0.1",
         **settings,
     ):
         self.places = places
@@ -74,7 +75,7 @@ class Served:
         self.experiment = check_experiment(content, "test")
         self.evaluated = []
         self.callers = []
-        self.listen = Listen(port=0, certificate=certificate, private_key=key)
+        self.listen = Listen(host=host, port=0, certificate=certificate, private_key=key)
 
     def __enter__(self) -> Served:
         self.desk = open_desk(

@@ -35,6 +35,7 @@ from potluck.server.connection import Connection
 from potluck.server.home import Home
 from potluck.server.logs import JsonFormatter
 from potluck.server.serve import Listen
+from potluck.server.settings import in_words
 from potluck.server.slots import Slots
 from potluck.server.tables import audit
 from potluck.server.tls import certificate_fingerprint, ensure_certificate
@@ -333,8 +334,14 @@ def test_the_server_section_becomes_the_settings_of_rounds(tmp_path):
         "run": {"rounds": 3, "cohort": 0.25},
     }
     plain = RoundSettings.served(check_experiment(content, "test"))
-    assert plain == RoundSettings(goal=10, num_rounds=3)
-    knobs = {"goal": 7, "minimum": 0.5, "needs_idle": True, "report_seconds": 60}
+    assert plain == RoundSettings(goal_part=0.25, num_rounds=3)  # of those that enrol
+    counted = check_experiment(content | {"run": {"rounds": 3, "cohort": 10}}, "test")
+    assert RoundSettings.served(counted) == RoundSettings(goal=10, population=8, num_rounds=3)
+    for kind in ("own", "writer"):  # however many clients a simulation has
+        divided = content | {"partition": {"kind": kind}, "server": {"selection": "sampled"}}
+        drawn = RoundSettings.served(check_experiment(divided, "test"))
+        assert drawn == plain.model_copy(update={"selection": "sampled"})
+    knobs = {"goal": 7, "population": 1, "minimum": 0.5, "needs_idle": True, "report_seconds": 60}
     told = RoundSettings.served(check_experiment(content | {"server": knobs}, "test"))
     assert told == RoundSettings(num_rounds=3, **(knobs | {"report_seconds": 60.0}))
     assert "server" not in check_experiment(content | {"server": knobs}, "test").model_dump()
@@ -484,3 +491,33 @@ def test_refusals_of_the_admin_api_reach_the_operator(tmp_path):
     with Served(tmp_path) as served, pytest.raises(RefusedError, match="days must be") as caught:
         served.operator.post("enroll", days=-1)
     assert caught.value.code == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"goal_part": 1.0}, "a report of every enrolled device closes a round"),
+        (
+            {"goal_part": 0.1},
+            "reports of 10 % of the enrolled devices (at least one) close a round",
+        ),
+        ({"goal": 1}, "1 report close"),
+        ({"goal": 10}, "at most 13 devices a round"),
+        ({"goal": 10}, "8 reports; with fewer a round is tried again"),
+        ({"goal": 10, "population": 3}, "when 3 devices have enrolled"),
+        ({"selection": "sampled"}, "the devices that are drawn for a round"),
+    ],
+)
+def test_goal_minimum_and_assigned_are_told_in_words(settings, told):
+    words = in_words(RoundSettings(num_rounds=1, **settings))
+    assert [name for name, _ in words] == ["goal", "minimum", "assigned", "first round"]
+    assert any(told in value for _, value in words)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="a system without both at once")
+def test_a_server_at_every_ipv6_address_takes_ipv4_too(tmp_path):
+    with Served(tmp_path, host="::") as served:
+        assert served.server.address.startswith("https://[::]:")
+        port = int(served.server.address.rsplit(":", 1)[1])
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=10).close()

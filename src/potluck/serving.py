@@ -27,6 +27,10 @@ HomeFolder = Annotated[
     typer.Option("--home", metavar="DIR", help="The server's folder: state, keys, admin socket."),
 ]
 HOME = Path("potluck-server")
+_WHY_LEFT = {
+    "unsupported": "cannot train: its data do not fit",
+    "no_data": "cannot train: it has no data",
+}
 
 
 @app.command()
@@ -74,6 +78,7 @@ def serve(
     """
     from potluck.server.logs import log_to_stderr
     from potluck.server.serve import Listen
+    from potluck.server.settings import in_words
 
     given = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
     changes = [f"server.{name}={value}" for name, value in given.items() if value is not None]
@@ -90,6 +95,7 @@ def serve(
         ("run", server.desk.name),
         ("address", server.address),
         ("certificate", server.certificate or "none: plain HTTP"),
+        *in_words(server.desk.settings),
         ("dashboard", server.dashboard.invite()),
         ("admin", home / "admin.sock"),
     ):
@@ -151,11 +157,11 @@ def devices(home: HomeFolder = HOME, debug: Debug = False) -> None:
             row["name"] or "-",
             row["device_class"],
             _moment(row["enrolled_ms"]),
-            "yes" if row["revoked_ms"] else "no",
+            "revoked" if row["revoked_ms"] else _WHY_LEFT.get(row["left"], "takes part"),
         )
         for row in _operator(home).get("devices")
     ]
-    show_table(("client", "device", "name", "class", "enrolled", "revoked"), rows)
+    show_table(("client", "device", "name", "class", "enrolled", "state"), rows)
 
 
 @app.command()
@@ -303,7 +309,7 @@ def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("run", told["name"]),
         ("state", state),
         ("rounds committed", str(told["round"])),
-        ("devices", str(told["devices"])),
+        ("devices", _counted(told)),
     ]
     current = told["open"]
     if current:
@@ -317,6 +323,11 @@ def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
             ("reports", f"{current['reported']} of {current['goal']}"),
         ]
     return rows
+
+
+def _counted(told: dict[str, Any]) -> str:
+    left = told["left"]
+    return str(told["devices"]) + (f", {left} of them cannot train" if left else "")
 
 
 def _percent(value: float | None) -> str:

@@ -109,10 +109,12 @@ stop_at_target = true
 
 # [server]                    # for `potluck serve`; `train` passes over it
 # selection = "open"          # open: whoever comes; sampled: the cohorts of the simulation
-# goal = 20                   # reports that close a round; the cohort if left out
+# goal = 20                   # reports that close a round; left out, the cohort: a fraction is
+                              # one of the devices that are enrolled when a round opens
 # minimum = 0.8               # part of the goal without which a round is abandoned
 # over_selection = 1.3        # devices selected, times the goal
-# population = 1              # devices that must have enrolled before the first round
+# population = 1              # devices that must have enrolled before the first round; left out,
+                              # the minimum of a goal that is a count
 # selection_seconds = 120.0   # from the first device on
 # report_seconds = 600.0      # from the end of the selection on
 # lease_seconds = 600.0       # how long a device may be silent

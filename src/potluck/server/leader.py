@@ -41,7 +41,7 @@ class Candidate:
     ) -> None:
         self.id = id or secrets.token_hex(16)
         self._nobody = ("", predecessor)  # holders that do not lead any more
-        self.fence = 0  # ours, while we lead
+        self.fence: int = 0  # ours, while we lead
         self.taken = False  # whether the last `beat` took over
         self._time = time
         self._lease_ms = round(lease_seconds * 1000)

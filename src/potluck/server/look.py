@@ -84,6 +84,7 @@ class Member(NamedTuple):
     run: str
     client: int
     revoked_ms: int | None
+    left: str | None
 
 
 class Slot(NamedTuple):
@@ -124,6 +125,16 @@ class Look:
         if self._db.dialect.name == "postgresql":  # on SQLite a writer is alone
             self._round = open_round_of(self._db, self._run.id, lock=True)
             self._has_seen = False
+
+    def left(self, names: Sequence[str]) -> list[str]:
+        """Those that had said that they cannot train."""
+        return [name for name in names if name in self._members and self._members[name].left]
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Count on these again, where they had said that they cannot train: they ask for work."""
+        back = self.left(names)
+        if back:
+            self._db.execute(update(devices).where(devices.c.id.in_(back)).values(left=None))
 
     def member(self, device: str) -> Member:
         """A device that may take part.
@@ -291,9 +302,9 @@ def round_up(seconds: float) -> float:
 
 # Built once: putting a statement together costs more than running it.
 _NAMES: BindParameter[Any] = bindparam("names", expanding=True)
-_MEMBERS = select(devices.c.id, devices.c.run, devices.c.client, devices.c.revoked_ms).where(
-    devices.c.id.in_(_NAMES)
-)
+_MEMBERS = select(
+    devices.c.id, devices.c.run, devices.c.client, devices.c.revoked_ms, devices.c.left
+).where(devices.c.id.in_(_NAMES))
 _LAST = select(func.max(devices.c.client)).where(devices.c.run == runs.c.id)
 _RUN = select(
     runs.c.id,

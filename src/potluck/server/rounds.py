@@ -32,6 +32,7 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 from potluck.core import derive_seed, sample_cohort
 from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
+from potluck.server.leaving import Present, goal_among, is_left, present
 from potluck.server.settings import RoundSettings, milliseconds, settings_of
 from potluck.server.tables import OPEN, assignments, devices, reports, rounds, runs
 
@@ -61,8 +62,11 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
     if number > settings.num_rounds:
         _finish_run(db, run, now)
         return None
-    cohort = _cohort(run, settings, kind, number, population)
-    goal = settings.goal if cohort is None else len(cohort)
+    here = present(db, run.id)
+    cohort = _cohort(run, settings, kind, number, here)
+    goal = goal_among(settings, here) if cohort is None else len(cohort)
+    if goal == 0:
+        return None
     slots = math.ceil(goal * settings.over_selection - 1e-9) if cohort is None else goal
     id = secrets.token_hex(16)
     values = {
@@ -107,7 +111,8 @@ def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, n
         return
     _end_assignments(db, round.id, "the round was abandoned")
     settings = settings_of(run.settings)
-    strikes = run.strikes + (run.state == "running")  # a pause is not the devices' fault
+    # A pause is not the devices' fault, and who left fails no further round.
+    strikes = run.strikes + (run.state == "running" and not is_left(db, round.id))
     changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
     if strikes >= settings.attempts and round.kind == "evaluate":
         changes = {"attempt": 1, "strikes": 0, "evaluated": round.number}
@@ -157,7 +162,7 @@ def rearm(db: Connection, now: int) -> None:
 
 def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
     """What a round in SELECTING or TRAINING has to do next, and why."""
-    if counts.reported >= round.goal:
+    if counts.reported >= max(round.goal, 1):
         return "close", "the goal is reached"
     nobody_left = counts.absent + counts.reported >= round.slots and counts.active == 0
     is_late = round.report_deadline_ms is not None and now >= round.report_deadline_ms
@@ -207,14 +212,21 @@ def _next(run: Row[Any], settings: RoundSettings) -> tuple[str, int]:
 
 
 def _cohort(
-    run: Row[Any], settings: RoundSettings, kind: str, number: int, population: int
+    run: Row[Any], settings: RoundSettings, kind: str, number: int, here: Present
 ) -> list[int] | None:
-    """The client indices of a sampled round: for training, those of the simulation."""
+    """The client indices of a sampled round: for training, those of the simulation.
+
+    They are drawn among the devices that are expected; without any, there is no cohort.
+    """
     if settings.selection == "open":
         return None
     seed = run.seed if kind == "train" else derive_seed(run.seed, "evaluate")
-    size = min(settings.goal, population)
-    return sample_cohort(population, size, seed=seed, round=number).tolist()
+    expected = len(here.clients)
+    size = min(settings.goal_of(expected), expected)
+    if size == 0:
+        return []
+    drawn = sample_cohort(expected, size, seed=seed, round=number)
+    return [here.clients[place] for place in drawn]
 
 
 def _absent(db: Connection, round: Row[Any]) -> list[int]:

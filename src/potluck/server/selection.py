@@ -18,6 +18,7 @@ from potluck.core import RefusedError
 from potluck.server import faults
 from potluck.server.database import Database, one
 from potluck.server.enrolment import note_sequences
+from potluck.server.leaving import REASONS, leave
 from potluck.server.look import (
     TAKING,
     Asked,
@@ -60,11 +61,13 @@ def check_ins(database: Database, asked: Sequence[Asked], now: int) -> list[Give
         with database.read() as db:  # most end here, and write nothing
             look = Look(db, names, now)
             answers = [_answer(look, one) for one in asked]
-        if None not in answers:
+            left = look.left([one.device for one in asked if one.attributes is not None])
+        if None not in answers and not left:
             return answers
     with database.write() as db:
         turned = _turned_away(db, asked, now)
         look = Look(db, names, now, before=look)
+        look.expect([one.device for one in asked if one.attributes is not None])
         answers = [turned.get(n) or _answer(look, one) for n, one in enumerate(asked)]
         left = [n for n, one in enumerate(asked) if answers[n] is None and one.attributes]
         if left:
@@ -105,8 +108,8 @@ def extend_lease(database: Database, device: str, assignment: str, now: int) -> 
     return (lease - now) / 1000
 
 
-def fail(database: Database, device: str, assignment: str, reason: str) -> None:
-    """A device says that it cannot do its work: its slot is free again.
+def fail(database: Database, device: str, assignment: str, reason: str, now: int) -> None:
+    """A device says that it cannot do its work: its slot is free again, or needed no more.
 
     Raises:
         RefusedError: unknown; late: the assignment is over.
@@ -115,6 +118,8 @@ def fail(database: Database, device: str, assignment: str, reason: str) -> None:
         found = _find_active(db, device, assignment)
         values = {"state": "failed", "reason": reason[:500]}
         db.execute(update(assignments).where(assignments.c.id == found.id).values(values))
+        if found.kind == "train" and reason in REASONS:
+            leave(db, found, reason, now)
 
 
 def come_back(database: Database, device: str, now: int) -> float:
@@ -233,6 +238,8 @@ _JOINED = (
         rounds.c.attempt,
         rounds.c.goal,
         rounds.c.slots,
+        rounds.c.minimum,
+        rounds.c.cohort,
         rounds.c.report_deadline_ms,
         runs.c.id.label("run"),
         runs.c.settings,

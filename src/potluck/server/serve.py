@@ -365,7 +365,9 @@ def _authority(host: str, port: int) -> str:
 def _listen(listen: Listen) -> socket.socket:
     try:
         family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((listen.host, listen.port), family=family, backlog=_BACKLOG)
+        is_both = listen.host == "::" and socket.has_dualstack_ipv6()  # IPv4 comes there too
+        place = (listen.host, listen.port)
+        made = socket.create_server(place, family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
         # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
         # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

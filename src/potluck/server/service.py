@@ -22,13 +22,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safetensors.numpy import save
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, insert, select, update
 
 from potluck.algorithms import Algorithm
 from potluck.core import RefusedError, Spec, Vector
 from potluck.core.plain_json import read_results, to_json
 from potluck.experiment import Experiment
-from potluck.server import arrivals, audit, enrolment, faults, reports, rounds, selection
+from potluck.server import (
+    arrivals,
+    audit,
+    enrolment,
+    faults,
+    leaving,
+    reports,
+    rounds,
+    selection,
+)
 from potluck.server import commit as commits
 from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
@@ -235,10 +244,11 @@ class Service:
             row = self._run(db, run)
             current = open_round_of(db, run)
             counted = None if current is None else rounds.count(db, current)._asdict()
-            present = (devices.c.run == run) & devices.c.revoked_ms.is_(None)
+            enrolled, left = leaving.counted(db, run)
             names = ("name", "state", "reason", "round", "version", "attempt")
             return {name: getattr(row, name) for name in names} | {
-                "devices": db.scalar(select(func.count()).where(present)) or 0,
+                "devices": enrolled,
+                "left": left,
                 "open": None if current is None else as_dict(current) | (counted or {}),
                 "is_leader": self.is_leader,
                 "audit": audit.head(db),
@@ -246,7 +256,8 @@ class Service:
 
     def devices(self, run: str) -> list[dict[str, Any]]:
         """The devices of a run, in the order of their enrolment, without their keys."""
-        names = ("id", "client", "name", "device_class", "sequence", "enrolled_ms", "revoked_ms")
+        names = ("id", "client", "name", "device_class", "sequence", "enrolled_ms")
+        names += ("revoked_ms", "left")
         query = select(*(devices.c[name] for name in names)).where(devices.c.run == run)
         with self.database.read() as db:
             return [as_dict(row) for row in db.execute(query.order_by(devices.c.client))]
@@ -352,7 +363,7 @@ class Service:
 
     def fail(self, device: str, assignment: str, reason: str) -> None:
         """A device cannot do its work."""
-        selection.fail(self.database, device, assignment, reason)
+        selection.fail(self.database, device, assignment, reason, self.time.now())
 
     def begin_report(
         self, device: str, assignment: str, claims: reports.Claims

@@ -13,6 +13,8 @@ from potluck.core.validate import plain
 from potluck.experiment import Experiment
 
 Seconds = Annotated[float, Field(gt=0, le=10**7)]
+DIVIDED = ("iid", "shards", "dirichlet", "unbalanced")
+"""Partitions whose number of clients the experiment says; the others follow from their data."""
 
 
 class RoundSettings(BaseModel):
@@ -26,6 +28,8 @@ class RoundSettings(BaseModel):
     among the enrolled devices as the simulation draws it, with as many slots as the goal."""
     goal: Annotated[int, Field(ge=1, le=10**6)] = 100
     """Reports at which a round is closed early."""
+    goal_part: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Instead of `goal`: the part of the enrolled devices whose reports close a round."""
     minimum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The part of the goal without which a round is abandoned."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
@@ -67,13 +71,30 @@ class RoundSettings(BaseModel):
 
     @classmethod
     def served(cls, experiment: Experiment) -> RoundSettings:
-        """Those of an experiment's [server] section; the goal is its cohort if none is given."""
+        """Those of an experiment's [server] section.
+
+        The goal is the experiment's cohort if none is given. A fraction is one of the devices that
+        are enrolled when a round opens. A count waits for the devices that its minimum needs.
+        """
         section = experiment.server
         given = section.model_dump(exclude_none=True, exclude={"long_poll_seconds"})
-        if section.selection == "sampled":
+        if section.selection == "sampled" and experiment.partition.kind in DIVIDED:
             return cls.sampled(experiment, **given)
-        goal = cohort_size(experiment.partition.clients, experiment.run.cohort)
-        return cls.model_validate({"goal": goal, "num_rounds": experiment.run.rounds} | given)
+        given = {"num_rounds": experiment.run.rounds} | given
+        if "goal" not in given:
+            cohort = experiment.run.cohort
+            given["goal_part" if isinstance(cohort, float) else "goal"] = cohort
+        settings = cls.model_validate(given)
+        if section.population is not None or settings.goal_part is not None:
+            return settings
+        needed = settings.minimum_of(settings.goal)
+        return settings.model_copy(update={"population": needed})
+
+    def goal_of(self, num_devices: int) -> int:
+        """The goal of a round that opens with so many devices."""
+        if self.goal_part is None:
+            return self.goal
+        return cohort_size(max(num_devices, 1), self.goal_part)
 
     def minimum_of(self, goal: int) -> int:
         """Reports that a round with this goal needs."""
@@ -83,6 +104,38 @@ class RoundSettings(BaseModel):
     def lease_ms(self) -> int:
         seconds = self.report_seconds if self.lease_seconds is None else self.lease_seconds
         return milliseconds(seconds)
+
+
+def in_words(settings: RoundSettings) -> list[tuple[str, str]]:
+    """What an operator should know before the first round: names and sentences."""
+    part, sampled = settings.goal_part, settings.selection == "sampled"
+    least = f"{100 * settings.minimum:g} % of them"
+    if part is None:
+        goal, least = _reports(settings.goal), _reports(settings.minimum_of(settings.goal))
+        slots = math.ceil(settings.goal * settings.over_selection - 1e-9)
+        assigned = f"at most {_devices(slots)} a round"
+    else:
+        goal = "a report of every enrolled device"
+        if part < 1.0:
+            goal = f"reports of {100 * part:g} % of the enrolled devices (at least one)"
+        assigned = f"at most {settings.over_selection:g} times as many devices a round"
+    if sampled:
+        assigned = "the devices that are drawn for a round, among those that are enrolled"
+    begin = f"when {_devices(settings.population)} {'has' if settings.population == 1 else 'have'}"
+    return [
+        ("goal", f"{goal} close a round" if part != 1.0 else f"{goal} closes a round"),
+        ("minimum", f"{least}; with fewer a round is tried again"),
+        ("assigned", assigned),
+        ("first round", f"{begin} enrolled"),
+    ]
+
+
+def _reports(number: int) -> str:
+    return f"{number} report{'s' * (number != 1)}"
+
+
+def _devices(number: int) -> str:
+    return f"{number} device{'s' * (number != 1)}"
 
 
 @lru_cache(maxsize=64)

@@ -127,6 +127,7 @@ devices = Table(
     Column("enrolled_ms", BigInteger, nullable=False),
     Column("seen_ms", BigInteger, nullable=False),  # of its last signed request
     Column("revoked_ms", BigInteger),
+    Column("left", String(32)),  # why it said that it cannot train; NULL: it is expected
     Index("uq_devices_client", "run", "client", unique=True),
 )
 

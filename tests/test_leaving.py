@@ -1,0 +1,100 @@
+"""Devices that cannot train: rounds go on without them, and the run is not paused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fleet import Fleet
+from potluck.server import Wait
+
+
+def local(folder: Path) -> tuple[str, str]:
+    return f"sqlite:///{folder / 'potluck.db'}", str(folder / "blobs")
+
+
+def leave(fleet: Fleet, device: str, reason: str = "unsupported") -> None:
+    fleet.service.fail(device, fleet.assign(device).assignment, reason)
+
+
+def committed(fleet: Fleet) -> list[int]:
+    return [row["accepted"] for row in fleet.service.history(fleet.run)]
+
+
+@pytest.mark.parametrize(("selection", "reason"), [("open", "unsupported"), ("sampled", "no_data")])
+def test_the_round_goes_on_at_once_without_a_device_that_cannot_train(places, selection, reason):
+    settings = {"selection": selection, "minimum": 1.0, "population": 4, "attempts": 1}
+    fleet = Fleet(*places(), count=4, **settings)
+    fleet.service.tick()
+    leave(fleet, fleet.devices[2], reason)
+    others = [device for device in fleet.devices if device != fleet.devices[2]]
+    for device in others:
+        fleet.take_part(device)
+    fleet.service.tick()  # no time has passed
+    assert committed(fleet) == [3]
+    fleet.round(others)
+    assert committed(fleet) == [3, 3]
+    assert fleet.service.status(fleet.run)["state"] == "running"
+    fleet.service.close()
+
+
+@pytest.mark.parametrize("selection", ["open", "sampled"])
+def test_a_device_whose_data_were_mended_is_counted_again(tmp_path, selection):
+    fleet = Fleet(*local(tmp_path), count=3, selection=selection, minimum=1.0, population=3)
+    fleet.service.tick()
+    leave(fleet, fleet.devices[0])
+    assert isinstance(fleet.service.check_in(fleet.devices[0]), Wait)  # not in this round
+    for device in fleet.devices[1:]:
+        fleet.take_part(device)
+    fleet.service.tick()
+    fleet.round()
+    assert committed(fleet) == [2, 3]
+    fleet.service.close()
+
+
+@pytest.mark.parametrize("selection", ["open", "sampled"])
+def test_without_any_device_the_run_waits_and_is_not_paused(tmp_path, selection):
+    fleet = Fleet(*local(tmp_path), count=2, selection=selection, population=2, attempts=1)
+    fleet.service.tick()
+    for device in fleet.devices:
+        leave(fleet, device)
+    for _ in range(3):
+        fleet.service.tick()
+    status = fleet.service.status(fleet.run)
+    assert (status["state"], status["open"], status["devices"]) == ("running", None, 2)
+    assert isinstance(fleet.service.check_in(fleet.devices[0]), Wait)
+    fleet.round(fleet.devices[:1])
+    assert committed(fleet) == [1]
+    fleet.service.close()
+
+
+def test_a_failure_that_passes_is_a_strike_still(tmp_path):
+    fleet = Fleet(
+        *local(tmp_path), count=2, selection="sampled", population=2, minimum=1.0, attempts=1
+    )
+    fleet.service.tick()
+    leave(fleet, fleet.devices[0], "out_of_memory")
+    fleet.take_part(fleet.devices[1])
+    fleet.service.tick()
+    assert fleet.service.status(fleet.run)["state"] == "paused"
+    fleet.service.close()
+
+
+def test_a_fraction_is_one_of_the_devices_that_are_enrolled_when_a_round_opens(tmp_path):
+    fleet = Fleet(*local(tmp_path), count=2, dim=4, goal_part=1.0)
+    fleet.round()
+    fleet.devices += [fleet.enrol(i) for i in (2, 3)]
+    fleet.round(fleet.devices[:2])  # it had opened before
+    assert committed(fleet) == [2, 2]
+    fleet.round()
+    assert committed(fleet) == [2, 2, 4]
+    fleet.service.close()
+
+
+@pytest.mark.parametrize(("part", "goal"), [(0.5, 2), (0.0, 1)])
+def test_the_goal_of_a_fraction_is_that_of_the_simulation(tmp_path, part, goal):
+    fleet = Fleet(*local(tmp_path), count=4, goal_part=part)
+    fleet.service.tick()
+    assert fleet.service.status(fleet.run)["open"]["goal"] == goal
+    fleet.service.close()

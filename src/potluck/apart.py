@@ -58,10 +58,12 @@ class Judge:
         return Beginning(weights, spec_of(task.module()), plan)
 
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
-        """Metrics of a model."""
+        """Metrics of a model, by one thread: others on this machine train meanwhile."""
+        from potluck.simulation.executors import kernel_threads
         from potluck.tasks import evaluate
 
-        return evaluate(self._load(), weights)
+        with kernel_threads(1):
+            return evaluate(self._load(), weights)
 
     def close(self) -> None:
         """Nothing is held but memory."""

@@ -54,8 +54,9 @@ def join(
         int | None, typer.Option(metavar="BYTES", min=1, help="Send at most so much in a day.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of PyTorch; all processors if left out.")
-    ] = None,
+        int,
+        typer.Option(metavar="N", min=1, help="Of PyTorch's kernels."),
+    ] = 1,
     debug: Debug = False,
 ) -> None:
     """Take part in a run with this machine's own data, until the run is over.

@@ -65,12 +65,13 @@ class TorchTrainer:
 
     Args:
         load: gives the data of this one client; called once, when they are first needed.
-        num_threads: of PyTorch's kernels; None: PyTorch decides.
+        num_threads: of PyTorch's kernels. One by default: several programs on one machine whose
+            kernels use all its cores wait for each other, and small models gain nothing by more.
     """
 
-    def __init__(self, load: Callable[[], FederatedData], num_threads: int | None = None) -> None:
+    def __init__(self, load: Callable[[], FederatedData], num_threads: int = 1) -> None:
         self._load = load
-        self._num_threads = None if num_threads is None else as_count("num_threads", num_threads)
+        self._num_threads = as_count("num_threads", num_threads)
         self._data: FederatedData | None = None
         self._plan: Plan | None = None
         self._task: Task | None = None
@@ -148,8 +149,7 @@ class TorchTrainer:
 
             from potluck.tasks import TorchRuntime
 
-            if self._num_threads is not None:
-                torch.set_num_threads(self._num_threads)
+            torch.set_num_threads(self._num_threads)
             if self._data is None:
                 self._data = self._load()
             if self._data.num_clients != 1 or self._data.train.num_examples == 0:

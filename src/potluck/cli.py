@@ -23,7 +23,7 @@ from potluck.serving import app as serving_app
 if TYPE_CHECKING:
     from potluck.experiment import Experiment
     from potluck.simulation import Round
-    from potluck.simulation.report import Cost
+    from potluck.simulation.cost import Cost
     from potluck.tasks import FederatedData
 
 app = typer.Typer(
@@ -141,9 +141,11 @@ def report(
     Rounds are counted as the paper counts them: the test accuracy is made monotone (best so
     far), and its crossing of the target is interpolated. Seeds of one experiment are averaged.
     """
+    from potluck.formats import markdown
+    from potluck.output import show_table
     from potluck.simulation import read_run
-    from potluck.simulation.report import draw, header, markdown, measure, notes, table
-    from potluck.terminal import show_table
+    from potluck.simulation.cost import measure
+    from potluck.simulation.report import draw, header, notes, table
 
     records = [read_run(directory) for directory in _run_directories(paths)]
     for record in records:
@@ -172,9 +174,9 @@ app.command()(reproduce)
 @command
 def list_data(debug: Debug = False) -> None:
     """List the data sets, and whether they are here."""
-    from potluck.simulation.report import format_bytes
+    from potluck.formats import format_bytes
+    from potluck.output import show_table
     from potluck.tasks.files import catalogue
-    from potluck.terminal import show_table
 
     show_table(
         ("name", "what", "download", "here", "terms"),
@@ -226,9 +228,9 @@ def describe_data(
 ) -> None:
     """Describe how an experiment divides its data."""
     from potluck.experiment import load_experiment
+    from potluck.output import show_pairs
     from potluck.simulation import build_data
     from potluck.tasks.describe import describe, draw
-    from potluck.terminal import show_pairs
 
     data = build_data(load_experiment(file, overrides or []))
     show_pairs(describe(data).rows())
@@ -271,10 +273,12 @@ def demo(
     """
     if context.invoked_subcommand is not None:
         return
+    from potluck.formats import markdown
+    from potluck.output import show_table
     from potluck.simulation import demo as demonstration
     from potluck.simulation import discard_run, read_run, train
-    from potluck.simulation.report import markdown, measure
-    from potluck.terminal import show_table, with_progress
+    from potluck.simulation.cost import measure
+    from potluck.terminal import with_progress
 
     typer.echo("FedSGD against FedAvg: digits, 100 clients, 10 a round, to 95 % test accuracy\n")
     results: dict[tuple[str, str], list[Cost]] = {}
@@ -301,11 +305,12 @@ def _train(
     file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: bool, per_client: bool
 ) -> None:
     from potluck.experiment import load_experiment
+    from potluck.output import show_pairs, show_table
     from potluck.simulation import build_data, build_task, discard_run, read_weights
     from potluck.simulation.report import header, notes, table
     from potluck.tasks import federated_evaluation
     from potluck.tasks.describe import describe
-    from potluck.terminal import outcome, per_client_rows, show_pairs, show_table, summary
+    from potluck.terminal import outcome, per_client_rows, summary
 
     experiment = load_experiment(file, overrides)
     data = build_data(experiment)
@@ -332,7 +337,7 @@ def _train(
 
 def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory: Path) -> Cost:
     from potluck.simulation import read_run, train
-    from potluck.simulation.report import measure
+    from potluck.simulation.cost import measure
     from potluck.tasks.describe import draw
     from potluck.terminal import Clients, with_progress
 

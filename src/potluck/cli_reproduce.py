@@ -158,10 +158,10 @@ def _seeds(text: str) -> list[int]:
 def _run(grid: Grid, cells: Sequence[Cell], deadline: float | None) -> None:
     from dataclasses import replace
 
+    from potluck.formats import format_seconds
     from potluck.reproduction.estimates import left
     from potluck.reproduction.grid import jobs
     from potluck.simulation import build_data
-    from potluck.simulation.report import format_seconds
 
     grid = replace(grid, cells=cells)
     built: tuple[object, FederatedData] | None = None
@@ -204,10 +204,10 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
 
 
 def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
+    from potluck.output import show_table
     from potluck.reproduction import comparison
     from potluck.reproduction.curves import draw_accuracy, draw_train_loss
     from potluck.tasks.metrics import AFTER_FIRST
-    from potluck.terminal import show_table
 
     comparison.keep(grid)
     results = comparison.gather(grid)
@@ -238,8 +238,8 @@ def _figure1(
     quick: bool,
     deadline: float | None,
 ) -> None:
+    from potluck.output import show_table
     from potluck.reproduction import interpolation
-    from potluck.terminal import show_table
 
     setting = interpolation.QUICK if quick else interpolation.PAPER
     path = folder / "lines.json"

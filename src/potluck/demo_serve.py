@@ -221,8 +221,8 @@ def _tell(
     out: Path,
 ) -> None:
     """The table, and what to do with the model."""
-    from potluck.simulation.report import format_seconds, markdown
-    from potluck.terminal import show_table
+    from potluck.formats import format_seconds, markdown
+    from potluck.output import show_table
 
     rows = story.rows()
     typer.echo()

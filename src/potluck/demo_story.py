@@ -84,7 +84,7 @@ class Story:
 
     def row(self, number: int) -> tuple[str, ...]:
         """A round's cells, as in `HEADER`."""
-        from potluck.simulation.report import format_bytes
+        from potluck.formats import format_bytes
 
         found = self._rounds[number]
         accuracy = self._accuracy.get(number)

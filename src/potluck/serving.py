@@ -123,7 +123,7 @@ def enroll(
 @command
 def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
     """Tell how the run is going."""
-    from potluck.terminal import show_pairs, show_table
+    from potluck.output import show_pairs, show_table
 
     told = _operator(home).get("status")
     show_pairs(_status_rows(told))
@@ -148,7 +148,7 @@ def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
 @command
 def devices(home: HomeFolder = HOME, debug: Debug = False) -> None:
     """List the devices."""
-    from potluck.terminal import show_table
+    from potluck.output import show_table
 
     rows = [
         (

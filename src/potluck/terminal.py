@@ -1,6 +1,6 @@
-"""What the commands show: the progress of a run, its outcome, and tables.
+"""What the commands show of a run: its progress and its outcome.
 
-In a terminal, progress is a live bar and tables are drawn; elsewhere, plain lines and Markdown.
+In a terminal, progress is a live bar; elsewhere, plain lines.
 Progress takes an iterator of rounds and passes it on, so that the loop stays the caller's.
 """
 
@@ -13,25 +13,15 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO, cast
 
-import typer
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from potluck.core import is_result, main_metric
 from potluck.experiment import AlgorithmSection, AverageSection, Experiment, ScheduleSection
+from potluck.formats import format_bytes, format_score, format_seconds
 from potluck.simulation import Round
-from potluck.simulation.report import (
-    Cost,
-    format_bytes,
-    format_on_grid,
-    format_rounds,
-    format_score,
-    format_seconds,
-    markdown,
-)
+from potluck.simulation.cost import Cost
+from potluck.simulation.report import format_on_grid, format_rounds
 from potluck.tasks import FederatedMetric
 
 _LINE_SECONDS = 1.0  # at most one line in this time
@@ -269,37 +259,6 @@ def per_client_rows(metrics: Mapping[str, FederatedMetric]) -> list[tuple[str, s
     ] or [("per client", "this task has a loss only, which is not judged per client")]
 
 
-def show_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int | None = None
-) -> None:
-    """Print a table for eyes in a terminal, and in Markdown elsewhere.
-
-    Args:
-        keys: split a table that is wider than the terminal into several, each of which starts
-            with this many columns; without it, cells are wrapped.
-    """
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        typer.echo(markdown(header, rows), nl=False)
-        return
-    parts: list[Sequence[int]] = [range(len(header))]
-    if keys is not None:
-        widths = [max(map(cell_len, column)) + 3 for column in zip(header, *rows, strict=True)]
-        parts = _split(widths, console.width - 1, keys)
-    for part in parts:
-        shown = Table(*(header[i] for i in part), box=box.SIMPLE_HEAD, header_style="bold")
-        for row in rows:
-            shown.add_row(*(row[i] for i in part))
-        console.print(shown)
-
-
-def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns."""
-    width = max(len(name) for name, _ in pairs)
-    for name, value in pairs:
-        typer.echo(f"{name:<{width}}  {value}")
-
-
 def _tallied(
     rounds: Iterable[Round], history: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Round, Tally]]:
@@ -310,17 +269,6 @@ def _tallied(
             tally = Tally.of([line for line in history if line["round"] < round.number])
         tally = tally.after(round)
         yield round, tally
-
-
-def _split(widths: Sequence[int], room: int, keys: int) -> list[Sequence[int]]:
-    """Columns in groups that fit, each after the key columns."""
-    lead = list(range(keys))
-    groups: list[Sequence[int]] = [lead]
-    for column in range(keys, len(widths)):
-        if sum(widths[i] for i in groups[-1]) + widths[column] > room and len(groups[-1]) > keys:
-            groups.append(lead)
-        groups[-1] = [*groups[-1], column]
-    return groups
 
 
 def _write(out: TextIO, line: str) -> None:

@@ -18,8 +18,8 @@ import secrets
 from pathlib import Path
 
 from potluck.core import RunError
-from potluck.protocol import new_key
-from potluck.protocol.keys import KEY_BYTES
+
+_KEY_DIGITS = 64  # of a private key
 
 DEFAULT = Path("potluck-server")
 
@@ -109,12 +109,14 @@ class Home:
         Raises:
             RunError: the key that the devices of a run pinned is not here.
         """
+        from potluck.protocol import new_key
+
         path = self.folder / f"run-{name}.key"
         if is_new and not path.exists():
             write_private(path, new_key().hex().encode())
         key = _read(path, "the key of a run is made with the run")
-        if len(key) != 2 * KEY_BYTES:
-            raise RunError(f"{path} must hold {2 * KEY_BYTES} hex digits, got {len(key)} bytes.")
+        if len(key) != _KEY_DIGITS:
+            raise RunError(f"{path} must hold {_KEY_DIGITS} hex digits, got {len(key)} bytes.")
         return bytes.fromhex(key.decode())
 
     def new_credential(self) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 from typing import Any
 
-import httpx
-
 from potluck.core import PotluckError, RefusedError, RunError
+from potluck.core.plain_json import to_json
 from potluck.server.home import Home
 
 
@@ -35,32 +37,41 @@ class Operator:
         return self._ask("GET", name, None).decode()
 
     def _ask(self, method: str, name: str, asked: dict[str, Any] | None) -> bytes:
-        self._knock()
-        headers = {"Authorization": f"Bearer {self._home.credential()}"}
-        transport = httpx.HTTPTransport(uds=str(self._home.socket))
-        try:
-            with httpx.Client(transport=transport, timeout=60.0) as client:
-                address = f"http://server/admin/{name}"
-                answer = client.request(method, address, headers=headers, json=asked)
-        except httpx.HTTPError as error:
-            raise self._absent(error) from None
-        if answer.status_code != 200:
-            raise _refusal(answer.content)
-        return answer.content
-
-    def _knock(self) -> None:
-        """Tell a server that is not there: httpx would leave the socket open."""
-        with socket.socket(socket.AF_UNIX) as probe:
+        body = None if asked is None else to_json(asked)
+        with closing(_OverSocket(self._home.socket)) as connection:
             try:
-                probe.connect(str(self._home.socket))
-            except OSError as error:
+                connection.connect()
+                headers = {"Authorization": f"Bearer {self._home.credential()}"}
+                if body is not None:
+                    headers["Content-Type"] = "application/json"
+                connection.request(method, f"/admin/{name}", body, headers)
+                answer = connection.getresponse()
+                content = answer.read()
+            except (OSError, HTTPException) as error:
                 raise self._absent(error) from None
+        if answer.status != 200:
+            raise _refusal(content)
+        return content
 
     def _absent(self, error: Exception) -> RunError:
         return RunError(
             f"the server must be running, got {error} at {self._home.socket}. "
             "Start it with `potluck serve`, or name its folder with --home."
         )
+
+
+class _OverSocket(HTTPConnection):
+    """HTTP over a Unix socket. The standard library's loads in a tenth of httpx's time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("server", timeout=60.0)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket's path."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
 
 
 def _refusal(content: bytes) -> PotluckError:

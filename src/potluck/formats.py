@@ -1,0 +1,38 @@
+"""Numbers and tables as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def format_bytes(number: float) -> str:
+    """Decimal units, three digits: 796840 is 797 kB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB" if number < 999.5 else f"{number:.0f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """4.2 s, 3 min 07 s or 2 h 05 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_score(score: float) -> str:
+    """Four decimals, or as many digits of a large score; – for no result."""
+    if not math.isfinite(score):
+        return "–"
+    return f"{score:.4f}" if abs(score) < 1000 else f"{score:.6g}"

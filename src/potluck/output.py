@@ -1,0 +1,59 @@
+"""What every command shows: tables, and names with values.
+
+In a terminal tables are drawn; elsewhere they are Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from potluck.formats import markdown
+
+
+def show_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int | None = None
+) -> None:
+    """Print a table for eyes in a terminal, and in Markdown elsewhere.
+
+    Args:
+        keys: split a table that is wider than the terminal into several, each of which starts
+            with this many columns; without it, cells are wrapped.
+    """
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        typer.echo(markdown(header, rows), nl=False)
+        return
+    parts: list[Sequence[int]] = [range(len(header))]
+    if keys is not None:
+        widths = [max(map(cell_len, column)) + 3 for column in zip(header, *rows, strict=True)]
+        parts = _split(widths, console.width - 1, keys)
+    for part in parts:
+        shown = Table(*(header[i] for i in part), box=box.SIMPLE_HEAD, header_style="bold")
+        for row in rows:
+            shown.add_row(*(row[i] for i in part))
+        console.print(shown)
+
+
+def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _split(widths: Sequence[int], room: int, keys: int) -> list[Sequence[int]]:
+    """Columns in groups that fit, each after the key columns."""
+    lead = list(range(keys))
+    groups: list[Sequence[int]] = [lead]
+    for column in range(keys, len(widths)):
+        if sum(widths[i] for i in groups[-1]) + widths[column] > room and len(groups[-1]) > keys:
+            groups.append(lead)
+        groups[-1] = [*groups[-1], column]
+    return groups

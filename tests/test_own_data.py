@@ -227,7 +227,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     KINDS[suffix](path, 40)
     path.write_bytes(path.read_bytes()[:100] if suffix != ".csv" else b"")
-    with pytest.raises(DataError, match=rf"a\{suffix} must be a whole \{suffix} file .*error="):
+    with pytest.raises(DataError, match=rf"a\{suffix} must be a whole \{suffix} file.* got "):
         from_folder(tmp_path)
 
 
@@ -267,14 +267,14 @@ def test_npz_files_need_two_arrays_and_no_objects(tmp_path: Path) -> None:
             r"must have the columns of .*good\.csv, got a difference in b in .*x\.",
         ),
         ("b,target,a\n1,0,2\n", r"got another order in .*x\.csv"),
-        ("a,target,b\n1,0,hello\n", r"numbers, got column 'b' of .*x\.csv with value 'hello'"),
+        ("a,target,b\n1,0,hello\n", r"numbers, got 'hello' in column 'b', row 0 of .*x\.csv"),
         ("a,target,b\n1,0,2\n1,0,\n", r"finite, got nan in column 'b', row 1 of .*x\.csv"),
         ("a,target,b\n1,0,inf\n", r"finite, got inf in column 'b', row 0 of .*x\.csv"),
         ("a,target,b\n1,,2\n", r"must have a target, got none in column 'target', row 0 of .*x\."),
         ("a,target,b\n1,-3,2\n", r"from -3 to 1 in 4 examples \(see .*x\.csv"),
-        ("a,target,b\n1,cat,2\n", r"all numbers or all text, got .*x\.csv with value 'cat'"),
+        ("a,target,b\n1,cat,2\n", r"all numbers or all text, got 'cat' .*x\.csv"),
         ("a,target,b\n", r"x\.csv must have at least one example, got 0"),
-        ("a,target,b\n1,0,2,9\n", r"x\.csv must be a whole .* got error='more fields in a row"),
+        ("a,target,b\n1,0,2,9\n", r"x\.csv must be a whole .* got more fields in a row"),
         ('a,target,b\n"1,0,2\n', r"x\.csv must be a whole \.csv file .*error="),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_table_needs_a_feature(tmp_path: Path) -> None:
 
 def test_parquet_columns_of_lists_are_refused(tmp_path: Path) -> None:
     pd.DataFrame({"a": [[1, 2], [3, 4]], "target": [0, 1]}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"numbers, got column 'a' of .*x\.parquet with value"):
+    with pytest.raises(DataError, match=r"got array\(\[1, 2\]\) in column 'a', row 0 of .*x\.parq"):
         from_folder(tmp_path)
 
 
@@ -362,11 +362,14 @@ def test_categorical_and_nullable_columns_are_read() -> None:
         ),
         (lambda f: f.drop(columns="ill"), "client '07' of the table must have one column 'ill'"),
         (lambda f: f.assign(site=["a", None, *"bcde"]), "got none in column 'site', row 1 of the"),
-        (lambda f: f.assign(age=[30, 40, 31, np.nan, 1, 2]), "column 'age', row 1 of client '7'"),
-        (lambda f: f.assign(when=pd.Timestamp(2024, 1, 1)), "column 'when' of client '07'"),
+        (
+            lambda f: f.assign(age=[30, 40, 31, np.nan, 1, 2]),
+            "column 'age', row 1 of client '7'",
+        ),
+        (lambda f: f.assign(when=pd.Timestamp(2024, 1, 1)), "column 'when', row 0 of client '07'"),
         (
             lambda f: f.assign(ill=["no", 1, *["no"] * 4]),
-            "all text, got column 'ill' of client '7'",
+            r"text \('no'\) in column 'ill', row 1 of client '7'",
         ),
         (lambda f: f[:0], "at least one row, got none in the table"),
     ],

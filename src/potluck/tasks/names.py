@@ -22,7 +22,7 @@ def client_names(keys: Iterable[Any]) -> dict[Any, str]:
     names: dict[Any, str] = {}
     keys_of: dict[str, Any] = {}
     for key in keys:
-        name = _name(key)
+        name = client_name(key)
         if name in keys_of:
             raise DataError(
                 f"clients must have different names, got {keys_of[name]!r} and {key!r}, which are "
@@ -32,7 +32,12 @@ def client_names(keys: Iterable[Any]) -> dict[Any, str]:
     return names
 
 
-def _name(key: Any) -> str:
+def client_name(key: Any) -> str:
+    """What one client is called.
+
+    Raises:
+        DataError: the name is not Unicode.
+    """
     if isinstance(key, bytes):
         key = key.decode("utf-8", "surrogateescape")
     elif isinstance(key, tuple):

@@ -16,6 +16,7 @@ What cannot be used raises a `DataError` that names the client, and the file and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +30,7 @@ from potluck.tasks.names import client_names
 from potluck.tasks.tables import (
     Located,
     first_line,
+    named,
     read_npz,
     read_table,
     split_by_client,
@@ -117,15 +119,18 @@ def from_folder(
     """
     paths = _files_in(Path(folder))
     places = {path.stem: str(path) for path in paths}
+    notes: list[str] = []
     if paths[0].suffix.lower() == ".npz":
         pairs = {path.stem: read_npz(path) for path in paths}
     else:
         tables = {path.stem: Located(read_table(path), str(path)) for path in paths}
+        notes += [note for table, _ in tables.values() for note in table.attrs["notes"]]
         pairs = split_columns(tables, target_column)
     train = {key: _examples(pair, places[key]) for key, pair in pairs.items()}
     in_tables = paths[0].suffix.lower() != ".npz"
     called = name or Path(folder).name
-    return _held_out(train, places, _Asked(called, kind, num_classes, test_fraction, in_tables))
+    data = _held_out(train, places, _Asked(called, kind, num_classes, test_fraction, in_tables))
+    return replace(data, notes=(*notes, *data.notes))
 
 
 def from_table(
@@ -144,13 +149,13 @@ def from_table(
 
     Args:
         table: a pandas `DataFrame`, or the path of a `.csv` or `.parquet` file.
-        client_column: names the client; read as text, so that "007" is not "7".
+        client_column: names the client; read as text, so that "007" is not "7". It may be a level
+            of the index.
         target_column: the target; every column but these two is a feature.
 
     Raises:
         DataError: a table that cannot be used; the message names the client and the column.
     """
-    located = Located(table, "the table")
     if isinstance(table, (str, Path)):
         path = Path(table)
         if path.suffix.lower() not in (".csv", ".parquet"):
@@ -164,13 +169,21 @@ def from_table(
             f"table must be a pandas DataFrame or a path, got {type(table).__name__}. "
             "For arrays call `from_clients`."
         )
+    else:
+        located = Located(named(table, "the table"), "the table")
+    if client_column == target_column:
+        raise DataError(
+            f"clients and targets must be two columns, got column {client_column!r} for both. "
+            "Name another."
+        )
     tables = split_by_client(located, client_column)
     if not tables:
         raise DataError(f"a table must have at least one row, got none in {located.where}.")
     places = {key: part.where for key, part in tables.items()}
     pairs = split_columns(tables, target_column)
     train = {key: _examples(pair, places[key]) for key, pair in pairs.items()}
-    return _held_out(train, places, _Asked(name, kind, num_classes, test_fraction, True))
+    data = _held_out(train, places, _Asked(name, kind, num_classes, test_fraction, True))
+    return replace(data, notes=(*located.table.attrs["notes"], *data.notes))
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -187,6 +200,16 @@ def _files_in(folder: Path) -> list[Path]:
                 f"{folder} must hold only .npz, .csv or .parquet files, got {path.name}. "
                 "Move it elsewhere."
             )
+    called: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in called:
+            raise DataError(
+                f"the files of {folder} must differ in more than the case of their suffix, got "
+                f"{called[path.stem].name} and {path.name}, both for client {path.stem!r}. "
+                "Rename one."
+            )
+        called[path.stem] = path
+    client_names(called)
     kinds = sorted({path.suffix.lower() for path in paths})
     if len(kinds) > 1:
         raise DataError(

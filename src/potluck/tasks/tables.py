@@ -7,6 +7,7 @@ checks what they return; they raise a `DataError` that names the file, the clien
 from __future__ import annotations
 
 import importlib
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,8 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from potluck.core import DataError
-from potluck.tasks.columns import odd_value, read_column
+from potluck.tasks.columns import Column, alike, check_told_apart, place, read_column
+from potluck.tasks.csv_files import read_csv
 from potluck.tasks.data import Array
+from potluck.tasks.names import client_name
+
+_UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
 
 
 class Located(NamedTuple):
@@ -50,7 +55,7 @@ def read_npz(path: Path) -> tuple[Array, Array]:
 
 
 def read_table(path: Path, text_column: str | None = None) -> Any:
-    """The table in a `.csv` or `.parquet` file.
+    """The table in a `.csv` or `.parquet` file, with the names of its columns checked.
 
     Args:
         text_column: a column that a `.csv` file's numbers are not to be made numbers of.
@@ -58,32 +63,75 @@ def read_table(path: Path, text_column: str | None = None) -> Any:
     pandas: Any = importlib.import_module("pandas")
     suffix = path.suffix.lower()
     try:
-        if suffix == ".parquet":
-            return pandas.read_parquet(path)
-        types = {} if text_column is None else {text_column: str}
-        table = pandas.read_csv(path, dtype=types, low_memory=False)
-        if not isinstance(table.index, pandas.RangeIndex):
-            raise ValueError("more fields in a row than in the header")
-        return table
+        table = pandas.read_parquet(path) if suffix == ".parquet" else read_csv(path, text_column)
+    except DataError:
+        raise
     # pandas and pyarrow raise many kinds, none of which a user of ours should have to know.
     except Exception as error:
         raise DataError(
             f"{path} must be a whole {suffix} file with one table, got "
             f"error={first_line(error)!r}. Write it anew."
         ) from error
+    return named(table, str(path))
+
+
+def named(table: Any, where: str) -> Any:
+    """The same table with text as the names of its columns, all of them different.
+
+    A column without a name that numbers the rows, as `to_csv` writes the index, is left out, and
+    so is one without values; `attrs["notes"]` of the table says so.
+    """
+    if table.columns.nlevels > 1:
+        raise DataError(
+            f"a column must have one name, got {table.columns.nlevels} levels of names in {where}, "
+            f"as {tuple(table.columns[0])!r}. Join them: table.columns.map('_'.join)."
+        )
+    names = ["" if name is None or name != name else str(name) for name in table.columns]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise DataError(
+                f"columns must have different names, got column {name!r} {names.count(name)} times "
+                f"in {where}. Rename or remove one."
+            )
+    kept, notes = list(range(len(names))), list(table.attrs.get("notes", ()))
+    for position, name in enumerate(names):
+        if _UNNAMED.fullmatch(name):
+            notes.append(_unnamed(table.iloc[:, position], position, where))
+            kept.remove(position)
+    result = table.iloc[:, kept].set_axis([names[position] for position in kept], axis=1)
+    result.attrs["notes"] = tuple(notes)
+    return result
+
+
+def _unnamed(series: Any, position: int, where: str) -> str:
+    """Why a column without a name is left out, in words, or an error."""
+    column = f"column {position} of {where} has no name"
+    if series.isna().all():
+        return f"{column} and no values: it is left out"
+    if position == 0 and getattr(series.dtype, "kind", "O") in "iu" and series.is_unique:
+        return f"{column} and numbers the rows: it is left out"
+    raise DataError(
+        f"every column must have a name, got none for column {position} of {where}. "
+        "Name it in the header, or remove it."
+    )
 
 
 def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
-    """The rows of each client, clients in the order of their first row."""
+    """The rows of each client, clients in the order of their first row.
+
+    The client may be a level of the table's index, as after `set_index` or `groupby`.
+    """
     table, where = located
-    check_column(located, client_column)
-    missing = np.flatnonzero(table[client_column].isna().to_numpy())
+    if client_column in table.index.names and client_column not in table.columns:
+        table = table.reset_index(level=client_column)
+    check_column(Located(table, where), client_column)
+    missing = np.flatnonzero(table[client_column].isna().to_numpy(np.bool_))
     if len(missing) > 0:
         raise DataError(
-            f"every row must name its client, got none in column {client_column!r}, row "
-            f"{int(missing[0])} of {where}. Fill it in, or remove the row."
+            "every row must name its client, got none in "
+            f"{place(client_column, int(missing[0]), where)}. Fill it in, or remove the row."
         )
-    keys = table[client_column].astype(str)
+    keys = table[client_column].astype(object).map(client_name).to_numpy(dtype=object)
     groups = table.drop(columns=[client_column]).groupby(keys, sort=False)
     return {key: Located(part, f"client {key!r} of {where}") for key, part in groups}
 
@@ -103,7 +151,14 @@ def split_columns(
         raise DataError(
             f"there must be a feature column beside {target_column!r}, got none in {first.where}."
         )
-    inputs = {key: _features(located, features) for key, located in tables.items()}
+    read = [
+        alike([read_column(table[name], where) for table, where in tables.values()])
+        for name in features
+    ]
+    inputs = {
+        key: _features([columns[k] for columns in read], features, located.where)
+        for k, (key, located) in enumerate(tables.items())
+    }
     columns = {key: Located(table[target_column], at) for key, (table, at) in tables.items()}
     targets = _targets(columns)
     return {key: (inputs[key], targets[key]) for key in tables}
@@ -136,42 +191,55 @@ def _check_same_columns(located: Located, first: Located) -> None:
         )
 
 
-def _features(located: Located, features: list[Any]) -> Array:
-    columns: list[Array] = []
-    for name in features:
-        column = read_column(located.table[name])
-        if column.type not in ("number", "boolean"):
+def _features(columns: list[Column], names: list[str], where: str) -> Array:
+    features: list[Array] = []
+    for name, column in zip(names, columns, strict=True):
+        if column.type == "text":
+            row = first_text(column)
             raise DataError(
-                f"features must be numbers, got column {str(name)!r} of {located.where} with "
-                f"{odd_value(located.table[name])}. Encode it as numbers, or remove the column."
+                f"features must be numbers, got {str(column.values[row])!r} in "
+                f"{place(name, row, where)}. Encode it as numbers, or remove the column."
             )
         values = np.where(column.missing, np.nan, column.values)
-        wrong = np.flatnonzero(~np.isfinite(values))
+        wrong = np.flatnonzero(~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max))
         if len(wrong) > 0:
             row = int(wrong[0])
             raise DataError(
-                f"features must be finite, got {values[row]} in column {str(name)!r}, row {row} "
-                f"of {located.where}. Fill missing values in, or remove the row."
+                f"features must be finite, got {values[row]} in "
+                f"{place(name, row, where)}. Fill missing values in, or remove the row."
             )
-        columns.append(values)
-    return np.stack(columns, axis=1).astype(np.float32)
+        features.append(values.astype(np.float32))
+        check_told_apart(column, features[-1], name, where)
+    return np.stack(features, axis=1)
 
 
 def _targets(columns: Mapping[str, Located]) -> dict[str, Array]:
-    read = {key: read_column(column) for key, (column, _) in columns.items()}
+    read = {key: read_column(column, where) for key, (column, where) in columns.items()}
     for key, (column, where) in columns.items():
         missing = np.flatnonzero(read[key].missing)
         if len(missing) > 0:
             raise DataError(
-                f"every example must have a target, got none in column {column.name!r}, row "
-                f"{int(missing[0])} of {where}. Fill it in, or remove the row."
+                "every example must have a target, got none in "
+                f"{place(column.name, int(missing[0]), where)}. Fill it in, or remove the row."
             )
-    types = [column.type for column in read.values()]
-    if "other" in types or ("text" in types and set(types) != {"text"}):
-        odd = min(read, key=lambda key: ("other", "text", *types).index(read[key].type))
-        column, where = columns[odd]
+    types = {column.type for column in read.values()}
+    if "text" in types and types != {"text"}:
+        key = next(key for key, column in read.items() if column.type == "text")
+        row = first_text(read[key])
         raise DataError(
-            f"targets must be all numbers or all text, got column {column.name!r} of {where} with "
-            f"{odd_value(column)}. Make them alike for all clients."
+            f"targets must be all numbers or all text, got {str(read[key].values[row])!r} in "
+            f"{place(columns[key].table.name, row, columns[key].where)}. Make them alike for all "
+            "clients."
         )
     return {key: column.values for key, column in read.items()}
+
+
+def first_text(column: Column) -> int:
+    """The row of the first text that is no number, or of the first text."""
+    rows = np.flatnonzero(~column.missing)
+    for row in rows:
+        try:
+            float(column.values[row])
+        except ValueError:
+            return int(row)
+    return int(rows[0])

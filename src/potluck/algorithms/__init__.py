@@ -12,6 +12,7 @@ from potluck.algorithms.runtime import Algorithm, Runtime
 from potluck.algorithms.scaffold import Scaffold
 from potluck.algorithms.schedules import Schedule
 from potluck.algorithms.server import Average, OptimizerState, ServerOptimizer, ServerState
+from potluck.algorithms.statistics import num_wide, with_statistics, without_statistics
 
 __all__ = [
     "Adagrad",
@@ -31,5 +32,8 @@ __all__ = [
     "ServerState",
     "Yogi",
     "fed_sgd",
+    "num_wide",
     "schedules",
+    "with_statistics",
+    "without_statistics",
 ]

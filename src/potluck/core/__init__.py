@@ -8,6 +8,7 @@ from potluck.core.codecs import (
     decode_vector,
     encode_update,
     encoded_bytes,
+    update_bytes,
 )
 from potluck.core.cohorts import Poisson, sample_cohort
 from potluck.core.correction import Correction
@@ -68,4 +69,5 @@ __all__ = [
     "main_metric",
     "sample_cohort",
     "stream",
+    "update_bytes",
 ]

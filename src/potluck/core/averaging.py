@@ -10,6 +10,11 @@ partial sums merge exactly. A mean is off by at most 2⁻³¹ · clients / total
 
 The price is a range: the largest entry of |weight · Δ|, summed over a cohort, must stay below 2³².
 A sum that might leave it is refused, never wrapped.
+
+Statistics of a model (running variances, counters) may be of any size, and small ones must not
+lose their sign. They are the last entries of an update, and are wide: each is summed as two
+integers, of multiples of 2⁻⁶ and of what those leave, in multiples of 2⁻⁴⁶. That is exact in the
+same sense, and their range is 2⁵⁶.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from potluck.core.update import Vector
 
 _SCALE = float(2**30)
 _LIMIT = float(2**62)
+_COARSE, _FINE = float(2**6), float(2**46)  # the scales of a wide entry's two integers
 _BLOCK = 16_384  # entries that are summed at a time, which stay in a core's caches
 # Beside 1.5 · 2⁵² a float64 has no room for fractions, and its bits count in ones.
 _EXACT = float(2**51)
@@ -38,25 +44,34 @@ class FixedPointMean:
     scale = _SCALE
     """One, in the integers of the sum."""
 
-    def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None) -> None:
-        """Start at zero. `buffer` [dim], if given, holds the sum (shared memory, say)."""
-        self.sum: NDArray[np.int64] = np.empty(dim, np.int64) if buffer is None else buffer
+    def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None, wide: int = 0) -> None:
+        """Start at zero.
+
+        Args:
+            buffer: if given, holds the sum (shared memory, say): [dim + wide].
+            wide: how many of the entries, the last ones, are wide.
+        """
+        self.sum: NDArray[np.int64] = np.empty(dim + wide, np.int64) if buffer is None else buffer
+        self.dim, self.wide = dim, wide
         self._scratch = np.empty(min(dim, _BLOCK), np.float64)
         self.reset()
 
     @classmethod
-    def of(cls, sum: NDArray[np.int64], total: float, bound: float) -> FixedPointMean:
+    def of(
+        cls, sum: NDArray[np.int64], total: float, bound: float, wide: int = 0
+    ) -> FixedPointMean:
         """The `sum`, `total` and `bound` of another one. The sum is not copied."""
         mean = cls.__new__(cls)
         mean.sum, mean.total, mean.bound = sum, total, bound
-        mean._scratch = np.empty(min(len(sum), _BLOCK), np.float64)
+        mean.dim, mean.wide = len(sum) - wide, wide
+        mean._scratch = np.empty(min(mean.dim, _BLOCK), np.float64)
         return mean
 
     def reset(self) -> None:
         """Back to zero, in place."""
         self.sum.fill(0)
         self.total = 0.0
-        self.bound = 0.0  # no coordinate of the sum is larger than this
+        self.bound = 0.0  # no integer of the sum is larger than this
 
     def add(self, vector: Vector, weight: float) -> None:
         """Add `weight · vector`, with weight > 0.
@@ -67,8 +82,9 @@ class FixedPointMean:
         """
         if not (math.isfinite(weight) and weight > 0.0):
             raise ValueError(f"weight must be positive and finite, got weight={weight!r}.")
+        narrow = vector[: self.dim - self.wide] if self.wide else vector
         # The ufuncs themselves: for small models a method's way to them takes as long.
-        entry = float(max(_greatest(vector, initial=0.0), -_least(vector, initial=0.0)))
+        entry = float(max(_greatest(narrow, initial=0.0), -_least(narrow, initial=0.0)))
         largest = entry * (weight * _SCALE)
         if not self.has_room(largest):
             raise DivergedError(
@@ -76,10 +92,12 @@ class FixedPointMean:
                 f"got a largest entry of {entry:g} with weight={weight:g}. "
                 "Lower the client learning rate."
             )
-        for start in range(0, len(vector), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            scratch = self._scratch[: len(vector[block])]
-            np.multiply(vector[block], weight * _SCALE, out=scratch, dtype=np.float64)
+        if self.wide:
+            largest = max(largest, self._add_wide(vector[self.dim - self.wide :], weight))
+        for start in range(0, len(narrow), _BLOCK):
+            block = slice(start, min(start + _BLOCK, len(narrow)))
+            scratch = self._scratch[: len(narrow[block])]
+            np.multiply(narrow[block], weight * _SCALE, out=scratch, dtype=np.float64)
             if largest < _EXACT:
                 scratch += _MAGIC  # rounds to integers, which are then in the low bits
                 whole = scratch.view(np.int64)
@@ -106,7 +124,34 @@ class FixedPointMean:
         self.total += other.total
 
     def mean(self) -> Vector:
-        """The weighted mean so far, as float32; zeros when nothing was added."""
+        """The weighted mean so far, as float32; zeros when nothing was added: [dim]."""
         if self.total == 0.0:
-            return np.zeros(len(self.sum), np.float32)
-        return (self.sum / (_SCALE * self.total)).astype(np.float32)
+            return np.zeros(self.dim, np.float32)
+        if not self.wide:
+            return (self.sum / (_SCALE * self.total)).astype(np.float32)
+        narrow, fine, coarse = np.split(self.sum, [self.dim - self.wide, self.dim])
+        wide = coarse / (_COARSE * self.total) + fine / (_FINE * self.total)
+        parts = [narrow / (_SCALE * self.total), wide]
+        return np.concatenate(parts).astype(np.float32)
+
+    def _add_wide(self, values: Vector, weight: float) -> float:
+        """Add wide entries, and return the largest integer that this took.
+
+        Raises:
+            DivergedError: they are not finite, or too large.
+        """
+        weighted = values.astype(np.float64) * weight
+        with np.errstate(invalid="ignore"):
+            coarse = np.rint(weighted * _COARSE)
+            fine = np.rint((weighted - coarse / _COARSE) * _FINE)  # the difference is exact
+        largest = float(max(np.abs(coarse).max(initial=0.0), np.abs(fine).max(initial=0.0)))
+        if not self.has_room(largest):
+            raise DivergedError(
+                "statistics must be finite and small enough to be summed, got a largest change of "
+                f"{float(np.abs(values).max()):g} with weight={weight:g}. Look at what the model "
+                "counts or averages in its buffers."
+            )
+        start = self.dim - self.wide
+        self.sum[start : self.dim] += fine.astype(np.int64)
+        self.sum[self.dim :] += coarse.astype(np.int64)
+        return largest

@@ -49,6 +49,7 @@ import numpy as np
 
 from potluck.core.errors import ProtocolError
 from potluck.core.seeds import stream
+from potluck.core.spec import Spec
 from potluck.core.update import Vector
 
 Codec: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
@@ -125,6 +126,12 @@ def encoded_bytes(codec: Codec, dim: int) -> int:
         return 2 * dim
     full, rest = divmod(dim, BLOCK)
     return full * _block_bytes(codec, BLOCK) + (_block_bytes(codec, rest) if rest else 0)
+
+
+def update_bytes(codec: Codec, spec: Spec, vectors: int = 1) -> int:
+    """The length of an update: so many vectors of what is trained, and statistics in float32."""
+    trained = vectors * spec.size("trained")
+    return (encoded_bytes(codec, trained) if trained else 0) + 4 * spec.size("statistic")
 
 
 def check_codec(codec: str) -> None:

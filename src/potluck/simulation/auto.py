@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
-from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.core import Vector, WorkerError
 from potluck.core.validate import as_count
-from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Loop
+from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Loop, empty_mean
 from potluck.simulation.recording import Work
 from potluck.simulation.timing import Estimate, estimate
 from potluck.simulation.vmap import Vmap
@@ -113,7 +113,7 @@ class Auto:
     ) -> CohortResult:
         """Local training of one cohort, each client of which received the same."""
         if len(cohort) > 0 and algorithm != self._algorithm:
-            mean = FixedPointMean(len(received))
+            mean = empty_mean(algorithm, len(received))
             work = Work(self._task, algorithm, received, seed, round, states, mean)
             placed = None if self._on_device is None else self._on_device.placed
             self._begin(algorithm, estimate(work, cohort, self._clock, placed))

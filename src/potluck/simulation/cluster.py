@@ -34,6 +34,7 @@ from potluck.simulation.executors import (
     CohortResult,
     Failure,
     Outcome,
+    empty_mean,
     summarise,
 )
 from potluck.simulation.hands import Hands
@@ -41,7 +42,7 @@ from potluck.simulation.recording import Work
 from potluck.simulation.timing import Estimate, estimate
 from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import OneByOne
-from potluck.tasks import Evaluator, Task, evaluation_batches, means, spec_of
+from potluck.tasks import Evaluator, Task, evaluation_batches, means
 from potluck.tasks.placement import device_of
 from potluck.tasks.precision import Precision, check_precision
 
@@ -171,9 +172,9 @@ class Cluster:
             side_by_side=training.chunk or 1,
             progress=self._progress,
         )
-        mean = FixedPointMean(len(received))
+        mean = empty_mean(algorithm, len(received))
         for partial in dealt.handed_over:
-            mean.merge(FixedPointMean.of(*partial))
+            mean.merge(FixedPointMean.of(*partial, mean.wide))
         outcomes = [outcome for trained, _ in dealt.results for outcome in trained]
         outcomes += [self._took_workers_with_it(client) for client in dealt.refused]
         kept = {client: state for _, new in dealt.results for client, state in new.items()}
@@ -249,7 +250,7 @@ class _Labour:
         self._trainers: dict[int | None, Vmap | OneByOne] = {}  # by clients side by side
         self._evaluator = Evaluator(self._task, self._device)
         self._batches = evaluation_batches(self._task)
-        self._mean = FixedPointMean(spec_of(self._task.module()).dim)
+        self._mean = FixedPointMean(0)
         self._received: Vector = np.empty(0, np.float32)
         self._call = 0
 
@@ -261,8 +262,8 @@ class _Labour:
     ) -> Estimate:
         """What a local step costs here, one after another and side by side."""
         received = training.received.copy()
-        mean = FixedPointMean(len(received))
         _, algorithm, _, seed, round, _ = training
+        mean = empty_mean(algorithm, len(received))
         work = Work(self._task, algorithm, received, seed, round, states, mean)
         placed = None
         if self._device is not None:
@@ -277,7 +278,7 @@ class _Labour:
         if training.number != self._call:
             self._call = training.number
             self._received = training.received.copy()  # what Ray gives cannot be written to
-            self._mean = FixedPointMean(len(self._received))
+            self._mean = empty_mean(training.algorithm, len(self._received))
         outcomes: list[Outcome] = []
         kept: dict[int, Vector] = {}
         _, algorithm, _, seed, round, chunk = training
@@ -301,7 +302,7 @@ class _Labour:
     def hand_over(self) -> _Partial:
         """The partial sum, which is zero from then on."""
         partial = _Partial(self._mean.sum, self._mean.total, self._mean.bound)
-        self._mean = FixedPointMean(len(self._received))
+        self._mean = FixedPointMean(len(self._received), wide=self._mean.wide)
         return partial
 
     def evaluate(self, weights: Vector, call: int, numbers: list[int]) -> list[tuple[int, Any]]:

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm, Runtime
 from potluck.core import (
     Codec,
     DivergedError,
     ProtocolError,
+    Spec,
     Update,
     Vector,
     decode_vector,
@@ -30,9 +32,16 @@ from potluck.core import (
 )
 
 
-def compressed(algorithm: Algorithm, codec: Codec) -> Algorithm:
-    """The algorithm with updates that travel in a codec; in float32 it is as it was."""
-    return algorithm if codec == "float32" else _Compressed(algorithm, codec)
+def compressed(algorithm: Algorithm, codec: Codec, spec: Spec | None = None) -> Algorithm:
+    """The algorithm with updates that travel in a codec; in float32 it is as it was.
+
+    Args:
+        spec: of the model, whose frozen parameters do not travel; without it all are trained.
+    """
+    if codec == "float32":
+        return algorithm
+    is_plain = spec is None or spec.size("trained") == spec.num_parameters
+    return _Compressed(algorithm, codec, None if is_plain else spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class _Compressed:
 
     algorithm: Algorithm
     codec: Codec
+    spec: Spec | None  # where some parameters are not trained
 
     @property
     def vectors(self) -> int:
@@ -64,8 +74,10 @@ class _Compressed:
         round: int,
         client: int,
     ) -> Update:
-        residual = None if state is None else state[: len(received)]
-        kept = None if state is None else state[len(received) :]
+        sent = self._sent(len(received))
+        num_sent = len(received[sent])
+        residual = None if state is None else state[:num_sent]
+        kept = None if state is None else state[num_sent:]
         update = self.algorithm.client_update(
             runtime,
             received,
@@ -77,7 +89,7 @@ class _Compressed:
         )
         try:
             encoded = encode_update(
-                update.delta, self.codec, residual, seed=seed, round=round, client=client
+                update.delta[sent], self.codec, residual, seed=seed, round=round, client=client
             )
         except ProtocolError:
             raise DivergedError(
@@ -86,10 +98,16 @@ class _Compressed:
                 "client's data."
             ) from None
         parts = [encoded.residual] if update.state is None else [encoded.residual, update.state]
-        return update._replace(
-            delta=decode_vector(encoded.body, self.codec, len(update.delta)),
-            state=np.concatenate(parts),
-        )
+        delta = np.zeros_like(update.delta)
+        delta[sent] = decode_vector(encoded.body, self.codec, num_sent)
+        return update._replace(delta=delta, state=np.concatenate(parts))
+
+    def _sent(self, length: int) -> slice | NDArray[np.int64]:
+        """The entries of an update that travel."""
+        if self.spec is None:
+            return slice(0, length)
+        by_vector = np.arange(length).reshape(self.algorithm.vectors, -1)
+        return np.concatenate([by_vector[:, p] for p in self.spec.slices("trained")], 1).ravel()
 
     def server_init(self, weights: Vector) -> Any:
         return self.algorithm.server_init(weights)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
-from potluck.simulation.executors import NO_STATES, CohortResult
+from potluck.simulation.executors import NO_STATES, CohortResult, empty_mean
 from potluck.simulation.vmap import Vmap
 from potluck.tasks import Task
 from potluck.tasks.precision import Precision
@@ -110,9 +110,9 @@ class DeviceWorkers:
             for part in parts
         ]  # fmt: skip
         replies: list[_Reply] = self._ask(requests)
-        mean = FixedPointMean(len(received))
+        mean = empty_mean(algorithm, len(received))
         for reply in replies:
-            mean.merge(FixedPointMean.of(reply.sum, reply.total, reply.bound))
+            mean.merge(FixedPointMean.of(reply.sum, reply.total, reply.bound, mean.wide))
         results = [reply.result for reply in replies]
         weighted = [r.loss * reply.total for r, reply in zip(results, replies, strict=True)
                     if reply.total > 0.0]  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm, Runtime
+from potluck.algorithms import Algorithm, Runtime, num_wide
 from potluck.core import DivergedError, FixedPointMean, Update, Vector
 from potluck.core.validate import as_count
 from potluck.memory import keep_freed
@@ -95,7 +95,7 @@ class Loop:
         self._runtime = TorchRuntime(task, precision, one_thread=num_threads == 1)
         self._evaluator = Evaluator(task)
         self._test = evaluation_batches(task)
-        self._mean = FixedPointMean(self._runtime.spec.dim)
+        self._mean: FixedPointMean | None = None
 
     def train(
         self,
@@ -108,9 +108,7 @@ class Loop:
         states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
         """Local training of one cohort, each client of which received the same."""
-        if len(self._mean.sum) != len(received):
-            self._mean = FixedPointMean(len(received))
-        self._mean.reset()
+        mean = self._mean = empty_mean(algorithm, len(received), self._mean)
         kept: dict[int, Vector] = {}
         outcomes: list[Outcome] = []
         with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
@@ -118,7 +116,7 @@ class Loop:
                 outcome, state = train_client(
                     self._task,
                     self._runtime,
-                    self._mean,
+                    mean,
                     algorithm,
                     received,
                     client,
@@ -129,7 +127,7 @@ class Loop:
                 outcomes.append(outcome)
                 if state is not None:
                     kept[client] = state
-        return summarise(self._mean, outcomes, kept)
+        return summarise(mean, outcomes, kept)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
@@ -139,6 +137,17 @@ class Loop:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def empty_mean(
+    algorithm: Algorithm, length: int, last: FixedPointMean | None = None
+) -> FixedPointMean:
+    """For updates of this length: the last one, if it fits and is of no more use."""
+    wide = num_wide(algorithm)
+    if last is None or (last.dim, last.wide) != (length, wide):
+        return FixedPointMean(length, wide=wide)
+    last.reset()
+    return last
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.algorithms import FedAvg, FedProx
-from potluck.core import FixedPointMean, Vector
-from potluck.simulation.executors import Outcome
+from potluck.algorithms import FedAvg, FedProx, without_statistics
+from potluck.core import Vector
+from potluck.simulation.executors import Outcome, empty_mean
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
 from potluck.simulation.trial import TOLERANCE, compare, play
 from potluck.tasks import LocalRun, Task, TorchRuntime
@@ -42,9 +42,13 @@ class Pooling:
     def train(self, work: Work, clients: NDArray[np.int64]) -> list[Outcome] | None:
         """Train these clients into the mean of `work`; None, and nothing in the mean, if they are
         none of these, or not for this model."""
-        if self._is_refused or type(work.algorithm) not in _LINEAR or len(clients) == 0:
+        if (
+            self._is_refused
+            or type(without_statistics(work.algorithm)) not in _LINEAR
+            or len(clients) == 0
+        ):
             return None
-        alone = work._replace(mean=FixedPointMean(len(work.received)))
+        alone = work._replace(mean=empty_mean(work.algorithm, len(work.received)))
         try:
             recorders = self._recorded(alone, clients)
             if recorders is None:
@@ -78,10 +82,15 @@ class Pooling:
             alone = np.stack([play(self._plain, recorder).weights for recorder in few])
             expected = (shares @ alone).astype(np.float32)
             self._is_tried = compare(
-                work.received, Answer(both, 0.0), Answer(expected, 0.0), self._tolerance
+                self._plain.spec,
+                work.received,
+                Answer(both, 0.0),
+                Answer(expected, 0.0),
+                self._tolerance,
             )
         local, losses, shares = self._step(work.received, recorders)
-        if not (np.isfinite(losses).all() and np.isfinite(local).all()):
+        new = local[local.view(np.int32) != work.received.view(np.int32)]
+        if not (np.isfinite(losses).all() and np.isfinite(new).all()):
             return None  # side by side, whoever it was is named
         outcomes = [
             Outcome(recorder.client, float(n := len(recorder.run.rows)), loss, n, 1)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from potluck.algorithms import Algorithm, FedAvg, FedProx
+from potluck.algorithms import Algorithm, FedAvg, FedProx, without_statistics
 from potluck.core import FixedPointMean
 from potluck.simulation.executors import Outcome
 from potluck.simulation.recording import Recorder, Work
@@ -29,7 +29,7 @@ _LINEAR = (FedAvg, FedProx)  # Δ is the local weights less those received; the 
 
 def is_reducible(algorithm: Algorithm, cohort: DeviceCohort) -> bool:
     """Whether `reduce` may be asked for the updates of an algorithm."""
-    return type(algorithm) in _LINEAR and cohort.is_pure
+    return type(without_statistics(algorithm)) in _LINEAR and cohort.is_pure
 
 
 def reduce(

@@ -10,16 +10,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm
+from potluck.algorithms import Algorithm, with_statistics
 from potluck.core import (
     Codec,
     DivergedError,
     Poisson,
+    Spec,
     TrainingError,
     Vector,
     check_codec,
-    encoded_bytes,
     sample_cohort,
+    update_bytes,
 )
 from potluck.core.cohorts import cohort_size
 from potluck.core.validate import as_count, as_seed
@@ -34,6 +35,7 @@ from potluck.simulation.workers import Workers
 from potluck.tasks import Task, spec_of
 from potluck.tasks.placement import device_of, devices_of
 from potluck.tasks.precision import Precision
+from potluck.tasks.statistics import roles
 
 ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
@@ -95,7 +97,6 @@ def rounds(
         TrainingError: local training of a client failed otherwise.
     """
     check_codec(codec)
-    algorithm = compressed(algorithm, codec)
     population = task.data.num_clients
     if not isinstance(cohort, Poisson):
         cohort_size(population, cohort)
@@ -106,7 +107,7 @@ def rounds(
         "evaluate_every", evaluate_every, 1, "Use 1 to evaluate after every round."
     )
     if resume is not None and len(resume) == 2:
-        if algorithm.client_vectors > 0:
+        if algorithm.client_vectors > 0 or codec != "float32":
             raise ValueError(
                 "resume must be (number, state, client_states) where clients keep a state (of an "
                 f"algorithm, or what a codec lost), got {len(resume)} values. Take all three from "
@@ -143,6 +144,8 @@ def _rounds(
 ) -> Iterator[Round]:
     started = time.perf_counter()
     own = isinstance(executor, str)
+    spec = roles(task)
+    algorithm = with_statistics(compressed(algorithm, codec, spec), spec)
     runner = make_executor(executor, task) if isinstance(executor, str) else executor
     try:
         if resume is None:
@@ -150,18 +153,20 @@ def _rounds(
             kept: ClientStates = {}
             metrics = runner.evaluate(state.weights)
             nobody = np.empty(0, np.int64)
-            yield _round(algorithm, codec, 0, state, kept, nobody, None, metrics, started)
+            yield _round(
+                _traffic(algorithm, codec, spec), 0, state, kept, nobody, None, metrics, started
+            )
         else:
             number, state, kept = as_count("resume[0]", resume[0], 0), *resume[1:]
         timings: Iterator[Timing] | None = None
         if virtual is not None:
-            length = algorithm.vectors * len(state.weights)
+            traffic = _traffic(algorithm, codec, spec)
             timings = timeline(
                 virtual,
                 sizes=task.data.sizes,
                 cohort=cohort,
-                downlink_bytes=encoded_bytes("float32", length),
-                uplink_bytes=encoded_bytes(codec, length),
+                downlink_bytes=traffic.down,
+                uplink_bytes=traffic.up,
                 seed=seed,
             )
             timings = islice(timings, number, None)
@@ -185,18 +190,21 @@ def _rounds(
                 raise _failed(result.failures, number)
             num_updates = len(clients) - len(result.failures)
             if num_updates > 0:
+                before = state.weights
                 state = algorithm.server_update(
                     state,
                     result.aggregate,
                     round=number,
                     participation=num_updates / task.data.num_clients,
                 )
+                spec = _with_moved(spec, before, state.weights)
             if result.states:
                 kept = {**kept, **result.states}  # earlier rounds keep what they had
             due = number % evaluate_every == 0 or number == num_rounds
             metrics = runner.evaluate(state.weights) if due else None
-            done = _round(algorithm, codec, number, state, kept, clients, result, metrics, started)
-            yield done if timing is None else _timed(done, timing, algorithm, codec)
+            traffic = _traffic(algorithm, codec, spec)
+            done = _round(traffic, number, state, kept, clients, result, metrics, started)
+            yield done if timing is None else _timed(done, timing, traffic)
     finally:
         if own:
             runner.close()
@@ -286,9 +294,27 @@ def _vmap(task: Task, processes: int | None, device: str, precision: Precision) 
     return DeviceWorkers(task, devices_of(device, processes), precision)
 
 
+class _Traffic(NamedTuple):
+    """Bytes of a model on its way to a client, and of an update on its way back."""
+
+    down: int
+    up: int
+
+
+def _traffic(algorithm: Algorithm, codec: Codec, spec: Spec) -> _Traffic:
+    vectors = algorithm.vectors
+    return _Traffic(update_bytes("float32", spec, vectors), update_bytes(codec, spec, vectors))
+
+
+def _with_moved(spec: Spec, before: Vector, after: Vector) -> Spec:
+    """With constants that turned out to be none: from now on they travel."""
+    constants = spec.slices("constant")
+    moved = [p for p in constants if before[p].tobytes() != after[p].tobytes()]
+    return spec.with_roles({spec.name_at(part.start): "statistic" for part in moved})
+
+
 def _round(
-    algorithm: Algorithm,
-    codec: Codec,
+    traffic: _Traffic,
     number: int,
     state: Any,
     client_states: ClientStates,
@@ -298,7 +324,6 @@ def _round(
     started: float,
 ) -> Round:
     failures = () if result is None else result.failures
-    length = algorithm.vectors * len(state.weights)
     return Round(
         number=number,
         weights=state.weights,
@@ -306,8 +331,8 @@ def _round(
         loss=float("nan") if result is None else result.loss,
         metrics=metrics,
         num_examples=0 if result is None else result.num_examples,
-        uplink_bytes=encoded_bytes(codec, length) * (len(cohort) - len(failures)),
-        downlink_bytes=encoded_bytes("float32", length) * len(cohort),
+        uplink_bytes=traffic.up * (len(cohort) - len(failures)),
+        downlink_bytes=traffic.down * len(cohort),
         seconds=time.perf_counter() - started,
         failures=failures,
         state=state,
@@ -316,13 +341,12 @@ def _round(
     )
 
 
-def _timed(round: Round, timing: Timing, algorithm: Algorithm, codec: Codec) -> Round:
+def _timed(round: Round, timing: Timing, traffic: _Traffic) -> Round:
     """A round with its virtual time, and with the bytes of the devices whose work was lost too."""
-    length = algorithm.vectors * len(round.weights)
     received = timing.updates_received - len(round.failures)
     return round._replace(
-        uplink_bytes=encoded_bytes(codec, length) * received,
-        downlink_bytes=encoded_bytes("float32", length) * timing.models_sent,
+        uplink_bytes=traffic.up * received,
+        downlink_bytes=traffic.down * timing.models_sent,
         virtual=timing,
     )
 

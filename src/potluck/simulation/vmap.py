@@ -33,6 +33,7 @@ from potluck.simulation.executors import (
     NO_STATES,
     CohortResult,
     Outcome,
+    empty_mean,
     kernel_threads,
     summarise,
 )
@@ -146,7 +147,7 @@ class Vmap:
         offsets = self._task.data.offsets
         sizes = offsets[cohort + 1] - offsets[cohort]
         cohort = cohort[np.argsort(-sizes, kind="stable")]
-        mean = FixedPointMean(len(received))
+        mean = empty_mean(algorithm, len(received))
         work = Work(self._task, algorithm, received, seed, round, states, mean)
         outcomes: list[Outcome] = []
         kept: dict[int, Vector] = {}
@@ -196,7 +197,7 @@ class Vmap:
         if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
             return [], cohort
         recorders = [Recorder(self._task, client) for client in map(int, cohort)]
-        asking = work._replace(mean=FixedPointMean(len(work.received)))
+        asking = work._replace(mean=empty_mean(work.algorithm, len(work.received)))
         for recorder in recorders:
             try:
                 asking.train(recorder.client, recorder)
@@ -269,7 +270,7 @@ class Vmap:
         weights, losses = self._cohort.train(runs)
         found = [Answer(row, loss) for row, loss in zip(weights, losses.tolist(), strict=True)]
         said = [
-            compare(run.start, one, other, self._tolerance)
+            compare(self._plain.spec, run.start, one, other, self._tolerance)
             for run, one, other in zip(runs, found, expected, strict=True)
         ]
         return all(said)

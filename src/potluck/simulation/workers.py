@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm
+from potluck.algorithms import Algorithm, num_wide
 from potluck.core import FixedPointMean, Vector, WorkerError
 from potluck.core.validate import as_count
 from potluck.memory import keep_freed
@@ -66,6 +66,7 @@ class _Training(NamedTuple):
     length: int  # of what was received, and of an update
     cohort: NDArray[np.int64]  # by place
     has_state: list[bool]  # by place
+    state_length: int  # of those that have one
     jobs: list[tuple[int, int]]  # places from … to …
     seed: int
     round: int
@@ -77,13 +78,13 @@ class _Trained(NamedTuple):
     total: float
     bound: float
     outcomes: list[Outcome]
-    written: list[int]  # the places whose slots hold a new state
+    written: dict[int, int]  # the places whose slots hold a new state, and its length
 
 
 class _Worker(NamedTuple):
     process: Any
     pipe: Connection
-    sum: NDArray[np.int64]  # [vectors · dim], its partial sum
+    sum: NDArray[np.int64]  # its partial sum, and room for that of an algorithm's vectors
 
 
 class Workers:
@@ -113,7 +114,8 @@ class Workers:
         check_precision(precision, torch.device("cpu"))
         self._task, self._chunk = task, chunk
         self._precision: Precision = precision
-        self._dim = spec_of(task.module()).dim
+        spec = spec_of(task.module())
+        self._dim, self._wide = spec.dim, spec.dim - spec.num_parameters
         self._num_workers = num_workers or available_cores()
         if chunk is None:
             keep_freed()  # here too: a round's mean and weights go where those before them were
@@ -146,20 +148,25 @@ class Workers:
             if has_state[place] and slots is not None:
                 slots.write(place, states[client])
         jobs = self._cut(sizes[order])
-        request = _Training(algorithm, len(received), largest_first, has_state, jobs, seed, round)
+        kept_length = max((len(states[int(k)]) for k in cohort if int(k) in states), default=0)
+        request = _Training(
+            algorithm, len(received), largest_first, has_state, kept_length, jobs, seed, round
+        )
         replies: list[_Trained] = self._ask(received, request)
+        wide = num_wide(algorithm)
+        length = len(received) + wide
         partials = [
-            FixedPointMean.of(worker.sum[: len(received)], reply.total, reply.bound)
+            FixedPointMean.of(worker.sum[:length], reply.total, reply.bound, wide)
             for worker, reply in zip(self._workers, replies, strict=True)
         ]
         mean = partials[0]  # where it lies: what a worker summed is not asked for twice
         for partial in partials[1:]:
             mean.merge(partial)
         kept: dict[int, Vector] = {}
-        length = algorithm.client_vectors * self._dim
         for reply in replies:
             if slots is not None:
-                kept |= {int(largest_first[p]): slots.read(p, length) for p in reply.written}
+                read = slots.read
+                kept |= {int(largest_first[p]): read(p, n) for p, n in reply.written.items()}
         return summarise(mean, [o for reply in replies for o in reply.outcomes], kept)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
@@ -211,7 +218,7 @@ class Workers:
             self._start(vectors, Slots() if stateful else None)
 
     def _start_one(self, context: ForkContext | SpawnContext) -> _Worker:
-        partial = context.RawArray(ctypes.c_int64, self._vectors * self._dim)
+        partial = context.RawArray(ctypes.c_int64, self._vectors * self._dim + self._wide)
         ours, theirs = context.Pipe()
         inherited = [worker.pipe for worker in self._workers] + [ours]
         if isinstance(context, SpawnContext):
@@ -341,30 +348,28 @@ class _Labour:
         self._task, self._dim, self._shared, self._parent = task, dim, shared, parent
         self._received: Vector = np.frombuffer(shared.received, np.float32)
         self._partial = partial
-        self._mean = FixedPointMean(dim, partial[:dim])
         self._trainer = OneByOne(task, precision) if chunk is None else Vmap(task, chunk)
         self._evaluator, self._batches = Evaluator(task), evaluation_batches(task)
 
     def train(self, request: _Training) -> _Trained:
         """Train clients until there are no more, and add their updates to the partial sum."""
-        if len(self._mean.sum) != request.length:
-            self._mean = FixedPointMean(request.length, self._partial[: request.length])
-        self._mean.reset()
+        algorithm, length, cohort, _, _, jobs, seed, round = request
+        wide = num_wide(algorithm)
+        mean = FixedPointMean(length, self._partial[: length + wide], wide)
         outcomes: list[Outcome] = []
-        written: list[int] = []
-        received = self._received[: request.length]
-        _, _, cohort, _, jobs, seed, round = request
+        written: dict[int, int] = {}
+        received = self._received[:length]
         for job in self._jobs(len(jobs)):
             places = range(*jobs[job])
             place_of = {int(cohort[place]): place for place in places}
             states = self._states(request, places)
-            work = Work(self._task, request.algorithm, received, seed, round, states, self._mean)
+            work = Work(self._task, algorithm, received, seed, round, states, mean)
             for outcome, state in self._trainer.train_clients(work, cohort[slice(*jobs[job])]):
                 outcomes.append(outcome)
                 if state is not None and self._shared.slots is not None:
                     self._shared.slots.write(place_of[outcome.client], state)
-                    written.append(place_of[outcome.client])
-        return _Trained(self._mean.total, self._mean.bound, outcomes, written)
+                    written[place_of[outcome.client]] = len(state)
+        return _Trained(mean.total, mean.bound, outcomes, written)
 
     def evaluate(self) -> list[tuple[int, Any]]:
         """Evaluate batches until there are no more."""
@@ -377,9 +382,9 @@ class _Labour:
         slots = self._shared.slots
         if slots is None:
             return {}
-        length = request.algorithm.client_vectors * self._dim
         kept = [place for place in places if request.has_state[place]]
-        return {int(request.cohort[place]): slots.read(place, length) for place in kept}
+        read, length = slots.read, request.state_length
+        return {int(request.cohort[place]): read(place, length) for place in kept}
 
     def _jobs(self, count: int) -> Iterator[int]:
         """Take the next job of all workers, while there are any and the parent lives."""

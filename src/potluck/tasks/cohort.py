@@ -27,7 +27,7 @@ from torch import Tensor
 from potluck.core import Correction, Spec, Vector
 from potluck.tasks.correction import Pull
 from potluck.tasks.stack import Stack, layers_of
-from potluck.tasks.task import Task, spec_of
+from potluck.tasks.task import Task, in_training, spec_of
 from potluck.tasks.vectorised import Vectorised
 
 Index = slice | Tensor  # of clients among those that are trained together
@@ -94,7 +94,7 @@ class CohortRuntime:
             compiles: a step that takes long is compiled, at a moment that depends on the clock.
             device: where steps are made, with `plain` alone; see `potluck.tasks.device_cohort`.
         """
-        module = task.module().train()
+        module = in_training(task.module())
         self.spec: Spec = spec_of(module)
         layers = None if plain else layers_of(module, task)
         self.is_stack = layers is not None

@@ -17,7 +17,7 @@ from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.inplace import InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision
 from potluck.tasks.randomness import borrowed_randomness
-from potluck.tasks.task import Task, bind, spec_of
+from potluck.tasks.task import Task, bind, in_training, spec_of
 
 _NO_CORRECTION = Correction()
 
@@ -39,7 +39,7 @@ class TorchRuntime:
     ) -> None:
         check_precision(precision, torch.device("cpu"))
         self._precision: Precision = precision
-        self.module = task.module().train()
+        self.module = in_training(task.module())
         self.spec: Spec = spec_of(self.module)
         self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
         bind(self.module, self._vector)
@@ -143,7 +143,7 @@ class Judged(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.module = task.module().train()
+        self.module = in_training(task.module())
         self.loss = task.loss
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:

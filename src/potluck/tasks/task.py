@@ -62,6 +62,12 @@ class Task:
         )
 
 
+def in_training(module: nn.Module) -> nn.Module:
+    """The module, ready for local training. Parts that were handed over in evaluation mode within a
+    module in training mode (a pretrained body) stay as they are."""
+    return module if module.training else module.train()
+
+
 def averaged_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """What a model's vector holds: its parameters, then its float32 buffers."""
     tensors: list[tuple[str, torch.Tensor]] = list(module.named_parameters())

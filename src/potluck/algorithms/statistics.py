@@ -1,0 +1,220 @@
+"""Statistics beside an algorithm: averaged by weight, and untouched by everything else.
+
+    w = (p, s): parameters p, on which the algorithm works, and buffers s (`core.Spec`)
+    client k:  p_k, s_k ← local training from (p, s);  send (Δ_k of the algorithm, s_k − s)
+    server:    p ← the algorithm's server half, of the weighted mean of Δ_k
+               s ← s + the weighted mean of (s_k − s)
+
+A running variance is no parameter, and the difference of two is no gradient: a server optimizer
+would take it below zero, and a proximal term, a control variate, a bound on a norm or a codec that
+rounds gradients has nothing to say about it. So an algorithm is never shown one. It is given the
+parameters alone, by `with_statistics`, which is an algorithm again.
+
+A frozen parameter is in the vector of the algorithm, where its Δ is 0. One that the forward pass
+writes (a momentum encoder) is averaged like a buffer. What a client did not change has no
+difference, whatever it is: a mask of −∞ stays what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.algorithms.runtime import Algorithm, Runtime
+from potluck.core import Correction, DivergedError, Spec, Update, Vector
+
+_NO_CORRECTION = Correction()
+
+
+def with_statistics(algorithm: Algorithm, spec: Spec) -> Algorithm:
+    """The algorithm on the parameters of a model, and the mean of its statistics; the algorithm
+    itself if every entry of the model is trained."""
+    return algorithm if spec.is_all_trained else _WithStatistics(algorithm, spec)
+
+
+def without_statistics(algorithm: Algorithm) -> Algorithm:
+    """What was given to `with_statistics`."""
+    return algorithm.algorithm if isinstance(algorithm, _WithStatistics) else algorithm
+
+
+def num_wide(algorithm: Algorithm) -> int:
+    """How many entries of an update, the last ones, are statistics; see `core.FixedPointMean`."""
+    return algorithm.num_statistics if isinstance(algorithm, _WithStatistics) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _WithStatistics:
+    """Vectors that travel are those of the algorithm, with the buffers behind them. Server states
+    are the algorithm's own, but for the weights, which are those of the whole model."""
+
+    algorithm: Algorithm
+    spec: Spec
+
+    @property
+    def vectors(self) -> int:
+        return self.algorithm.vectors
+
+    @property
+    def client_vectors(self) -> int:
+        return self.algorithm.client_vectors
+
+    @property
+    def num_statistics(self) -> int:
+        return self.spec.dim - self.spec.num_parameters
+
+    def broadcast(self, state: Any) -> Vector:
+        inner = self.algorithm.broadcast(self._inner(state))
+        return np.concatenate([inner, state.weights[self.spec.num_parameters :]])
+
+    def client_update(
+        self,
+        runtime: Runtime,
+        received: Vector,
+        num_examples: int,
+        *,
+        state: Vector | None = None,
+        seed: int,
+        round: int,
+        client: int,
+    ) -> Update:
+        shown = _Parameters(runtime, self.spec, received)
+        update = self.algorithm.client_update(
+            shown,
+            shown.received,
+            num_examples,
+            state=state,
+            seed=seed,
+            round=round,
+            client=client,
+        )
+        delta = np.concatenate([update.delta, shown.change(self.spec.num_parameters)])
+        for part in _frozen(self.spec):
+            delta[part] = shown.change(part.start, part.stop)
+        return update._replace(delta=delta)
+
+    def server_init(self, weights: Vector) -> Any:
+        state = self.algorithm.server_init(weights[: self.spec.num_parameters])
+        return state._replace(weights=weights)
+
+    def server_update(
+        self, state: Any, aggregate: Vector, *, round: int, participation: float
+    ) -> Any:
+        start = self.spec.num_parameters
+        end = len(aggregate) - self.num_statistics
+        changes = aggregate[:end].copy()
+        for part in _frozen(self.spec):
+            changes[part] = 0.0
+        new = self.algorithm.server_update(
+            self._inner(state), changes, round=round, participation=participation
+        )
+        statistics = _added(state.weights[start:], aggregate[end:])
+        weights = np.concatenate([new.weights, statistics])
+        for part in _frozen(self.spec):
+            weights[part] = _added(state.weights[part], aggregate[part])
+        return new._replace(weights=weights)
+
+    def _inner(self, state: Any) -> Any:
+        return state._replace(weights=state.weights[: self.spec.num_parameters])
+
+
+class _Parameters:
+    """The runtime of a whole model, to an algorithm that sees its parameters alone."""
+
+    def __init__(self, runtime: Runtime, spec: Spec, received: Vector) -> None:
+        self._runtime, self._spec = runtime, spec
+        size, end = spec.num_parameters, len(received) - (spec.dim - spec.num_parameters)
+        self._start = received  # [dim]
+        if end > size:
+            self._start = np.concatenate([received[:size], received[end:]])
+        self._local = self._start
+        self._frozen = _frozen(spec)
+        self.received = received[:end]
+        """What the algorithm received: [vectors · num_parameters]."""
+        if not all(np.isfinite(received[part]).all() for part in self._frozen):
+            self.received = self.received.copy()  # of a mask, say; nobody is to subtract infinities
+            for part in self._frozen:
+                self.received[part] = 0.0
+
+    def lengths(self) -> NDArray[np.int64] | None:
+        return self._runtime.lengths()
+
+    def recall(self) -> tuple[Vector, float] | None:
+        found = self._runtime.recall()
+        return None if found is None else self._taken(*found)
+
+    def begin(
+        self,
+        received: Vector,
+        order: NDArray[np.int64],
+        seed: int,
+        correction: Correction = _NO_CORRECTION,
+    ) -> None:
+        start = self._start
+        if received.ctypes.data != self.received.ctypes.data or self._local is not start:
+            start = np.concatenate([received, self._local[len(received) :]])
+            for part in self._frozen:
+                start[part] = self._local[part]
+        if correction.drift is not None:
+            rest = np.zeros(self._spec.dim - len(received), np.float32)
+            correction = correction._replace(drift=np.concatenate([correction.drift, rest]))
+        self._runtime.begin(start, order, seed, correction)
+
+    def step(self, batch: slice, lr: float) -> None:
+        self._runtime.step(batch, lr)
+
+    def end(self) -> tuple[Vector, float]:
+        return self._taken(*self._runtime.end())
+
+    def change(self, start: int, stop: int | None = None) -> Vector:
+        """What local training made of these entries, less what was received; 0 where it left them
+        alone, whatever they are.
+
+        Raises:
+            DivergedError: a difference is not finite.
+        """
+        before, after = self._start[start:stop], self._local[start:stop]
+        moved = before.view(np.int32) != after.view(np.int32)
+        change = np.zeros_like(before)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(after, before, out=change, where=moved)
+        finite = np.isfinite(change)
+        if not finite.all():
+            entry = int(np.flatnonzero(~finite)[0])
+            raise _not_finite(self._spec.name_at(start + entry), before[entry], after[entry])
+        return change
+
+    def _taken(self, local: Vector, loss: float) -> tuple[Vector, float]:
+        self._local = local
+        parameters = local[: self._spec.num_parameters]
+        if self._frozen:
+            parameters = parameters.copy()
+            for part in self._frozen:
+                parameters[part] = self.received[part]
+        return parameters, loss
+
+
+def _frozen(spec: Spec) -> list[slice]:
+    """The parameters that no local step moves."""
+    parts, end = spec.slices("constant", "statistic"), spec.num_parameters
+    return [part for part in parts if part.start < part.stop <= end]
+
+
+def _added(values: Vector, changes: Vector) -> Vector:
+    """Values with their changes; to the bit what they were where there is none."""
+    return np.where(changes != 0.0, values + changes, values)
+
+
+def _not_finite(name: str, before: float, after: float) -> DivergedError:
+    if not np.isfinite(before):
+        return DivergedError(
+            f"what the model writes while it trains is averaged, so it must start finite, got "
+            f"{name} = {before:g} before and {after:g} after local training. Start {name} with a "
+            "finite value."
+        )
+    return DivergedError(
+        f"what the model writes while it trains must stay finite, got {name} = {after:g} after "
+        "local training. Lower the client learning rate, or look at this client's data."
+    )

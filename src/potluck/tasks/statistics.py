@@ -1,0 +1,93 @@
+"""Which of a model's tensors are statistics, and which constants.
+
+The running statistics of PyTorch's normalization layers are known: written in training mode, and
+left alone in evaluation mode. Of any other buffer, and of frozen parameters, a few steps of
+training tell: what they change is a statistic (a counter, a momentum encoder), and what they leave
+alone is a constant (a mask, a table of positions). The steps are made of a few examples of the
+first client, or of zeros of their shape where there are none.
+
+What this says decides how many bytes travel. It does not decide what is averaged: a constant that
+some client changes after all is averaged like a statistic (`potluck.algorithms.statistics`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+
+from potluck.core import Role, Spec
+from potluck.tasks.randomness import borrowed_randomness
+from potluck.tasks.task import Task, averaged_tensors, in_training, spec_of
+
+_EXAMPLES = 4
+_STEPS = 3
+_LR = 0.01
+
+
+def roles(task: Task) -> Spec:
+    """The spec of a task's model, with all roles. Global randomness is kept."""
+    module = in_training(task.module())
+    spec = spec_of(module)
+    if spec.is_all_trained:
+        return spec
+    known = _known(module)
+    spec = spec.with_roles(known)
+    unknown = [
+        name
+        for name, role in zip(spec.names, spec.roles, strict=True)
+        if role != "trained" and name not in known
+    ]
+    if not unknown:
+        return spec
+    try:
+        with borrowed_randomness():
+            moved = _moved(task, module)
+    except Exception:  # whatever fails here is told by the first client that trains
+        return spec
+    return spec.with_roles({n: "statistic" if n in moved else "constant" for n in unknown})
+
+
+def _known(module: nn.Module) -> Mapping[str, Role]:
+    """The buffers of normalization layers."""
+    found: dict[str, Role] = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and layer.training:
+            for name in ("running_mean", "running_var"):
+                if getattr(layer, name, None) is not None:
+                    found[f"{path}.{name}" if path else name] = "statistic"
+    return found
+
+
+def _moved(task: Task, module: nn.Module) -> set[str]:
+    """The names of what changes in a few steps."""
+    before = {name: tensor.detach().clone() for name, tensor in averaged_tensors(module)}
+    inputs, targets = _examples(task)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for _ in range(_STEPS):
+        loss = task.loss(module(inputs), targets)
+        if trained and loss.requires_grad:
+            gradients = cast("Any", torch.autograd.grad(loss, trained, allow_unused=True))
+            with torch.no_grad():
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    if gradient is not None:
+                        parameter.add_(gradient, alpha=-_LR)
+    return {name for name, now in averaged_tensors(module) if not _is_same(before[name], now)}
+
+
+def _examples(task: Task) -> tuple[Tensor, Tensor]:
+    train = task.data.train
+    inputs, targets = train.inputs[:_EXAMPLES], train.targets[:_EXAMPLES]
+    if len(inputs) == 0:
+        shapes = [(2, *part.shape[1:]) for part in (train.inputs, train.targets)]
+        kinds = [torch.from_numpy(part[:0].copy()).dtype for part in (train.inputs, train.targets)]
+        return torch.zeros(shapes[0], dtype=kinds[0]), torch.zeros(shapes[1], dtype=kinds[1])
+    return torch.tensor(inputs), torch.tensor(targets)
+
+
+def _is_same(before: Tensor, after: Tensor) -> bool:
+    same = (before == after) | (before.isnan() & after.isnan())
+    return before.shape == after.shape and bool(same.all())

@@ -190,7 +190,9 @@ def test_operators_ask_and_are_answered(tmp_path):
         assert isinstance(other.check_in(), Error)
         assert "no such device" in error_of("revoke", "nobody", "--home", home)
         assert len(set(potluck("enroll", "--count", 3, "--home", home).split())) == 3
-        assert "no such model" in error_of("export", tmp_path / "x", "--version", 9, "--home", home)
+        assert "no such model" in error_of(
+            "export", tmp_path / "x.safetensors", "--version", 9, "--home", home
+        )
         assert "potluck_devices" in potluck("metrics", "--home", home)
         assert re.fullmatch(
             r"whole: \d+ rows, .* hash [0-9a-f]{64}\n", potluck("audit", "--home", home)

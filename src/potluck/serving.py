@@ -209,19 +209,54 @@ def revoke(
 @app.command()
 @command
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run directory, or a server's folder; the folder of --home if left out. "
+            "A name that ends in .safetensors is that of the file to write.",
+        ),
+    ] = None,
+    to: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The file to write.")] = Path(
+        "model.safetensors"
+    ),
     version: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="After N commits; the newest if not given."),
+        typer.Option(min=0, metavar="N", help="Of a server: after N commits; else the newest."),
     ] = None,
     home: HomeFolder = HOME,
     debug: Debug = False,
 ) -> None:
-    """Write the trained model as safetensors, with the names of the model's own tensors."""
-    asked = {} if version is None else {"version": version}
-    content = _operator(home).fetch("export", **asked)
-    file.write_bytes(content)
-    typer.echo(f"written: {file} ({len(content)} bytes)")
+    """Write the trained model as safetensors, with the names of the model's own tensors.
+
+    In PyTorch: model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+    """
+    if run is not None and run.suffix == ".safetensors" and not run.is_dir():
+        run, to = None, run
+    content = _exported(run, version, home)
+    to.write_bytes(content)
+    typer.echo(f"written: {to} ({len(content)} bytes)")
+
+
+def _exported(run: Path | None, version: int | None, home: Path) -> bytes:
+    """The model of a run directory or, through its server, of a served run."""
+    if run is None or (run / "admin.sock").exists() or (run / "admin.key").exists():
+        asked = {} if version is None else {"version": version}
+        return _operator(run or home).fetch("export", **asked)
+    if not (run / "manifest.json").exists():
+        found = sorted(path.parent for path in run.glob("**/manifest.json"))
+        hint = f" Name one of these: {', '.join(map(str, found[:5]))}." if found else ""
+        raise ValueError(
+            f"RUN must be a run directory or a server's folder, got {str(run)!r}.{hint}"
+        )
+    if version is not None:
+        raise ValueError(
+            f"--version must be left out for a run directory, which keeps its newest model alone, "
+            f"got version={version}."
+        )
+    from potluck.simulation.export import export_run
+
+    return export_run(run)
 
 
 @app.command()

@@ -64,10 +64,16 @@ def read_run(directory: Path | str) -> RunRecord:
 
 
 def read_weights(directory: Path | str) -> Vector:
-    """The final weights of a finished run, or those of its checkpoint: [dim]."""
+    """The weights after the last round that was kept: [dim]."""
     path = Path(directory)
-    final = path / "final.safetensors"
-    tensors, _ = read_tensors(final if final.exists() else path / "checkpoint.safetensors")
+    checkpoint = path / "checkpoint.safetensors"
+    older = path / "final.safetensors"  # was flat too before it had the names of a module's tensors
+    tensors, _ = read_tensors(checkpoint if checkpoint.exists() else older)
+    if "weights" not in tensors or tensors["weights"].ndim != 1:
+        raise RunError(
+            f"a run directory must hold checkpoint.safetensors, got {str(path)!r} without it. "
+            "Copy it too, or load final.safetensors into the model."
+        )
     return tensors["weights"]
 
 

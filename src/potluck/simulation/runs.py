@@ -5,7 +5,8 @@
     timings.jsonl            the wall time of every round, and what trained it if that was chosen
     checkpoint.safetensors   the server state after some round, and what the clients keep;
                              replaced as a whole
-    final.safetensors        the weights after the last round, once there is one
+    final.safetensors        the model after the last round, once there is one: the tensors of the
+                             module by name, as `load_state_dict` takes them
 
 A line of `rounds.jsonl` follows from the experiment and the seed alone. A run that was killed is
 continued from its checkpoint: the lines after it are dropped and made again, the same.
@@ -42,6 +43,7 @@ from potluck.simulation.rounds import ClientStates, Round, make_executor, rounds
 from potluck.simulation.train_loss import WithTrainLoss
 from potluck.simulation.virtual import VirtualTime
 from potluck.tasks import FederatedData, Task
+from potluck.tasks.state_file import model_file
 
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
 _OPTIMIZER = "optimizer."
@@ -115,7 +117,7 @@ class _Run:
         start = self._open()
         reached = target is not None and self._has_reached(target)
         if start is not None and (start.number >= run.rounds or reached):
-            self._finish(start)
+            self._finish(task, start)
             self._close()
             return
         (self.directory / "final.safetensors").unlink(missing_ok=True)
@@ -161,7 +163,7 @@ class _Run:
             assert last is not None
             self._checkpoint(last)
             unsaved = False
-            self._finish(last)
+            self._finish(task, last)
         finally:
             executor.close()
             try:
@@ -265,8 +267,8 @@ class _Run:
         now = time.monotonic()
         return now + max(_CHECKPOINT_SECONDS, 9.0 * (now - started))
 
-    def _finish(self, last: _Position) -> None:
-        content = save({"weights": last.state.weights}, {"round": str(last.number)})
+    def _finish(self, task: Task, last: _Position) -> None:
+        content = model_file(task, last.state.weights, last.number)
         with disk_errors(self.directory):
             write_whole(self.directory / "final.safetensors", content)
 

@@ -28,6 +28,7 @@ _ANYWHERE: tuple[ErrorCode, ...] = (
 _OF_A_BODY: tuple[ErrorCode, ...] = ("digest", "media")
 _OF_WORK: tuple[ErrorCode, ...] = ("not_found", "late", "conflict")
 _ELSE: dict[str, tuple[ErrorCode, ...]] = {
+    "POST /v1/preview": ("token",),
     "POST /v1/enrol": ("token", "conflict"),
     "POST /v1/check-in": ("not_found",),
     "GET /v1/models/{sha256}": ("not_found", "range"),

@@ -38,6 +38,9 @@ class SlowUnit:
     def runtime(self) -> Runtime:
         return Runtime(name="unit", version="1")
 
+    def fit(self, plan, spec):
+        pass
+
     def train(self, plan, spec, received, *, seed, round, client, check) -> Update:
         end = time.monotonic() + self._seconds
         while time.monotonic() < end:

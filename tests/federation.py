@@ -69,6 +69,9 @@ class UnitTrainer:
     def runtime(self):
         return Runtime(name="unit", version="1")
 
+    def fit(self, plan, spec):
+        pass
+
     def train(self, plan, spec, received, *, seed, round, client, check):
         check()
         self._on_train()

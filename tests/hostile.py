@@ -363,6 +363,7 @@ def _content(name: str) -> dict:
     place = {"assignment": "0" * 32, "round": 1, "attempt": 1}
     runtime = {"name": "x", "version": "1"}
     return {
+        "Preview": {"type": "preview", "token": "x" * 43, "public_key": "00" * 32},
         "Enrol": {"type": "enrol", "token": "x" * 43, "public_key": "00" * 32}
         | {"runtime": runtime, "device_class": "x"},
         "CheckIn": {"type": "check_in", "run": "another", "accepts": ["float32"]}

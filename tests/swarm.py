@@ -32,6 +32,9 @@ class Balking(UnitTrainer):
         self.balks = False
         self.seconds = 0.0
 
+    def fit(self, plan, spec):
+        pass
+
     def train(self, plan, spec, received, *, seed, round, client, check):
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:

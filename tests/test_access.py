@@ -39,6 +39,7 @@ _OWN = Access("unsigned", "ok", "not_found", "unsigned")
 _OPEN = Access("ok", "ok", "ok", "ok")
 _SHARED = Access("unsigned", "ok", "ok", "unsigned")
 DEVICES = {
+    "POST /v1/preview": Access("unsigned", "ok", "token", "unsigned"),  # by a token, which it keeps
     "POST /v1/enrol": Access("unsigned", "ok", "token", "unsigned"),  # by a token, used once
     "POST /v1/check-in": _SHARED,  # each device for itself
     "GET /v1/models/{sha256}": _SHARED,  # the model is the whole run's
@@ -64,6 +65,7 @@ OPERATORS = {
     "POST /admin/export": _OPERATOR,
 }
 MESSAGES_OF = {f"{r.method} {r.path.partition('?')[0]}": r for r in ROUTES}
+NEWCOMERS = ("enrol", "preview")
 FAULTS = (
     "unsigned", "expired", "future", "wrong key", "another body", "another path",
     "another method", "another authority", "a flipped signature", "another device's name",
@@ -132,7 +134,9 @@ def _contents(work: Work) -> dict[str, dict]:
     digest = hashlib.sha256(bytes(256)).hexdigest()
     report = {"codec": "float32", "length_bytes": 256, "sha256": digest, "weight": 1.0}
     enrol = {"public_key": _public(work.device), "runtime": runtime, "device_class": "x"}
+    key = {"public_key": enrol["public_key"]}
     return {
+        "POST /v1/preview": {"type": "preview", "token": work.token} | key,
         "POST /v1/enrol": {"type": "enrol", "token": work.token} | enrol,
         "POST /v1/check-in": {"type": "check_in", "run": "fleet", "accepts": ["float32"]}
         | {"runtime": runtime, "eligibility": {}},
@@ -175,7 +179,7 @@ def test_each_caller_at_the_devices_address(served, name):
     credential = {"Authorization": f"Bearer {served.home.credential()}"}
     answered(served.caller().send(method, path, body, headers={}), row.anonymous)
     answered(served.caller().send(method, path, body, headers=credential), row.admin)
-    if name.endswith("enrol"):  # another key in the message, signed with it
+    if name.endswith(NEWCOMERS):  # another key in the message, signed with it
         theirs = Work(other, work.token, work.assignment, work.values)
         answered(other.send(*theirs.request(name)), row.other)
     else:
@@ -242,7 +246,7 @@ def test_a_request_that_is_not_rightly_signed_is_refused_on_every_route(served, 
     """14 faults on each route; after all of them the right request still passes."""
     work = at_work(served)
     method, path, body = work.request(name)
-    newcomer = name.endswith("enrol")
+    newcomer = name.endswith(NEWCOMERS)
     for fault in FAULTS:
         device, headers, sent, codes = _faulty(served, work, fault, method, path, body, newcomer)
         if method == "GET" and sent:

@@ -202,7 +202,7 @@ def test_what_was_sent_is_on_record(tmp_path, is_inside):
         device.end()
     lines = recorded(device)
     paths = [line["path"].split("/")[2].split("?")[0] for line in lines]
-    assert paths[:2] == ["enrol", "check-in"]
+    assert paths[:3] == ["preview", "enrol", "check-in"]
     [report] = [line["message"] for line in lines if line["path"].endswith("/report")]
     assert report["length_bytes"] == 4 * 650
     if is_inside:

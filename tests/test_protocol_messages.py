@@ -34,6 +34,8 @@ from potluck.protocol import (
     Finished,
     Lease,
     Message,
+    Preview,
+    Previewed,
     Progress,
     Report,
     Runtime,
@@ -50,6 +52,15 @@ A, D, K = "0123456789abcdef" * 2, "d" * 64, "a" * 64
 TORCH = Runtime(name="torch", version="2.13.0")
 
 GOLDEN: list[tuple[Message, bytes]] = [
+    (
+        Preview(token="T0ken-of_sixteen", public_key=K),
+        b'{"public_key":"%s","token":"T0ken-of_sixteen","type":"preview"}' % K.encode(),
+    ),
+    (
+        Previewed(manifest="{}", signature="b" * 128, server_time_ms=1767225600000),
+        b'{"manifest":"{}","server_time_ms":1767225600000,"signature":"%s","type":"previewed"}'
+        % (b"b" * 128),
+    ),
     (
         Enrol(
             token="T0ken-of_sixteen",
@@ -192,7 +203,7 @@ def test_a_message_must_be_of_the_kind_that_is_asked_for(message: Message, golde
 def test_every_key_counts(message: Message, golden: bytes) -> None:
     for key in json.loads(golden):
         optional = ("name", "server_time_ms", "model", "update")
-        if key not in optional or isinstance(message, Enrolled):
+        if key not in optional or isinstance(message, (Enrolled, Previewed)):
             assert refused(changed(message, **{key: None})) == "malformed", key
         if key not in ("metrics", "eligibility"):
             assert refused(changed(message, **{key: {}})) == "malformed", key
@@ -345,7 +356,7 @@ def test_every_message_has_a_place_in_the_routes() -> None:
         assert (route.max_bytes > 0) == (route.request is not None)
     assert used - {None, "bytes"} == set(MESSAGES)
     assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
-    assert [route.caller for route in ROUTES].count("newcomer") == 1
+    assert [route.caller for route in ROUTES].count("newcomer") == 2
 
 
 def test_the_offset_of_a_chunk() -> None:

@@ -498,7 +498,7 @@ def test_a_run_is_begun_once_and_another_of_its_name_is_refused(fleet):
     create = fleet.service.create_run
     assert create(fleet.experiment, zeros, fleet.spec, fleet.settings) == fleet.run
     other = fleet.settings.model_copy(update={"goal": 7})
-    with pytest.raises(RefusedError, match="another settings"):
+    with pytest.raises(RefusedError, match=r"begun with server.goal = 4 and not 7\. .*--fresh"):
         create(fleet.experiment, zeros, fleet.spec, other)
 
 

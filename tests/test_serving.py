@@ -24,6 +24,7 @@ from sqlalchemy import update
 from starlette.requests import Request
 from typer.testing import CliRunner
 
+from fleet import Fleet
 from potluck.cli import app
 from potluck.core import ProtocolError, RefusedError, RunError
 from potluck.experiment import check_experiment, load_experiment
@@ -33,6 +34,7 @@ from potluck.server.app import error_handlers
 from potluck.server.blobs import open_blobs
 from potluck.server.connection import Connection
 from potluck.server.home import Home
+from potluck.server.lines import Lines
 from potluck.server.logs import JsonFormatter
 from potluck.server.serve import Listen
 from potluck.server.settings import in_words
@@ -262,7 +264,7 @@ def test_a_run_without_its_key_is_refused(tmp_path):
 def test_commands_without_a_server_fail_in_one_line(tmp_path):
     assert "potluck serve" in error_of("status", "--home", tmp_path / "none")
     Home(tmp_path).new_credential()
-    assert "must be running" in error_of("enroll", "--home", tmp_path)
+    assert "must be running" in error_of("enroll", "--home", tmp_path, "--wait", 0)
 
 
 @pytest.mark.parametrize(
@@ -523,3 +525,80 @@ def test_a_server_at_every_ipv6_address_takes_ipv4_too(tmp_path):
         port = int(served.server.address.rsplit(":", 1)[1])
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, port), timeout=10).close()
+
+
+def test_enroll_waits_for_a_server_that_starts(tmp_path):
+    words = [sys.executable, "-m", "potluck", "enroll", "--count", "2"]
+    words += ["--home", str(tmp_path / "home")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as asking:
+        assert "at most 60 s" in asking.stderr.readline()  # it has looked, and there is none
+        with Served(tmp_path):
+            told, complaint = asking.communicate(timeout=120)
+    assert (asking.returncode, complaint) == (0, "")
+    assert len(told.split()) == 2
+
+
+def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(tmp_path):
+    file, home = tmp_path / "kitchen.toml", tmp_path / "home"
+    file.write_text(EXPERIMENT)
+    server = open_server(file, [], home, Listen(port=0))
+    service, run = server.desk.service, server.desk.run
+    token = service.issue_token(run, actor="test")
+    service.enrol(token, bytes(32))
+    fingerprint, key = server.certificate, server.desk.key
+    server.close()
+    changes = ["run.rounds=7", "algorithm.client_lr=0.5"]
+    with pytest.raises(RefusedError) as refused:
+        open_server(file, changes, home, Listen(port=0))
+    told = str(refused.value)
+    assert "run.rounds = 2 and not 7" in told
+    assert "algorithm.client_lr = 0.1 and not 0.5" in told
+    assert "--fresh" in told
+    moved = potluck_fresh(home)
+    server = open_server(file, changes, home, Listen(port=0))
+    assert server.desk.service.devices(server.desk.run) == []
+    assert (server.certificate, server.desk.key != key) == (fingerprint, True)
+    server.close()
+    old = open_server(file, [], moved, Listen(port=0))  # with what its devices pinned
+    assert [row["client"] for row in old.desk.service.devices(old.desk.run)] == [0]
+    assert (old.certificate, old.desk.key) == (fingerprint, key)
+    with pytest.raises(RunError, match="another server is at work"):
+        Home(moved).put_aside()
+    old.close()
+    assert Home(tmp_path / "none").put_aside() is None
+
+
+def potluck_fresh(home):
+    moved = Home(home).put_aside()
+    assert moved.parent == home
+    assert stat.S_IMODE(moved.stat().st_mode) == 0o700
+    assert not (home / "potluck.db").exists()
+    return moved
+
+
+def test_a_line_a_round_for_people(tmp_path):
+    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2, num_rounds=2, minimum=1.0)
+    lines = Lines(fleet.service, fleet.run)
+    assert lines.look() == []
+    fleet.round()
+    assert lines.look() == []  # until it was evaluated
+    fleet.service.evaluate(fleet.run, lambda weights: {"accuracy": 0.5})
+    shown = lines.look()
+    assert len(shown) == 1
+    words = r"round 1/2  2 of 2 devices  train loss 0\.5000  accuracy 0\.5000  0\.0 s"
+    assert re.fullmatch(words, shown[0])
+    assert lines.look() == []
+    assert Lines(fleet.service, fleet.run).look() == ["going on after round 1"]
+    fleet.service.pause(fleet.run, "for lunch", actor="test")
+    fleet.service.resume(fleet.run, actor="test")
+    fleet.assign(fleet.devices[0])
+    fleet.clock.pass_(10_000)
+    fleet.service.tick()
+    assert "abandoned and tried again" in lines.look()[0]
+    unjudged = Lines(fleet.service, fleet.run, is_evaluated=False)
+    unjudged.look()
+    fleet.round()
+    fleet.service.tick()
+    assert [line[:9] for line in unjudged.look()] == ["round 2/2", "finished:"]
+    fleet.service.close()

@@ -82,6 +82,9 @@ class LeakyTrainer(UnitTrainer):
         super().__init__()
         self._inputs = inputs
 
+    def fit(self, plan, spec):
+        pass
+
     def train(self, plan, spec, received, *, seed, round, client, check):
         delta = np.zeros(spec.dim, np.float32)
         row = self._inputs[round]

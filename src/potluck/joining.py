@@ -66,6 +66,7 @@ def join(
     """
     from potluck.core import ConfigError
     from potluck.device import TorchTrainer, one_client, read_own, run_until_stopped
+    from potluck.device.proxies import unused_proxy
 
     if (data is None) == (experiment is None):
         raise ValueError("either --data or --experiment must be given. Name where the data are.")
@@ -84,6 +85,9 @@ def join(
         assert experiment is not None
         return one_client(build_data(load_experiment(experiment)), client)
 
+    proxy = unused_proxy(url)
+    if proxy is not None:
+        typer.echo(f"{proxy} is not used: a device connects to its server directly", err=True)
     trainer = TorchTrainer(load, threads)
     if trainer.runtime().name == "none":
         raise ConfigError(

@@ -5,9 +5,11 @@ All but `serve` are thin clients of the admin socket in the server's folder.
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +28,9 @@ HomeFolder = Annotated[
     Path,
     typer.Option("--home", metavar="DIR", help="The server's folder: state, keys, admin socket."),
 ]
+LogLevel = Literal["debug", "info", "warning", "error"]
 HOME = Path("potluck-server")
+_WAITS = "waiting for a server in {} to start, at most {:g} s (Ctrl-C ends this)"
 _WHY_LEFT = {
     "unsupported": "cannot train: its data do not fit",
     "no_data": "cannot train: it has no data",
@@ -66,9 +70,16 @@ def serve(
     insecure_loopback: Annotated[
         bool, typer.Option("--insecure-loopback", help="Plain HTTP, on loopback alone.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Begin anew: what is in DIR is moved into a folder there, and kept."
+        ),
+    ] = False,
     log_level: Annotated[
-        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
-    ] = "info",
+        LogLevel | None,
+        typer.Option(help="info if left out, or warning on a terminal.", show_default=False),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train an experiment with real devices, which come to this server.
@@ -89,8 +100,12 @@ def serve(
         certificate=certificate,
         private_key=private_key,
     )
-    log_to_stderr(log_level)
-    server = open_server(file, [*(overrides or []), *changes], home, listen, database, blobs)
+    is_terminal = sys.stdout.isatty()
+    log_to_stderr(log_level or ("warning" if is_terminal else "info"), plain=is_terminal)
+    if fresh:
+        _begin_anew(home, database, blobs)
+    show = typer.echo if is_terminal else None
+    server = open_server(file, [*(overrides or []), *changes], home, listen, database, blobs, show)
     for name, value in (
         ("run", server.desk.name),
         ("address", server.address),
@@ -108,6 +123,10 @@ def serve(
 def enroll(
     count: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 1,
     days: Annotated[float, typer.Option(metavar="DAYS", help="Until they expire.")] = 7.0,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="At most, for a server that still starts."),
+    ] = 60.0,
     home: HomeFolder = HOME,
     debug: Debug = False,
 ) -> None:
@@ -115,7 +134,9 @@ def enroll(
 
     An invitation is a secret. On the device: potluck join ADDRESS --token INVITATION
     """
-    for invitation in _operator(home).post("enroll", count=count, days=days)["invitations"]:
+    operator = _operator(home)
+    operator.wait(wait, lambda: typer.echo(_WAITS.format(home, wait), err=True))
+    for invitation in operator.post("enroll", count=count, days=days)["invitations"]:
         typer.echo(invitation)
 
 
@@ -291,6 +312,7 @@ def open_server(
     listen: Any,
     database: str | None = None,
     blobs: str | None = None,
+    show: Callable[[str], None] | None = None,
 ) -> Server:
     """A server for an experiment file, bound to its sockets."""
     from pydantic import ValidationError
@@ -319,10 +341,29 @@ def open_server(
         desk = open_desk(experiment, home, settings=settings, **begun, **places)
     seconds = experiment.server.long_poll_seconds
     try:
-        return Server(desk, home, listen, seconds, judge.evaluate, judge.give_up)
+        return Server(desk, home, listen, seconds, judge.evaluate, judge.give_up, show)
     except BaseException:
         desk.service.close()
         raise
+
+
+def _begin_anew(folder: Path, database: str | None, blobs: str | None) -> None:
+    """Put what a server's folder holds aside, and say where it is."""
+    from potluck.core import ConfigError
+    from potluck.server.home import Home
+
+    if database is not None or blobs is not None:
+        raise ConfigError(
+            "--fresh puts aside what is in the server's own folder, got --database or --blobs. "
+            "Give the experiment another name, or name an empty database and bucket."
+        )
+    aside = Home(folder).put_aside()
+    if aside is None:
+        typer.echo(f"{'fresh':12} {folder} held no run: nothing was moved")
+        return
+    typer.echo(f"{'fresh':12} the old state and signing keys are in {aside}; nothing was deleted")
+    typer.echo(f"{'':12} to go on with the old run: potluck serve OLD.toml --home {aside}")
+    typer.echo(f"{'':12} devices of the old run need new invitations (and another --home)")
 
 
 def _algorithm(experiment: Experiment) -> Algorithm:

@@ -12,6 +12,7 @@ is not is given back.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Generator
 from typing import Literal, NamedTuple
@@ -113,6 +114,7 @@ class Agent:
 
         Raises:
             RefusedError: the server does not know this device, or does not take what it says.
+            ConfigError, DataError: this device cannot train in this run.
             Stopped: the clock says so.
         """
         while True:
@@ -165,6 +167,9 @@ class Agent:
             raise
         except (ProtocolError, ConfigError, DataError, DivergedError, NotEligibleError) as error:
             yield Event("failed", assignment.round, str(error))
+            if assignment.kind == "train" and isinstance(error, (ConfigError, DataError)):
+                self._leave(assignment, _reason(error))
+                raise  # another assignment would end in the same way
             yield from self._give_back(assignment, _reason(error))
         except (RuntimeError, OSError, MemoryError, ValueError) as error:  # of PyTorch, of a disk
             yield Event("failed", assignment.round, f"{type(error).__name__}: {error}")
@@ -295,6 +300,14 @@ class Agent:
             _raise_fatal(error)
             yield Event("refused", assignment.round, str(error))
             self._clock.wait(_AFTER_A_FAULT_SECONDS)
+
+    def _leave(self, assignment: Assignment, reason: FailureReason) -> None:
+        """Tell the server not to wait for this device."""
+        message = Failed(assignment=assignment.assignment, reason=reason)
+        until = assignment.deadline_ms
+        # Refused, the round is over and does not wait.
+        with contextlib.suppress(RefusedError, DailyLimitError):
+            self._connection.ask(f"/v{VERSION}/failure", message, Wait, until_ms=until)
 
     def _say_stopped(self, assignment: Assignment) -> None:
         """A courtesy, tried once: the slot is for another now."""

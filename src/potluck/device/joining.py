@@ -19,7 +19,18 @@ from potluck.device.eligibility import LinuxSensor, Sensor
 from potluck.device.home import Enrolment, Home
 from potluck.device.record import Record
 from potluck.device.training import Trainer
-from potluck.protocol import VERSION, Enrol, Enrolled, fingerprint, parse_invitation, public_key
+from potluck.plan import read_plan
+from potluck.protocol import (
+    VERSION,
+    Enrol,
+    Enrolled,
+    Preview,
+    Previewed,
+    fingerprint,
+    parse_invitation,
+    public_key,
+    verify_manifest,
+)
 from potluck.protocol.invitation import Invitation
 
 
@@ -44,7 +55,9 @@ def join(
         offers: what it accepts: codecs, and `inline` for small vectors inside messages.
 
     Raises:
-        ConfigError: no invitation and not enrolled, or enrolled elsewhere.
+        ConfigError: no invitation and not enrolled, or enrolled elsewhere; or the data do not fit
+            the run: a newcomer's invitation is as good as before.
+        DataError: the same, of the data alone.
         RefusedError: the server does not take the device.
     """
     clock = clock or SystemClock()
@@ -60,6 +73,7 @@ def join(
                 )
             invited = parse_invitation(invitation)
             with Connection(url, invited.certificate, home, record, clock) as connection:
+                try_data(invited, home, connection, trainer)
                 enrolment = enrol(url, invited, home, connection, trainer, name)
             yield Event("enrolled", 0, f"in {enrolment.run}")
         elif invitation is not None:
@@ -115,6 +129,27 @@ def _is_of_a_stop(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error is not None
+
+
+def try_data(invited: Invitation, home: Home, connection: Connection, trainer: Trainer) -> None:
+    """Try this device's data on what the run asks for, before its invitation is used up.
+
+    Raises:
+        ConfigError, DataError: they do not fit.
+        RefusedError: the token could not be used.
+    """
+    message = Preview(token=invited.token, public_key=public_key(home.key()).hex())
+    answer = connection.ask(f"/v{VERSION}/preview", message, Previewed)
+    connection.correct_clock(answer.server_time_ms)
+    manifest = verify_manifest(
+        answer.manifest.encode(),
+        bytes.fromhex(answer.signature),
+        bytes.fromhex(invited.server_key),
+        run=invited.run,
+        now_ms=connection.now_ms(),
+        last_seen_version=0,
+    )
+    trainer.fit(read_plan(manifest.plan), manifest.spec.spec())
 
 
 def enrol(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from potluck.tasks import FederatedData, Task, TorchRuntime
 
+_TRIED = 32  # examples of a step that takes them all
 Sums = Mapping[str, tuple[float, int]]
 
 
@@ -31,6 +32,14 @@ class Trainer(Protocol):
 
     def runtime(self) -> Runtime:
         """Its name and version, for the server."""
+        ...
+
+    def fit(self, plan: Plan, spec: Spec) -> None:
+        """Check that this device's data fit the plan, as far as that can be told beforehand.
+
+        Raises:
+            ConfigError, DataError: as `train` would.
+        """
         ...
 
     def train(
@@ -84,6 +93,26 @@ class TorchTrainer:
         except metadata.PackageNotFoundError:
             return Runtime(name="none", version="0")
         return Runtime(name="torch", version=version)
+
+    def fit(self, plan: Plan, spec: Spec) -> None:
+        """Take one local step from a model of zeros, and forget it; see `Trainer`."""
+        task, model = self._prepare(plan, spec)
+        examples = task.data.client(0)
+        model.take(examples)
+        size = plan.algorithm.batch_size
+        few = min(examples.num_examples, _TRIED if size == "full" else size)
+        try:
+            model.begin(np.zeros(spec.dim, np.float32), np.arange(few), 0)
+            model.step(slice(0, few), plan.algorithm.client_lr)
+            model.end()
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                "a local step on this device's data must be possible, got inputs of "
+                f"shape={examples.inputs.shape[1:]} and targets of shape="
+                f"{examples.targets.shape[1:]}, dtype={examples.targets.dtype}: {told}. Give data "
+                "like those of the run."
+            ) from error
 
     def train(
         self,

@@ -1,5 +1,6 @@
 """The messages of a round, as strict frozen models ⇄ JSON.
 
+    Preview → Previewed                          what the run of a token asks of a device's data
     Enrol → Enrolled                             once, with a token
     CheckIn → Assignment | Wait | Finished       a device offers itself, and may be given work
     Progress → Lease                             still at it
@@ -74,6 +75,23 @@ class Eligibility(Message):
     idle: bool | None = None
     unmetered: bool | None = None
     free_memory_bytes: Count | None = None
+
+
+class Preview(Message):
+    """Asks what a token's run does with which data; the token is as good as before."""
+
+    type: Literal["preview"] = "preview"
+    token: Token
+    public_key: Key
+
+
+class Previewed(Message):
+    """The manifest of the run as it stands, for a newcomer to try its data on."""
+
+    type: Literal["previewed"] = "previewed"
+    manifest: Annotated[str, Field(min_length=2, max_length=MAX_MANIFEST_BYTES)]
+    signature: Signature
+    server_time_ms: Milliseconds
 
 
 class Enrol(Message):
@@ -230,6 +248,8 @@ class Error(Message):
 
 
 MESSAGES: tuple[type[Message], ...] = (
+    Preview,
+    Previewed,
     Enrol,
     Enrolled,
     CheckIn,

@@ -18,6 +18,8 @@ from potluck.protocol.messages import (
     Finished,
     Lease,
     Message,
+    Preview,
+    Previewed,
     Progress,
     Report,
     Upload,
@@ -59,6 +61,7 @@ def _post(
 
 
 ROUTES: tuple[Route, ...] = (
+    _post("preview", Preview, Previewed, caller="newcomer", max_bytes=4096),
     _post("enrol", Enrol, Enrolled, caller="newcomer", max_bytes=4096),
     _post("check-in", CheckIn, Assignment, Wait, Finished, max_bytes=4096),
     Route("GET", f"/v{VERSION}/models/{{sha256}}", "device", None, "bytes", 0),

@@ -35,6 +35,7 @@ from potluck.protocol import (
     Error,
     ErrorCode,
     Message,
+    Preview,
     Report,
     Route,
     Wait,
@@ -186,6 +187,8 @@ class DeviceApp:
         async with self.strangers:
             _no_query(request)
             claim, message = await self.gate.admit_newcomer(request, route)
+            if isinstance(message, Preview):  # nothing is noted: it changes nothing
+                return _json(await run_in_threadpool(self.desk.preview, message))
             enrolled = await run_in_threadpool(self.desk.enrol, message)
             self.shares.enter(request.scope, claim.device)
             await self.gate.note(claim)

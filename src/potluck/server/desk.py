@@ -31,6 +31,8 @@ from potluck.protocol import (
     Manifest,
     ManifestSpec,
     Message,
+    Preview,
+    Previewed,
     Progress,
     Report,
     Upload,
@@ -78,6 +80,16 @@ class Desk:
     plan: dict[str, Any]
     settings: RoundSettings
     codec: Codec
+
+    def preview(self, message: Preview) -> Previewed:
+        """The run as it stands, for the holder of a token that could be used now."""
+        with refusals():
+            key = bytes.fromhex(message.public_key)
+            self.service.check_token(message.token, key, into=self.run)
+            number, model = self.service.newest(self.run)
+        now = self.service.time.now()
+        manifest, signature = self._signed(number, model.version, model.sha256, now, now)
+        return Previewed(manifest=manifest.decode(), signature=signature.hex(), server_time_ms=now)
 
     def enrol(self, message: Enrol) -> Enrolled:
         """Take in the device that owns the message's key."""
@@ -301,7 +313,8 @@ class Desk:
         latest = self.settings.selection_seconds + self.settings.report_seconds
         deadline = given.deadline_ms or now + milliseconds(latest)
         if given.round not in signed:
-            signed[given.round] = self._manifest(given, now, deadline)
+            place = (given.number, given.version, given.model_sha256)
+            signed[given.round] = self._signed(*place, now, deadline)
         manifest, signature = signed[given.round]
         return Assignment(
             run=self.name,
@@ -319,15 +332,17 @@ class Desk:
             model=encode_inline(given.model) if inside and given.model is not None else None,
         )
 
-    def _manifest(self, given: Assigned, now: int, deadline: int) -> tuple[bytes, bytes]:
+    def _signed(
+        self, round: int, version: int, sha256: str, now: int, deadline: int
+    ) -> tuple[bytes, bytes]:
         manifest = Manifest(
-            version=given.version + 1,  # the initial model is version 0 here, and 1 on the wire
-            previous=given.version,
+            version=version + 1,  # the initial model is version 0 here, and 1 on the wire
+            previous=version,
             run=self.name,
-            round=given.number,
+            round=round,
             spec=ManifestSpec.of(self.spec),
             length_bytes=self.spec.num_bytes,
-            sha256=given.model_sha256,
+            sha256=sha256,
             plan=self.plan,
             created_ms=now,
             expires_ms=max(deadline, now) + _SKEW_MS,

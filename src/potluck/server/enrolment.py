@@ -103,18 +103,34 @@ def enrol(
         won = db.execute(claim).rowcount == 1
         used = one(db, select(tokens).where(right))
         if used is None or used.device != id:
-            raise RefusedError(
-                "token", "a token must be unused and not expired. Ask for another one."
-            )
+            raise _not_usable()
         if won:
             _insert(db, used.run, id, public_key, now, name, device_class)
         enrolled = select(devices.c.client, devices.c.revoked_ms).where(devices.c.id == id)
         row = db.execute(enrolled).one()
         if row.revoked_ms is not None:
-            raise RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
+            raise _revoked()
         faults.reach("enrol.inside")
     faults.reach("enrol.after")
     return Enrolled(id, used.run, row.client)
+
+
+def check_token(database: Database, token: str, public_key: bytes, now: int, *, into: str) -> None:
+    """Refuse a token that this key could not enrol in a run with; it is left as it is.
+
+    Raises:
+        RefusedError: token; revoked: the device that used it.
+    """
+    id = device_id(public_key)
+    unused = tokens.c.device.is_(None) & (tokens.c.expires_ms > now)
+    usable = (tokens.c.hash == _hash(token)) & (tokens.c.run == into)
+    found = select(tokens.c.hash).where(usable & (unused | (tokens.c.device == id)))
+    gone = select(devices.c.id).where(devices.c.id == id, devices.c.revoked_ms.is_not(None))
+    with database.read() as db:
+        if one(db, found) is None:
+            raise _not_usable()
+        if one(db, gone) is not None:
+            raise _revoked()
 
 
 def revoke(database: Database, device: str, now: int, *, actor: str) -> None:
@@ -197,6 +213,18 @@ def find_run(db: Connection, run: str) -> None:
     """Refuse a run that is not there."""
     if one(db, select(runs.c.id).where(runs.c.id == run)) is None:
         raise RefusedError("unknown", f"no such run: {run!r}.")
+
+
+def _revoked() -> RefusedError:
+    return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
+
+
+def _not_usable() -> RefusedError:
+    return RefusedError(
+        "token",
+        "the token of the invitation must be unused, not expired and of this run, got another. Ask "
+        "whoever runs the server for a new invitation (`potluck enroll`).",
+    )
 
 
 def _insert(

@@ -23,6 +23,7 @@ from potluck.protocol import (
     MAX_SKEW_MS,
     Claim,
     Enrol,
+    Preview,
     Route,
     check_body,
     parse_message,
@@ -86,13 +87,14 @@ class Gate:
             self._keys[device] = key
         return key, found.sequence
 
-    async def admit_newcomer(self, request: Request, route: Route) -> tuple[Claim, Enrol]:
+    async def admit_newcomer(self, request: Request, route: Route) -> tuple[Claim, Enrol | Preview]:
         """The claim and message of a newcomer, signed with the key that is in the message."""
         claim = _read_claim(request)
         if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
         body = await read_body(request, route, claim, STRANGER_SECONDS)
-        message = parse_message(bytes(body), Enrol, limit=route.max_bytes)
+        kind = Preview if route.request is Preview else Enrol
+        message = parse_message(bytes(body), kind, limit=route.max_bytes)
         known = await run_in_threadpool(self._service.device_key, claim.device)
         last = 0 if known is None else known.sequence
         self._verify(claim, bytes.fromhex(message.public_key), request, last)

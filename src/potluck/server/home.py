@@ -12,9 +12,11 @@ several servers of one run share the keys.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
+import time
 from pathlib import Path
 
 from potluck.core import RunError
@@ -73,6 +75,44 @@ class Home:
                 f"the server's folder must be its own, got {error.strerror!r} for "
                 f"{str(self.folder)!r}. Name another one with --home."
             ) from None
+
+    def put_aside(self) -> Path | None:
+        """Move state and signing keys into a folder inside this one; None: there is no state.
+
+        Certificate and operators' credential stay, with copies of the first two beside what was
+        moved: a server on that folder goes on with its run and its devices.
+
+        Raises:
+            RunError: a server is at work here; or a file cannot be moved.
+        """
+        import sqlite3
+
+        if not (self.folder / "potluck.db").exists():
+            return None
+        life = self.begin()
+        try:
+            moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+            aside = self.folder / f"before-{moment}-{secrets.token_hex(2)}"
+            aside.mkdir(mode=0o700)
+            for path in (self.certificate, self.private_key):
+                if path.exists():
+                    write_private(aside / path.name, path.read_bytes())
+            with contextlib.closing(sqlite3.connect(self.folder / "potluck.db")) as db:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of it is in the one file then
+            # The database last: what is interrupted before can be tried again.
+            moved = [self.folder / "blobs", *sorted(self.folder.glob("run-*.key"))]
+            moved += [*sorted(self.folder.glob("potluck.db-*")), self.folder / "potluck.db"]
+            for path in moved:
+                if path.exists():
+                    path.rename(aside / path.name)
+        except (OSError, sqlite3.Error) as error:
+            raise RunError(
+                f"the old run must be movable inside {str(self.folder)!r}, got {error}. "
+                f"Move it by hand, or name another --home."
+            ) from None
+        finally:
+            life.close()
+        return aside
 
     def begin(self) -> Life:
         """Be the one process that serves from this folder.

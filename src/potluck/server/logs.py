@@ -28,10 +28,19 @@ class JsonFormatter(logging.Formatter):
         return to_json(told, default=str)
 
 
-def log_to_stderr(level: str) -> None:
-    """Log everything of this level and above as JSON lines."""
+class PlainFormatter(logging.Formatter):
+    """level, event and reason in words, for a person at a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        reason = getattr(record, "reason", "")
+        told = f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{told}: {reason}" if reason else told
+
+
+def log_to_stderr(level: str, *, plain: bool = False) -> None:
+    """Log everything of this level and above as JSON lines, or in words."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from collections.abc import Callable
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -13,12 +15,35 @@ from potluck.core import PotluckError, RefusedError, RunError
 from potluck.core.plain_json import to_json
 from potluck.server.home import Home
 
+_LOOK_SECONDS = 0.2
+
 
 class Operator:
     """Asks a running server; the folder says where and with what credential."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
+
+    def wait(self, seconds: float, tell: Callable[[], None]) -> None:
+        """Wait for a server that starts; `tell` is called once if there is none yet.
+
+        Raises:
+            RunError: there is none after so many seconds.
+        """
+        end, has_told = time.monotonic() + seconds, False
+        while True:
+            try:
+                self._home.credential()
+                with closing(_OverSocket(self._home.socket)) as connection:
+                    connection.connect()
+                return
+            except (RunError, OSError) as error:
+                if time.monotonic() >= end:
+                    raise error if isinstance(error, RunError) else self._absent(error) from None
+            if not has_told:
+                has_told = True
+                tell()
+            time.sleep(_LOOK_SECONDS)
 
     def get(self, name: str) -> Any:
         """Ask for something."""

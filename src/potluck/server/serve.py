@@ -37,6 +37,7 @@ from potluck.server.connection import Connection
 from potluck.server.dashboard import Dashboard
 from potluck.server.desk import Desk
 from potluck.server.home import Home
+from potluck.server.lines import Lines
 from potluck.server.meters import Meters
 from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings
@@ -78,11 +79,15 @@ class Server:
         long_poll_seconds: float,
         evaluate: Evaluate,
         give_up: Callable[[], None] = lambda: None,
+        show: Callable[[str], None] | None = None,
     ) -> None:
-        """`give_up` has an `evaluate` that is under way raise at once, in any thread."""
+        """`give_up` has an `evaluate` that is under way raise at once, in any thread; `show` is
+        given a line for a person about each round."""
         self.desk = desk
         self._home = home
         self._evaluate, self._give_up = evaluate, give_up
+        self._show_line = show
+        self._lines = Lines(desk.service, desk.run)
         self._bell = Bell()
         self._meters = Meters()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -130,6 +135,8 @@ class Server:
                 for server, bound in zip(self._servers, sockets, strict=True)
             ]
             tasks += [asyncio.create_task(self._lead()), asyncio.create_task(self._judge())]
+            if self._show_line is not None:
+                tasks.append(asyncio.create_task(self._tell(self._show_line)))
             trimming = asyncio.create_task(self._trim())
             try:
                 if self._stopping:
@@ -224,6 +231,16 @@ class Server:
             except Exception as error:
                 if not self._stopping:  # or it was given up
                     self._failed("evaluation", error)
+            await self._bell.next_ring(1.0)
+
+    async def _tell(self, show: Callable[[str], None]) -> None:
+        """Show a line for each round, when it was evaluated."""
+        while not self._stopping:
+            try:
+                for line in await asyncio.to_thread(self._lines.look):
+                    show(line)
+            except StorageError as error:
+                self._failed("lines", error)
             await self._bell.next_ring(1.0)
 
     async def _trim(self) -> None:

@@ -42,6 +42,7 @@ from potluck.server import commit as commits
 from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
+from potluck.server.differing import differences, in_words
 from potluck.server.home import Life
 from potluck.server.lead import experiment_of, lead
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
@@ -179,7 +180,7 @@ class Service:
         with self.database.read() as db:
             old = one(db, select(runs).where(runs.c.name == experiment.name))
         if old is not None:
-            return _same_run(old, values, ("experiment", "settings", "spec"))
+            return _same_run(old, experiment, settings, shape)
         faults.reach("run.before-model")
         state = self._build(experiment).server_init(weights)
         made = commits.store_version(self.blobs, state)
@@ -207,9 +208,7 @@ class Service:
             old = one(db, select(runs).where(runs.c.name == experiment.name))
         if old is None:
             return None
-        values = {"experiment": experiment.model_dump_json()}
-        values["settings"] = settings.model_dump_json()
-        id = _same_run(old, values, ("experiment", "settings"))
+        id = _same_run(old, experiment, settings)
         return Begun(id, _spec_of(old), json.loads(old.plan))
 
     def issue_token(self, run: str, *, valid_seconds: float = 7 * 86400, actor: str) -> str:
@@ -296,6 +295,16 @@ class Service:
             return audit.head(db)
 
     # What a device does.
+
+    def check_token(self, token: str, public_key: bytes, *, into: str) -> None:
+        """Refuse what this key could not enrol in a run with."""
+        enrolment.check_token(self.database, token, public_key, self.time.now(), into=into)
+
+    def newest(self, run: str) -> tuple[int, Row[Any]]:
+        """The last committed round of a run, and the model version after it."""
+        with self.database.read() as db:
+            row = self._run(db, run)
+        return row.round, self._version(run, row.version)
 
     def enrol(
         self,
@@ -535,17 +544,35 @@ class Service:
         return row
 
 
+_FROM_COHORT = ("goal", "goal_part", "population")
+
+
 def _spec_of(run: Row[Any]) -> Spec:
     pairs = json.loads(run.spec)
     return Spec(tuple(n for n, _ in pairs), tuple(tuple(shape) for _, shape in pairs))
 
 
-def _same_run(old: Row[Any], values: Mapping[str, str], names: Sequence[str]) -> str:
-    for name in names:
-        if getattr(old, name) != values[name]:
-            raise RefusedError(
-                "conflict",
-                f"the run {old.name!r} was begun with another {name}. "
-                "Give the experiment another name, or go on with the old one.",
-            )
+def _same_run(
+    old: Row[Any], experiment: Experiment, settings: RoundSettings, spec: str | None = None
+) -> str:
+    """The id of a run that goes on.
+
+    Raises:
+        RefusedError: conflict: with the keys that it was begun with other values of.
+    """
+    found = differences(old.experiment, experiment, skipped=("task.path",))  # wherever it is
+    follow: tuple[str, ...] = ()
+    # Of an older version, which counted otherwise; or it follows from what differs anyway.
+    if found or "goal_part" not in json.loads(old.settings):
+        follow = _FROM_COHORT
+    found += differences(old.settings, settings, "server.", skipped=("num_rounds", *follow))
+    told = in_words(found)
+    if not found and spec is not None and spec != old.spec:
+        told = "a model of other shapes"
+    if told:
+        raise RefusedError(
+            "conflict",
+            f"the run {old.name!r} in this folder was begun with {told}. Go on with the old "
+            "values, give the experiment another name, or begin anew with --fresh.",
+        )
     return str(old.id)

@@ -34,14 +34,15 @@ def stepped(module: nn.Module, inputs: Tensor, rounds: bool) -> list[Tensor]:
 def stepped_in_place(module: nn.Module, inputs: Tensor, precision: Precision) -> list[Tensor]:
     ours = copy.deepcopy(module)
     layers = InPlaceLayers(ours, precision)
-    rounds = precision == "bf16"
-    done = layers.probe(ours, lambda: loss_of(ours, inputs[:2], rounds))
-    assert done == set(ours.parameters())
-    layers.start(LR)
+    assert layers.layers == list(ours)
     given = inputs.clone().requires_grad_()
-    loss = loss_of(ours, given, rounds)
-    onward, _ = torch.autograd.grad(loss, [given, layers.token], allow_unused=True)
-    assert not layers.called_twice()
+    loss = loss_of(ours, given, precision == "bf16")
+    with layers.step(LR, loss):
+        onward, *gradients = torch.autograd.grad(
+            loss, [given, *ours.parameters()], allow_unused=True
+        )
+    assert layers.num_calls == 1
+    assert gradients == [None] * len(gradients)
     return [onward, *(p.detach() for p in ours.parameters())]
 
 

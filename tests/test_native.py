@@ -20,6 +20,7 @@ from potluck import FedAvg, Task, rounds
 from potluck.core import Correction
 from potluck.simulation import Loop, Vmap, Workers
 from potluck.tasks import Examples, FederatedData, TorchRuntime, building, native
+from potluck.tasks.deferred import Deferred
 from potluck.tasks.language import CharLSTM
 from potluck.tasks.local import pure_loss
 from potluck.tasks.metrics import PerCharacter
@@ -36,7 +37,7 @@ def both(
 ) -> list[tuple[Tensor, Tensor]]:
     """Outputs, states, gradients of the inputs and stepped weights: PyTorch's and ours."""
     ours = copy.deepcopy(plain)
-    inputs, token = torch.randn(shape), torch.zeros((), requires_grad=True)
+    inputs, deferred = torch.randn(shape), Deferred()
     weights = torch.randn(*shape[:2], plain.hidden_size)
     if ends is not None:
         lines = weights if plain.batch_first else weights.transpose(0, 1)
@@ -49,8 +50,9 @@ def both(
     first, second = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
     outputs, (h, c) = plain(first)
     onward, *gradients = torch.autograd.grad(loss(outputs, h, c), [first, *plain.parameters()])
-    found, (found_h, found_c) = native.in_place(ours, second, token, LR)
-    (found_onward,) = torch.autograd.grad(loss(found, found_h, found_c), [second])
+    found, (found_h, found_c) = native.in_place(ours, second, deferred)
+    with deferred.open(LR):
+        (found_onward,) = torch.autograd.grad(loss(found, found_h, found_c), [second])
     stepped = [p - LR * g for p, g in zip(plain.parameters(), gradients, strict=True)]
     theirs = [outputs, h, c, onward, *stepped]
     mine = [found, found_h, found_c, found_onward, *ours.parameters()]
@@ -93,10 +95,9 @@ def test_gates_of_any_size_are_squashed_as_by_pytorch(size):
     plain = nn.LSTM(4, 128)
     with torch.no_grad():
         plain.weight_ih_l0 *= size
-    token = torch.zeros((), requires_grad=True)
     inputs = torch.randn(6, 3, 4)
     theirs, _ = plain(inputs)
-    ours, _ = native.in_place(plain, inputs, token, 0.0)
+    ours, _ = native.in_place(plain, inputs, Deferred())
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -105,7 +106,7 @@ def test_what_is_not_a_number_stays_so():
     plain = nn.LSTM(4, 128)
     inputs = torch.randn(6, 3, 4)
     inputs[2, 1, 0] = float("nan")
-    ours, _ = native.in_place(plain, inputs, torch.zeros((), requires_grad=True), 0.0)
+    ours, _ = native.in_place(plain, inputs, Deferred())
     assert torch.equal(torch.isnan(ours), torch.isnan(plain(inputs)[0]))
     assert torch.isnan(ours[2:, 1]).all()
     assert not torch.isnan(ours[:, 0]).any()
@@ -198,8 +199,10 @@ def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines
     x, into = torch.randn(5, lines, inputs), torch.randn(5, lines, 128)
     into[3:, 0] = 0.0
     ours = x.clone().requires_grad_()
-    found, _ = native.in_place(layer, ours, torch.zeros((), requires_grad=True), LR, "bf16")
-    (onward,) = torch.autograd.grad((found * into).sum(), [ours])
+    deferred = Deferred()
+    found, _ = native.in_place(layer, ours, deferred, "bf16")
+    with deferred.open(LR):
+        (onward,) = torch.autograd.grad((found * into).sum(), [ours])
     tensors = [found, onward, *layer.parameters()]
     # Some sums differ in their last bit, and some of these round to another bfloat16.
     expected = step_by_hand(weights, x, into, to_bfloat16)
@@ -255,26 +258,26 @@ def task(model) -> Task:
     return Task(model=model, data=lines(), loss=PerCharacter(padding=PADDING), metrics={})
 
 
-WAYS = {
-    "once": 1,
-    "last state": 1,
-    "sometimes twice": 1,
-    "called twice": 0,
+WAYS = {  # and how often the compiled layer is called in four steps
+    "once": 4,
+    "last state": 4,
+    "sometimes twice": 5,
+    "called twice": 8,
     "state given": 0,
-    "penalty": 0,
+    "penalty": 4,
 }
 
 
 @needs_compiler
 @pytest.mark.parametrize("correction", [None, Correction(0.1, 0.0, None)])
-@pytest.mark.parametrize(("how", "layers"), WAYS.items())
-def test_a_runtime_compiles_a_layer_where_that_is_exact(how, layers, correction):
+@pytest.mark.parametrize(("how", "calls"), WAYS.items())
+def test_a_runtime_compiles_a_layer_where_that_is_exact(how, calls, correction):
     problem = task(lambda: Reader(how))
     start, examples = problem.initial_weights(1), problem.data.client(0)
     ours = TorchRuntime(problem, one_thread=True)
-    assert sum(type(layer) is nn.LSTM for layer in ours._layers._calls) == layers
+    assert ours._layers.layers == [ours.module.lstm]
     plain = TorchRuntime(problem)
-    assert not any(type(layer) is nn.LSTM for layer in plain._layers._calls)
+    assert plain._layers is None
     found = []
     for runtime in (ours, plain):
         runtime.take(examples)
@@ -287,6 +290,7 @@ def test_a_runtime_compiles_a_layer_where_that_is_exact(how, layers, correction)
     assert moved > 1e-2
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5 * moved)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert ours._layers.num_calls == (0 if correction else calls)
 
 
 @needs_compiler
@@ -294,7 +298,8 @@ def test_a_runtime_compiles_a_layer_where_that_is_exact(how, layers, correction)
 def test_kernels_on_several_threads_keep_pytorchs_lstm(num_threads, layers):
     problem = task(lambda: Reader("once"))
     for runtime in (Loop(problem, num_threads)._runtime, Vmap(problem, 2, num_threads)._plain):
-        assert sum(type(layer) is nn.LSTM for layer in runtime._layers._calls) == layers
+        found = [] if runtime._layers is None else runtime._layers.layers
+        assert sum(type(layer) is nn.LSTM for layer in found) == layers
 
 
 @needs_compiler
@@ -334,7 +339,7 @@ def test_without_a_compiler_everything_goes_through_pytorch(afresh, monkeypatch,
         assert not native.suits(nn.LSTM(8, 128))
     assert "there is no C++ compiler" in caplog.text
     runtime = TorchRuntime(task(lambda: Reader("once")), one_thread=True)
-    assert len(runtime._layers._calls) == 0
+    assert runtime._layers is None
 
 
 @needs_compiler

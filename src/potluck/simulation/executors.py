@@ -21,6 +21,7 @@ from potluck.core import DivergedError, FixedPointMean, Update, Vector
 from potluck.core.validate import as_count
 from potluck.memory import keep_freed
 from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
+from potluck.tasks.inplace import SMALLEST
 from potluck.tasks.precision import Precision
 
 
@@ -84,15 +85,27 @@ class Loop:
         num_threads: of PyTorch's kernels during training. With 1 the results are, bit for bit,
             those of `Workers` on any number of cores; large models run faster with more.
         precision: of local training: "float32" or "bf16".
+        fused: whether large layers are fused with their SGD step. Without it every step is plain
+            autograd's, which is what tests compare with.
     """
 
     def __init__(
-        self, task: Task, num_threads: int = 1, *, precision: Precision = "float32"
+        self,
+        task: Task,
+        num_threads: int = 1,
+        *,
+        precision: Precision = "float32",
+        fused: bool = True,
     ) -> None:
         keep_freed()
         self._task = task
         self._num_threads = num_threads = as_count("num_threads", num_threads)
-        self._runtime = TorchRuntime(task, precision, one_thread=num_threads == 1)
+        self._runtime = TorchRuntime(
+            task,
+            precision,
+            one_thread=num_threads == 1,
+            fused_from=SMALLEST if fused else None,
+        )
         self._evaluator = Evaluator(task)
         self._test = evaluation_batches(task)
         self._mean: FixedPointMean | None = None

@@ -20,6 +20,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -91,26 +92,31 @@ class Vmap:
             chunk = as_count("chunk", chunk, 1, "Leave it out to fit the model.")
         self._task = task
         self._num_threads = num_threads = as_count("num_threads", num_threads)
-        self._plain = TorchRuntime(task, one_thread=num_threads == 1)
+        self._oracle = TorchRuntime(task, fused_from=None)
         self._precision: Precision = precision
         self._tolerance = _TOLERANCES.get(precision, TOLERANCE)
         self._device_cohort = _placed(task, device, precision, chunk)
         self._cohort: CohortRuntime | DeviceCohort
         if self._device_cohort is None:
             self._cohort = CohortRuntime(task, compiles=compiles)
-            self._pooling = Pooling(task, self._plain)
+            self._pooling = Pooling(task, self._oracle)
             self._evaluator, self._test = Evaluator(task), evaluation_batches(task)
-            self.chunk = chunk or chunk_for(self._plain.spec.num_bytes)
+            self.chunk = chunk or chunk_for(self._oracle.spec.num_bytes)
         else:
             self._cohort = placed = self._device_cohort
             pooled = PooledOnDevice(task, placed.device, precision, placed.resident())
-            self._pooling = Pooling(task, self._plain, pooled, self._tolerance)
+            self._pooling = Pooling(task, self._oracle, pooled, self._tolerance)
             self._evaluator = Evaluator(task, placed.device)
             self._test = evaluation_batches(task, size=_EVALUATED)
             self.chunk = placed.chunk
         self._tried: set[object] = set()  # kinds of corrections that agreed with the plain loop
         self.refused: str | None = None
         """Why the plain loop trains this task; None if it does not."""
+
+    @cached_property
+    def _plain(self) -> TorchRuntime:
+        """What trains a model, or one client, that cannot be vectorised."""
+        return TorchRuntime(self._task, one_thread=self._num_threads == 1)
 
     @property
     def placed(self) -> DeviceCohort | None:
@@ -266,7 +272,7 @@ class Vmap:
             DisagreesError: they differ.
         """
         runs = [shortened(recorder.run) for recorder in recorders]
-        expected = [play(self._plain, recorder) for recorder in recorders]
+        expected = [play(self._oracle, recorder) for recorder in recorders]
         weights, losses = self._cohort.train(runs)
         found = [Answer(row, loss) for row, loss in zip(weights, losses.tolist(), strict=True)]
         said = [

@@ -11,8 +11,8 @@ a forward pass that is written for tensors with clients in front, as batched mat
     convolution Y = patches K + b                                  (`potluck.tasks.convolution`)
 
 They are met inside vmap as one function each, whose rule is that form; gradients flow outside of
-it, through ordinary operators. A layer of another kind, or one with hooks, weights that are tied or
-options that are not written here, is left to PyTorch's rules.
+it, through ordinary operators. A layer of another kind, one that is not plain
+(`potluck.tasks.plain`) or one with options that are not written here is left to PyTorch's rules.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from potluck.tasks.convolution import convolve, padding_of
 from potluck.tasks.peephole import PeepholeLSTM
+from potluck.tasks.plain import is_plain
 from potluck.tasks.recurrence import recur
 
 _SYMBOLS = 1024  # of an embedding, beyond which its product costs more than it saves
@@ -36,7 +37,7 @@ _SYMBOLS = 1024  # of an embedding, beyond which its product costs more than it 
 def replace(module: nn.Module) -> None:
     """Give the layers of a module, which is to run under vmap, their forward pass for clients."""
     for layer in module.modules():
-        forward = None if "forward" in vars(layer) else _forward_of(layer)
+        forward = _forward_of(layer)
         if forward is not None:
             layer.forward = forward
 
@@ -48,16 +49,16 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _forward_of(layer: nn.Module) -> Callable[..., Any] | None:
-    kind = type(layer)
-    if kind is nn.Linear:
+    some: Any = layer
+    if is_plain(layer, nn.Linear):
         return partial(_linear, layer)
-    if kind is nn.Embedding and _is_plain_embedding(cast("nn.Embedding", layer)):
+    if is_plain(layer, nn.Embedding) and _is_plain_embedding(some):
         return partial(_embedding, layer)
-    if kind is nn.LSTM and _is_plain_lstm(cast("nn.LSTM", layer)):
+    if is_plain(layer, nn.LSTM) and _is_plain_lstm(some):
         return partial(_lstm, layer, layer.forward)
-    if kind is PeepholeLSTM:
+    if is_plain(layer, PeepholeLSTM):
         return partial(_peephole, layer)
-    if kind is nn.Conv2d and (padding := padding_of(cast("nn.Conv2d", layer))) is not None:
+    if is_plain(layer, nn.Conv2d) and (padding := padding_of(some)) is not None:
         return partial(_conv, layer, layer.forward, padding)
     return None
 

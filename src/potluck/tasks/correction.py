@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from potluck.core import Correction
+from potluck.tasks.gradients import gradients_of
 from potluck.tasks.task import spec_of
 
 
@@ -42,7 +43,7 @@ class CorrectedStep:
     def descend(self, loss: Tensor, lr: float) -> None:
         """One step down the corrected gradient of `loss`."""
         parameters = list(self._named.values())
-        gradients: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients = gradients_of(loss, parameters)
         with torch.no_grad():
             # Both lists may be empty.
             for parameter, start in zip(parameters, self._received, strict=False):

@@ -27,7 +27,7 @@ from potluck.tasks.precision import Precision, autocast
 from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.stack import Layer, Stack
 from potluck.tasks.task import Task
-from potluck.tasks.vectorised import slow_operators_refused
+from potluck.tasks.vectorised import refuse_hooks, slow_operators_refused
 
 _Tensors = Mapping[str, Tensor]
 
@@ -129,6 +129,8 @@ class ModelStep:
         Raises:
             RuntimeError: the model cannot be vectorised; where it stopped is named.
         """
+        if not self._is_known:
+            refuse_hooks(self._judged)
         leaves = {n: w.detach().requires_grad_(n in self._trained) for n, w in weights.items()}
         trained = {name: leaves[name] for name in self._trained}
         try:

@@ -1,202 +1,261 @@
-"""Layers that take their SGD step while gradients flow through them.
+"""Layers whose backward pass finds their SGD step without writing a gradient.
 
 For a linear layer y = W x + b the gradient of a batch of B examples is a product of two thin
 matrices, ∇W = gᵀ x with g = ∂ℓ/∂y [B, out] and x [B, in]. A plain step writes it out, reads it
-back and adds it to W. Here the backward pass adds the product to W directly, as one rank-B update
+back and adds it to W. Here the product is added to W directly, as one rank-B update
 
     W ← W − lr · gᵀ x
 
-after it has computed what flows on to the layers before. The gradient is never written, which for
+when the backward pass is over (`potluck.tasks.deferred`). The gradient is never written, which for
 large layers and small batches saves most of the memory traffic of a step. LSTMs and, in bfloat16,
 convolutions that are pooled do the same where their steps can be compiled (`potluck.tasks.native`,
 `potluck.tasks.pooled_convolution`), and linear layers do it in compiled code then
 (`potluck.tasks.linear`).
 
-This is exact only for a layer that is called once in a forward pass and whose weights nothing
-else reads (no penalty on them, no tying). `probe` finds out which layers those are by running one
-batch; every other layer keeps the plain step.
+Only layers that are proven plain are chosen (`potluck.tasks.plain`), and every call asks again: a
+hook, a patch or another weight that came later, autocasting, an unusual input or a transformation
+of the model, and the layer runs the forward of its class, whose gradient is written as any other.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from potluck.tasks import linear, native, pooled_convolution
+from potluck.tasks.deferred import Deferred, plain_gradients
+from potluck.tasks.plain import (
+    is_compiled,
+    is_observed,
+    is_plain,
+    is_plain_weight,
+    owned_weights,
+    places_of,
+)
 from potluck.tasks.precision import Precision
 
-_SMALLEST = 65_536  # weights; below it the plain step is as fast
+SMALLEST = 65_536  # weights; below it the plain step is as fast
 _THIN = 32  # rows of a batch; up to here the time goes into reading the weights, not into products
 _LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster than MKL
+_NAMES = ("forward", pooled_convolution.IN_PLACE)  # what is put on a layer
+
+_Forward = Callable[..., Any]
 
 
 class InPlaceLayers:
-    """The layers of one module that update themselves, once `probe` has chosen them."""
+    """The layers of one module that are fused with their steps.
+
+    Args:
+        compiled: on one thread, where layers may be compiled, others than linear ones too.
+        smallest: weights from which on a layer is fused.
+    """
 
     def __init__(
-        self, module: nn.Module, precision: Precision = "float32", *, compiled: bool = False
+        self,
+        module: nn.Module,
+        precision: Precision = "float32",
+        *,
+        compiled: bool = False,
+        smallest: int = SMALLEST,
     ) -> None:
-        """`compiled`: on one thread, where layers may be compiled, others than linear ones too."""
-        self.lr = 0.0
-        self._precision: Precision = precision
-        self._compiled = compiled
-        self.token = torch.zeros((), requires_grad=True)  # makes gradients flow to first layers
-        self._calls: dict[nn.Module, int] = {
-            layer: 0
-            for layer in module.modules()
-            if _is_large(layer) or (compiled and _is_compiled(layer, precision))
-        }
+        self.deferred = Deferred()
+        self.layers: list[nn.Module] = []
+        self.num_calls = 0
+        """How often a fused layer was called, for tests: the plain forward does not count."""
+        self.is_off = False
+        self.precision: Precision = precision
+        self._at_once = False  # whether a layer was called that would rather not wait
+        if is_compiled(module):
+            return
+        places = places_of(module)
+        for layer in module.modules():
+            forward = _forward_of(layer, precision, compiled, smallest)
+            weights = None if forward is None else owned_weights(layer, places)
+            if forward is not None and weights:
+                name = pooled_convolution.IN_PLACE if isinstance(layer, nn.Conv2d) else "forward"
+                setattr(layer, name, _Fused(self, layer, name, weights, forward))
+                self.layers.append(layer)
 
-    def probe(self, module: nn.Module, forward: Callable[[], Tensor]) -> set[nn.Parameter]:
-        """Choose the layers by one forward and backward pass at rate 0; return their parameters,
-        which from now on need no step. The values of parameters may be lost.
-
-        Args:
-            forward: runs the model on a batch and returns its loss.
-        """
-        self.lr = 0.0
-        for layer in self._calls:
-            self._replace(layer)
-        try:
-            loss = forward()
-            inputs = [p for layer in self._calls for p in layer.parameters()]
-            found = torch.autograd.grad(loss, [*inputs, self.token], allow_unused=True)
-            read_elsewhere = {id(p) for p, g in zip(inputs, found, strict=False) if _is_there(g)}
-        except Exception:
-            read_elsewhere = {id(p) for layer in self._calls for p in layer.parameters()}
-        uses = Counter(id(p) for layer in self._calls for p in layer.parameters())
-        tied = {parameter for parameter, times in uses.items() if times > 1}
-        for layer, calls in list(self._calls.items()):
-            if calls != 1 or any(id(p) in tied | read_elsewhere for p in layer.parameters()):
-                self._restore(layer)
-        return {p for layer in self._calls for p in layer.parameters()}
-
-    def start(self, lr: float) -> None:
-        """Before the forward pass of a step at rate `lr`."""
-        self.lr = lr
-        for layer in self._calls:
-            self._calls[layer] = 0
-
-    def called_twice(self) -> bool:
-        """After a forward pass: whether its backward pass would not be exact."""
-        return any(calls > 1 for calls in self._calls.values())
+    def step(self, lr: float, loss: Tensor) -> AbstractContextManager[None]:
+        """Within it, the backward pass of a loss finds the steps, which are taken at the end."""
+        called, self._at_once = self._at_once, False
+        return self.deferred.open(lr, loss if called else None)
 
     @contextmanager
     def plain(self) -> Generator[None]:
         """Within it the layers are plain ones."""
-        layers = list(self._calls)
-        for layer in layers:
-            self._restore(layer)
+        self.is_off = True
         try:
             yield
         finally:
-            for layer in layers:
-                self._replace(layer)
+            self.is_off = False
 
-    def _replace(self, layer: nn.Module) -> None:
-        self._calls[layer] = 0
-
-        tiled = self._compiled and self._precision == "bf16" and linear.suits(layer)
-
-        def straight(inputs: Tensor) -> Tensor:
-            assert isinstance(layer, nn.Linear)
-            self._calls[layer] += 1
-            if tiled and linear.takes(layer, inputs):
-                return linear.in_place(layer, inputs, self.token, self.lr)
-            rounds = self._precision == "bf16" and inputs.numel() > _THIN * inputs.shape[-1]
-            kind = torch.bfloat16 if rounds else torch.float32
-            step = cast("Callable[..., Tensor]", _LinearStep.apply)
-            return step(inputs.to(kind), layer.weight, layer.bias, self.token, self)
-
-        def lstm(inputs: Any, hx: Any = None) -> Any:
-            assert isinstance(layer, nn.LSTM)
-            if not native.takes(inputs, hx, self._precision):
-                self._calls[layer] = 2  # as if called twice: not exact
-                return cast(Any, nn.LSTM).forward(layer, inputs, hx)
-            self._calls[layer] += 1
-            return native.in_place(layer, inputs, self.token, self.lr, self._precision)
-
-        def pooled(images: Tensor) -> Tensor:
-            assert isinstance(layer, nn.Conv2d)
-            if not pooled_convolution.takes(layer, images):
-                self._calls[layer] = 2
-                return pooled_convolution.plain(layer, images)
-            self._calls[layer] += 1
-            return pooled_convolution.in_place(layer, images, self.token, self.lr)
-
-        if isinstance(layer, nn.Conv2d):
-            pooled_convolution.replace(layer, pooled)
-        else:
-            layer.forward = cast(Any, straight if isinstance(layer, nn.Linear) else lstm)
-
-    def _restore(self, layer: nn.Module) -> None:
-        if isinstance(layer, nn.Conv2d):
-            pooled_convolution.restore(layer)
-        else:
-            del layer.forward  # the class's own shows again
-        del self._calls[layer]
+    def note(self, *, at_once: bool) -> None:
+        """A layer is called."""
+        self.num_calls += 1
+        self._at_once |= at_once
 
 
-def _is_large(layer: nn.Module) -> bool:
+class _Fused:
+    """What is called instead of a layer's forward. A copy of the layer gets its class's own."""
+
+    def __init__(
+        self,
+        owner: InPlaceLayers,
+        layer: nn.Module,
+        name: str,
+        weights: list[nn.Parameter],
+        forward: Callable[..., Any],
+    ) -> None:
+        self._owner, self._layer, self._name = owner, layer, name
+        self._weights = weights
+        self._forward = forward
+
+    def __call__(self, inputs: Any, *rest: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():  # asked first, so that it is all that is traced
+            return _plain(self._layer, self._name)(self._layer, inputs, *rest, **named)
+        if not (rest or named or self._owner.is_off) and self._is_proven(inputs):
+            outputs = self._forward(self._owner, self._layer, inputs)
+            if outputs is not NotImplemented:
+                return outputs
+        return _plain(self._layer, self._name)(self._layer, inputs, *rest, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        layer = memo.get(id(self._layer), self._layer)
+        return MethodType(cast(Any, _plain(layer, self._name)), layer)
+
+    def _is_proven(self, inputs: Any) -> bool:
+        layer = self._layer
+        present = [w for w in vars(layer)["_parameters"].values() if w is not None]
+        return (
+            not is_observed()
+            and type(inputs) in (Tensor, nn.Parameter)
+            and inputs.layout is torch.strided
+            and torch.is_grad_enabled()
+            and _casts(inputs, self._owner.precision)
+            and vars(layer).get(self._name) is self
+            and is_plain(layer, type(layer), _NAMES)
+            and len(present) == len(self._weights)
+            and all(
+                a is b and is_plain_weight(a) for a, b in zip(present, self._weights, strict=True)
+            )
+            and all(weight.is_contiguous() for weight in present)
+        )
+
+
+def _plain(layer: nn.Module, name: str) -> _Forward:
+    """What a layer of this type does by itself."""
+    return type(layer).forward if name == "forward" else pooled_convolution.plain
+
+
+def _casts(inputs: Tensor, precision: Precision) -> bool:
+    """Whether PyTorch would make the products of these inputs in the precision of the run."""
+    autocasts = torch.is_autocast_enabled("cpu")
+    if precision == "float32":
+        return not autocasts and inputs.dtype == torch.float32
     return (
-        type(layer) is nn.Linear
-        and layer.weight.requires_grad
-        and layer.weight.numel() >= _SMALLEST
+        autocasts
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and inputs.dtype in (torch.float32, torch.bfloat16)
     )
 
 
-def _is_compiled(layer: nn.Module, precision: Precision) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        return precision == "bf16" and pooled_convolution.suits(layer)
-    return native.suits(layer, precision)
+def _forward_of(
+    layer: nn.Module, precision: Precision, compiled: bool, smallest: int
+) -> Callable[..., Any] | None:
+    """The fused forward pass of a layer, if it is of a kind that has one, and plain."""
+    if is_plain(layer, nn.Linear):
+        layer = cast(nn.Linear, layer)
+        if layer.weight.numel() < smallest or vars(layer)["_parameters"].keys() != {
+            "weight",
+            "bias",
+        }:
+            return None
+        tiled = compiled and precision == "bf16" and linear.suits(layer)
+        return _tiled if tiled else _straight
+    if compiled and is_plain(layer, nn.LSTM) and native.suits(layer, precision, smallest):
+        own = list(vars(layer)["_parameters"].values())
+        flat = [weight for weights in layer.all_weights for weight in weights]
+        same = len(own) == len(flat) and all(a is b for a, b in zip(own, flat, strict=True))
+        return _lstm if same else None
+    if compiled and is_plain(layer, nn.Conv2d) and precision == "bf16":
+        return _pooled if pooled_convolution.suits(layer) else None
+    return None
 
 
-def _is_there(gradient: Tensor | None) -> bool:
-    return gradient is not None  # with `allow_unused`, which PyTorch's annotations leave out
+def _straight(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
+    if inputs.ndim < 2 or inputs.shape[-1] != layer.in_features or inputs.device.type != "cpu":
+        return NotImplemented
+    owner.note(at_once=False)
+    rounds = owner.precision == "bf16" and inputs.numel() > _THIN * inputs.shape[-1]
+    kind = torch.bfloat16 if rounds else torch.float32
+    step = cast("Callable[..., Tensor]", _LinearStep.apply)
+    return step(inputs.to(kind), layer.weight, layer.bias, owner.deferred)
+
+
+def _tiled(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
+    if not linear.takes(layer, inputs):
+        return _straight(owner, layer, inputs)
+    owner.note(at_once=True)
+    return linear.in_place(layer, inputs, owner.deferred)
+
+
+def _lstm(owner: InPlaceLayers, layer: nn.LSTM, inputs: Tensor) -> Any:
+    if not native.takes(inputs, None, owner.precision):
+        return NotImplemented
+    owner.note(at_once=False)
+    return native.in_place(layer, inputs, owner.deferred, owner.precision)
+
+
+def _pooled(owner: InPlaceLayers, layer: nn.Conv2d, images: Tensor) -> Tensor:
+    if not pooled_convolution.takes(layer, images):
+        return NotImplemented
+    owner.note(at_once=False)
+    return pooled_convolution.in_place(layer, images, owner.deferred)
 
 
 class _LinearStep(torch.autograd.Function):
-    """y = x Wᵀ + b, whose backward pass is also the SGD step of W and b. Products are of the
+    """y = x Wᵀ + b, whose backward pass finds the SGD step of W and b. Products are of the
     inputs' type; the weights and their step are float32."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, owner: Any
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, deferred: Deferred
     ) -> Tensor:
-        weight, kind = weight.detach(), inputs.dtype
-        ctx.weight, ctx.bias, ctx.owner = weight, bias, owner
+        kind = inputs.dtype
+        ctx.layer, ctx.deferred = (weight, bias), deferred
         ctx.rounded = None if kind == weight.dtype else weight.to(kind)
-        if ctx.rounded is None:
-            ctx.save_for_backward(inputs)
-            with torch.autocast("cpu", enabled=False):  # which would round them
+        ctx.save_for_backward(inputs, weight, bias)
+        with torch.autocast("cpu", enabled=False):  # which would round them
+            if ctx.rounded is None:
                 return _linear(inputs, weight, bias)
-        rows = inputs.flatten(0, -2)  # one product, whatever the layout
-        ctx.save_for_backward(rows)
-        outputs = nn.functional.linear(rows, ctx.rounded, None if bias is None else bias.to(kind))
-        return outputs.view(*inputs.shape[:-1], -1)
+            rows = inputs.flatten(0, -2)  # one product, whatever the layout
+            bias = None if bias is None else bias.to(kind)
+            outputs = nn.functional.linear(rows, ctx.rounded, bias)
+            return outputs.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        (inputs,) = ctx.saved_tensors
-        weight, lr, onward = ctx.weight, ctx.owner.lr, None
-        rows = gradient.flatten(0, -2)  # [batch, out]
-        if ctx.rounded is None:
-            if ctx.needs_input_grad[0]:
-                onward = _linear(gradient, weight.t(), None)
-            weight.addmm_(rows.t(), inputs.flatten(0, -2), alpha=-lr)
-        else:
-            if ctx.needs_input_grad[0]:
-                onward = (rows @ ctx.rounded).view(*gradient.shape[:-1], -1)
-            weight.add_(rows.t() @ inputs, alpha=-lr)
-        if ctx.bias is not None:
-            ctx.bias.detach().add_(rows.sum(0), alpha=-lr)
-        return onward, None, None, None, None
+        inputs, weight, bias = ctx.saved_tensors
+        if not ctx.deferred.is_open:
+            return *plain_gradients(ctx, _unrounded, [inputs, weight, bias], [gradient]), None
+        rows, onward = gradient.flatten(0, -2), None  # [batch, out]
+        if ctx.needs_input_grad[0] and ctx.rounded is None:
+            onward = _linear(gradient, weight.t(), None)
+        elif ctx.needs_input_grad[0]:
+            onward = (rows @ ctx.rounded).view(*gradient.shape[:-1], -1)
+        ctx.deferred.product(*ctx.layer, rows, inputs.flatten(0, -2))
+        return onward, None, None, None
+
+
+def _unrounded(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(inputs.float(), weight, bias)
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

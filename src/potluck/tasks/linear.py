@@ -3,7 +3,8 @@
 With products in bfloat16, PyTorch rounds all weights of a layer and writes them down before it
 multiplies, once forward and once going back, and writes their gradient. `linear.cpp` rounds a few
 columns of the weights at a time, multiplies them on the processor's tile unit (AMX) and takes their
-step while they are in the cache. `potluck.tasks.inplace` chooses the layers.
+step while they are in the cache, if nothing else reads them. `potluck.tasks.inplace` chooses the
+layers.
 
 Factors of products are rounded to bfloat16, outputs and the gradients that flow back too, as by
 PyTorch's autocast; sums, weights and the step are float32. Elsewhere, and for inputs whose number
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from potluck.tasks import building
+from potluck.tasks.deferred import Deferred, plain_gradients
 
 _SOURCES = building.sources("linear.cpp", "products.hpp", "tiles.hpp")
 _COLUMNS = 32  # inputs come in whole multiples of it
@@ -32,14 +34,9 @@ _FORWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 4)
 _BACKWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 2, ctypes.c_float, *[_POINTER] * 3)
 
 
-def suits(layer: nn.Module) -> bool:
+def suits(layer: nn.Linear) -> bool:
     """Whether a layer's steps can be compiled here."""
-    return (
-        type(layer) is nn.Linear
-        and layer.in_features % _COLUMNS == 0
-        and all(parameter.requires_grad for parameter in layer.parameters())
-        and _library() is not None
-    )
+    return layer.in_features % _COLUMNS == 0 and _library() is not None
 
 
 def takes(layer: nn.Linear, inputs: Tensor) -> bool:
@@ -52,40 +49,47 @@ def takes(layer: nn.Linear, inputs: Tensor) -> bool:
     )
 
 
-def in_place(layer: nn.Linear, inputs: Tensor, token: Tensor, lr: float) -> Tensor:
-    """What `layer(inputs)` gives, in bfloat16; the backward pass is also the SGD step at rate
-    `lr`."""
+def in_place(layer: nn.Linear, inputs: Tensor, deferred: Deferred) -> Tensor:
+    """What `layer(inputs)` gives, in bfloat16; a backward pass finds the SGD step too."""
     library = _library()
     assert library is not None  # `suits` said so
-    weight, *bias = (parameter.detach() for parameter in layer.parameters())
     apply = cast("Callable[..., Tensor]", _Step.apply)
-    return apply(inputs, token, library, lr, weight, *bias or [None])
+    return apply(inputs, layer.weight, layer.bias, library, deferred)
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, inputs: Tensor, token: Tensor, library: Any, lr: float, *layer: Any
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, library: Any, deferred: Any
     ) -> Tensor:
-        weight, bias = layer
         rows = _rows(inputs)
         sizes = len(rows), weight.shape[1], weight.shape[0]
         outputs = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
-        forward, backward = library
+        forward, ctx.backward_step = library
         building.call(forward, *sizes, rows, weight, bias, outputs)
-        ctx.save_for_backward(rows)
-        ctx.sizes, ctx.shape, ctx.kind, ctx.lr = sizes, inputs.shape, inputs.dtype, lr
-        ctx.layer, ctx.backward_step = layer, backward
+        ctx.save_for_backward(inputs, weight, bias, rows)
+        ctx.sizes, ctx.deferred = sizes, deferred
+        ctx.layer = [weight] if bias is None else [weight, bias]
         return outputs.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, into: Tensor) -> Any:  # type: ignore[override]
-        (rows,) = ctx.saved_tensors
+        inputs, weight, bias, rows = ctx.saved_tensors
+        if not ctx.deferred.is_open:
+            return *plain_gradients(ctx, _plain, [inputs, weight, bias], [into]), None, None
         onward = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        building.call(ctx.backward_step, *ctx.sizes, rows, _rows(into), -ctx.lr, onward, *ctx.layer)
+        stepped = ctx.deferred.at_once(ctx.layer)
+        layer = stepped if len(stepped) == 2 else [*stepped, None]
+        factor = -ctx.deferred.lr
+        building.call(ctx.backward_step, *ctx.sizes, rows, _rows(into), factor, onward, *layer)
         if onward is not None:
-            onward = onward.view(ctx.shape).to(ctx.kind)
-        return (onward, *[None] * 5)
+            onward = onward.view(inputs.shape).to(inputs.dtype)
+        return (onward, *[None] * 4)
+
+
+def _plain(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `_Step` gives, not rounded."""
+    return nn.functional.linear(inputs.float(), weight, bias)
 
 
 def _rows(numbers: Tensor) -> Tensor:
@@ -117,10 +121,11 @@ def _agrees(library: tuple[Any, Any], rows: int) -> bool:
     first, second = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     outputs = nn.functional.linear(inputs, first, second)
     onward, change, shift = torch.autograd.grad(outputs, [inputs, first, second], into)
-    token = torch.zeros((), requires_grad=True)
+    deferred = Deferred()
     apply = cast("Callable[..., Tensor]", _Step.apply)
-    found = apply(inputs, token, library, lr, weight, bias)
-    (mine,) = torch.autograd.grad(found, [inputs], into.bfloat16())
+    found = apply(inputs, weight, bias, library, deferred)
+    with deferred.open(lr):
+        (mine,) = torch.autograd.grad(found, [inputs], into.bfloat16())
     pairs = [(outputs, found), (onward, mine)]
     pairs += [(first - lr * change, weight), (second - lr * shift, bias)]
     return all(torch.allclose(a, b.float(), rtol=0.0, atol=_TOLERANCE) for a, b in pairs)

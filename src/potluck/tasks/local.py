@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch.func import functional_call
 from potluck.core import Correction, Spec, Vector
 from potluck.tasks.correction import CorrectedStep
 from potluck.tasks.data import Examples, lengths, trimmed
-from potluck.tasks.inplace import InPlaceLayers
-from potluck.tasks.precision import Precision, autocast, check_precision
-from potluck.tasks.randomness import borrowed_randomness
+from potluck.tasks.gradients import clear_gradients, gradients_of
+from potluck.tasks.inplace import SMALLEST, InPlaceLayers
+from potluck.tasks.precision import Precision, autocast, check_precision, floated
 from potluck.tasks.task import Task, bind, in_training, spec_of
 
 _NO_CORRECTION = Correction()
@@ -32,10 +32,17 @@ class TorchRuntime:
         precision: "float32" or "bf16", for processors with bfloat16 products.
         one_thread: whether PyTorch's kernels run on one thread in every step; then LSTMs are
             compiled where they can be.
+        fused_from: how many weights a layer has at least that is fused with its step
+            (`potluck.tasks.inplace`); None fuses none, which is plain autograd: the oracle.
     """
 
     def __init__(
-        self, task: Task, precision: Precision = "float32", *, one_thread: bool = False
+        self,
+        task: Task,
+        precision: Precision = "float32",
+        *,
+        one_thread: bool = False,
+        fused_from: int | None = SMALLEST,
     ) -> None:
         check_precision(precision, torch.device("cpu"))
         self._precision: Precision = precision
@@ -51,14 +58,11 @@ class TorchRuntime:
         self._counters = [b for b in self.module.buffers() if b.dtype != torch.float32]
         self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._layers = InPlaceLayers(self.module, precision, compiled=one_thread)
-        # The same examples for every process, so that all step alike.
-        first = task.data.client(0)
-        self.take(Examples(first.inputs[:2], first.targets[:2]))
-        self._load(np.arange(self._examples.num_examples))
-        with borrowed_randomness():
-            done = self._layers.probe(self.module, lambda: self._forward(slice(0, 2)))
-        self._others = [p for p in self._parameters if p not in done]
+        self._layers: InPlaceLayers | None = None
+        if fused_from is not None:
+            layers = InPlaceLayers(self.module, precision, compiled=one_thread, smallest=fused_from)
+            self._layers = layers if layers.layers else None
+        clear_gradients(self.module)
         self._corrected = CorrectedStep(self.module, self._vector)
         self._is_corrected = False
 
@@ -94,20 +98,15 @@ class TorchRuntime:
 
     def step(self, batch: slice, lr: float) -> None:
         """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place."""
-        if self._is_corrected:
-            with self._layers.plain():  # gradients must be seen whole before they are applied
+        if self._is_corrected:  # gradients must be seen whole before they are applied
+            with nullcontext() if self._layers is None else self._layers.plain():
                 loss = self._forward(batch)
                 self._corrected.descend(loss, lr)
-            self._losses.append(loss.detach())
-            return
-        self._layers.start(lr)
-        loss = self._forward(batch)
-        if self._layers.called_twice():  # unlike in the probe: it depends on the data
-            with self._layers.plain():
-                loss = self._forward(batch)
-                self._descend(loss, self._parameters, lr)
         else:
-            self._descend(loss, [*self._others, self._layers.token], lr)
+            loss = self._forward(batch)
+            with nullcontext() if self._layers is None else self._layers.step(lr, loss):
+                gradients = gradients_of(loss, self._parameters)
+            self._descend(gradients, lr)
         self._losses.append(loss.detach())
 
     def end(self) -> tuple[Vector, float]:
@@ -127,14 +126,13 @@ class TorchRuntime:
             return self._loss(self.module(inputs), targets)
         with autocast(self._precision, inputs.device):
             outputs = self.module(inputs)
-        return self._loss(outputs.float(), targets)
+        return self._loss(floated(outputs), targets)
 
-    def _descend(self, loss: Tensor, tensors: Sequence[Tensor], lr: float) -> None:
-        gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)
+    def _descend(self, gradients: Sequence[Tensor | None], lr: float) -> None:
         with torch.no_grad():
-            for tensor, gradient in zip(tensors, gradients, strict=True):
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 if gradient is not None:
-                    tensor.add_(gradient, alpha=-lr)
+                    parameter.add_(gradient, alpha=-lr)
 
 
 class Judged(nn.Module):

@@ -3,8 +3,8 @@
 A step of a layer multiplies a few rows, a batch's lines, with a large matrix. PyTorch's libraries
 do that at a good half of the core's rate; `recurrence.cpp` at nearly all of it, and leaves out what
 is padding on the way back. A compiled one (`potluck.tasks.building`) that does not do what PyTorch
-does is not used. The layers take their SGD step in the backward pass, as the linear ones of
-`potluck.tasks.inplace` do, which chooses them.
+does is not used. The backward pass finds the layer's SGD step too (`potluck.tasks.deferred`), as
+that of the linear ones of `potluck.tasks.inplace` does, which chooses the layers.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from potluck.tasks import building
+from potluck.tasks.deferred import Deferred, plain_gradients
 from potluck.tasks.precision import Precision
 
 _SOURCES = building.sources("recurrence.cpp", "products.hpp", "tiles.hpp")
-_SMALLEST = 128  # the width of a layer; narrower ones are as fast in PyTorch
+SMALLEST = 65_536  # recurrent weights, of a width of 128; narrower layers are as fast in PyTorch
 # Of products, by precision: the first kind that is there.
 _KINDS = {"float32": ("float32",), "bf16": ("tiles", "bf16")}
 _TOLERANCES = {"float32": 1e-5, "bf16": 2e-2}  # of a step whose numbers are about 1
@@ -38,16 +39,17 @@ _BACKWARD = ctypes.CFUNCTYPE(
 )
 
 
-def suits(layer: nn.Module, precision: Precision = "float32") -> bool:
+def suits(
+    layer: nn.Module, precision: Precision = "float32", smallest: int = SMALLEST
+) -> TypeGuard[nn.LSTM]:
     """Whether a layer is one whose steps can be compiled here."""
     if not (
         type(layer) is nn.LSTM
-        and layer.hidden_size >= _SMALLEST
+        and 4 * layer.hidden_size**2 >= smallest
         and layer.proj_size == 0
         and not layer.bidirectional
         and layer.bias
         and (layer.dropout == 0.0 or layer.num_layers == 1)
-        and all(parameter.requires_grad for parameter in layer.parameters())
     ):
         return False
     library = _library()
@@ -58,7 +60,7 @@ def suits(layer: nn.Module, precision: Precision = "float32") -> bool:
     )
 
 
-def takes(inputs: object, state: object, precision: Precision = "float32") -> bool:
+def takes(inputs: object, state: object, precision: Precision = "float32") -> TypeGuard[Tensor]:
     """Whether a layer's arguments are of the kind that `in_place` is for."""
     return (
         state is None
@@ -66,25 +68,22 @@ def takes(inputs: object, state: object, precision: Precision = "float32") -> bo
         and inputs.ndim == 3
         and inputs.numel() > 0
         and inputs.device.type == "cpu"
-        and (
-            precision == "bf16"
-            or (inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
-        )
+        and (precision == "bf16" or inputs.dtype == torch.float32)
     )
 
 
 def in_place(
-    layer: nn.LSTM, inputs: Tensor, token: Tensor, lr: float, precision: Precision = "float32"
+    layer: nn.LSTM, inputs: Tensor, deferred: Deferred, precision: Precision = "float32"
 ) -> Any:
-    """What `layer(inputs)` gives; the backward pass is also the SGD step at rate `lr`. With "bf16"
-    products are of numbers rounded to bfloat16; states and sums are float32."""
+    """What `layer(inputs)` gives; a backward pass finds the SGD step too. With "bf16" products are
+    of numbers rounded to bfloat16; states and sums are float32."""
     library = _library()
     assert library is not None  # `suits` said so
     compiled = library.steps[precision]
     steps = (inputs.transpose(0, 1) if layer.batch_first else inputs).float()
     last: list[tuple[Tensor, Tensor]] = []
     for weights in layer.all_weights:
-        steps, cell = _layer(compiled, steps, token, lr, weights)
+        steps, cell = _layer(compiled, steps, deferred, weights)
         last.append((steps[-1], cell))
     outputs = steps.transpose(0, 1) if layer.batch_first else steps
     h, c = (torch.stack(each) for each in zip(*last, strict=True))
@@ -92,40 +91,51 @@ def in_place(
 
 
 def _layer(
-    compiled: tuple[Any, Any], inputs: Tensor, token: Tensor, lr: float, weights: Sequence[Tensor]
+    compiled: tuple[Any, Any], inputs: Tensor, deferred: Deferred, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """[steps, batch, inputs] to hidden states [steps, batch, hidden] and last cells, from zeros."""
     apply = cast("Callable[..., tuple[Tensor, Tensor]]", _LayerStep.apply)
-    return apply(inputs, token, compiled, lr, *(weight.detach() for weight in weights))
+    return apply(inputs, *weights, compiled, deferred)
 
 
 class _LayerStep(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, inputs: Tensor, token: Tensor, compiled: Any, lr: float, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, inputs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        *weights, (forward, ctx.backward_step), ctx.deferred = rest
         steps, batch, width, size = *inputs.shape, weights[1].shape[1]
-        inputs = inputs.contiguous()
+        rows = inputs.contiguous()
         gates = inputs.new_empty(steps, batch, 4 * size)
         hidden, cells = (inputs.new_empty(steps + 1, batch, size) for _ in range(2))
         squashed = inputs.new_empty(steps, batch, size)
-        sizes = steps, batch, width, size
-        forward, backward = compiled
-        building.call(forward, *sizes, inputs, *weights, gates, hidden, cells, squashed)
-        ctx.save_for_backward(inputs, gates, hidden, cells, squashed)
-        ctx.sizes, ctx.weights, ctx.backward_step, ctx.lr = sizes, weights, backward, lr
+        ctx.sizes, ctx.weights = (steps, batch, width, size), weights
+        building.call(forward, *ctx.sizes, rows, *weights, gates, hidden, cells, squashed)
+        ctx.save_for_backward(inputs, *weights, rows, gates, hidden, cells, squashed)
         return hidden[1:], cells[-1].clone()
 
     @staticmethod
     def backward(ctx: Any, into_hidden: Tensor, into_cell: Tensor) -> Any:  # type: ignore[override]
-        inputs, *others = ctx.saved_tensors
+        inputs, w, u, b, b2, *others = ctx.saved_tensors
+        if not ctx.deferred.is_open:
+            found = plain_gradients(ctx, _plain, [inputs, w, u, b, b2], [into_hidden, into_cell])
+            return *found, None, None
         if into_hidden.stride(2) != 1:
             into_hidden = into_hidden.contiguous()
         into_cell = into_cell.clone(memory_format=torch.contiguous_format)
-        onward = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
-        arguments = into_hidden, *into_hidden.stride()[:2], into_cell, inputs, *others
-        building.call(ctx.backward_step, *ctx.sizes, *arguments, -ctx.lr, onward, *ctx.weights)
-        return (onward, *[None] * 7)
+        onward = torch.empty_like(others[0]) if ctx.needs_input_grad[0] else None
+        arguments = into_hidden, *into_hidden.stride()[:2], into_cell, *others
+        # Copies cost little: they are read once a batch, and the weights once a step in time.
+        weights = ctx.deferred.copies(ctx.weights)
+        factor = -ctx.deferred.lr
+        building.call(ctx.backward_step, *ctx.sizes, *arguments, factor, onward, *weights)
+        return (onward, *[None] * 6)
+
+
+def _plain(inputs: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_LayerStep` gives, by PyTorch."""
+    zeros = inputs.new_zeros(1, inputs.shape[1], weights[1].shape[1])
+    options = (True, 1, 0.0, True, False, False)  # biases, layers, dropout, training, …
+    outputs, _, cells = cast(Any, torch).lstm(inputs, (zeros, zeros), weights, *options)
+    return outputs, cells[0]
 
 
 class _Library(NamedTuple):
@@ -190,8 +200,10 @@ def _agrees(library: _Library, precision: str) -> bool:
     outputs = torch.stack(states)
     onward, *gradients = torch.autograd.grad((outputs * into).sum(), [inputs, *weights])
     expected = [w.detach() - lr * g for w, g in zip(weights, gradients, strict=True)]
-    found, _ = _layer(library.steps[precision], inputs, inputs, lr, weights)
-    (found_onward,) = torch.autograd.grad((found * into).sum(), [inputs])
+    deferred = Deferred()
+    found, _ = _layer(library.steps[precision], inputs, deferred, weights)
+    with deferred.open(lr):
+        (found_onward,) = torch.autograd.grad((found * into).sum(), [inputs])
     pairs = [(outputs, found), (onward, found_onward), *zip(expected, weights, strict=True)]
     tolerance = _TOLERANCES[precision]
     return all(torch.allclose(a, b, rtol=0.0, atol=tolerance) for a, b in pairs)

@@ -3,8 +3,8 @@
 With products in bfloat16, PyTorch writes what a convolution gives, four times what is left of it
 after pooling, and reads it again, and going back it writes as much, three quarters of it zeros.
 `pooled_convolution.cpp` pools what the processor's tile unit (AMX) gives before it leaves the
-cache, and takes the SGD step of the layer in the backward pass, as the linear layers of
-`potluck.tasks.inplace` do, which chooses these too.
+cache, and its backward pass finds the SGD step of the layer too (`potluck.tasks.deferred`), as that
+of the linear layers of `potluck.tasks.inplace` does, which chooses these too.
 
 Factors of products are rounded to bfloat16, the pooled maps and the gradients that flow back too;
 sums and the step are float32. Elsewhere, and for other convolutions, PyTorch does it.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from potluck.tasks import building
 from potluck.tasks.convolution import padding_of
+from potluck.tasks.deferred import Deferred, plain_gradients
 from potluck.tasks.pooling import relu_of_max_pool
 
 _SOURCES = building.sources("pooled_convolution.cpp", "products.hpp", "tiles.hpp")
@@ -33,14 +34,14 @@ _POINTER = ctypes.c_void_p
 _SIZES = [ctypes.c_int64, *[ctypes.c_int] * 5]
 _FORWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 5)
 _BACKWARD = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 3, ctypes.c_float, *[_POINTER] * 3)
-_IN_PLACE = "pooled_in_place"  # of a layer: what does it instead
+IN_PLACE = "pooled_in_place"  # of a layer: what does it instead
 
 Step = Callable[[Tensor], Tensor]
 
 
 def pooled(layer: nn.Conv2d, images: Tensor) -> Tensor:
     """relu(max_pool2d(layer(images), 2)) of images [batch, channels, height, width]."""
-    step: Step | None = getattr(layer, _IN_PLACE, None)
+    step: Step | None = getattr(layer, IN_PLACE, None)
     return plain(layer, images) if step is None else step(images)
 
 
@@ -50,17 +51,7 @@ def plain(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return relu_of_max_pool(layer(images))
 
 
-def replace(layer: nn.Conv2d, step: Step) -> None:
-    """Let `pooled` of this layer be `step`."""
-    setattr(layer, _IN_PLACE, step)
-
-
-def restore(layer: nn.Conv2d) -> None:
-    """Undo `replace`."""
-    delattr(layer, _IN_PLACE)
-
-
-def suits(layer: nn.Module) -> bool:
+def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer's pooled steps can be compiled here."""
     if type(layer) is not nn.Conv2d or layer.bias is None:
         return False
@@ -72,8 +63,6 @@ def suits(layer: nn.Module) -> bool:
         and padding_of(layer) == (side // 2, side // 2)
         and (channels == 1 or channels % _COLUMNS == 0)
         and layer.out_channels % _COLUMNS == 0
-        and layer.weight.requires_grad
-        and layer.bias.requires_grad
         and _library() is not None
     )
 
@@ -90,44 +79,49 @@ def takes(layer: nn.Conv2d, images: Tensor) -> bool:
     )
 
 
-def in_place(layer: nn.Conv2d, images: Tensor, token: Tensor, lr: float) -> Tensor:
-    """What `pooled(layer, images)` gives; the backward pass is also the SGD step at rate `lr`."""
+def in_place(layer: nn.Conv2d, images: Tensor, deferred: Deferred) -> Tensor:
+    """What `pooled(layer, images)` gives; a backward pass finds the SGD step too."""
     library = _library()
     assert library is not None  # `suits` said so
-    assert layer.bias is not None
     apply = cast("Callable[..., Tensor]", _Step.apply)
-    return apply(images, token, library, lr, layer.weight.detach(), layer.bias.detach())
+    return apply(images, layer.weight, layer.bias, library, deferred)
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, images: Tensor, token: Tensor, library: Any, lr: float, *layer: Tensor
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, library: Any, deferred: Any
     ) -> Tensor:
-        weight, bias = layer
         rows = _rows(images)
         batch, height, width, channels = rows.shape
         shape = batch, height // 2, width // 2, len(weight)
         maps = torch.empty(shape, dtype=torch.bfloat16)
         which = torch.empty(shape, dtype=torch.uint8)
         sizes = batch, height, width, channels, len(weight), weight.shape[-1]
-        forward, backward = library
+        forward, ctx.backward_step = library
         building.call(forward, *sizes, rows, weight, bias, maps, which)
-        ctx.save_for_backward(rows, which)
-        ctx.sizes, ctx.kind, ctx.backward_step, ctx.lr = sizes, images.dtype, backward, lr
-        ctx.layer = layer
+        ctx.save_for_backward(images, weight, bias, rows, which)
+        ctx.sizes, ctx.deferred, ctx.layer = sizes, deferred, [weight, bias]
         return maps.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, into: Tensor) -> Any:  # type: ignore[override]
-        rows, which = ctx.saved_tensors
+        images, weight, bias, rows, which = ctx.saved_tensors
+        if not ctx.deferred.is_open:
+            return *plain_gradients(ctx, _plain, [images, weight, bias], [into]), None, None
         onward = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        building.call(
-            ctx.backward_step, *ctx.sizes, rows, _rows(into), which, -ctx.lr, onward, *ctx.layer
-        )
+        layer, factor = ctx.deferred.copies(ctx.layer), -ctx.deferred.lr
+        flows = rows, _rows(into), which, factor, onward
+        building.call(ctx.backward_step, *ctx.sizes, *flows, *layer)
         if onward is not None:
-            onward = onward.permute(0, 3, 1, 2).to(ctx.kind)
-        return (onward, *[None] * 5)
+            onward = onward.permute(0, 3, 1, 2).to(images.dtype)
+        return (onward, *[None] * 4)
+
+
+def _plain(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What `_Step` gives, not rounded."""
+    maps = functional.conv2d(images.float(), weight, bias, padding=weight.shape[-1] // 2)
+    return functional.relu(functional.max_pool2d(maps, 2))
 
 
 def _rows(images: Tensor) -> Tensor:
@@ -162,10 +156,11 @@ def _agrees(library: tuple[Any, Any], channels: int) -> bool:
     maps = functional.conv2d(images, first, second, padding=1)
     maps = functional.relu(functional.max_pool2d(maps, 2))
     *onward, change, shift = torch.autograd.grad((maps * into).sum(), [*flowing, first, second])
-    token = torch.zeros((), requires_grad=True)
+    deferred = Deferred()
     apply = cast("Callable[..., Tensor]", _Step.apply)
-    found = apply(images, token, library, lr, kernel, bias)
-    mine = torch.autograd.grad((found * into).sum(), [*flowing, token], allow_unused=True)
+    found = apply(images, kernel.requires_grad_(), bias, library, deferred)
+    with deferred.open(lr):
+        mine = torch.autograd.grad((found * into).sum(), [*flowing, kernel], allow_unused=True)
     pairs = [(maps, found), (first - lr * change, kernel), (second - lr * shift, bias)]
     pairs += zip(onward, mine, strict=False)
     return all(torch.allclose(a, b.float(), rtol=0.0, atol=_TOLERANCE) for a, b in pairs)

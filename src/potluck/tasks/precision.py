@@ -8,9 +8,9 @@ bf16      factors, and what layers hand on, in bfloat16 (8 bits), where PyTorch'
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 
@@ -57,6 +57,19 @@ def products(precision: Precision) -> Generator[None]:
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context of a forward pass."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def floated(outputs: Any) -> Any:
+    """What a model gives, one tensor or tuples, lists and dictionaries of them, in float32."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.is_floating_point() else outputs
+    kind: Any = cast(Any, type(outputs))
+    if isinstance(outputs, Mapping):
+        return {name: floated(part) for name, part in cast("Mapping[Any, Any]", outputs).items()}
+    if isinstance(outputs, tuple | list):
+        parts = map(floated, cast("list[Any]", outputs))
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    return outputs
 
 
 def _parts() -> list[Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from potluck.tasks.correction import Pull
 from potluck.tasks.metrics import cross_entropy
+from potluck.tasks.plain import are_hooked, is_plain, is_quiet
 from potluck.tasks.task import Task
 
 
@@ -206,7 +207,7 @@ _FLATTEN, _RELU = "flatten", "relu"
 def _chain(module: nn.Module) -> list[Any] | None:
     """The steps from input to output of a module that is a chain: linear layers, "flatten" and
     "relu". None if it is anything else, or cannot be followed."""
-    if any(_is_changed(part) for part in module.modules()):
+    if not all(map(is_quiet, module.modules())) or are_hooked(module.parameters()):
         return None
     try:
         graph = fx.symbolic_trace(module).graph
@@ -229,21 +230,13 @@ def _step(module: nn.Module, node: fx.Node) -> Any:
     rest = (*node.args[1:], *node.kwargs.items())
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))
-        if type(part) is nn.Linear:
+        if is_plain(part, nn.Linear):
             return part
-        if type(part) is nn.Flatten and (part.start_dim, part.end_dim) == (1, -1):
-            return _FLATTEN
-        return _RELU if type(part) is nn.ReLU else None
+        if is_plain(part, nn.Flatten):
+            axes = cast("nn.Flatten", part)
+            return _FLATTEN if (axes.start_dim, axes.end_dim) == (1, -1) else None
+        return _RELU if is_plain(part, nn.ReLU) else None
     if node.target in ("flatten", torch.flatten) and rest in ((1,), (("start_dim", 1),)):
         return _FLATTEN
     relus = ("relu", torch.relu, functional.relu)
     return _RELU if node.target in relus and rest in ((), (("inplace", False),)) else None
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _is_changed(part: nn.Module) -> bool:
-    """Whether more happens in a part than its class says: hooks, or a forward of its own."""
-    hooks: list[Any] = [vars(part)[name] for name in _HOOKS]
-    return any(hooks) or "forward" in vars(part)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from potluck.core import Spec
@@ -27,6 +27,7 @@ from potluck.tasks.correction import Pull
 from potluck.tasks.data import lengths, trimmed
 from potluck.tasks.draws import Draw, Given, Recording, drawn
 from potluck.tasks.local import Judged
+from potluck.tasks.plain import has_hooks
 from potluck.tasks.task import Task, averaged_tensors
 
 _Tensors = Mapping[str, Tensor]
@@ -83,6 +84,8 @@ class Vectorised:
         pull: Pull,
     ) -> Tensor:
         """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients]."""
+        if not self._is_known:
+            refuse_hooks(self._judged)
         inputs, targets = self._stacked(batches)
         counters = self._counters[clients[0]]
         trained, frozen, buffers = (
@@ -201,6 +204,17 @@ def slow_operators_refused() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")
         yield
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Refuse parameters with hooks, which other tensors in their place do not have.
+
+    Raises:
+        RuntimeError: there are some.
+    """
+    hooked = [name for name, p in module.named_parameters() if has_hooks(p)]
+    if hooked:
+        raise RuntimeError(f"hooks on the gradients of {', '.join(hooked)} are not called")
 
 
 def _flat(targets: NDArray[Any]) -> NDArray[Any]:

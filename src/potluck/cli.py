@@ -162,7 +162,8 @@ def report(
         out.parent.mkdir(parents=True, exist_ok=True)
         pictures = [out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".svg")]
         text = out.with_name(f"{out.name}.md")
-        text.write_text("\n".join([markdown(header(costs), rows), *notes(costs)]).rstrip() + "\n")
+        content = "\n".join([markdown(header(costs), rows), *notes(costs)]).rstrip() + "\n"
+        text.write_text(content, encoding="utf-8")
         draw(costs, pictures, x)
         typer.echo(f"written: {', '.join(map(str, [text, *pictures]))}", err=True)
 

@@ -10,6 +10,8 @@ from typing import Annotated, ParamSpec
 
 import typer
 
+from potluck.formats import printable
+
 P = ParamSpec("P")
 
 ExperimentFile = Annotated[
@@ -50,7 +52,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except (PotluckError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             if kwargs.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            typer.echo(f"error: {_one_line(error)}", err=True)
+            typer.echo(f"error: {printable(_one_line(error))}", err=True)
             raise typer.Exit(1) from None
 
     return wrapped

@@ -9,7 +9,17 @@ from collections.abc import Iterable, Sequence
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )
+
+
+def printable(text: str) -> str:
+    """The text on one line, with what a terminal would act upon (line ends, terminal codes, marks
+    that turn the direction of writing) written as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def format_bytes(number: float) -> str:

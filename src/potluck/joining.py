@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from potluck.command import Debug, command
+from potluck.formats import printable
 
 if TYPE_CHECKING:
     from potluck.tasks import FederatedData
@@ -104,7 +105,9 @@ def join(
         name=name,
         limit_bytes=daily_limit,
         show=lambda event: typer.echo(
-            " ".join([event.what, f"round {event.round}" * bool(event.round), event.detail]).strip()
+            printable(
+                " ".join([event.what, f"round {event.round}" * bool(event.round), event.detail])
+            ).strip()
         ),
     )
     if not whole:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from potluck.formats import markdown
+from potluck.formats import markdown, printable
 
 
 def show_table(
@@ -26,6 +26,8 @@ def show_table(
     from rich.console import Console
     from rich.table import Table
 
+    header = [printable(cell) for cell in header]
+    rows = [[printable(cell) for cell in row] for row in rows]
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         typer.echo(markdown(header, rows), nl=False)
@@ -43,8 +45,9 @@ def show_table(
 
 def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns."""
-    width = max(len(name) for name, _ in pairs)
-    for name, value in pairs:
+    shown = [(printable(name), printable(value)) for name, value in pairs]
+    width = max(len(name) for name, _ in shown)
+    for name, value in shown:
         typer.echo(f"{name:<{width}}  {value}")
 
 

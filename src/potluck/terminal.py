@@ -122,10 +122,10 @@ def with_bar(
         clients: what the executor tells of the round under way.
     """
     columns = (
-        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[clients]}"),
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}", markup=False),
+        TextColumn("{task.fields[clients]}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeRemainingColumn(compact=True),
     )
     tally = Tally.of(history)

@@ -63,7 +63,7 @@ class Judge:
         from potluck.tasks import evaluate
 
         with kernel_threads(1):
-            return evaluate(self._load(), weights)
+            return evaluate(self._load(), weights, seed=self._experiment.run.seed)
 
     def close(self) -> None:
         """Nothing is held but memory."""

@@ -326,7 +326,8 @@ def _train(
         show_pairs(outcome(costs[-1]))
         if per_client:
             task = build_task(experiment, data)
-            show_pairs(per_client_rows(federated_evaluation(task, read_weights(directory))))
+            found = federated_evaluation(task, read_weights(directory), seed=seed)
+            show_pairs(per_client_rows(found))
     if seeds > 1:
         typer.echo()
         show_table(header(costs), table(costs), keys=2)

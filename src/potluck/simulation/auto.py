@@ -112,6 +112,7 @@ class Auto:
         states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
         """Local training of one cohort, each client of which received the same."""
+        self._task.begin(seed)
         if len(cohort) > 0 and algorithm != self._algorithm:
             mean = empty_mean(algorithm, len(received))
             work = Work(self._task, algorithm, received, seed, round, states, mean)

@@ -45,6 +45,7 @@ from potluck.simulation.workers import OneByOne
 from potluck.tasks import Evaluator, Task, evaluation_batches, means
 from potluck.tasks.placement import device_of
 from potluck.tasks.precision import Precision, check_precision
+from potluck.tasks.task import Remade
 
 Local: TypeAlias = Literal["auto", "loop", "vmap"]
 
@@ -157,6 +158,7 @@ class Cluster:
         Raises:
             WorkerError: no worker is left and none starts, or a worker failed otherwise.
         """
+        self._task.begin(seed)
         self._calls += 1
         largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
         training = _Training(self._calls, algorithm, received, seed, round, None)
@@ -183,7 +185,7 @@ class Cluster:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches dealt out."""
         self._calls += 1
-        placed = self._ray.put(weights)
+        placed = self._ray.put((weights, self._task.last_seed()))
         dealt = self._hands.deal(
             range(self._num_batches),
             lambda actor, numbers: actor.evaluate.remote(placed, self._calls, numbers),
@@ -247,8 +249,7 @@ class _Labour:
         self._task = means.task
         self._precision: Precision = means.precision
         self._device = None if means.device is None else device_of(means.device)
-        self._trainers: dict[int | None, Vmap | OneByOne] = {}  # by clients side by side
-        self._evaluator = Evaluator(self._task, self._device)
+        self._model = Remade(self._task, self._make)
         self._batches = evaluation_batches(self._task)
         self._mean = FixedPointMean(0)
         self._received: Vector = np.empty(0, np.float32)
@@ -261,6 +262,7 @@ class _Labour:
         self, training: _Training, clients: NDArray[np.int64], states: Mapping[int, Vector]
     ) -> Estimate:
         """What a local step costs here, one after another and side by side."""
+        self._model.begin(training.seed)
         received = training.received.copy()
         _, algorithm, _, seed, round, _ = training
         mean = empty_mean(algorithm, len(received))
@@ -277,6 +279,7 @@ class _Labour:
         """Train clients and add their updates to the partial sum; also what they keep."""
         if training.number != self._call:
             self._call = training.number
+            self._model.begin(training.seed)
             self._received = training.received.copy()  # what Ray gives cannot be written to
             self._mean = empty_mean(training.algorithm, len(self._received))
         outcomes: list[Outcome] = []
@@ -288,6 +291,10 @@ class _Labour:
             if state is not None:
                 kept[outcome.client] = state.copy()
         return outcomes, kept
+
+    def _make(self) -> None:
+        self._trainers: dict[int | None, Vmap | OneByOne] = {}  # by clients side by side
+        self._evaluator = Evaluator(self._task, self._device)
 
     def _trainer(self, chunk: int | None) -> Vmap | OneByOne:
         if chunk not in self._trainers:
@@ -305,10 +312,14 @@ class _Labour:
         self._mean = FixedPointMean(len(self._received), wide=self._mean.wide)
         return partial
 
-    def evaluate(self, weights: Vector, call: int, numbers: list[int]) -> list[tuple[int, Any]]:
+    def evaluate(
+        self, model: tuple[Vector, int], call: int, numbers: list[int]
+    ) -> list[tuple[int, Any]]:
         """The sums of batches of the central evaluation, with their numbers."""
         if call != self._call:
             self._call = call
+            weights, seed = model
+            self._model.begin(seed)
             self._evaluator.load(weights)
         return [(number, self._evaluator.sums(self._batches[number])) for number in numbers]
 

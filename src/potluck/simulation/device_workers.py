@@ -103,6 +103,7 @@ class DeviceWorkers:
         Raises:
             WorkerError: a process died or failed. The executor is closed.
         """
+        self._task.begin(seed)
         parts = divided(cohort, self._task.data.sizes[cohort], len(self._processes))
         requests = [
             _Request(algorithm, received, part, seed, round,
@@ -128,7 +129,7 @@ class DeviceWorkers:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, by the first process."""
         nobody = np.empty(0, np.int64)
-        (metrics,) = self._ask([_Request(None, weights, nobody, 0, 0, {})])
+        (metrics,) = self._ask([_Request(None, weights, nobody, self._task.last_seed(), 0, {})])
         return metrics
 
     def close(self) -> None:
@@ -244,6 +245,7 @@ def _serve(
 
 
 def _answer(vmap: Vmap, request: _Request) -> Any:
+    vmap.begin(request.seed)
     if request.algorithm is None:
         return vmap.evaluate(request.received)
     mean, result = vmap.train_part(

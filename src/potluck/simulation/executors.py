@@ -23,6 +23,8 @@ from potluck.memory import keep_freed
 from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
 from potluck.tasks.inplace import SMALLEST
 from potluck.tasks.precision import Precision
+from potluck.tasks.randomness import kept_randomness
+from potluck.tasks.task import Remade
 
 
 class Failure(NamedTuple):
@@ -99,16 +101,12 @@ class Loop:
     ) -> None:
         keep_freed()
         self._task = task
-        self._num_threads = num_threads = as_count("num_threads", num_threads)
-        self._runtime = TorchRuntime(
-            task,
-            precision,
-            one_thread=num_threads == 1,
-            fused_from=SMALLEST if fused else None,
-        )
-        self._evaluator = Evaluator(task)
+        self._num_threads = as_count("num_threads", num_threads)
+        self._precision: Precision = precision
+        self._fused_from = SMALLEST if fused else None
         self._test = evaluation_batches(task)
         self._mean: FixedPointMean | None = None
+        self._model = Remade(task, self._make)
 
     def train(
         self,
@@ -121,10 +119,11 @@ class Loop:
         states: Mapping[int, Vector] = NO_STATES,
     ) -> CohortResult:
         """Local training of one cohort, each client of which received the same."""
+        self._model.begin(seed)
         mean = self._mean = empty_mean(algorithm, len(received), self._mean)
         kept: dict[int, Vector] = {}
         outcomes: list[Outcome] = []
-        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
+        with kept_randomness(), kernel_threads(self._num_threads):
             for client in map(int, cohort):
                 outcome, state = train_client(
                     self._task,
@@ -144,12 +143,22 @@ class Loop:
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
+        self._model.follow()
         self._evaluator.load(weights)
         with kernel_threads(self._num_threads):
             return means([self._evaluator.sums(b) for b in self._test])
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _make(self) -> None:
+        self._runtime = TorchRuntime(
+            self._task,
+            self._precision,
+            one_thread=self._num_threads == 1,
+            fused_from=self._fused_from,
+        )
+        self._evaluator = Evaluator(self._task)
 
 
 def empty_mean(

@@ -144,6 +144,7 @@ def _rounds(
 ) -> Iterator[Round]:
     started = time.perf_counter()
     own = isinstance(executor, str)
+    task.begin(seed)
     spec = roles(task)
     algorithm = with_statistics(compressed(algorithm, codec, spec), spec)
     runner = make_executor(executor, task) if isinstance(executor, str) else executor

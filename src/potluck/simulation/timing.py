@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from potluck.simulation.executors import kernel_threads
@@ -19,6 +18,7 @@ from potluck.simulation.trial import play, shortened
 from potluck.simulation.vmap import chunk_for
 from potluck.tasks import CohortRuntime, TorchRuntime
 from potluck.tasks.device_cohort import DeviceCohort
+from potluck.tasks.randomness import kept_randomness
 
 _FEW, _MORE = 1, 4  # steps
 _REPEATS = 3  # of which the fastest counts, the first of all being no measure
@@ -53,7 +53,7 @@ def estimate(
     offsets = work.task.data.offsets
     sizes = offsets[cohort + 1] - offsets[cohort]
     cohort = cohort[np.argsort(-sizes, kind="stable")]
-    with torch.random.fork_rng(devices=[]), kernel_threads(1):
+    with kept_randomness(), kernel_threads(1):
         plain = TorchRuntime(work.task, one_thread=True)
         usual = chunk_for(plain.spec.num_bytes) if placed is None else placed.chunk
         usual = min(usual, len(cohort))

@@ -17,6 +17,7 @@ from potluck.core import Vector, stream
 from potluck.core.validate import as_count
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, kernel_threads
 from potluck.tasks import Evaluator, Examples, Task, evaluation_batches, means
+from potluck.tasks.task import Remade
 
 
 class WithTrainLoss:
@@ -29,7 +30,8 @@ class WithTrainLoss:
 
     def __init__(self, inner: Executor, task: Task, num_examples: int) -> None:
         self._inner = inner
-        self._evaluator = Evaluator(task)
+        self._task = task
+        self._model = Remade(task, self._make)
         train = task.data.train
         order = stream(0, "train-loss").permutation(train.num_examples)
         rows = np.sort(order[: as_count("num_examples", num_examples)])
@@ -52,6 +54,7 @@ class WithTrainLoss:
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation by the other executor, and the loss on the sample."""
         metrics = self._inner.evaluate(weights)
+        self._model.follow()
         self._evaluator.load(weights)
         with kernel_threads(1):  # the same bits whatever the executor
             loss = means([self._evaluator.sums(batch) for batch in self._batches])["loss"]
@@ -60,3 +63,6 @@ class WithTrainLoss:
     def close(self) -> None:
         """Close the other executor."""
         self._inner.close()
+
+    def _make(self) -> None:
+        self._evaluator = Evaluator(self._task)

@@ -20,7 +20,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -52,9 +51,12 @@ from potluck.tasks import (
     means,
 )
 from potluck.tasks.device_cohort import DeviceCohort
+from potluck.tasks.evaluation import EVALUATION_BATCH
 from potluck.tasks.placement import device_of, unpacked_rnns
 from potluck.tasks.pooled_device import PooledOnDevice
 from potluck.tasks.precision import Precision, check_precision, products
+from potluck.tasks.randomness import kept_randomness
+from potluck.tasks.task import Remade
 
 _LOG = logging.getLogger("potluck")
 _CHUNK = 256  # clients, beyond which a larger chunk gains nothing
@@ -91,32 +93,15 @@ class Vmap:
         if chunk is not None:
             chunk = as_count("chunk", chunk, 1, "Leave it out to fit the model.")
         self._task = task
-        self._num_threads = num_threads = as_count("num_threads", num_threads)
-        self._oracle = TorchRuntime(task, fused_from=None)
+        self._num_threads = as_count("num_threads", num_threads)
+        self._asked = chunk, compiles, device
         self._precision: Precision = precision
         self._tolerance = _TOLERANCES.get(precision, TOLERANCE)
-        self._device_cohort = _placed(task, device, precision, chunk)
-        self._cohort: CohortRuntime | DeviceCohort
-        if self._device_cohort is None:
-            self._cohort = CohortRuntime(task, compiles=compiles)
-            self._pooling = Pooling(task, self._oracle)
-            self._evaluator, self._test = Evaluator(task), evaluation_batches(task)
-            self.chunk = chunk or chunk_for(self._oracle.spec.num_bytes)
-        else:
-            self._cohort = placed = self._device_cohort
-            pooled = PooledOnDevice(task, placed.device, precision, placed.resident())
-            self._pooling = Pooling(task, self._oracle, pooled, self._tolerance)
-            self._evaluator = Evaluator(task, placed.device)
-            self._test = evaluation_batches(task, size=_EVALUATED)
-            self.chunk = placed.chunk
-        self._tried: set[object] = set()  # kinds of corrections that agreed with the plain loop
         self.refused: str | None = None
         """Why the plain loop trains this task; None if it does not."""
-
-    @cached_property
-    def _plain(self) -> TorchRuntime:
-        """What trains a model, or one client, that cannot be vectorised."""
-        return TorchRuntime(self._task, one_thread=self._num_threads == 1)
+        self._model = Remade(task, self._make)
+        size = EVALUATION_BATCH if self._device_cohort is None else _EVALUATED
+        self._test = evaluation_batches(task, size=size)
 
     @property
     def placed(self) -> DeviceCohort | None:
@@ -150,6 +135,7 @@ class Vmap:
         states: Mapping[int, Vector] = NO_STATES,
     ) -> tuple[FixedPointMean, CohortResult]:
         """The same, with the sum that the aggregate was made of."""
+        self.begin(seed)
         offsets = self._task.data.offsets
         sizes = offsets[cohort + 1] - offsets[cohort]
         cohort = cohort[np.argsort(-sizes, kind="stable")]
@@ -157,12 +143,16 @@ class Vmap:
         work = Work(self._task, algorithm, received, seed, round, states, mean)
         outcomes: list[Outcome] = []
         kept: dict[int, Vector] = {}
-        with torch.random.fork_rng(devices=[]), kernel_threads(self._num_threads):
+        with kept_randomness(), kernel_threads(self._num_threads):
             for outcome, state in self.train_clients(work, cohort):
                 outcomes.append(outcome)
                 if state is not None:
                     kept[outcome.client] = state
         return mean, summarise(mean, outcomes, kept)
+
+    def begin(self, seed: int) -> None:
+        """Train and evaluate the model of a run with this seed from now on."""
+        self._model.begin(seed)
 
     def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
         """The client halves of these clients, into the mean of `work`; neighbours side by side."""
@@ -180,6 +170,7 @@ class Vmap:
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
+        self._model.follow()
         self._evaluator.load(weights)
         precise = nullcontext() if self._device_cohort is None else products(self._precision)
         with kernel_threads(self._num_threads), precise, unpacked_rnns():
@@ -187,6 +178,27 @@ class Vmap:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _make(self) -> None:
+        """All that trains and evaluates."""
+        task, precision, (chunk, compiles, device) = self._task, self._precision, self._asked
+        self._slow: TorchRuntime | None = None
+        self._oracle = TorchRuntime(task, fused_from=None)
+        self._device_cohort = _placed(task, device, precision, chunk)
+        self._cohort: CohortRuntime | DeviceCohort
+        if self._device_cohort is None:
+            self._cohort = CohortRuntime(task, compiles=compiles)
+            self._pooling = Pooling(task, self._oracle)
+            self._evaluator = Evaluator(task)
+            self.chunk = chunk or chunk_for(self._oracle.spec.num_bytes)
+        else:
+            self._cohort = placed = self._device_cohort
+            pooled = PooledOnDevice(task, placed.device, precision, placed.resident())
+            self._pooling = Pooling(task, self._oracle, pooled, self._tolerance)
+            self._evaluator = Evaluator(task, placed.device)
+            self.chunk = placed.chunk
+        self._tried: set[object] = set()  # kinds of corrections that agreed with the plain loop
+        self.refused = None
 
     def _fits(self, cohort: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which clients have data that the device may be given."""
@@ -240,6 +252,13 @@ class Vmap:
                     self._refuse(error)
                 return done + plain
         return done + self._train_plain(work, waiting)
+
+    @property
+    def _plain(self) -> TorchRuntime:
+        """What trains a model, or one client, that cannot be vectorised."""
+        if self._slow is None:
+            self._slow = TorchRuntime(self._task, one_thread=self._num_threads == 1)
+        return self._slow
 
     def _train_plain(self, work: Work, recorders: Sequence[Recorder]) -> list[Trained]:
         return [work.train(recorder.client, self._plain) for recorder in recorders]

@@ -49,6 +49,7 @@ from potluck.simulation.slots import Slots
 from potluck.simulation.vmap import Trained, Vmap
 from potluck.tasks import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
 from potluck.tasks.precision import Precision, check_precision
+from potluck.tasks.task import Remade
 
 
 class _Shared(NamedTuple):
@@ -60,7 +61,7 @@ class _Shared(NamedTuple):
 
 
 class _Training(NamedTuple):
-    """What the workers are asked in a round; None asks them to evaluate."""
+    """What the workers are asked in a round; a seed alone asks to evaluate a model of its run."""
 
     algorithm: Algorithm
     length: int  # of what was received, and of an update
@@ -137,6 +138,7 @@ class Workers:
         Raises:
             WorkerError: a worker process died. The executor is closed.
         """
+        self._task.begin(seed)
         self._make_room(algorithm)
         offsets = self._task.data.offsets
         sizes = offsets[cohort + 1] - offsets[cohort]
@@ -171,7 +173,7 @@ class Workers:
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches shared out."""
-        replies = self._ask(weights, None)
+        replies = self._ask(weights, self._task.last_seed())
         numbered = sorted((pair for reply in replies for pair in reply), key=lambda pair: pair[0])
         return means([sums for _, sums in numbered])
 
@@ -251,7 +253,7 @@ class Workers:
         theirs.close()
         return _Worker(process, ours, _int64(partial))
 
-    def _ask(self, received: Vector, request: _Training | None) -> list[Any]:
+    def _ask(self, received: Vector, request: _Training | int) -> list[Any]:
         """Send one request to all workers and wait for all replies."""
         if not self._workers:
             raise WorkerError("the workers were closed. Make a new executor.")
@@ -323,7 +325,10 @@ def _serve(
         except (EOFError, OSError):
             return
         try:
-            reply: Any = labour.evaluate() if request is None else labour.train(request)
+            if isinstance(request, int):
+                reply: Any = labour.evaluate(request)
+            else:
+                reply = labour.train(request)
         except Exception as error:
             reply = f"a worker failed: {type(error).__name__}: {error}"
         try:
@@ -348,12 +353,15 @@ class _Labour:
         self._task, self._dim, self._shared, self._parent = task, dim, shared, parent
         self._received: Vector = np.frombuffer(shared.received, np.float32)
         self._partial = partial
-        self._trainer = OneByOne(task, precision) if chunk is None else Vmap(task, chunk)
-        self._evaluator, self._batches = Evaluator(task), evaluation_batches(task)
+        self._chunk = chunk
+        self._precision: Precision = precision
+        self._batches = evaluation_batches(task)
+        self._model = Remade(task, self._make)
 
     def train(self, request: _Training) -> _Trained:
         """Train clients until there are no more, and add their updates to the partial sum."""
         algorithm, length, cohort, _, _, jobs, seed, round = request
+        self._model.begin(seed)
         wide = num_wide(algorithm)
         mean = FixedPointMean(length, self._partial[: length + wide], wide)
         outcomes: list[Outcome] = []
@@ -371,11 +379,17 @@ class _Labour:
                     written[place_of[outcome.client]] = len(state)
         return _Trained(mean.total, mean.bound, outcomes, written)
 
-    def evaluate(self) -> list[tuple[int, Any]]:
+    def evaluate(self, seed: int) -> list[tuple[int, Any]]:
         """Evaluate batches until there are no more."""
+        self._model.begin(seed)
         self._evaluator.load(self._received[: self._dim])
         jobs = self._jobs(len(self._batches))
         return [(job, self._evaluator.sums(self._batches[job])) for job in jobs]
+
+    def _make(self) -> None:
+        task, chunk = self._task, self._chunk
+        self._trainer = OneByOne(task, self._precision) if chunk is None else Vmap(task, chunk)
+        self._evaluator = Evaluator(task)
 
     def _states(self, request: _Training, places: range) -> dict[int, Vector]:
         """What the clients in these places keep."""

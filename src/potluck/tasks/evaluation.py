@@ -20,10 +20,13 @@ EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
 class Evaluator:
     """One module in evaluation mode, for any number of models; on a CPU if no device is given."""
 
-    def __init__(self, task: Task, device: torch.device | None = None) -> None:
+    def __init__(
+        self, task: Task, device: torch.device | None = None, seed: int | None = None
+    ) -> None:
         self._task = task
         self._device = device or torch.device("cpu")
-        self._module = task.module().eval().to(self._device)
+        self._module, self._loss, self._metrics = task.parts(seed)
+        self._module.eval().to(self._device)
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
 
@@ -35,10 +38,10 @@ class Evaluator:
         """Of one batch: name to [sum, count], the loss among them."""
         with torch.inference_mode():
             outputs, targets = self._outputs(examples)
-            loss = float(self._task.loss(outputs, targets))
-            count = getattr(self._task.loss, "count", len)(targets)
+            loss = float(self._loss(outputs, targets))
+            count = getattr(self._loss, "count", len)(targets)
             sums = {"loss": np.array([loss * count, count])}
-            for name, metric in self._task.metrics.items():
+            for name, metric in self._metrics.items():
                 values = metric(outputs, targets).double()
                 counts = ~values.isnan()
                 sums[name] = np.array([float(values.nansum()), float(counts.sum())])
@@ -49,7 +52,7 @@ class Evaluator:
         with torch.inference_mode():
             outputs, targets = self._outputs(examples)
             result: dict[str, NDArray[np.float64]] = {}
-            for name, metric in self._task.metrics.items():
+            for name, metric in self._metrics.items():
                 values = metric(outputs, targets).double().reshape(len(targets), -1)
                 counts = (~values.isnan()).sum(1).double()
                 result[name] = torch.stack([values.nansum(1), counts], dim=1).cpu().numpy()
@@ -97,10 +100,20 @@ def means(sums: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
     }
 
 
-def evaluate(task: Task, weights: Vector, examples: Examples | None = None) -> dict[str, float]:
+def evaluate(
+    task: Task, weights: Vector, examples: Examples | None = None, *, seed: int | None = None
+) -> dict[str, float]:
     """Central evaluation: the mean loss and metrics of a model, on the task's test examples if
-    no others are given."""
-    evaluator = Evaluator(task)
+    no others are given.
+
+    Args:
+        seed: of the run that the weights are of, where the model draws more than its weights; not
+            needed while the task was used for one seed only.
+
+    Raises:
+        ValueError: it is needed, and was not given.
+    """
+    evaluator = Evaluator(task, seed=task.only_seed() if seed is None else seed)
     evaluator.load(weights)
     return means([evaluator.sums(b) for b in evaluation_batches(task, examples)])
 
@@ -114,7 +127,9 @@ class FederatedMetric(NamedTuple):
     worst_decile: float  # the mean over the worst tenth of the clients
 
 
-def federated_evaluation(task: Task, weights: Vector) -> Mapping[str, FederatedMetric]:
+def federated_evaluation(
+    task: Task, weights: Vector, *, seed: int | None = None
+) -> Mapping[str, FederatedMetric]:
     """Evaluate a model on every client's own test examples (its training ones if it has none).
 
     Each metric is taken to be better the larger it is.
@@ -123,7 +138,7 @@ def federated_evaluation(task: Task, weights: Vector) -> Mapping[str, FederatedM
     own = data.test_offsets is not None
     examples = data.test if own else data.train
     offsets = data.test_offsets if data.test_offsets is not None else data.offsets
-    evaluator = Evaluator(task)
+    evaluator = Evaluator(task, seed=task.only_seed() if seed is None else seed)
     evaluator.load(weights)
     parts = [evaluator.per_example(batch) for batch in batches_of(examples)]
     result: dict[str, FederatedMetric] = {}

@@ -17,6 +17,7 @@ from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.gradients import clear_gradients, gradients_of
 from potluck.tasks.inplace import SMALLEST, InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision, floated
+from potluck.tasks.randomness import seed_generators
 from potluck.tasks.task import Task, bind, in_training, spec_of
 
 _NO_CORRECTION = Correction()
@@ -46,12 +47,12 @@ class TorchRuntime:
     ) -> None:
         check_precision(precision, torch.device("cpu"))
         self._precision: Precision = precision
-        self.module = in_training(task.module())
+        self.module, self._loss, _ = task.parts()
+        in_training(self.module)
         self.spec: Spec = spec_of(self.module)
         self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
         bind(self.module, self._vector)
         self._weights: Vector = self._vector.numpy()
-        self._loss = task.loss
         self._padding = task.data.padding
         self._by_length = task.batches == "by length"
         self._losses: list[Tensor] = []
@@ -92,9 +93,7 @@ class TorchRuntime:
         for counter, start in zip(self._counters, self._counters_at_start, strict=True):
             counter.copy_(start)
         self._is_corrected = self._corrected.begin(correction)
-        # Not `torch.manual_seed`, which also writes a traceback down for every kind of accelerator
-        # that is absent: 0.1 ms a client, and memory that is never given back.
-        torch.default_generator.manual_seed(seed)
+        seed_generators(seed)
 
     def step(self, batch: slice, lr: float) -> None:
         """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place."""
@@ -141,8 +140,8 @@ class Judged(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.module = in_training(task.module())
-        self.loss = task.loss
+        self.module, self.loss, _ = task.parts()
+        in_training(self.module)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of one batch."""

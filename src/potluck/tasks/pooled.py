@@ -31,8 +31,8 @@ class PooledStep:
     """One module in training mode, whose weights are shared by all clients."""
 
     def __init__(self, task: Task) -> None:
-        self._data, self._loss = task.data.train, task.loss
-        self._module = Judged(task).module
+        judged = Judged(task)
+        self._data, self._loss, self._module = task.data.train, judged.loss, judged.module
         self._vector = torch.zeros(spec_of(self._module).dim)
         bind(self._module, self._vector)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]

@@ -1,37 +1,85 @@
-"""PyTorch's global stream, from which modules draw their first weights, kept for whoever owns it.
+"""The three global generators of a process: PyTorch's, NumPy's and that of `random`.
 
-The stream is one for all threads. A server that evaluates in one thread, or a device that makes
-its module in another, must neither draw from it nor put it back while a third, with a seed of its
-own in it, draws the first weights of a run. So whoever borrows it does so alone.
+A model may draw from any of them: its first weights, dropout, an augmentation. So all three are
+seeded together, and what the caller had in them is put back.
+
+They belong to all threads. A server that evaluates in one thread, or a device that makes its module
+in another, must neither draw from them nor put them back while a third thread, which has seeded
+them, draws the first weights of a run. So they are borrowed by one thread at a time.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
+import numpy as np
 import torch
 
+_numpy: Any = np.random  # some of whose functions NumPy's annotations leave out
 _alone = threading.RLock()
+_spare: list[Any] = []  # bit generators for NumPy; to make one takes longer than to seed it
+
+
+@contextmanager
+def kept_randomness() -> Generator[None]:
+    """Inside, the three generators may be seeded and drawn from; afterwards they are as before."""
+    theirs, python = _numpy.get_bit_generator(), random.getstate()
+    ours: Any = _spare.pop() if _spare else np.random.MT19937(0)
+    _numpy.set_bit_generator(ours)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        _numpy.set_bit_generator(theirs)
+        random.setstate(python)
+        _spare.append(ours)
 
 
 @contextmanager
 def borrowed_randomness() -> Generator[None]:
-    """Inside, the stream of the CPU may be seeded and drawn from; afterwards it is as before.
-
-    One thread at a time, so for moments only: to make a module, or to try one. A thread may borrow
-    again what it has borrowed.
-    """
-    with _alone, torch.random.fork_rng(devices=[]):
+    """The same, one thread at a time: for moments only, to make a module or to try one. A thread
+    may borrow again what it has borrowed."""
+    with _alone, kept_randomness():
         yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all three with a 63-bit seed. The generators of GPUs are left alone."""
+    # Not `torch.manual_seed`, which also writes a traceback down for every kind of accelerator
+    # that is absent: 0.1 ms a client, and memory that is never given back.
+    torch.default_generator.manual_seed(seed)
+    _numpy.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def states() -> tuple[Any, ...]:
+    """Of the three: two of them are equal if nothing was drawn in between."""
+    return torch.get_rng_state().numpy().tobytes(), *other_states()
+
+
+def other_states() -> tuple[Any, ...]:
+    """Of NumPy's and of `random`'s."""
+    return _flat(_numpy.get_bit_generator().state), random.getstate()
+
+
+def _flat(state: Any) -> Any:
+    if isinstance(state, dict):
+        return [(key, _flat(value)) for key, value in cast("dict[Any, Any]", state).items()]
+    return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
 def _in_child() -> None:
     """A lock that another thread held when this process was forked would never be released."""
     global _alone
-    _alone = threading.RLock()
+    _numpy: Any = np.random  # some of whose functions NumPy's annotations leave out
+
+
+_alone = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from potluck.core import Role, Spec
+from potluck.tasks.metrics import Loss
 from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.task import Task, averaged_tensors, in_training, spec_of
 
@@ -30,7 +31,8 @@ _LR = 0.01
 
 def roles(task: Task) -> Spec:
     """The spec of a task's model, with all roles. Global randomness is kept."""
-    module = in_training(task.module())
+    module, loss, _ = task.parts()
+    in_training(module)
     spec = spec_of(module)
     if spec.is_all_trained:
         return spec
@@ -45,7 +47,7 @@ def roles(task: Task) -> Spec:
         return spec
     try:
         with borrowed_randomness():
-            moved = _moved(task, module)
+            moved = _moved(task, module, loss)
     except Exception:  # whatever fails here is told by the first client that trains
         return spec
     return spec.with_roles({n: "statistic" if n in moved else "constant" for n in unknown})
@@ -62,13 +64,13 @@ def _known(module: nn.Module) -> Mapping[str, Role]:
     return found
 
 
-def _moved(task: Task, module: nn.Module) -> set[str]:
+def _moved(task: Task, module: nn.Module, judge: Loss) -> set[str]:
     """The names of what changes in a few steps."""
     before = {name: tensor.detach().clone() for name, tensor in averaged_tensors(module)}
     inputs, targets = _examples(task)
     trained = [p for p in module.parameters() if p.requires_grad]
     for _ in range(_STEPS):
-        loss = task.loss(module(inputs), targets)
+        loss = judge(module(inputs), targets)
         if trained and loss.requires_grad:
             gradients = cast("Any", torch.autograd.grad(loss, trained, allow_unused=True))
             with torch.no_grad():

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from potluck.core import Role, Spec, Vector, derive_seed
+from potluck.core import Role, Spec, Vector
 from potluck.tasks.data import FederatedData
+from potluck.tasks.making import Making
 from potluck.tasks.metrics import Loss, Metric, accuracy, cross_entropy
-from potluck.tasks.randomness import borrowed_randomness
+from potluck.tasks.rebinding import rebound
 
 
 def _accuracy() -> dict[str, Metric]:
     return {"accuracy": accuracy}
+
+
+class Parts(NamedTuple):
+    """A module, and the loss and metrics of what it gives."""
+
+    module: nn.Module
+    loss: Loss
+    metrics: Mapping[str, Metric]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +35,8 @@ class Task:
     Args:
         model: a callable without arguments that makes the module (a class, a lambda), so that
             initial weights follow from the seed of a run; or a module, whose present weights are
-            then the initial ones.
+            then the initial ones. It is copied, with all that it holds. Whatever a callable draws,
+            from PyTorch, NumPy or `random`, follows from the seed as well.
         data: the examples of all clients.
         loss: (outputs, targets) to the batch's mean loss.
         metrics: name to (outputs, targets) to values; see `potluck.tasks.metrics`.
@@ -41,31 +50,117 @@ class Task:
     loss: Loss = cross_entropy
     metrics: Mapping[str, Metric] = field(default_factory=_accuracy)
     batches: Literal["by length", "random"] = "by length"
+    _making: Making = field(default_factory=Making, init=False, repr=False, compare=False)
 
-    def module(self) -> nn.Module:
-        """A new module, of which the caller may do what it likes. Global randomness is kept."""
-        if isinstance(self.model, nn.Module):
-            return copy.deepcopy(self.model)
-        with borrowed_randomness():
-            return self.model()
+    def module(self, weights: Vector | None = None, *, seed: int | None = None) -> nn.Module:
+        """A new module, of which the caller may do what it likes. Global randomness is kept.
+
+        Args:
+            weights: those of the module; without them it has those of round 0.
+            seed: of the run whose model it is, from which all follows that the factory draws;
+                without it, that of the run which this task began last, 0 if there was none.
+
+        Raises:
+            ValueError: `weights` came without a seed, and it is not clear from which run they are,
+                while the model draws more than its weights.
+        """
+        if seed is None:
+            seed = self.last_seed() if weights is None else self.only_seed()
+        module = self._making.module(self.model, seed)
+        if weights is not None:
+            views = spec_of(module).unflatten(torch.tensor(weights))
+            with torch.no_grad():
+                for name, tensor in averaged_tensors(module):
+                    tensor.copy_(views[name])
+        return module
+
+    def parts(self, seed: int | None = None) -> Parts:
+        """A new module and what judges it: loss and metrics that hold the model hold this one."""
+        module = self.module(seed=seed)
+        pairs = self._making.twins(self.model, module)
+        metrics = {name: rebound(metric, pairs) for name, metric in self.metrics.items()}
+        return Parts(module, rebound(self.loss, pairs), metrics)
 
     def initial_weights(self, seed: int) -> Vector:
         """The model of round 0, which depends on the seed alone. Global randomness is kept.
 
         Whatever threads of Potluck make or try modules meanwhile wait for it.
+
+        Raises:
+            ValueError: `model` makes another module the second time, from the same seed.
         """
-        with borrowed_randomness():
-            torch.manual_seed(derive_seed(seed, "weights"))
-            module = self.module()
+        self.begin(seed)
+        self._making.check(self.model, seed)
+        module = self.module()
         return spec_of(module).flatten(
             {name: tensor.detach().numpy() for name, tensor in averaged_tensors(module)}
         )
+
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on: `module` makes its model from now on."""
+        self._making.begin(seed)
+
+    def last_seed(self) -> int:
+        """Of the run that was begun last; 0 before any."""
+        return self._making.seed or 0
+
+    def only_seed(self) -> int:
+        """The seed that a model must be of which nothing but its weights is known.
+
+        Raises:
+            ValueError: it may be of several runs, or of none that this task began, and the model
+                draws more than its weights.
+        """
+        known = self._making.seeds or {0, 1}
+        if len(known) > 1 and self._making.is_drawn(self.model, *sorted(known)[:2]):
+            raise ValueError(
+                "seed must be given where the model draws more than its weights (a permutation, a "
+                "mask), which follows from the seed of the run, got weights of an unknown run. "
+                "Pass the seed of the run: seed=0."
+            )
+        return self.last_seed()
+
+    def is_other(self, seed: int, other: int) -> bool:
+        """Whether the modules of two seeds differ in more than their weights."""
+        return self._making.is_drawn(self.model, seed, other)
+
+
+class Remade:
+    """What somebody made of a task's model before the first run, made again for a run whose seed
+    gives another model, and not only other weights.
+
+    Args:
+        make: makes it, for the run that the task began last. Called now, too.
+    """
+
+    def __init__(self, task: Task, make: Callable[[], None]) -> None:
+        self._task, self._make = task, make
+        self._seed = task.last_seed()
+        make()
+
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
+        self.follow()
+
+    def follow(self) -> None:
+        """Make it again if it is not of the run that the task began last."""
+        seed = self._task.last_seed()
+        if seed == self._seed:
+            return
+        if self._task.is_other(seed, self._seed):
+            self._make()
+        self._seed = seed
 
 
 def in_training(module: nn.Module) -> nn.Module:
     """The module, ready for local training. Parts that were handed over in evaluation mode within a
     module in training mode (a pretrained body) stay as they are."""
-    return module if module.training else module.train()
+    kept = [part for part in module.modules() if not part.training] if module.training else []
+    module.train()
+    for part in kept:
+        part.training = False
+    return module
 
 
 def averaged_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -50,6 +50,8 @@ def read_column(series: Any, where: str = "the table") -> Column:
     Raises:
         DataError: it holds what cannot be used; the message names column and row.
     """
+    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "bif":
+        return _of_numpy(series.to_numpy())
     if hasattr(series, "sparse"):
         series = series.sparse.to_dense()
     if series.dtype == object:
@@ -66,6 +68,15 @@ def read_column(series: Any, where: str = "the table") -> Column:
         return Column("number", series.to_numpy(np.float64, na_value=np.nan), missing)
     values: Array = series.astype(object).to_numpy(dtype=object)
     return _of_objects(values, missing, str(series.name), where)
+
+
+def _of_numpy(values: Array) -> Column:
+    """What needs no look at its values: a table of many clients has many short columns."""
+    kind = values.dtype.kind
+    missing = np.isnan(values) if kind == "f" else np.zeros(len(values), np.bool_)
+    if kind == "b":
+        return Column("boolean", values, missing)
+    return Column("number", values.astype(np.float64 if kind == "f" else np.int64), missing)
 
 
 def place(column: str, row: int, where: str) -> str:

@@ -124,7 +124,7 @@ def from_folder(
         pairs = {path.stem: read_npz(path) for path in paths}
     else:
         tables = {path.stem: Located(read_table(path), str(path)) for path in paths}
-        notes += [note for table, _ in tables.values() for note in table.attrs["notes"]]
+        notes += [note for table, _ in tables.values() for note in table.attrs.get("notes", ())]
         pairs = split_columns(tables, target_column)
     train = {key: _examples(pair, places[key]) for key, pair in pairs.items()}
     in_tables = paths[0].suffix.lower() != ".npz"
@@ -183,7 +183,7 @@ def from_table(
     pairs = split_columns(tables, target_column)
     train = {key: _examples(pair, places[key]) for key, pair in pairs.items()}
     data = _held_out(train, places, _Asked(name, kind, num_classes, test_fraction, True))
-    return replace(data, notes=(*located.table.attrs["notes"], *data.notes))
+    return replace(data, notes=(*located.table.attrs.get("notes", ()), *data.notes))
 
 
 def _files_in(folder: Path) -> list[Path]:

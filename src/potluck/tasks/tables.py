@@ -99,7 +99,8 @@ def named(table: Any, where: str) -> Any:
             notes.append(_unnamed(table.iloc[:, position], position, where))
             kept.remove(position)
     result = table.iloc[:, kept].set_axis([names[position] for position in kept], axis=1)
-    result.attrs["notes"] = tuple(notes)
+    if notes:
+        result.attrs["notes"] = tuple(notes)
     return result
 
 
@@ -132,7 +133,9 @@ def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
             f"{place(client_column, int(missing[0]), where)}. Fill it in, or remove the row."
         )
     keys = table[client_column].astype(object).map(client_name).to_numpy(dtype=object)
-    groups = table.drop(columns=[client_column]).groupby(keys, sort=False)
+    table = table.drop(columns=[client_column])
+    table.attrs = {}  # every column of every client would copy them
+    groups = table.groupby(keys, sort=False)
     return {key: Located(part, f"client {key!r} of {where}") for key, part in groups}
 
 

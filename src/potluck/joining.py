@@ -12,6 +12,7 @@ from potluck.command import Debug, command
 from potluck.formats import printable
 
 if TYPE_CHECKING:
+    from potluck.device import Event
     from potluck.tasks import FederatedData
 
 app = typer.Typer(rich_markup_mode=None)
@@ -104,12 +105,13 @@ def join(
         trainer,
         name=name,
         limit_bytes=daily_limit,
-        show=lambda event: typer.echo(
-            printable(
-                " ".join([event.what, f"round {event.round}" * bool(event.round), event.detail])
-            ).strip()
-        ),
+        show=lambda event: typer.echo(printable(_told(event))),
     )
     if not whole:
         typer.echo("stopped; what is finished is kept. Give the command again to go on.", err=True)
         raise typer.Exit(143)
+
+
+def _told(event: Event) -> str:
+    words = [event.what, f"round {event.round}" if event.round else "", event.detail]
+    return " ".join(filter(None, words))

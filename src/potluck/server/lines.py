@@ -33,7 +33,8 @@ class Lines:
         told = self._rounds(seen, waiting if self._is_evaluated else set())
         if is_first:
             told = [f"going on after round {seen.committed}"] if seen.committed else []
-        if seen.state != self._state:
+        is_told = seen.state != "finished" or not waiting  # the last line of all
+        if seen.state != self._state and (is_told or not self._is_evaluated):
             self._state = seen.state
             told += _run_line(seen, is_first)
         return told

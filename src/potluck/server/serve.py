@@ -41,7 +41,7 @@ from potluck.server.lines import Lines
 from potluck.server.meters import Meters
 from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings
-from potluck.server.tls import certificate_fingerprint, ensure_certificate
+from potluck.server.tls import certificate_fingerprint, check_pair, ensure_certificate
 
 TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
@@ -363,6 +363,9 @@ def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
         home.make()
         ensure_certificate(home.certificate, home.private_key)
         return home.certificate, home.private_key
+    assert listen.private_key is not None
+    certificate_fingerprint(listen.certificate)
+    check_pair(listen.certificate, listen.private_key)
     return listen.certificate, listen.private_key
 
 
@@ -391,9 +394,14 @@ def _listen(listen: Listen) -> socket.socket:
         return made
     except OSError as error:
         raise RunError(
-            f"the address must be free and ours, got {error.strerror!r} for "
+            f"the address must be free and ours, got {_reason(error)!r} for "
             f"{_authority(listen.host, listen.port)}. Choose another --port or --host."
         ) from None
+
+
+def _reason(error: OSError) -> str:
+    """Without what Python adds to it."""
+    return (error.strerror or str(error)).partition(" (while")[0]
 
 
 def _listen_unix(path: Path) -> socket.socket:

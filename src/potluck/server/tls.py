@@ -48,6 +48,28 @@ def ensure_certificate(certificate: Path, private_key: Path) -> None:
     write_private(certificate, made.public_bytes(serialization.Encoding.PEM))
 
 
+def check_pair(certificate: Path, private_key: Path) -> None:
+    """Refuse a certificate and a key that cannot be served with.
+
+    Raises:
+        RunError: they do not belong together, or are none.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key, _no_word)
+    except FileNotFoundError:
+        raise RunError(f"the private key must be a file, got {str(private_key)!r}.") from None
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        reason = getattr(error, "reason", None) or str(error)
+        raise RunError(
+            f"{private_key} must hold the private key of {certificate}, in PEM and without a "
+            f"password, got {reason!r}. Name the two that belong together."
+        ) from None
+
+
+def _no_word() -> str:
+    raise ValueError("a password")  # or OpenSSL would ask for one at the terminal
+
+
 def certificate_fingerprint(certificate: Path) -> str:
     """SHA-256 of the first certificate of a PEM file, as DER, in hex.
 
@@ -58,6 +80,8 @@ def certificate_fingerprint(certificate: Path) -> str:
         text = certificate.read_text()
         end = "-----END CERTIFICATE-----"
         der = ssl.PEM_cert_to_DER_cert(text[text.index("-----BEGIN") : text.index(end) + len(end)])
-    except (OSError, ValueError) as error:
-        raise RunError(f"{certificate} must hold a certificate in PEM, got {error}.") from None
+    except OSError as error:
+        raise RunError(f"{certificate} must be readable, got {error.strerror!r}.") from None
+    except ValueError:
+        raise RunError(f"{certificate} must hold a certificate in PEM, got none.") from None
     return hashlib.sha256(der).hexdigest()

@@ -336,6 +336,8 @@ FILES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "commas in the header": ('"x, y";a\n1;2\n', {"x, y": [1], "a": [2]}),
     "infinite": ("a,b\ninf,1\n2,2\n", {"a": [np.inf, 2.0], "b": [1, 2]}),
     "numbers as names": ("0,1\n5,6\n", {"0": [5], "1": [6]}),
+    "Excel's first line": ("sep=;\na;b\n1,5;2\n", {"a": [1.5], "b": [2]}),
+    "long numbers": ("a,b\n36893488147419103232,1\n1,2\n", {"a": [2.0**65, 1.0], "b": [1, 2]}),
     "no rows": ("a,b\n", {"a": [], "b": []}),
 }
 ENCODED = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]
@@ -375,6 +377,7 @@ BAD_FILES = [
     ("a,b,a\n1,2,3\n", "column 'a' 2 times in .*t.csv"),
     ("a,b,\n1,2,x\n", "must have a name, got none for column 2"),
     (",a\nx,1\ny,2\n", "must have a name, got none for column 0"),
+    ("sep=,\na,b\n1,2\n3\n", "a field for each of the 2 columns, got 1 in row 1 of"),
     ("a,b\n1,2\n3\n", "a field for each of the 2 columns, got 1 in row 1 of"),
     ("a,b\n1,2,3\n", "more fields in a row than in the header"),
     ("a,b\n1,2\n1,2,3\n", "must be a whole .csv file with one table, got error="),

@@ -26,6 +26,7 @@ from potluck.tasks.columns import is_hole, place
 _SEPARATORS = ",;\t|"
 
 _TRUTHS = {"true": True, "false": False}
+_EXCEL = re.compile(r'"?sep=(.)"?\n')
 _POINT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _COMMA = re.compile(r"[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?")
 _EITHER = re.compile(r"[+-]?[1-9]\d{0,2}[,.]\d{3}")  # 1,234: a decimal, or a thousand
@@ -51,7 +52,7 @@ def read_csv(path: Path, text_column: str | None = None) -> Any:
     with path.open(encoding=encoding) as file:
         options = _options(file.read(1 << 16), path) | {"encoding": encoding}
     table = _parsed(path, text_column, options)
-    _check_whole(path, encoding, options["sep"], table)
+    _check_whole(path, options, table)
     has_commas = False
     for name in table.columns:
         if name != text_column and _is_text(table[name]):
@@ -64,8 +65,9 @@ def read_csv(path: Path, text_column: str | None = None) -> Any:
 
 def _options(start: str, path: Path) -> dict[str, Any]:
     """How fields are divided, from the header."""
-    rows = {by: _first_row(start, by) for by in _SEPARATORS}
-    by = max(rows, key=lambda by: len(rows[by]))  # the first of several
+    said = _EXCEL.match(start)  # by Excel, in a line of its own
+    rows = {by: _first_row(start[said.end() :] if said else start, by) for by in _SEPARATORS}
+    by = said[1] if said and said[1] in rows else max(rows, key=lambda by: len(rows[by]))
     header = rows[by]
     if not header:
         raise DataError(f"{path} must be a whole .csv file, got an empty one. Write it anew.")
@@ -76,7 +78,7 @@ def _options(start: str, path: Path) -> dict[str, Any]:
             f"{header.count(twice[0])} times in {path}. Rename or remove one."
         )
     spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-    return {"sep": by, "skipinitialspace": spaced}
+    return {"sep": by, "skipinitialspace": spaced, "skiprows": int(bool(said))}
 
 
 def _first_row(start: str, by: str) -> list[str]:
@@ -100,12 +102,14 @@ def _parsed(path: Path, text_column: str | None, options: dict[str, Any]) -> Any
     return table
 
 
-def _check_whole(path: Path, encoding: str, separator: str, table: Any) -> None:
+def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
     """Refuse rows that are shorter than the header, which pandas fills with holes."""
     if table.shape[1] < 2 or not table.iloc[:, -1].isna().any():
         return
-    with path.open(encoding=encoding, newline="") as file:
-        lines = (fields for fields in csv.reader(file, delimiter=separator) if fields)
+    with path.open(encoding=options["encoding"], newline="") as file:
+        lines = (fields for fields in csv.reader(file, delimiter=options["sep"]) if fields)
+        for _ in range(options["skiprows"]):
+            next(lines)
         next(lines)
         for row, fields in enumerate(lines):
             if len(fields) < table.shape[1]:

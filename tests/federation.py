@@ -27,7 +27,6 @@ name = "small"
 model = "{model}"
 [partition]
 {partition}
-clients = {clients}
 [algorithm]
 client_lr = 0.1
 local_epochs = {local_epochs}
@@ -133,10 +132,10 @@ class Federation:
     ):
         self.folder, self.places = folder, places
         self.file = folder / "experiment.toml"
-        task, partition = 'data = "digits"', 'kind = "iid"'
+        task, partition = 'data = "digits"', f'kind = "iid"\nclients = {clients}'
         if own is not None:
             task, partition = f'data = "folder"\npath = "{own}"', 'kind = "own"'
-        values = {"task": task, "partition": partition, "model": model, "clients": clients}
+        values = {"task": task, "partition": partition, "model": model}
         values["local_epochs"] = local_epochs
         text = EXPERIMENT.format(rounds=rounds, cohort=cohort, server=server, codec=codec, **values)
         self.file.write_text(text)

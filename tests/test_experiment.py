@@ -39,6 +39,7 @@ batch_size = "full"
 [run]
 rounds = 3
 """
+OWNERS = GOOD.replace("clients = 10\n", "")  # the natural owners are as many as they are
 
 
 @pytest.fixture
@@ -234,9 +235,31 @@ def test_a_variant_is_of_shakespeare_only(written):
         load_experiment(written(GOOD), ["task.data=shakespeare", "task.variant=dirty"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("partition.kind=module", r"clients must be left out unless partition\.kind is 'iid', 'sh"),
+        (
+            "partition.alpha=0.1",
+            r"got partition\.alpha = 0\.1 with partition\.kind = 'iid'",
+        ),
+        ("partition.shards_per_client=3", r"unless partition\.kind is 'shards', got"),
+        (
+            "task.scale=standard",
+            r"task\.scale must be left out unless task\.data is 'folder'",
+        ),
+        ("task.target_column=y", r"got task\.target_column = 'y' with task\.data = 'pythonlib'"),
+    ],
+)
+def test_a_key_that_decides_nothing_is_refused(written, override, message):
+    overrides = ["task.data=pythonlib", override]
+    with pytest.raises(ConfigError, match=message):
+        build_data(load_experiment(written(GOOD), overrides))
+
+
 def test_the_standard_library_by_module_and_iid(written):
     overrides = ["task.data=pythonlib", "partition.kind=module"]
-    data = build_data(load_experiment(written(GOOD), overrides))
+    data = build_data(load_experiment(written(OWNERS), overrides))
     assert "json" in data.clients
     assert data.test_offsets is not None
     iid = build_data(load_experiment(written(GOOD), ["task.data=pythonlib"]))
@@ -251,7 +274,7 @@ def test_the_standard_library_by_module_and_iid(written):
 def test_shakespeare_by_role_in_both_variants(written, published, more, clients, characters):
     published("shakespeare")
     overrides = ["task.data=shakespeare", "partition.kind=role", *more]
-    data = build_data(load_experiment(written(GOOD), overrides))
+    data = build_data(load_experiment(written(OWNERS), overrides))
     assert data.num_clients == clients
     assert (data.train.targets != data.padding).sum() == characters
 
@@ -278,7 +301,7 @@ def test_keys_of_language_models_are_refused_elsewhere(written):
 def test_a_language_model_is_built_as_it_is_described(written):
     overrides = ["task.data=pythonlib", "partition.kind=module", "task.model=char-lstm-peephole"]
     overrides += ["task.loss=per-step", "task.batches=random", "task.hidden=16"]
-    experiment = load_experiment(written(GOOD), overrides)
+    experiment = load_experiment(written(OWNERS), overrides)
     task = build_task(experiment, build_data(experiment))
     assert task.loss == PerStep(padding=257, steps=80)
     assert task.batches == "random"

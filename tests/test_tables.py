@@ -188,7 +188,9 @@ def frame(**changes: Any) -> pd.DataFrame:
 
 def inputs(table: pd.DataFrame) -> dict[str, list[Any]]:
     """Of each client: what the training features are."""
-    data = from_table(table, client_column="client", kind="classes", test_fraction=0.01)
+    data = from_table(
+        table, client_column="client", kind="classes", split="last", test_fraction=0.01
+    )
     return {name: data.client(k).inputs.tolist() for k, name in enumerate(data.clients)}
 
 
@@ -215,7 +217,7 @@ SAME: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 def test_the_same_table_in_other_clothes_is_the_same(name: str) -> None:
     table = SAME[name](frame())
     assert inputs(table) == PLAIN
-    data = from_table(table, client_column="client", kind="classes")
+    data = from_table(table, client_column="client", kind="classes", split="last")
     assert data.clients == ("a", "b")
     assert data.train.targets.tolist() == [0, 0]
     assert all("left out" in note for note in data.notes)

@@ -144,7 +144,7 @@ def test_numbers_of_any_type_are_one_regression_if_the_user_says_so() -> None:
     clients = {"a": (np.ones((2, 1)), [0.5, 1.5]), "b": (np.ones((2, 1)), [42, 17])}
     with pytest.raises(DataError, match="one shape and type"):
         from_clients(clients)
-    data = from_clients(clients, kind="regression")
+    data = from_clients(clients, kind="regression", split="last")
     assert data.train.targets.tolist() == [0.5, 42.0]
 
 
@@ -192,7 +192,7 @@ def test_what_was_taken_for_granted_is_noted(tmp_path: Path) -> None:
 
 def test_one_devices_numbers_are_what_the_run_says() -> None:
     inputs = np.ones((6, 2), np.float32)
-    device = from_clients({"d": (inputs, [0, 3, 0, 3, 0, 3])}, kind="regression")
+    device = from_clients({"d": (inputs, [0, 3, 0, 3, 0, 3])}, kind="regression", split="last")
     classes = reread(device, "classes", 10)
     assert (classes.num_classes, classes.train.targets.tolist()) == (10, [0, 3, 0, 3, 0])
     assert reread(device, "regression", None) is device

@@ -39,7 +39,6 @@ path = "data"
 model = "{model}"
 [partition]
 kind = "own"
-clients = 2
 [algorithm]
 client_lr = 0.1
 [run]

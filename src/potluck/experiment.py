@@ -60,8 +60,18 @@ class TaskSection(_Section):
     """For data = "folder" and "table": where they are, relative to the experiment file."""
     client_column: str = "client"
     """For data = "table"."""
-    target_column: str = "target"
-    """For data = "table" and "folder"."""
+    target_column: str | Annotated[list[str], Field(min_length=1)] = "target"
+    """For data = "table" and "folder", as all keys below; several are labels or quantities."""
+    missing: Literal["refuse", "mean", "median"] | float | None = None
+    """What a missing feature becomes; None refuses it."""
+    scale: Literal["none", "standard", "minmax", "pixels"] | None = None
+    """How features are scaled, over all clients; pixels are divided by 255."""
+    categories: Literal["refuse", "one-hot", "codes"] | None = None
+    """What columns of text become; None refuses them."""
+    split: Annotated[str, Field(pattern=r"^(shuffled|last|(time|group):.+)$")] | None = None
+    """Which examples are held out for the test; None is shuffled, of each class its share."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a client's examples; None is 0.2."""
 
 
 class PartitionSection(_Section):

@@ -21,6 +21,12 @@ model = "2nn"                 # logistic, 2nn or cnn (cnn: images only); for tex
 # target_column = "target"    # folder and table: what is to be predicted
 # kind = "regression"         # folder and table: what targets are, classes, regression or
                               # multilabel; whole numbers that could be either are refused without
+# missing = "mean"            # mean, median or a number, over all clients; refused if left out
+# scale = "standard"          # none (the default), standard, minmax; pixels divides by 255
+# categories = "one-hot"      # of columns of text: one-hot or codes; refused if left out
+# split = "shuffled"          # test examples: shuffled (the default: of each class its share),
+                              # last, time:COLUMN (the latest) or group:COLUMN (whole groups)
+# test_fraction = 0.2         # of a client's examples
 
 [partition]                   # how the training examples are divided among clients
 kind = "iid"                  # iid: shuffled and dealt; shards: sorted by label, a few blocks
@@ -32,7 +38,7 @@ clients = 100
 # shards_per_client = 2       # shards only; fewer is more skewed
 # alpha = 0.5                 # dirichlet only; smaller is more skewed
 # sigma = 1.0                 # unbalanced only; larger is more unequal
-# seed = 0                    # of the division; the run has its own seed
+# seed = 0                    # of the division, and of own test examples; the run has its own
 
 [algorithm]
 name = "fedavg"               # fedavg; fedsgd: one step on all of a client's examples;

@@ -1,11 +1,12 @@
 """The data of one device: a file of its owner's, or one client of an experiment.
 
-Text labels are refused here: which number stands for which word must be the same on all devices,
-and one of them cannot know it.
+Which number stands for which word must be the same on all devices, and one of them cannot know it:
+text is read by the run's schema alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,37 +17,28 @@ from potluck.core.validate import as_integer
 
 if TYPE_CHECKING:
     from potluck.tasks import FederatedData
+    from potluck.tasks.schema import Schema
 
 
-def read_own(path: Path, *, target_column: str = "target") -> FederatedData:
+def read_own(
+    path: Path, *, target_column: str | Sequence[str] = "target", schema: Schema | None = None
+) -> FederatedData:
     """One client, from a `.npz`, `.csv` or `.parquet` file, or a folder that holds just one.
 
-    Its last 20 % are for federated evaluation, as in a simulation on a folder of such files.
-    Targets are numbers here; the run says what they are (`potluck.plan.build_planned_task`).
+    Test examples are held out as in a simulation on a folder of such files.
+
+    Args:
+        schema: the run's. Without one targets are numbers, and the run says what they are
+            (`potluck.plan.build_planned_task`).
 
     Raises:
         DataError: it cannot be used.
     """
     from potluck.tasks import own_data
-    from potluck.tasks.tables import read_table
 
-    path = _only_file(path)
-    if path.suffix.lower() == ".npz":
-        return own_data.from_clients({path.stem: _arrays(path)}, kind="regression", name=path.stem)
-    table = read_table(path)
-    if target_column in table.columns and table[target_column].dtype.kind not in "iufb":
-        raise DataError(
-            f"targets must be numbers on a device, got text in column {target_column!r} of {path}. "
-            "Number the classes from 0, alike on all devices."
-        )
-    client = "device"
-    if client in table.columns:
-        raise DataError(f"{path} must have no column {client!r}. Rename it.")
-    return own_data.from_table(
-        table.assign(**{client: path.stem}),
-        client_column=client,
-        target_column=target_column,
-        kind="regression",
+    kind = None if schema is not None else "regression"
+    return own_data.from_file(
+        _only_file(path), target_column=target_column, kind=kind, schema=schema
     )
 
 
@@ -72,12 +64,6 @@ def one_client(data: FederatedData, client: int) -> FederatedData:
         test_offsets=np.array([0, test.num_examples]),
         clients=(data.clients[client],),
     )
-
-
-def _arrays(path: Path) -> tuple[object, object]:
-    from potluck.tasks.tables import read_npz
-
-    return read_npz(path)
 
 
 def _only_file(path: Path) -> Path:

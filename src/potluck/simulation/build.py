@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
 from potluck.algorithms import FedAvg, FedProx, Scaffold
 from potluck.core import ConfigError
 from potluck.experiment import Experiment
@@ -21,6 +26,22 @@ _KINDS = {  # the partitions that fit each data set
     "folder": ("own",),  # these two come divided
     "table": ("own",),
 }
+_OWN = ("folder", "table")
+_PREPARED = ("kind", "missing", "scale", "categories", "split", "test_fraction")
+_OF_PARTITIONS = {  # the partitions that each key of [partition] decides something of
+    "clients": _LABELLED,
+    "shards_per_client": ("shards",),
+    "alpha": ("dirichlet",),
+    "sigma": ("unbalanced",),
+    "seed": (*_LABELLED, "own"),
+}
+_OF_DATA = {  # the data sets that each key of [task] decides something of
+    "variant": ("shakespeare",),
+    "path": _OWN,
+    "client_column": ("table",),
+    "target_column": _OWN,
+    **dict.fromkeys(_PREPARED, _OWN),
+}
 
 
 def build_data(experiment: Experiment) -> FederatedData:
@@ -32,16 +53,8 @@ def build_data(experiment: Experiment) -> FederatedData:
     """
     _check_fit(experiment)
     task = experiment.task
-    if task.data in ("folder", "table"):
-        assert task.path is not None  # checked when the experiment was read
-        if task.data == "folder":
-            return own_data.from_folder(task.path, target_column=task.target_column, kind=task.kind)
-        return own_data.from_table(
-            task.path,
-            client_column=task.client_column,
-            target_column=task.target_column,
-            kind=task.kind,
-        )
+    if task.data in _OWN:
+        return _own_data(experiment)
     return _partition(experiment, _dataset(experiment))
 
 
@@ -92,22 +105,12 @@ def build_virtual_time(experiment: Experiment, population: int, seed: int) -> Vi
 def _check_fit(experiment: Experiment) -> None:
     task, kind = experiment.task, experiment.partition.kind
     if kind not in _KINDS[task.data]:
-        *first, last = map(repr, _KINDS[task.data])
-        kinds = f"{', '.join(first)} or {last}" if first else last
         raise ConfigError(
-            f"partition.kind must be {kinds} with task.data = {task.data!r}, "
+            f"partition.kind must be {_either(_KINDS[task.data])} with task.data = {task.data!r}, "
             f"got partition.kind = {kind!r}. Change one of the two."
         )
-    if task.variant is not None and task.data != "shakespeare":
-        raise ConfigError(
-            "task.variant must be left out unless task.data = 'shakespeare', got "
-            f"task.variant = {task.variant!r} with task.data = {task.data!r}. Remove it."
-        )
-    if task.kind is not None and task.data not in ("folder", "table"):
-        raise ConfigError(
-            "task.kind must be left out unless task.data = 'folder' or 'table', got task.kind = "
-            f"{task.kind!r} with task.data = {task.data!r}. Remove it."
-        )
+    _check_applies("task", task, _OF_DATA, "data", task.data)
+    _check_applies("partition", experiment.partition, _OF_PARTITIONS, "kind", kind)
     for name in ("hidden", "loss", "batches"):
         if getattr(task, name) is not None and task.model not in LANGUAGE_MODELS:
             raise ConfigError(
@@ -115,6 +118,41 @@ def _check_fit(experiment: Experiment) -> None:
                 f"task.{name} = {getattr(task, name)!r} with task.model = {task.model!r}. "
                 "Remove it."
             )
+
+
+def _check_applies(
+    section: str, given: BaseModel, uses: Mapping[str, tuple[str, ...]], by: str, value: str
+) -> None:
+    """A key that decides nothing is not given."""
+    for name, users in uses.items():
+        if name in given.model_fields_set and value not in users and _is_said(given, name):
+            raise ConfigError(
+                f"{section}.{name} must be left out unless {section}.{by} is {_either(users)}, got "
+                f"{section}.{name} = {getattr(given, name)!r} with {section}.{by} = {value!r}. "
+                "Remove it."
+            )
+
+
+def _either(values: Sequence[str]) -> str:
+    *first, last = map(repr, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _is_said(given: BaseModel, name: str) -> bool:
+    """Whether a key has a value: an experiment that was written out in full names all keys."""
+    written_out = len(given.model_fields_set) == len(type(given).model_fields)
+    return getattr(given, name) is not None and not written_out
+
+
+def _own_data(experiment: Experiment) -> FederatedData:
+    task = experiment.task
+    assert task.path is not None  # checked when the experiment was read
+    said: dict[str, Any] = {name: getattr(task, name) for name in _PREPARED}
+    said = {name: value for name, value in said.items() if value is not None}
+    said |= {"target_column": task.target_column, "seed": experiment.partition.seed}
+    if task.data == "folder":
+        return own_data.from_folder(task.path, **said)
+    return own_data.from_table(task.path, client_column=task.client_column, **said)
 
 
 def _dataset(experiment: Experiment) -> Dataset:

@@ -9,7 +9,6 @@ copy at the start; afterwards a client's examples are a view, and a worker proce
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from potluck.core import DataError
 from potluck.core.validate import as_count
 from potluck.tasks.names import client_names
+from potluck.tasks.schema import Schema
 from potluck.tasks.targets import Part, TargetKind, understand
 
 Array = NDArray[Any]
@@ -102,6 +102,7 @@ class FederatedData:
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
     kind: TargetKind = _UNSAID
     classes: tuple[str, ...] | None = None  # names by code; None: labels are their own codes
+    schema: Schema | None = None  # of own data: what was made of columns and labels
     notes: tuple[str, ...] = ()  # what the loader took for granted, in words
 
     def __post_init__(self) -> None:
@@ -196,11 +197,3 @@ def reread(data: FederatedData, kind: TargetKind, num_classes: int | None) -> Fe
         kind=meaning.kind,
         num_classes=meaning.num_classes,
     )
-
-
-def num_test(num_examples: int, fraction: float) -> int:
-    """How many of a client's last examples are its test examples: the fraction rounded down, but
-    at least one of two examples and none of one, so that training always keeps one."""
-    if num_examples < 2:
-        return 0
-    return min(max(1, math.floor(num_examples * fraction + 1e-9)), num_examples - 1)

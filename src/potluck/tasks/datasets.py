@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.tasks.data import Array, Dataset, Examples, num_test
+from potluck.tasks.data import Array, Dataset, Examples
 from potluck.tasks.files import checksums, fetch
+from potluck.tasks.hold_out import num_test
 from potluck.tasks.pythonlib import pythonlib as pythonlib
 from potluck.tasks.shakespeare import shakespeare as shakespeare
 

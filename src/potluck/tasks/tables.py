@@ -10,16 +10,14 @@ import importlib
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from potluck.core import DataError
-from potluck.tasks.columns import Column, alike, check_told_apart, place, read_column
+from potluck.tasks.columns import Array, Column, place
 from potluck.tasks.csv_files import read_csv
-from potluck.tasks.data import Array
 from potluck.tasks.names import client_name
 
 _UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
@@ -139,34 +137,6 @@ def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
     return {key: Located(part, f"client {key!r} of {where}") for key, part in groups}
 
 
-def split_columns(
-    tables: Mapping[str, Located], target_column: str
-) -> dict[str, tuple[Array, Array]]:
-    """Inputs [rows, features] and targets [rows] of each client, of one kind for all of them."""
-    first = next(iter(tables.values()))
-    for located in tables.values():
-        check_column(located, target_column)
-        _check_same_columns(located, first)
-        if len(located.table) == 0:
-            raise DataError(f"{located.where} must have at least one example, got 0. Leave it out.")
-    features = [column for column in first.table.columns if column != target_column]
-    if not features:
-        raise DataError(
-            f"there must be a feature column beside {target_column!r}, got none in {first.where}."
-        )
-    read = [
-        alike([read_column(table[name], where) for table, where in tables.values()])
-        for name in features
-    ]
-    inputs = {
-        key: _features([columns[k] for columns in read], features, located.where)
-        for k, (key, located) in enumerate(tables.items())
-    }
-    columns = {key: Located(table[target_column], at) for key, (table, at) in tables.items()}
-    targets = _targets(columns)
-    return {key: (inputs[key], targets[key]) for key in tables}
-
-
 def check_column(located: Located, column: str) -> None:
     """Raise a `DataError` unless the table has exactly one such column."""
     names = list(located.table.columns)
@@ -181,60 +151,6 @@ def check_column(located: Located, column: str) -> None:
 def first_line(error: Exception) -> str:
     """What an error says, without its details; its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _check_same_columns(located: Located, first: Located) -> None:
-    names, expected = list(located.table.columns), list(first.table.columns)
-    if names != expected:
-        odd = sorted({str(name) for name in set(names) ^ set(expected)})
-        difference = f"a difference in {', '.join(odd[:5])}" if odd else "another order"
-        raise DataError(
-            f"every client must have the columns of {first.where}, got {difference} in "
-            f"{located.where}. Give all clients the same columns in the same order."
-        )
-
-
-def _features(columns: list[Column], names: list[str], where: str) -> Array:
-    features: list[Array] = []
-    for name, column in zip(names, columns, strict=True):
-        if column.type == "text":
-            row = first_text(column)
-            raise DataError(
-                f"features must be numbers, got {str(column.values[row])!r} in "
-                f"{place(name, row, where)}. Encode it as numbers, or remove the column."
-            )
-        values = np.where(column.missing, np.nan, column.values)
-        wrong = np.flatnonzero(~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max))
-        if len(wrong) > 0:
-            row = int(wrong[0])
-            raise DataError(
-                f"features must be finite, got {values[row]} in "
-                f"{place(name, row, where)}. Fill missing values in, or remove the row."
-            )
-        features.append(values.astype(np.float32))
-        check_told_apart(column, features[-1], name, where)
-    return np.stack(features, axis=1)
-
-
-def _targets(columns: Mapping[str, Located]) -> dict[str, Array]:
-    read = {key: read_column(column, where) for key, (column, where) in columns.items()}
-    for key, (column, where) in columns.items():
-        missing = np.flatnonzero(read[key].missing)
-        if len(missing) > 0:
-            raise DataError(
-                "every example must have a target, got none in "
-                f"{place(column.name, int(missing[0]), where)}. Fill it in, or remove the row."
-            )
-    types = {column.type for column in read.values()}
-    if "text" in types and types != {"text"}:
-        key = next(key for key, column in read.items() if column.type == "text")
-        row = first_text(read[key])
-        raise DataError(
-            f"targets must be all numbers or all text, got {str(read[key].values[row])!r} in "
-            f"{place(columns[key].table.name, row, columns[key].where)}. Make them alike for all "
-            "clients."
-        )
-    return {key: column.values for key, column in read.items()}
 
 
 def first_text(column: Column) -> int:

@@ -87,6 +87,35 @@ def understand(
     return values, meaning._replace(note=note)
 
 
+def label_texts(values: Array) -> Array:
+    """The names of many labels."""
+    if values.dtype.kind == "U":
+        return values.astype(object)
+    distinct, inverse = np.unique(values, return_inverse=True)
+    return np.array([label_text(value) for value in distinct], object)[inverse]
+
+
+def encode_labels(values: Array, classes: Sequence[str], where: str) -> Array:
+    """The codes of labels whose names are known.
+
+    Raises:
+        DataError: a label that is none of the classes.
+    """
+    known = {name: code for code, name in enumerate(classes)}
+    distinct, inverse = np.unique(label_texts(values).astype(np.str_), return_inverse=True)
+    codes = np.array([known.get(str(name), -1) for name in distinct], np.int64)
+    coded = codes[inverse].reshape(values.shape)
+    wrong = np.argwhere(coded < 0)
+    if len(wrong) > 0:
+        row = int(wrong[0][0])
+        shown = ", ".join(map(repr, classes[:10])) + (", …" if len(classes) > 10 else "")
+        raise DataError(
+            f"a label must be one of {shown}, got {values[tuple(wrong[0])].item()!r} in example "
+            f"{row} of {where}. Mend it."
+        )
+    return coded
+
+
 def label_text(value: Any) -> str:
     """The name of a label: 1, 1.0 and "1" are one class."""
     number: Any = cast("Any", value).item() if isinstance(value, np.generic) else value
@@ -96,13 +125,19 @@ def label_text(value: Any) -> str:
 
 
 def _check_one_type(parts: Sequence[Part]) -> None:
-    is_text = [part.values.dtype.kind == "U" for part in parts]
-    if any(is_text) and not all(is_text):
-        odd = parts[is_text.index(not is_text[0])]
+    texts = [part for part in parts if part.values.dtype.kind == "U"]
+    numbers = [part for part in parts if part.values.dtype.kind != "U"]
+    if texts and numbers:
         raise DataError(
-            f"targets must be all numbers or all text, got {_type(odd)} in {odd.where} and "
-            f"{_type(parts[0])} in {parts[0].where}. Make them alike for all clients."
+            f"targets must be all numbers or all text, got {_first_text(texts[0])!r} in "
+            f"{texts[0].where} and numbers in {numbers[0].where}. Make them alike for all clients."
         )
+
+
+def _first_text(part: Part) -> str:
+    """The first text that is no number, if there is one."""
+    texts = part.values.ravel().tolist()
+    return next((text for text in texts if not text.strip().lstrip("+-")[:1].isdigit()), texts[0])
 
 
 def _proposed(
@@ -288,7 +323,3 @@ def _check_range(part: Part, num_classes: int) -> None:
             f"label={int(part.values[at])} in {part.where} (first in example {at[0]}). "
             "Mend the label, or raise num_classes."
         )
-
-
-def _type(part: Part) -> str:
-    return "text" if part.values.dtype.kind == "U" else f"numbers ({part.values.dtype})"

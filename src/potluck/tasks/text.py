@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.tasks.data import Array, Dataset, Examples, num_test
+from potluck.tasks.data import Array, Dataset, Examples
+from potluck.tasks.hold_out import num_test
 
 SYMBOLS = 258
 START = 256

@@ -1,0 +1,150 @@
+"""What one client brings, read and checked on its own: two arrays, or the columns of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from potluck.core import DataError
+from potluck.tasks.assembly import Source
+from potluck.tasks.columns import Array, Column, alike, place
+from potluck.tasks.features import named_columns
+from potluck.tasks.schema import check_target
+from potluck.tasks.tables import Located, check_column, first_line, first_text
+
+
+def array_source(pair: Any, where: str) -> Source:
+    """The two arrays of one client."""
+    if not isinstance(pair, (tuple, list)) or len(cast("list[Any]", pair)) != 2:
+        raise DataError(
+            f"{where} must be a pair (inputs, targets), got {type(cast(Any, pair)).__name__}. "
+            "Give two arrays of equal length."
+        )
+    values = cast("list[Any]", pair)
+    inputs = _numbers(as_array(values[0], f"the inputs of {where}"), f"the inputs of {where}")
+    return Source(where, inputs, target_array(values[1], f"the targets of {where}"))
+
+
+def table_sources(
+    tables: Mapping[str, Located], features: Sequence[str] | None, targets: Sequence[str], by: Any
+) -> dict[str, Source]:
+    """The columns of every client's table, which must be the same, in whatever order.
+
+    Args:
+        features: their names; None: all other columns of the first table.
+        by: the name of the column by which test examples are held out, or None.
+    """
+    first = next(iter(tables.values()))
+    if features is None:
+        found = [str(name) for name in first.table.columns]
+        features = [name for name in found if name not in targets and name != by]
+    named = [*features, *targets, *([] if by is None else [by])]
+    twice = [name for name in named if named.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"columns must have different names, got {named.count(twice[0])} called "
+            f"{twice[0]!r} in {first.where}. Rename one."
+        )
+    if not features:
+        raise DataError(
+            f"there must be a feature column beside {targets[0]!r}, got none in {first.where}."
+        )
+    for table, where in tables.values():
+        if len(table) == 0:
+            raise DataError(f"{where} must have at least one example, got 0. Leave it out.")
+    wanted, beside = [*features, *targets], () if by is None else (by,)
+    read = {k: named_columns(table, wanted, beside, where) for k, (table, where) in tables.items()}
+    for name in features:
+        columns = alike([columns[name] for columns in read.values()])
+        for key, column in zip(read, columns, strict=True):
+            read[key][name] = column
+    for name in targets:
+        _check_one_type({tables[key].where: columns[name] for key, columns in read.items()}, name)
+    return {
+        key: Source(
+            where,
+            {name: read[key][name] for name in features},
+            _target_columns([read[key][name] for name in targets], targets, where),
+            None if by is None else _one(tables[key], by),
+        )
+        for key, (_, where) in tables.items()
+    }
+
+
+def target_array(values: Any, what: str) -> Array:
+    """Text, Booleans, int64 or floats, with an axis of examples; what they mean is asked later."""
+    array = as_array(values, what)
+    if array.dtype.kind == "O" and all(isinstance(value, str) for value in array.flat):
+        array = array.astype(np.str_)
+    if array.ndim > 0 and array.dtype.kind in "Ub":
+        return array
+    array = _numbers(array, what)
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong) > 0:
+        raise DataError(
+            f"{what} must be finite numbers, got NaN or infinity in example {int(wrong[0][0])}. "
+            "Fill missing values in, or remove the example."
+        )
+    return array
+
+
+def as_array(values: Any, what: str) -> Array:
+    """Whatever NumPy makes an array of."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{what} must be an array, got error={first_line(error)!r}. "
+            "Give every example the same shape."
+        ) from error
+
+
+def _numbers(array: Array, what: str) -> Array:
+    """Floats as they are, anything else as int64."""
+    if array.dtype.kind not in "iufb" or array.ndim == 0:
+        raise DataError(
+            f"{what} must be an array of numbers with an axis of examples, "
+            f"got dtype={array.dtype}, shape={array.shape}. Convert it to floats or integers."
+        )
+    if array.dtype.kind == "f":
+        return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise DataError(
+            f"{what} must be whole numbers below 2**63, got {array.max()}. Give smaller ones."
+        )
+    return array.astype(np.int64)
+
+
+def _one(located: Located, name: str) -> Any:
+    check_column(located, name)
+    return located.table[name]
+
+
+def _check_one_type(columns: Mapping[str, Column], name: str) -> None:
+    """Raise a `DataError` where a target is text here and a number there."""
+    for where, column in columns.items():
+        check_target(column, name, where)
+    texts = {where: column for where, column in columns.items() if column.type == "text"}
+    if texts and len(texts) < len(columns):
+        where, column = next(iter(texts.items()))
+        row = first_text(column)
+        raise DataError(
+            f"targets must be all numbers or all text, got {str(column.values[row])!r} in "
+            f"{place(name, row, where)}. Make them alike for all clients."
+        )
+
+
+def _target_columns(columns: Sequence[Column], names: Sequence[str], where: str) -> Array:
+    for column, name in zip(columns, names, strict=True):
+        if len(columns) > 1 and column.type == "text":
+            raise DataError(
+                f"several target columns must be numbers, got text in column {name!r} of {where}. "
+                "Write 0 and 1 for labels, or name one column."
+            )
+    arrays = [
+        target_array(column.values, f"column {name!r} of {where}")
+        for column, name in zip(columns, names, strict=True)
+    ]
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)

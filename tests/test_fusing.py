@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from potluck import Task
-from potluck.tasks import Examples, FederatedData, TorchRuntime
+from potluck.tasks import Examples, FederatedData, TorchRuntime, inplace, native
+from potluck.tasks.deferred import Deferred
 from potluck.tasks.plain import is_plain
 
 LR, WIDTH = 0.1, 16
@@ -309,6 +310,69 @@ class Recomputed(Net):
 def test_what_else_a_model_does_with_a_fused_layer_is_as_in_pytorch(make):
     fused = check(make)
     assert fused.module.hidden in fused._layers.layers
+
+
+class Reader(nn.Module):
+    """An LSTM, whose compiled step may be taken before the backward pass is over."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.first = nn.Linear(4, 4)
+        self.lstm = nn.LSTM(4, 32, batch_first=True)
+        self.output = nn.Linear(32, 3)
+        if what == "hook on a leaf":
+            self.first.bias.register_hook(self.slowed)
+
+    def slowed(self, gradient: Tensor) -> Tensor:
+        return gradient * self.lstm.weight_hh_l0.norm()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        steps = self.first(inputs.view(-1, 4, 4))
+        if self.what == "hook":
+            steps.register_hook(self.slowed)
+        if self.what == "function":
+            steps = Slowed.apply(steps, self)
+        outputs, (last, _) = self.lstm(steps)
+        if self.what == "penalty":
+            outputs = outputs * self.lstm.weight_hh_l0.square().sum()
+        if self.what == "twice":
+            outputs = outputs + self.lstm(steps.flip(1))[0]
+        if self.what == "differentiated":
+            slope = torch.autograd.grad(last.sum(), self.lstm.weight_ih_l0, retain_graph=True)[0]
+            outputs = outputs * slope.norm()
+        return self.output(outputs[:, -1])
+
+
+class Slowed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, steps, reader):
+        ctx.reader = reader
+        return steps.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.reader.slowed(gradient), None
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["plain", "hook", "hook on a leaf", "function", "penalty", "twice", "differentiated"],
+)
+def test_a_compiled_layer_steps_at_once_only_where_nothing_can_tell(what, monkeypatch):
+    at_once = []
+
+    class Spy(Deferred):
+        def at_once(self, weights):
+            found = super().at_once(weights)
+            at_once.append(found[0].data_ptr() == weights[0].data_ptr())
+            return found
+
+    monkeypatch.setattr(inplace, "Deferred", Spy)
+    fused = check(lambda: Reader(what))
+    if native.suits(fused.module.lstm, "float32", EVERY):  # where there is a C++ compiler
+        assert fused.module.lstm in fused._layers.layers
+        assert set(at_once) == {what in ("plain", "differentiated")}
 
 
 def test_a_patched_class_is_not_plain(monkeypatch):

@@ -4,6 +4,7 @@ A fused layer does not write its gradient out: its backward pass finds what the 
 its weights and leaves that here. Until the pass is over no weight changes, so hooks, penalties and
 other layers that read a weight see the one that the loss was computed with, and a layer that is
 called several times, or whose weights are read elsewhere too, gets the sum of all its gradients.
+Compiled layers step in the middle of the pass where nothing can tell (`at_once`).
 
 A backward pass that is not the step's own, because a model differentiates something itself, gets
 plain gradients, which can be differentiated again.
@@ -18,6 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from potluck.tasks.plain import has_hooks
 
 
 class _Product(NamedTuple):
@@ -52,7 +56,7 @@ class Deferred:
         """Within it, a backward pass finds the step at this rate, which is taken at the end.
 
         Args:
-            loss: what is differentiated, if some layers would rather step at once (`at_once`).
+            loss: what is differentiated, if layers may step at once (`at_once`).
         """
         self.lr, self.is_open = lr, True
         self._alone = set() if loss is None else _read_once(loss)
@@ -76,20 +80,16 @@ class Deferred:
         return stepped
 
     def at_once(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The weights themselves, if the whole loss reads them but once; else `copies`."""
+        """The weights themselves, if nothing can read them in the rest of the pass; else
+        `copies`."""
         if all(id(weight) in self._alone for weight in weights):
             return [weight.detach() for weight in weights]
         return self.copies(weights)
 
     @torch.no_grad()
     def _take(self) -> None:
-        times = Counter(id(copy.weight) for copy in self._copies)
-        # Differences of all before any of them is added.
-        moves = [
-            None if times[id(weight)] == 1 else stepped - weight for weight, stepped in self._copies
-        ]
-        for (weight, stepped), move in zip(self._copies, moves, strict=True):
-            weight.copy_(stepped) if move is None else weight.add_(move)
+        if self._copies:
+            self._take_copies()
         for weight, bias, rows, inputs in self._products:
             if rows.dtype == weight.dtype:
                 weight.addmm_(rows.t(), inputs, alpha=-self.lr)
@@ -97,6 +97,15 @@ class Deferred:
                 weight.add_(rows.t() @ inputs, alpha=-self.lr)
             if bias is not None:
                 bias.add_(rows.sum(0), alpha=-self.lr)
+
+    def _take_copies(self) -> None:
+        times = Counter(id(weight) for weight, _ in self._copies)
+        # Differences of all before any of them is added.
+        moves = [
+            None if times[id(weight)] == 1 else stepped - weight for weight, stepped in self._copies
+        ]
+        for (weight, stepped), move in zip(self._copies, moves, strict=True):
+            weight.copy_(stepped) if move is None else weight.add_(move)
 
 
 def plain_gradients(
@@ -127,7 +136,8 @@ def plain_gradients(
 
 
 def _read_once(loss: Tensor) -> set[int]:
-    """The leaves that exactly one operation of a loss reads, by their identity."""
+    """The leaves that exactly one operation of a loss reads, by their identity; none at all where
+    Python code runs in the backward pass besides that of Potluck, which may read any of them."""
     reads: Counter[int] = Counter()
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
@@ -136,8 +146,12 @@ def _read_once(loss: Tensor) -> set[int]:
         for before, _ in () if node is None else node.next_functions:
             leaf = getattr(before, "variable", None)
             if leaf is not None:
+                if has_hooks(leaf):
+                    return set()
                 reads[id(leaf)] += 1
             elif before is not None and before not in seen:
+                if isinstance(before, BackwardCFunction) and not hasattr(before, "deferred"):
+                    return set()
                 seen.add(before)
                 waiting.append(before)
     return {leaf for leaf, times in reads.items() if times == 1}

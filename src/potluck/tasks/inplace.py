@@ -20,30 +20,23 @@ of the model, and the layer runs the forward of its class, whose gradient is wri
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from potluck.tasks import linear, native, pooled_convolution
 from potluck.tasks.deferred import Deferred, plain_gradients
-from potluck.tasks.plain import (
-    is_compiled,
-    is_observed,
-    is_plain,
-    is_plain_weight,
-    owned_weights,
-    places_of,
-)
+from potluck.tasks.plain import Proof, is_compiled, is_observed, is_plain, places_of, prove
 from potluck.tasks.precision import Precision
 
 SMALLEST = 65_536  # weights; below it the plain step is as fast
 _THIN = 32  # rows of a batch; up to here the time goes into reading the weights, not into products
 _LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster than MKL
-_NAMES = ("forward", pooled_convolution.IN_PLACE)  # what is put on a layer
 
 _Forward = Callable[..., Any]
 
@@ -70,22 +63,25 @@ class InPlaceLayers:
         """How often a fused layer was called, for tests: the plain forward does not count."""
         self.is_off = False
         self.precision: Precision = precision
-        self._at_once = False  # whether a layer was called that would rather not wait
+        self._was_compiled = False  # whether a compiled layer was called since the last step
+        self._handles = RemovableHandle.next_id
         if is_compiled(module):
             return
         places = places_of(module)
         for layer in module.modules():
             forward = _forward_of(layer, precision, compiled, smallest)
-            weights = None if forward is None else owned_weights(layer, places)
-            if forward is not None and weights:
+            proof = None if forward is None else prove(layer, places)
+            if forward is not None and proof is not None:
                 name = pooled_convolution.IN_PLACE if isinstance(layer, nn.Conv2d) else "forward"
-                setattr(layer, name, _Fused(self, layer, name, weights, forward))
+                proof.hand_over(name, _Fused(self, layer, name, proof, forward))
                 self.layers.append(layer)
 
     def step(self, lr: float, loss: Tensor) -> AbstractContextManager[None]:
         """Within it, the backward pass of a loss finds the steps, which are taken at the end."""
-        called, self._at_once = self._at_once, False
-        return self.deferred.open(lr, loss if called else None)
+        compiled, self._was_compiled = self._was_compiled, False
+        # Hooks on what a forward pass makes cannot be seen, but every hook has a new handle.
+        handles, self._handles = self._handles, RemovableHandle.next_id
+        return self.deferred.open(lr, loss if compiled and handles == self._handles else None)
 
     @contextmanager
     def plain(self) -> Generator[None]:
@@ -96,10 +92,10 @@ class InPlaceLayers:
         finally:
             self.is_off = False
 
-    def note(self, *, at_once: bool) -> None:
+    def note(self, *, compiled: bool) -> None:
         """A layer is called."""
         self.num_calls += 1
-        self._at_once |= at_once
+        self._was_compiled |= compiled
 
 
 class _Fused:
@@ -110,12 +106,11 @@ class _Fused:
         owner: InPlaceLayers,
         layer: nn.Module,
         name: str,
-        weights: list[nn.Parameter],
+        proof: Proof,
         forward: Callable[..., Any],
     ) -> None:
         self._owner, self._layer, self._name = owner, layer, name
-        self._weights = weights
-        self._forward = forward
+        self._proof, self._forward = proof, forward
 
     def __call__(self, inputs: Any, *rest: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():  # asked first, so that it is all that is traced
@@ -131,21 +126,14 @@ class _Fused:
         return MethodType(cast(Any, _plain(layer, self._name)), layer)
 
     def _is_proven(self, inputs: Any) -> bool:
-        layer = self._layer
-        present = [w for w in vars(layer)["_parameters"].values() if w is not None]
         return (
             not is_observed()
             and type(inputs) in (Tensor, nn.Parameter)
             and inputs.layout is torch.strided
             and torch.is_grad_enabled()
             and _casts(inputs, self._owner.precision)
-            and vars(layer).get(self._name) is self
-            and is_plain(layer, type(layer), _NAMES)
-            and len(present) == len(self._weights)
-            and all(
-                a is b and is_plain_weight(a) for a, b in zip(present, self._weights, strict=True)
-            )
-            and all(weight.is_contiguous() for weight in present)
+            and vars(self._layer).get(self._name) is self
+            and self._proof.holds()
         )
 
 
@@ -192,7 +180,7 @@ def _forward_of(
 def _straight(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
     if inputs.ndim < 2 or inputs.shape[-1] != layer.in_features or inputs.device.type != "cpu":
         return NotImplemented
-    owner.note(at_once=False)
+    owner.note(compiled=False)
     rounds = owner.precision == "bf16" and inputs.numel() > _THIN * inputs.shape[-1]
     kind = torch.bfloat16 if rounds else torch.float32
     step = cast("Callable[..., Tensor]", _LinearStep.apply)
@@ -202,21 +190,21 @@ def _straight(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
 def _tiled(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
     if not linear.takes(layer, inputs):
         return _straight(owner, layer, inputs)
-    owner.note(at_once=True)
+    owner.note(compiled=True)
     return linear.in_place(layer, inputs, owner.deferred)
 
 
 def _lstm(owner: InPlaceLayers, layer: nn.LSTM, inputs: Tensor) -> Any:
     if not native.takes(inputs, None, owner.precision):
         return NotImplemented
-    owner.note(at_once=False)
+    owner.note(compiled=True)
     return native.in_place(layer, inputs, owner.deferred, owner.precision)
 
 
 def _pooled(owner: InPlaceLayers, layer: nn.Conv2d, images: Tensor) -> Tensor:
     if not pooled_convolution.takes(layer, images):
         return NotImplemented
-    owner.note(at_once=False)
+    owner.note(compiled=True)
     return pooled_convolution.in_place(layer, images, owner.deferred)
 
 
@@ -232,7 +220,8 @@ class _LinearStep(torch.autograd.Function):
         ctx.layer, ctx.deferred = (weight, bias), deferred
         ctx.rounded = None if kind == weight.dtype else weight.to(kind)
         ctx.save_for_backward(inputs, weight, bias)
-        with torch.autocast("cpu", enabled=False):  # which would round them
+        autocasts = torch.is_autocast_enabled("cpu")  # which would round them
+        with torch.autocast("cpu", enabled=False) if autocasts else nullcontext():
             if ctx.rounded is None:
                 return _linear(inputs, weight, bias)
             rows = inputs.flatten(0, -2)  # one product, whatever the layout

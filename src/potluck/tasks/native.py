@@ -123,8 +123,7 @@ class _LayerStep(torch.autograd.Function):
         into_cell = into_cell.clone(memory_format=torch.contiguous_format)
         onward = torch.empty_like(others[0]) if ctx.needs_input_grad[0] else None
         arguments = into_hidden, *into_hidden.stride()[:2], into_cell, *others
-        # Copies cost little: they are read once a batch, and the weights once a step in time.
-        weights = ctx.deferred.copies(ctx.weights)
+        weights = ctx.deferred.at_once(ctx.weights)
         factor = -ctx.deferred.lr
         building.call(ctx.backward_step, *ctx.sizes, *arguments, factor, onward, *weights)
         return (onward, *[None] * 6)

@@ -3,15 +3,15 @@
 A fast path computes what `nn.Linear.forward` computes without calling it. That is right only for a
 layer of exactly that class, without hooks, with no attribute that stands before one of its class
 (a `forward` of its own, a `weight` that is computed), whose class is as PyTorch wrote it. A step
-that a fast path takes in place of autograd's is right only for weights that are plain leaves.
+that a fast path takes in place of autograd's is right only for weights that are plain leaves. And
+what was proven once may change: hooks come, weights are put in others' places.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
@@ -25,21 +25,70 @@ _GLOBAL_HOOKS: list[Any] = [
     for name, hooks in vars(module_of_torch).items()
     if name.startswith("_global_") and isinstance(hooks, dict)
 ]
+_HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
+_LINEAR = functional.linear
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module], ours: Collection[str] = ()) -> bool:
-    """Whether calling a layer is exactly what `kind.forward` says.
+class Proof:
+    """That a layer is plain, as `prove` has found, and what that rests on."""
+
+    def __init__(self, layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+        self._layer, self._weights = layer, weights
+        self._kind = type(layer)
+        self._forward: Any = self._kind.forward
+        self._names = set(vars(layer))
+
+    def hand_over(self, name: str, ours: Any) -> None:
+        """Put something on the layer under a name."""
+        setattr(self._layer, name, ours)
+        self._names.add(name)
+
+    def holds(self) -> bool:
+        """Whether nothing of it has changed."""
+        own = vars(self._layer)
+        present = own["_parameters"]
+        return (
+            type(self._layer) is self._kind
+            and self._kind.forward is self._forward
+            and own.keys() == self._names
+            and not own["_modules"]
+            and not any(map(own.get, _HOOKS))
+            and not any(_GLOBAL_HOOKS)
+            and functional.linear is _LINEAR
+            and len(present) == len(self._weights)
+            and all(
+                present.get(name) is weight
+                and weight.requires_grad
+                and weight.is_contiguous()
+                and not has_hooks(weight)
+                for name, weight in self._weights.items()
+            )
+        )
+
+
+def prove(layer: nn.Module, places: Mapping[int, int]) -> Proof | None:
+    """A proof that a layer is plain and that its parameters are trained leaves which no other
+    place of the module has; None if that is not so.
 
     Args:
-        ours: names of attributes that Potluck itself has put on it.
+        places: of the module that the layer is a part of; see `places_of`.
     """
+    if not is_plain(layer, type(layer)):
+        return None
+    present = vars(layer)["_parameters"]
+    weights = {name: weight for name, weight in present.items() if weight is not None}
+    owned = all(is_plain_weight(w) and places[id(w)] == 1 for w in weights.values())
+    return Proof(layer, weights) if owned and len(weights) else None
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a layer is exactly what `kind.forward` says."""
     own = vars(layer)
     return (
         type(layer) is kind
-        and not any(hooks for name, hooks in own.items() if "hook" in name and name not in ours)
-        and not any(_GLOBAL_HOOKS)
+        and is_quiet(layer)
         and not own["_modules"]
-        and all(name in ours for name in own.keys() & _names_of(kind))
+        and not own.keys() & set(dir(kind))
         and not own.keys() & own["_parameters"].keys()
         and not any(hasattr(kind, name) for name in own["_parameters"])
         and _is_as_written(kind)
@@ -50,7 +99,7 @@ def is_quiet(module: nn.Module) -> bool:
     """Whether nothing but its class's forward runs when a module, of any class, is called."""
     own = vars(module)
     return not (
-        any(hooks for name, hooks in own.items() if "hook" in name)
+        any(map(own.get, _HOOKS))
         or any(_GLOBAL_HOOKS)
         or "forward" in own
         or own.get("_compiled_call_impl") is not None
@@ -87,18 +136,6 @@ def has_hooks(tensor: Tensor) -> bool:
 def are_hooked(parameters: Iterable[Tensor]) -> bool:
     """Whether any of them `has_hooks`."""
     return any(map(has_hooks, parameters))
-
-
-def owned_weights(layer: nn.Module, places: Mapping[int, int]) -> list[nn.Parameter] | None:
-    """The parameters of a layer in the order of their names, if they are plain and no other place
-    of the module has them; else None.
-
-    Args:
-        places: of the module that the layer is a part of; see `places_of`.
-    """
-    weights = [weight for weight in vars(layer)["_parameters"].values() if weight is not None]
-    alone = all(is_plain_weight(weight) and places[id(weight)] == 1 for weight in weights)
-    return weights if alone else None
 
 
 def places_of(module: nn.Module) -> Counter[int]:
@@ -138,10 +175,6 @@ def _is_as_written(kind: type[nn.Module]) -> bool:
         and home is not None
         and code.co_filename == home.__file__
         and kind.__call__ is nn.Module.__call__
-        and isinstance(functional.linear, BuiltinFunctionType)
+        and functional.linear is _LINEAR
+        and isinstance(_LINEAR, BuiltinFunctionType)
     )
-
-
-@cache
-def _names_of(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(dir(kind))

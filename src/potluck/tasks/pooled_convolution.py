@@ -110,7 +110,7 @@ class _Step(torch.autograd.Function):
         if not ctx.deferred.is_open:
             return *plain_gradients(ctx, _plain, [images, weight, bias], [into]), None, None
         onward = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        layer, factor = ctx.deferred.copies(ctx.layer), -ctx.deferred.lr
+        layer, factor = ctx.deferred.at_once(ctx.layer), -ctx.deferred.lr
         flows = rows, _rows(into), which, factor, onward
         building.call(ctx.backward_step, *ctx.sizes, *flows, *layer)
         if onward is not None:

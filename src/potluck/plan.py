@@ -128,9 +128,7 @@ def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
     Raises:
         ConfigError: data that do not fit the plan.
     """
-    from torch.nn import functional
-
-    from potluck.tasks import Task, cross_entropy, mean_squared_error, models
+    from potluck.tasks import Task, models
 
     data = _as_planned(task, data)
     if task.model in LANGUAGE_MODELS:
@@ -143,12 +141,7 @@ def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
         )
     kinds = {"2nn": models.TwoNN, "cnn": models.CNN, "logistic": models.LogisticRegression}
     model = partial(kinds[task.model], shape, task.num_classes or 1)
-    if task.kind == "multilabel":
-        loss = functional.binary_cross_entropy_with_logits
-        return Task(model=model, data=data, loss=loss, metrics={})
-    if task.num_classes == 0:
-        return Task(model=model, data=data, loss=mean_squared_error, metrics={})
-    return Task(model=model, data=data, loss=cross_entropy)
+    return Task(model=model, data=data)
 
 
 def build_planned_algorithm(section: AlgorithmSection) -> FedAvg | FedProx | Scaffold:

@@ -156,6 +156,7 @@ class TorchTrainer:
     ) -> Sums:
         """Sums of metrics; see `Trainer`."""
         from potluck.tasks import Evaluator, evaluation_batches
+        from potluck.tasks.scores import is_statistic
 
         task, _ = self._prepare(plan, spec)
         if task.data.client_test(0).num_examples == 0:
@@ -166,7 +167,8 @@ class TorchTrainer:
         for batch in evaluation_batches(task, task.data.client_test(0)):
             check()
             for name, pair in evaluator.sums(batch).items():
-                total[name] = total.get(name, 0.0) + pair
+                if len(pair) == 2 and not is_statistic(task.metrics.get(name)):
+                    total[name] = total.get(name, 0.0) + pair
         sums = {name: (float(pair[0]), round(float(pair[1]))) for name, pair in total.items()}
         if not np.isfinite([pair[0] for pair in sums.values()]).all():
             raise DivergedError("metrics must be finite, got some that are not.")

@@ -194,7 +194,7 @@ class Cluster:
         if dealt.refused:
             raise WorkerError("workers must survive evaluation, got three lost over one batch.")
         numbered = sorted((pair for part in dealt.results for pair in part), key=lambda p: p[0])
-        return means([sums for _, sums in numbered])
+        return means(self._task, weights, [sums for _, sums in numbered])
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started for them. May be called twice."""

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm, Runtime, num_wide
-from potluck.core import DivergedError, FixedPointMean, Update, Vector
+from potluck.core import DivergedError, FixedPointMean, PotluckError, Update, Vector
 from potluck.core.validate import as_count
 from potluck.memory import keep_freed
-from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches, means
+from potluck.tasks import Evaluator, Examples, Task, TorchRuntime, evaluation_batches
 from potluck.tasks.inplace import SMALLEST
 from potluck.tasks.precision import Precision
 from potluck.tasks.randomness import kept_randomness
@@ -146,7 +146,7 @@ class Loop:
         self._model.follow()
         self._evaluator.load(weights)
         with kernel_threads(self._num_threads):
-            return means([self._evaluator.sums(b) for b in self._test])
+            return self._evaluator.evaluate(self._test)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -233,7 +233,7 @@ def train_client(
         mean.add(update.delta, update.weight)
     except Exception as error:
         reason = (
-            str(error) if isinstance(error, DivergedError) else f"{type(error).__name__}: {error}"
+            str(error) if isinstance(error, PotluckError) else f"{type(error).__name__}: {error}"
         )
         failure = Failure(
             client, task.data.clients[client], reason, isinstance(error, DivergedError)

@@ -16,7 +16,7 @@ from potluck.algorithms import Algorithm
 from potluck.core import Vector, stream
 from potluck.core.validate import as_count
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, kernel_threads
-from potluck.tasks import Evaluator, Examples, Task, evaluation_batches, means
+from potluck.tasks import Evaluator, Task, evaluation_batches
 from potluck.tasks.task import Remade
 
 
@@ -35,8 +35,7 @@ class WithTrainLoss:
         train = task.data.train
         order = stream(0, "train-loss").permutation(train.num_examples)
         rows = np.sort(order[: as_count("num_examples", num_examples)])
-        sample = Examples(train.inputs[rows], train.targets[rows])
-        self._batches = evaluation_batches(task, sample)
+        self._batches = evaluation_batches(task, train.rows(rows))
 
     def train(
         self,
@@ -57,7 +56,7 @@ class WithTrainLoss:
         self._model.follow()
         self._evaluator.load(weights)
         with kernel_threads(1):  # the same bits whatever the executor
-            loss = means([self._evaluator.sums(batch) for batch in self._batches])["loss"]
+            loss = self._evaluator.evaluate(self._batches)["loss"]
         return {**metrics, "train_loss": loss}
 
     def close(self) -> None:

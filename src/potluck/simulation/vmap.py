@@ -48,7 +48,6 @@ from potluck.tasks import (
     Task,
     TorchRuntime,
     evaluation_batches,
-    means,
 )
 from potluck.tasks.device_cohort import DeviceCohort
 from potluck.tasks.evaluation import EVALUATION_BATCH
@@ -174,7 +173,7 @@ class Vmap:
         self._evaluator.load(weights)
         precise = nullcontext() if self._device_cohort is None else products(self._precision)
         with kernel_threads(self._num_threads), precise, unpacked_rnns():
-            return means([self._evaluator.sums(b) for b in self._test])
+            return self._evaluator.evaluate(self._test)
 
     def close(self) -> None:
         """Nothing is held."""

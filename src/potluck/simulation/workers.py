@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm, num_wide
-from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.core import FixedPointMean, PotluckError, Vector, WorkerError
 from potluck.core.validate import as_count
 from potluck.memory import keep_freed
 from potluck.simulation.executors import (
@@ -175,7 +175,7 @@ class Workers:
         """Central evaluation on the task's test examples, its batches shared out."""
         replies = self._ask(weights, self._task.last_seed())
         numbered = sorted((pair for reply in replies for pair in reply), key=lambda pair: pair[0])
-        return means([sums for _, sums in numbered])
+        return means(self._task, weights, [sums for _, sums in numbered])
 
     def close(self) -> None:
         """End the processes. May be called twice."""
@@ -281,9 +281,9 @@ class Workers:
                 f"worker processes must live as long as the run, got exit codes {codes} "
                 "(-9: killed, often for want of memory). Use fewer workers, or executor='loop'."
             ) from None
-        failed = [reply for reply in replies.values() if isinstance(reply, str)]
-        if failed:
-            raise WorkerError(failed[0])
+        for reply in replies.values():
+            if isinstance(reply, PotluckError):  # in the words of who raised it
+                raise reply
         return [replies[i] for i in range(len(self._workers))]
 
 
@@ -329,8 +329,10 @@ def _serve(
                 reply: Any = labour.evaluate(request)
             else:
                 reply = labour.train(request)
+        except PotluckError as error:
+            reply = error
         except Exception as error:
-            reply = f"a worker failed: {type(error).__name__}: {error}"
+            reply = WorkerError(f"a worker failed: {type(error).__name__}: {error}")
         try:
             pipe.send(reply)
         except OSError:

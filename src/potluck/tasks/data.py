@@ -21,6 +21,7 @@ from potluck.core.validate import as_count
 from potluck.tasks.names import client_names
 from potluck.tasks.schema import Schema
 from potluck.tasks.targets import Part, TargetKind, understand
+from potluck.tasks.trees import leaves, mapped
 
 Array = NDArray[Any]
 A = TypeVar("A", bound=Any)  # arrays or tensors
@@ -30,12 +31,16 @@ _UNSAID = cast("TargetKind", "")  # what num_classes and padding say
 class Examples(NamedTuple):
     """Examples in order: `inputs[i]` belongs to `targets[i]`."""
 
-    inputs: Array  # [examples, ...]
+    inputs: Any  # [examples, ...]; or several such, in a tuple or a dictionary
     targets: Array  # [examples] or [examples, ...]
 
     @property
     def num_examples(self) -> int:
-        return len(self.inputs)
+        return len(self.targets)
+
+    def rows(self, index: Any) -> Examples:
+        """Some of them, by a slice or an array of row numbers."""
+        return Examples(mapped(lambda array: array[index], self.inputs), self.targets[index])
 
 
 def lengths(inputs: Array, padding: int) -> NDArray[np.int64]:
@@ -120,21 +125,20 @@ class FederatedData:
     def client(self, index: int) -> Examples:
         """The training examples of client `index`: views, not copies."""
         index = as_count("client", index, 0)
-        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Examples(self.train.inputs[rows], self.train.targets[rows])
+        return self.train.rows(slice(int(self.offsets[index]), int(self.offsets[index + 1])))
 
     def client_test(self, index: int) -> Examples:
         """The test examples of client `index`, or its training examples if it has none."""
         if self.test_offsets is None:
             return self.client(index)
         index = as_count("client", index, 0)
-        rows = slice(int(self.test_offsets[index]), int(self.test_offsets[index + 1]))
-        return Examples(self.test.inputs[rows], self.test.targets[rows])
+        first, end = map(int, self.test_offsets[index : index + 2])
+        return self.test.rows(slice(first, end))
 
     def digest(self) -> str:
         """A checksum over what every client owns; equal digests mean equal partitions."""
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self.offsets, *self.train, *self.test):
+        for array in leaves((self.offsets, *self.train, *self.test)):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -164,10 +168,7 @@ def divide(
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     return FederatedData(
         name=dataset.name,
-        train=Examples(
-            np.ascontiguousarray(dataset.train.inputs[order]),
-            np.ascontiguousarray(dataset.train.targets[order]),
-        ),
+        train=Examples(*mapped(np.ascontiguousarray, tuple(dataset.train.rows(order)))),
         offsets=offsets,
         test=dataset.test,
         clients=names,

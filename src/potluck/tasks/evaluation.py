@@ -1,20 +1,34 @@
-"""Evaluation: of one model on a test set (central), or on every client's own (federated)."""
+"""Evaluation: of one model on a test set (central), or on every client's own (federated).
+
+The loss and each metric are put together from batches such that the result is that of all examples
+at once (`potluck.tasks.scores`). What comes in sums may be made by many processes; what does not is
+computed in one, from the outputs for all examples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.core import Vector
+from potluck.core import TaskError, Vector, higher_is_better
 from potluck.core.validate import as_count
+from potluck.tasks.contract import in_words, outputs_of
 from potluck.tasks.data import Examples, lengths, trimmed
+from potluck.tasks.metrics import defaults
+from potluck.tasks.scores import WHOLE, Score, Totals, scores_of, value_of
 from potluck.tasks.task import Task, bind, spec_of
+from potluck.tasks.trees import joined, leaves, mapped
 
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
+_SAMPLE = 64  # examples, from which it is decided how metrics are put together
+_MOST_BYTES = 2**31  # of outputs that are kept for a metric of all examples at once
+
+Sums: TypeAlias = dict[str, Totals]  # by name, the loss among them
+T = TypeVar("T")
 
 
 class Evaluator:
@@ -29,53 +43,165 @@ class Evaluator:
         self._module.eval().to(self._device)
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
+        self._scores: list[Score] | None = None
+        # A model that differentiates itself in its forward pass needs gradients here too.
+        self._modes: Sequence[Callable[[], Any]] = (
+            torch.inference_mode,
+            torch.no_grad,
+            torch.enable_grad,
+        )
 
     def load(self, weights: Vector) -> None:
         """Evaluate this model from now on."""
         self._vector.copy_(torch.tensor(weights))
 
-    def sums(self, examples: Examples) -> dict[str, NDArray[np.float64]]:
-        """Of one batch: name to [sum, count], the loss among them."""
-        with torch.inference_mode():
-            outputs, targets = self._outputs(examples)
-            loss = float(self._loss(outputs, targets))
-            count = getattr(self._loss, "count", len)(targets)
-            sums = {"loss": np.array([loss * count, count])}
-            for name, metric in self._metrics.items():
-                values = metric(outputs, targets).double()
-                counts = ~values.isnan()
-                sums[name] = np.array([float(values.nansum()), float(counts.sum())])
-        return sums
+    def sums(self, examples: Examples) -> Sums:
+        """Of one batch, by name; empty for what must be computed of all examples at once.
 
-    def per_example(self, examples: Examples) -> dict[str, NDArray[np.float64]]:
-        """Of one batch: name of a metric to [examples, 2], a sum and a count for each."""
-        with torch.inference_mode():
-            outputs, targets = self._outputs(examples)
-            result: dict[str, NDArray[np.float64]] = {}
-            for name, metric in self._metrics.items():
-                values = metric(outputs, targets).double().reshape(len(targets), -1)
-                counts = (~values.isnan()).sum(1).double()
-                result[name] = torch.stack([values.nansum(1), counts], dim=1).cpu().numpy()
-        return result
+        Raises:
+            TaskError: model, loss or a metric cannot be used on these examples; the client is
+                named if they are one's own.
+        """
+        scores = self._known_scores()
 
-    def _outputs(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = np.array(examples.inputs), np.array(examples.targets)
-        if self._task.data.padding is not None:
+        def work() -> Sums:
+            outputs, targets = self._outputs(examples)
+            return {score.name: score.sums(outputs, targets) for score in scores}
+
+        return self._blaming(work)
+
+    def evaluate(self, batches: Sequence[Examples]) -> dict[str, float]:
+        """The loss and metrics of all examples of these batches."""
+        metrics, totals = self._metrics, self.totals(batches)
+        return {name: value_of(metrics.get(name), total) for name, total in totals.items()}
+
+    def totals(self, batches: Sequence[Examples]) -> Sums:
+        """The sums over these batches, in order. What is computed of all at once is there as if it
+        were a mean over examples."""
+        totals = added([self.sums(batch) for batch in batches])
+        names = [name for name, total in totals.items() if total is WHOLE]
+        size = sum(batch.num_examples for batch in batches)
+        for name, number in self.whole(batches, names).items():
+            is_number = not np.isnan(number)
+            totals[name] = np.array([number * size, size]) if is_number else np.zeros(2)
+        return totals
+
+    def whole(self, batches: Sequence[Examples], names: Sequence[str]) -> dict[str, float]:
+        """Those of these names of all examples at once."""
+        if not names:
+            return {}
+        chosen = [score for score in self._known_scores() if score.name in names]
+
+        def work() -> dict[str, float]:
+            pairs: list[Any] = []
+            for batch in batches:
+                outputs, targets = self._outputs(batch, whole=True)
+                pairs.append((mapped(torch.Tensor.detach, outputs), targets))
+                _check_room(chosen[0], pairs)
+            outputs, targets = joined(torch.cat, pairs)
+            with in_words(chosen[0].what, None, outputs, targets):
+                return {score.name: score.number(outputs, targets) for score in chosen}
+
+        return self._blaming(work)
+
+    def _known_scores(self) -> list[Score]:
+        """How the loss and metrics are put together: decided once."""
+        if self._scores is None:
+
+            def work() -> list[Score]:
+                outputs, targets = self._outputs(_sample(self._task))
+                return scores_of(
+                    self._loss,
+                    self._metrics,
+                    outputs,
+                    targets,
+                    by_default=self._task.metrics == defaults(self._task.kind)[1],
+                )
+
+            self._scores = self._blaming(work)
+        return self._scores
+
+    def _blaming(self, work: Callable[[], T]) -> T:
+        try:
+            return self._in_a_mode(work)
+        except TaskError as error:
+            # A batch that cannot be computed, unlike a contract that is not kept, has a client.
+            client = None if error.__cause__ is None else self._first_failing()
+            if client is None:
+                raise
+            raise TaskError(f"client {client!r}: {error}") from error.__cause__
+
+    def _in_a_mode(self, work: Callable[[], T]) -> T:
+        """In the fastest of the modes in which it can be done, from then on."""
+        *others, last = self._modes
+        for number, mode in enumerate(others):
+            try:
+                with mode():
+                    found = work()
+                self._modes = self._modes[number:]
+                return found
+            except Exception:  # perhaps for want of gradients
+                continue
+        with last():
+            found = work()
+        self._modes = [last]
+        return found
+
+    def _first_failing(self) -> str | None:
+        """The first client on whose own examples the model cannot be evaluated."""
+        data = self._task.data
+        for number, name in enumerate(data.clients):
+            for batch in batches_of(data.client_test(number)):
+                try:
+                    outputs, targets = self._in_a_mode(lambda batch=batch: self._outputs(batch))
+                    float(self._loss(outputs, targets))
+                except Exception:
+                    return name
+        return None
+
+    def _outputs(self, examples: Examples, whole: bool = False) -> tuple[Any, torch.Tensor]:
+        """The model's outputs, and the targets; not trimmed if they are to be put together."""
+        inputs, targets = mapped(np.array, examples.inputs), np.array(examples.targets)
+        if self._task.data.padding is not None and not whole:
             longest = int(lengths(inputs, self._task.data.padding).max())
             inputs, targets = trimmed(inputs, targets, max(longest, 1))
-        there = (
-            torch.from_numpy(inputs).to(self._device),
-            torch.from_numpy(targets).to(self._device),
+        there: Any = mapped(lambda array: torch.from_numpy(array).to(self._device), inputs)
+        wanted = torch.from_numpy(targets).to(self._device)
+        return outputs_of(self._module, there, wanted), wanted
+
+
+def _sample(task: Task) -> Examples:
+    """Test examples from everywhere, in the order of their targets, which are as different as can
+    be."""
+    data = task.data
+    examples = data.test if data.test.num_examples > 0 else data.train
+    targets = examples.targets
+    if targets.ndim > 1 and targets.dtype.kind in "iu":
+        order = np.argsort(targets.reshape(len(targets), -1).min(axis=1), kind="stable")
+    elif targets.ndim > 1:
+        order = np.arange(len(targets))
+    else:
+        order = np.argsort(targets, kind="stable")
+    places = np.linspace(0, len(order) - 1, min(_SAMPLE, len(order))).astype(np.int64)
+    if targets.ndim == 1 and targets.dtype.kind in "iu":
+        starts = np.unique(targets[order], return_index=True)[1]  # of each class
+        places = np.unique(np.concatenate([places, starts[:_SAMPLE]]))
+    return examples.rows(order[places])
+
+
+def _check_room(score: Score, pairs: list[Any]) -> None:
+    kept = sum(part.nbytes for pair in pairs for part in leaves(pair))
+    if kept > _MOST_BYTES:
+        raise TaskError(
+            f"{score.what} must be a mean over examples where outputs are large, got a number that "
+            f"is none, and {kept:,} bytes of outputs. Give a loss a method count(targets), which "
+            "is what it divides by, and let a metric give one value per example."
         )
-        return self._module(there[0]), there[1]
 
 
 def batches_of(examples: Examples, size: int = EVALUATION_BATCH) -> list[Examples]:
     """The examples in order, in batches of `size`: views."""
-    return [
-        Examples(examples.inputs[i : i + size], examples.targets[i : i + size])
-        for i in range(0, examples.num_examples, size)
-    ]
+    return [examples.rows(slice(i, i + size)) for i in range(0, examples.num_examples, size)]
 
 
 def evaluation_batches(
@@ -83,20 +209,37 @@ def evaluation_batches(
 ) -> list[Examples]:
     """The examples of a central evaluation (the task's test examples) in batches; sequences in
     order of length, so that little is padded."""
-    examples = examples or task.data.test
     size = as_count("size", size)
+    examples = examples or task.data.test
     if task.data.padding is not None:
         order = np.argsort(lengths(examples.inputs, task.data.padding), kind="stable")
-        examples = Examples(examples.inputs[order], examples.targets[order])
+        examples = examples.rows(order)
     return batches_of(examples, size)
 
 
-def means(sums: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
-    """The sums of all batches, in order, to the means over all that counts; NaN if nothing does."""
-    total = {name: np.sum([batch[name] for batch in sums], axis=0) for name in sums[0]}
+def added(sums: Sequence[Sums]) -> Sums:
+    """The sums of all batches, in order, as one."""
+    if not sums:
+        return {}
     return {
-        name: float(pair[0] / pair[1]) if pair[1] > 0 else float("nan")
-        for name, pair in total.items()
+        name: WHOLE if len(sums[0][name]) == 0 else np.sum([part[name] for part in sums], axis=0)
+        for name in sums[0]
+    }
+
+
+def means(task: Task, weights: Vector, sums: Sequence[Sums]) -> dict[str, float]:
+    """The central evaluation of a model of which these are the sums of all batches, in order: NaN
+    for what nothing counts in."""
+    totals = added(sums)
+    names = [name for name, total in totals.items() if total is WHOLE]
+    numbers: dict[str, float] = {}
+    if names:
+        evaluator = Evaluator(task)
+        evaluator.load(weights)
+        numbers = evaluator.whole(evaluation_batches(task), names)
+    return {
+        name: numbers[name] if name in numbers else value_of(task.metrics.get(name), total)
+        for name, total in totals.items()
     }
 
 
@@ -111,15 +254,16 @@ def evaluate(
             needed while the task was used for one seed only.
 
     Raises:
-        ValueError: it is needed, and was not given.
+        TaskError: model, loss or a metric does not keep its contract or does not fit the data.
+        ValueError: the seed is needed, and was not given.
     """
     evaluator = Evaluator(task, seed=task.only_seed() if seed is None else seed)
     evaluator.load(weights)
-    return means([evaluator.sums(b) for b in evaluation_batches(task, examples)])
+    return evaluator.evaluate(evaluation_batches(task, examples))
 
 
 class FederatedMetric(NamedTuple):
-    """One metric over all clients."""
+    """The loss or one metric over all clients."""
 
     per_client: NDArray[np.float64]  # [clients], NaN where a client has nothing that counts
     mean: float  # every client counts the same
@@ -130,37 +274,42 @@ class FederatedMetric(NamedTuple):
 def federated_evaluation(
     task: Task, weights: Vector, *, seed: int | None = None
 ) -> Mapping[str, FederatedMetric]:
-    """Evaluate a model on every client's own test examples (its training ones if it has none).
+    """Evaluate a model on every client's own test examples (its training ones if it has none):
+    the loss and each metric.
 
-    Each metric is taken to be better the larger it is.
+    Which clients are the worst depends on the metric: see `potluck.core.higher_is_better`.
+
+    The seed is as for `evaluate`.
+
+    Raises:
+        TaskError: as `evaluate`; the client is named.
+        ValueError: as `evaluate`.
     """
-    data = task.data
-    own = data.test_offsets is not None
-    examples = data.test if own else data.train
-    offsets = data.test_offsets if data.test_offsets is not None else data.offsets
     evaluator = Evaluator(task, seed=task.only_seed() if seed is None else seed)
     evaluator.load(weights)
-    parts = [evaluator.per_example(batch) for batch in batches_of(examples)]
-    result: dict[str, FederatedMetric] = {}
-    for name in task.metrics:
-        pairs = np.concatenate([part[name] for part in parts])  # [examples, 2]
-        running = np.concatenate([np.zeros((1, 2)), np.cumsum(pairs, axis=0)])
-        sums = running[offsets[1:]] - running[offsets[:-1]]  # [clients, 2]
-        result[name] = _summary(sums)
-    return result
+    parts: dict[int, Sums] = {}  # of the clients that have examples
+    for number in range(task.data.num_clients):
+        examples = task.data.client_test(number)
+        if examples.num_examples > 0:
+            parts[number] = evaluator.totals(batches_of(examples))
+    return {
+        name: _summary(task, name, {number: totals[name] for number, totals in parts.items()})
+        for name in (next(iter(parts.values())) if parts else ())
+    }
 
 
-def _summary(sums: NDArray[np.float64]) -> FederatedMetric:
-    counted = sums[:, 1] > 0
-    per_client = np.full(len(sums), np.nan)
-    per_client[counted] = sums[counted, 0] / sums[counted, 1]
-    if not counted.any():
+def _summary(task: Task, name: str, totals: Mapping[int, Totals]) -> FederatedMetric:
+    metric = task.metrics.get(name)
+    per_client = np.full(task.data.num_clients, np.nan)
+    for number, total in totals.items():
+        per_client[number] = value_of(metric, total)
+    rising = np.sort(per_client[~np.isnan(per_client)])
+    if len(rising) == 0:
         return FederatedMetric(per_client, float("nan"), float("nan"), float("nan"))
-    ordered = np.sort(per_client[counted])
-    worst = ordered[: max(1, len(ordered) // 10)]
+    worst_first = rising if higher_is_better(name, metric) else rising[::-1]
     return FederatedMetric(
         per_client=per_client,
-        mean=float(ordered.mean()),
-        weighted_mean=float(sums[:, 0].sum() / sums[:, 1].sum()),
-        worst_decile=float(worst.mean()),
+        mean=float(rising.mean()),
+        weighted_mean=value_of(metric, np.sum(list(totals.values()), axis=0)),
+        worst_decile=float(worst_first[: max(1, len(rising) // 10)].mean()),
     )

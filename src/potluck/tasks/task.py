@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -12,12 +12,11 @@ from torch import nn
 from potluck.core import Role, Spec, Vector
 from potluck.tasks.data import FederatedData
 from potluck.tasks.making import Making
-from potluck.tasks.metrics import Loss, Metric, accuracy, cross_entropy
+from potluck.tasks.metrics import Loss, Metric, defaults
 from potluck.tasks.rebinding import rebound
+from potluck.tasks.targets import TargetKind
 
-
-def _accuracy() -> dict[str, Metric]:
-    return {"accuracy": accuracy}
+_BY_KIND: Any = None  # stands for what follows from the kind of the targets
 
 
 class Parts(NamedTuple):
@@ -38,8 +37,10 @@ class Task:
             then the initial ones. It is copied, with all that it holds. Whatever a callable draws,
             from PyTorch, NumPy or `random`, follows from the seed as well.
         data: the examples of all clients.
-        loss: (outputs, targets) to the batch's mean loss.
-        metrics: name to (outputs, targets) to values; see `potluck.tasks.metrics`.
+        loss: (outputs, targets) to the batch's mean loss. By default cross-entropy of classes,
+            the mean squared error of a regression, binary cross-entropy of many labels.
+        metrics: name to (outputs, targets) to values; see `potluck.tasks.metrics`. By default the
+            accuracy, or "mae", "rmse" and "r2" of a regression.
         batches: for sequences (data that have a padding symbol), "by length" puts sequences of
             similar length into one batch, so that little is padded; "random" draws batches as for
             other data.
@@ -47,10 +48,32 @@ class Task:
 
     model: nn.Module | Callable[[], nn.Module]
     data: FederatedData
-    loss: Loss = cross_entropy
-    metrics: Mapping[str, Metric] = field(default_factory=_accuracy)
+    loss: Loss = _BY_KIND
+    metrics: Mapping[str, Metric] = _BY_KIND
     batches: Literal["by length", "random"] = "by length"
     _making: Making = field(default_factory=Making, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        loss, metrics = defaults(self.kind)
+        if self.loss is _BY_KIND:
+            object.__setattr__(self, "loss", loss)
+        if self.metrics is _BY_KIND:
+            object.__setattr__(self, "metrics", metrics)
+        if not callable(self.loss):
+            raise TypeError(
+                "loss must be a function of (outputs, targets), got "
+                f"loss={self.loss!r}. Give one, such as torch.nn.functional.cross_entropy."
+            )
+        if "loss" in self.metrics:
+            raise ValueError(
+                "metrics must not be called 'loss', which is the name of the task's loss, got "
+                f"metrics={sorted(self.metrics)}. Call it otherwise."
+            )
+
+    @property
+    def kind(self) -> TargetKind:
+        """What the targets are."""
+        return self.data.kind
 
     def module(self, weights: Vector | None = None, *, seed: int | None = None) -> nn.Module:
         """A new module, of which the caller may do what it likes. Global randomness is kept.

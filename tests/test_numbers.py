@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import inspect
 import json
@@ -47,7 +48,9 @@ from potluck.tasks import (
     PeepholeCharLSTM,
     TwoNN,
     WordLSTM,
+    evaluate,
     evaluation_batches,
+    federated_evaluation,
 )
 
 ONES = [1, np.int64(1), np.int32(1), np.uint8(1), np.array(1), torch.tensor(1)]
@@ -131,6 +134,15 @@ TAKES: dict[str, Callable[[Any], Any]] = {
     "own_data.from_clients.num_classes": lambda n: own_data.from_clients(
         {"a": (np.zeros((4, 2)), np.zeros(4, int))}, num_classes=n
     ),
+    "own_data.from_clients.seed": lambda n: own_data.from_clients(
+        {"a": (np.zeros((4, 2)), np.zeros(4, int))}, num_classes=2, seed=n
+    ),
+    "Task.module.seed": lambda n: TASK.module(seed=n),
+    "Task.begin.seed": TASK.begin,
+    "evaluate.seed": lambda n: evaluate(TASK, TASK.initial_weights(0), seed=n),
+    "federated_evaluation.seed": lambda n: federated_evaluation(
+        TASK, TASK.initial_weights(0), seed=n
+    ),
     "FederatedData.client.index": FEDERATED.client,
     "Task.initial_weights.seed": TASK.initial_weights,
     "LogisticRegression.num_classes": lambda n: LogisticRegression((2,), n),
@@ -174,6 +186,7 @@ OPTIONAL = {  # where None is a value of its own
     *("FedAvg.batch_size", "FedProx.batch_size", "Scaffold.batch_size", "algorithm.batch_size"),
     *("rounds.num_rounds", "train.seed", "own_data.from_clients.num_classes", "Vmap.chunk"),
     *("Workers.num_workers", "Workers.chunk", "Auto.num_workers", "make_executor.num_workers"),
+    *("Task.module.seed", "evaluate.seed", "federated_evaluation.seed"),
     *("TorchTrainer.num_threads", "Record.limit_bytes", "run.seed"),
 }
 INTERNAL = {  # of which a caller gives what Potluck itself counted, or that are tested elsewhere
@@ -340,6 +353,20 @@ def test_clients_that_would_share_a_name_are_refused() -> None:
         own_data.from_clients({"caf\udce9": examples})
     with pytest.raises(DataError, match="different names"):
         partitions.divide(DATA, [np.arange(3), np.arange(3, 6)], ["a", "a"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        (np.array([3, 7]), ("3", "7")),
+        (np.array([b"a", b"z\xc3\xbcrich"]), ("a", "zürich")),
+        (np.array(["2024-01-01", "2024-01-02"], "datetime64[D]"), ("2024-01-01", "2024-01-02")),
+        (np.array([None, "x"], object).astype(str), ("None", "x")),
+    ],
+)
+def test_groups_of_any_type_give_text_as_names(groups: np.ndarray, names: tuple[str, ...]) -> None:
+    data = partitions.by_group(dataclasses.replace(DATA, groups=np.repeat(groups, 6)))
+    assert data.clients == names
 
 
 def test_no_client_is_before_the_first() -> None:

@@ -151,7 +151,7 @@ def by_group(dataset: Dataset, *, min_examples: int = 1) -> FederatedData:
             f"{int(sizes.max(initial=0))} in the largest. Lower min_examples."
         )
     rows_of = _rows_by_code(codes, len(names))
-    data = divide(dataset, [rows_of[i] for i in kept], [str(names[i]) for i in kept])
+    data = divide(dataset, [rows_of[i] for i in kept], list(names[kept]))
     if dataset.test_groups is None or not np.isin(dataset.test_groups, names).all():
         return data
     return _with_own_tests(dataset, data, names[kept], dataset.test_groups)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from potluck.core import Role, Spec, Vector
+from potluck.core.validate import as_seed
 from potluck.tasks.data import FederatedData
 from potluck.tasks.making import Making
 from potluck.tasks.metrics import Loss, Metric, defaults
@@ -89,7 +90,7 @@ class Task:
         """
         if seed is None:
             seed = self.last_seed() if weights is None else self.only_seed()
-        module = self._making.module(self.model, seed)
+        module = self._making.module(self.model, as_seed(seed))
         if weights is not None:
             views = spec_of(module).unflatten(torch.tensor(weights))
             with torch.no_grad():
@@ -112,6 +113,7 @@ class Task:
         Raises:
             ValueError: `model` makes another module the second time, from the same seed.
         """
+        seed = as_seed(seed)
         self.begin(seed)
         self._making.check(self.model, seed)
         module = self.module()
@@ -121,7 +123,7 @@ class Task:
 
     def begin(self, seed: int) -> None:
         """A run with this seed begins, or goes on: `module` makes its model from now on."""
-        self._making.begin(seed)
+        self._making.begin(as_seed(seed))
 
     def last_seed(self) -> int:
         """Of the run that was begun last; 0 before any."""

@@ -19,7 +19,7 @@ from obstore.store import MemoryStore
 from sqlalchemy import delete, select, text, update
 
 from fleet import Clock, Fleet
-from potluck.core import RefusedError, RunError, StorageError
+from potluck.core import RefusedError, RunError, Spec, StorageError
 from potluck.protocol import decode_blocks
 from potluck.server import Service
 from potluck.server.aggregation import BLOCK, Stored, aggregate
@@ -311,6 +311,7 @@ def test_a_leader_that_was_fenced_changes_nothing(places):
 def test_the_aggregate_of_many_blocks_is_the_weighted_mean():
     rng = np.random.default_rng(0)
     dim = 2 * BLOCK + 3
+    spec = Spec(("w",), ((dim,),))
     vectors = rng.normal(size=(3, dim)).astype(np.float32)
     weights = [1.0, 2.5, 10.0]
 
@@ -320,8 +321,8 @@ def test_the_aggregate_of_many_blocks_is_the_weighted_mean():
         pieces = [body[k : k + cut] for k in range(0, len(body), cut)]
         return Stored(i, sha256, weights[i], "float32", lambda: iter(pieces))
 
-    once = aggregate([stored(i, 1 << 20) for i in (0, 1, 2)], dim)
-    other = aggregate([stored(i, 99_991) for i in (2, 0, 1)], dim)
+    once = aggregate([stored(i, 1 << 20) for i in (0, 1, 2)], spec)
+    other = aggregate([stored(i, 99_991) for i in (2, 0, 1)], spec)
     assert np.array_equal(once, other)
     assert np.allclose(once, np.average(vectors.astype(float), axis=0, weights=weights), atol=1e-6)
 

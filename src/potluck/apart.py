@@ -46,16 +46,18 @@ class Judge:
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
         self._task: Task | None = None
+        self._spec: Spec | None = None
 
     def begin(self, needs: tuple[Need, ...]) -> Beginning:
         """The first weights, their spec, and the plan of a device's work."""
         from potluck.plan import plan_of, write_plan
-        from potluck.tasks.task import spec_of
+        from potluck.tasks.statistics import roles
 
         task = self._load()
         weights = task.initial_weights(self._experiment.run.seed)
+        spec = roles(task)
         plan = write_plan(plan_of(self._experiment, task.data, needs))
-        return Beginning(weights, spec_of(task.module()), plan)
+        return Beginning(spec.pack(weights), spec.packed(), plan)
 
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
         """Metrics of a model, by one thread: others on this machine train meanwhile."""
@@ -63,13 +65,25 @@ class Judge:
         from potluck.tasks import evaluate
 
         with kernel_threads(1):
-            return evaluate(self._load(), weights, seed=self._experiment.run.seed)
+            seed = self._experiment.run.seed
+            return evaluate(self._load(), self._whole(weights), seed=seed)
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
     def give_up(self) -> None:
         """What is being answered here is answered to its end."""
+
+    def _whole(self, weights: Vector) -> Vector:
+        """The model of what travels, with the constants of the run's first one."""
+        from potluck.tasks.statistics import roles
+
+        task = self._load()
+        if self._spec is None:
+            self._spec = roles(task)
+        if self._spec.is_all_trained:
+            return weights
+        return self._spec.unpack(weights, task.initial_weights(self._experiment.run.seed))
 
     def _load(self) -> Task:
         from potluck.simulation import build_data, build_task

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from potluck.core.errors import DivergedError
 from potluck.core.update import Vector
 
+RANGE, WIDE_RANGE = float(2**32), float(2**56)
+"""The sums of |weight · Δ| over a cohort are below these, of wide entries below the second."""
 _SCALE = float(2**30)
 _LIMIT = float(2**62)
 _COARSE, _FINE = float(2**6), float(2**46)  # the scales of a wide entry's two integers

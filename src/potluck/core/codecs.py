@@ -11,6 +11,9 @@ little-endian float32, then its q in two's complement; of two int4 in a byte the
 half, and a half that is left over is 0. The scale is the largest magnitude of the block divided by
 127 or 7.
 
+The statistics of a model are behind the entries of an update, in float32 whatever the codec: they
+are averaged, and rounding has nothing to say about them.
+
 Rounding is stochastic: a value between two that the codec knows becomes either, such that the mean
 is the value. What one body loses is added to the next vector (error feedback), so the sum over
 rounds loses no more than the last residual.
@@ -76,16 +79,24 @@ def encode_update(
     seed: int,
     round: int,
     client: int,
+    num_statistics: int = 0,
 ) -> Encoded:
     """Encode a client's update of a round, as every client does, simulated or real.
 
     Args:
         residual: of the client's last update that counted; None before.
+        num_statistics: how many of the entries, the last ones, have no residual and stay float32.
 
     Raises:
         ProtocolError: as `encode_vector`.
     """
-    return encode_vector(delta, codec, stream(seed, "rounding", round, client), residual)
+    size = delta.size - num_statistics
+    random = stream(seed, "rounding", round, client)
+    encoded = encode_vector(delta[:size], codec, random, residual)
+    if num_statistics == 0:
+        return encoded
+    _check_finite(delta[size:])
+    return encoded._replace(body=encoded.body + delta[size:].astype("<f4").tobytes())
 
 
 def encode_vector(
@@ -159,19 +170,24 @@ def decode_vector(body: bytes, codec: Codec, dim: int) -> Vector:
     return _decode_run(body, codec, dim)
 
 
-def decode_blocks(chunks: Iterable[bytes], codec: Codec, dim: int) -> Iterator[Vector]:
+def decode_blocks(
+    chunks: Iterable[bytes], codec: Codec, dim: int, num_statistics: int = 0
+) -> Iterator[Vector]:
     """The vector in a body that arrives in chunks of any size, in pieces of at most 65,536 entries.
+
+    Args:
+        num_statistics: entries behind the vector's; no piece has entries of both.
 
     Raises:
         ProtocolError: as `decode_vector`, after the pieces before the fault; use none of them then.
     """
-    expected = encoded_bytes(codec, dim)
+    expected = encoded_bytes(codec, dim) + 4 * num_statistics
     buffer = bytearray()
-    left, num_bytes = dim, 0
+    left, then, num_bytes = dim, num_statistics, 0
     for chunk in chunks:
         num_bytes += len(chunk)
         if num_bytes > expected:
-            raise _wrong_length(codec, dim, expected, num_bytes)
+            raise _wrong_length(codec, dim + num_statistics, expected, num_bytes)
         buffer += chunk
         while left:
             entries = min(_RUN, left)
@@ -181,8 +197,10 @@ def decode_blocks(chunks: Iterable[bytes], codec: Codec, dim: int) -> Iterator[V
             yield _decode_run(bytes(buffer[:needed]), codec, entries)
             del buffer[:needed]
             left -= entries
+            if left == 0:
+                codec, left, then = "float32", then, 0
     if num_bytes != expected:
-        raise _wrong_length(codec, dim, expected, num_bytes)
+        raise _wrong_length(codec, dim + num_statistics, expected, num_bytes)
 
 
 def _decode_run(body: bytes, codec: Codec, dim: int) -> Vector:

@@ -65,6 +65,15 @@ class Spec:
         names, shapes = tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs)
         return cls(names, shapes, tuple(roles), num_buffers)
 
+    @classmethod
+    def of_packed(
+        cls, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], num_statistics: int
+    ) -> Spec:
+        """The spec of what travels, of which the last tensors are statistics."""
+        trained = len(names) - num_statistics
+        roles: tuple[Role, ...] = ("trained",) * trained + ("statistic",) * num_statistics
+        return cls(names, shapes, roles, num_statistics)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(shape) for shape in self.shapes)
@@ -108,20 +117,17 @@ class Spec:
 
     def with_roles(self, roles: Mapping[str, Role]) -> Spec:
         """The same tensors, some of them in another role."""
-        new = tuple(roles.get(n, role) for n, role in zip(self.names, self.roles, strict=True))
-        return Spec(self.names, self.shapes, new, self.num_buffers)
+        new: dict[str, Role] = dict(zip(self.names, self.roles, strict=True))
+        new.update((name, role) for name, role in roles.items() if name in new)
+        return Spec(self.names, self.shapes, tuple(new.values()), self.num_buffers)
 
     def packed(self) -> Spec:
         """The spec of what travels: the trained tensors, then the statistics."""
         order = [i for i, role in enumerate(self.roles) if role == "trained"]
         statistics = [i for i, role in enumerate(self.roles) if role == "statistic"]
         order += statistics
-        return Spec(
-            tuple(self.names[i] for i in order),
-            tuple(self.shapes[i] for i in order),
-            tuple(self.roles[i] for i in order),
-            len(statistics),
-        )
+        names = tuple(self.names[i] for i in order)
+        return Spec.of_packed(names, tuple(self.shapes[i] for i in order), len(statistics))
 
     def pack(self, vector: Vector) -> Vector:
         """From a vector of this spec to one of `packed`."""

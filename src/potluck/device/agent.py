@@ -23,8 +23,10 @@ from potluck.core import (
     DivergedError,
     ProtocolError,
     RefusedError,
-    Vector,
+    Spec,
+    Update,
     encode_update,
+    update_bytes,
 )
 from potluck.device.clock import Clock, Stopped
 from potluck.device.connection import Connection, Unanswered
@@ -55,7 +57,6 @@ from potluck.protocol import (
     Wait,
     encode_inline,
     encode_message,
-    encoded_bytes,
     verify_manifest,
 )
 
@@ -180,7 +181,7 @@ class Agent:
         plan = read_plan(manifest.plan)
         watch.needs = plan.needs
         if assignment.kind == "train":
-            length = encoded_bytes(assignment.codec, manifest.spec.spec().dim)
+            length = update_bytes(assignment.codec, manifest.spec.spec())
             self._record.check(self._clock.now_ms(), length)
         folder, inside = self._home.folder / "models", assignment.model
         received = receive_model(self._connection, manifest, folder, watch.check, inside)
@@ -202,7 +203,7 @@ class Agent:
             client=assignment.client,
             check=watch.check,
         )
-        report = self._keep(assignment, update.delta, update.weight, update.loss, update.num_steps)
+        report = self._keep(assignment, update, spec)
         yield Event("trained", assignment.round, f"loss {report.loss:.4f}")
 
     def _manifest(self, assignment: Assignment) -> Manifest:
@@ -223,23 +224,20 @@ class Agent:
         self._home.accept_manifest(manifest.version)
         return manifest
 
-    def _keep(
-        self, assignment: Assignment, delta: Vector, weight: float, loss: float, num_steps: int
-    ) -> Report:
+    def _keep(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
         """Put an update into the outbox; what was trained is not lost to a stop."""
         with self._clock.hold():
-            return self._put(assignment, delta, weight, loss, num_steps)
+            return self._put(assignment, update, spec)
 
-    def _put(
-        self, assignment: Assignment, delta: Vector, weight: float, loss: float, num_steps: int
-    ) -> Report:
+    def _put(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
         encoded = encode_update(
-            delta,
+            update.delta,
             assignment.codec,
-            self._outbox.residual(delta.size),
+            self._outbox.residual(spec.num_parameters),
             seed=assignment.seed,
             round=assignment.round,
             client=assignment.client,
+            num_statistics=spec.dim - spec.num_parameters,
         )
         is_inside = assignment.model is not None and len(encoded.body) <= INLINE_BYTES
         report = Report(
@@ -249,9 +247,9 @@ class Agent:
             codec=assignment.codec,
             length_bytes=len(encoded.body),
             sha256=hashlib.sha256(encoded.body).hexdigest(),
-            weight=weight,
-            loss=loss,
-            num_steps=num_steps,
+            weight=update.weight,
+            loss=update.loss,
+            num_steps=update.num_steps,
             metrics={},
             update=encode_inline(encoded.body) if is_inside else None,
         )

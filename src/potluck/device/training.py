@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from potluck.core import ConfigError, Correction, DataError, DivergedError, Spec, Update, Vector
+from potluck.algorithms import with_statistics
+from potluck.core import (
+    ConfigError,
+    Correction,
+    DataError,
+    DivergedError,
+    Role,
+    Spec,
+    Update,
+    Vector,
+)
 from potluck.core.validate import as_count
-from potluck.plan import Plan, build_planned_algorithm, build_planned_task
+from potluck.plan import Plan, PlannedTask, build_planned_algorithm, build_planned_task
 from potluck.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -55,6 +65,9 @@ class Trainer(Protocol):
     ) -> Update:
         """Local training. `check` is called before each step; what it raises ends the training.
 
+        Args:
+            spec: of what travels: of `received`, and of the update's Δ.
+
         Raises:
             ConfigError: the plan asks for what is not here, or does not fit the data.
             DataError: there is nothing to train on.
@@ -76,10 +89,16 @@ class TorchTrainer:
         load: gives the data of this one client; called once, when they are first needed.
         num_threads: of PyTorch's kernels. One by default: several programs on one machine whose
             kernels use all its cores wait for each other, and small models gain nothing by more.
+        build: makes the task of a plan, from code of one's own where a plan cannot name the model.
     """
 
-    def __init__(self, load: Callable[[], FederatedData], num_threads: int = 1) -> None:
-        self._load = load
+    def __init__(
+        self,
+        load: Callable[[], FederatedData],
+        num_threads: int = 1,
+        build: Callable[[PlannedTask, FederatedData], Task] = build_planned_task,
+    ) -> None:
+        self._load, self._build = load, build
         self._num_threads = as_count("num_threads", num_threads)
         self._data: FederatedData | None = None
         self._plan: Plan | None = None
@@ -96,13 +115,14 @@ class TorchTrainer:
 
     def fit(self, plan: Plan, spec: Spec) -> None:
         """Take one local step from a model of zeros, and forget it; see `Trainer`."""
-        task, model = self._prepare(plan, spec)
+        task, model, whole = self._prepare(plan, spec)
         examples = task.data.client(0)
         model.take(examples)
         size = plan.algorithm.batch_size
         few = min(examples.num_examples, _TRIED if size == "full" else size)
         try:
-            model.begin(np.zeros(spec.dim, np.float32), np.arange(few), 0)
+            zeros = np.zeros(spec.dim, np.float32)
+            model.begin(_unpacked(task, whole, zeros, seed=0), np.arange(few), 0)
             model.step(slice(0, few), plan.algorithm.client_lr)
             model.end()
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -126,7 +146,7 @@ class TorchTrainer:
         check: Callable[[], None],
     ) -> Update:
         """Local training; see `Trainer`."""
-        task, model = self._prepare(plan, spec)
+        task, model, whole = self._prepare(plan, spec)
         algorithm = build_planned_algorithm(plan.algorithm)
         if algorithm.vectors != 1:
             raise ConfigError(
@@ -135,9 +155,9 @@ class TorchTrainer:
             )
         examples = task.data.client(0)
         model.take(examples)
-        update = algorithm.client_update(
+        update = with_statistics(algorithm, whole).client_update(
             Watched(model, check),
-            received,
+            _unpacked(task, whole, received, seed),
             examples.num_examples,
             state=None,
             seed=seed,
@@ -149,7 +169,14 @@ class TorchTrainer:
                 f"loss and weights must be finite, got loss={update.loss}. "
                 "Lower the client learning rate, or look at this device's data."
             )
-        return update
+        for part in whole.slices("constant"):
+            if update.delta[part].any():
+                raise ConfigError(
+                    f"{whole.name_at(part.start)} must stay what it is, which the run takes for a "
+                    "constant, got other values after local training. Begin the run again with a "
+                    "model that says so: a buffer that its first steps change."
+                )
+        return update._replace(delta=whole.pack(update.delta))
 
     def evaluate(
         self, plan: Plan, spec: Spec, weights: Vector, *, check: Callable[[], None]
@@ -158,11 +185,11 @@ class TorchTrainer:
         from potluck.tasks import Evaluator, evaluation_batches
         from potluck.tasks.scores import is_statistic
 
-        task, _ = self._prepare(plan, spec)
+        task, _, whole = self._prepare(plan, spec)
         if task.data.client_test(0).num_examples == 0:
             raise DataError("a device must have test examples to evaluate on, got none.")
         evaluator = Evaluator(task)
-        evaluator.load(weights)
+        evaluator.load(_unpacked(task, whole, weights, seed=0))
         total: dict[str, Any] = {}
         for batch in evaluation_batches(task, task.data.client_test(0)):
             check()
@@ -174,7 +201,8 @@ class TorchTrainer:
             raise DivergedError("metrics must be finite, got some that are not.")
         return sums
 
-    def _prepare(self, plan: Plan, spec: Spec) -> tuple[Task, TorchRuntime]:
+    def _prepare(self, plan: Plan, spec: Spec) -> tuple[Task, TorchRuntime, Spec]:
+        """The task, what trains it, and the spec of the whole model with the run's roles."""
         if self._task is None or self._model is None or plan.task != _task_of(self._plan):
             import torch
 
@@ -185,16 +213,17 @@ class TorchTrainer:
                 self._data = self._load()
             if self._data.num_clients != 1 or self._data.train.num_examples == 0:
                 raise DataError("a device must have the examples of one client, got others.")
-            self._task = build_planned_task(plan.task, self._data)
+            self._task = self._build(plan.task, self._data)
             self._model = TorchRuntime(self._task)
             self._plan = plan
-        if self._model.spec.digest() != spec.digest():
+        whole = _with_roles_of(spec, self._model.spec)
+        if whole.packed().digest() != spec.digest():
             raise ConfigError(
                 "the model of the run must fit this device's data, got other shapes: "
                 f"{self._model.spec.shapes[:2]} here, {spec.shapes[:2]} in the run. "
                 "Give inputs of the run's shape."
             )
-        return self._task, self._model
+        return self._task, self._model, whole
 
 
 class Watched:
@@ -230,6 +259,24 @@ class Watched:
     def end(self) -> tuple[Vector, float]:
         """Of the inner runtime."""
         return self._inner.end()
+
+
+def _with_roles_of(run: Spec, own: Spec) -> Spec:
+    """This device's model, of which statistics are what the run takes for some."""
+    statistics = set(run.names[len(run.names) - run.num_buffers :])
+    roles: dict[str, Role] = {
+        name: "statistic" if name in statistics else "constant"
+        for name, role in zip(own.names, own.roles, strict=True)
+        if role != "trained"
+    }
+    return own.with_roles(roles)
+
+
+def _unpacked(task: Task, whole: Spec, received: Vector, seed: int) -> Vector:
+    """The whole model, with this device's constants around what was received."""
+    if whole.is_all_trained:
+        return received
+    return whole.unpack(received, task.initial_weights(seed))
 
 
 def _task_of(plan: Plan | None) -> Any:

@@ -42,18 +42,26 @@ _Shape: TypeAlias = Annotated[tuple[_Size, ...], Field(max_length=8, strict=Fals
 
 
 class ManifestSpec(Message):
-    """The names and shapes inside the vector, in their order, and the digest of both."""
+    """The names and shapes inside the vector, in their order, and the digest of both; and how many
+    of the tensors, the last ones, are statistics, where there are any."""
 
     names: Annotated[tuple[_TensorName, ...], Field(min_length=1, max_length=4096, strict=False)]
     shapes: Annotated[tuple[_Shape, ...], Field(min_length=1, max_length=4096, strict=False)]
     digest: Id
+    num_statistics: Count = 0
 
     @classmethod
     def of(cls, spec: Spec) -> ManifestSpec:
-        return cls(names=spec.names, shapes=spec.shapes, digest=spec.digest())
+        """Of what travels (`Spec.packed`)."""
+        return cls(
+            names=spec.names,
+            shapes=spec.shapes,
+            digest=spec.digest(),
+            num_statistics=spec.num_buffers,
+        )
 
     def spec(self) -> Spec:
-        return Spec(self.names, self.shapes)
+        return Spec.of_packed(self.names, self.shapes, self.num_statistics)
 
 
 class Manifest(Message):
@@ -81,7 +89,7 @@ def sign_manifest(private_key: bytes, manifest: Manifest) -> tuple[bytes, bytes]
     Raises:
         ValueError: a manifest that no device would accept.
     """
-    data = encode_json(manifest.model_dump())
+    data = encode_json(manifest.model_dump(exclude_defaults=True))
     try:
         _parse(data)
     except ProtocolError as error:
@@ -132,6 +140,8 @@ def _parse(data: bytes) -> Manifest:
         refuse("spec must have a shape for each name, got another number")
     if len(set(manifest.spec.names)) != len(manifest.spec.names):
         refuse("spec.names must differ, got one twice")
+    if manifest.spec.num_statistics >= len(manifest.spec.names):
+        refuse("spec.num_statistics must leave a trained tensor, got as many as there are names")
     spec = manifest.spec.spec()
     if manifest.spec.digest != spec.digest():
         refuse(f"spec.digest must be {spec.digest()}, got digest={manifest.spec.digest}")

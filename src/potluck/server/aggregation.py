@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from potluck.core import FixedPointMean, ProtocolError, RefusedError, StorageError, Vector
+from potluck.core import FixedPointMean, ProtocolError, RefusedError, Spec, StorageError, Vector
+from potluck.core.averaging import RANGE, WIDE_RANGE
 from potluck.protocol import Codec, decode_blocks
 from potluck.server import faults
 from potluck.server.settings import RoundSettings
 
 BLOCK = 1 << 18  # entries
-_RANGE = 2.0**32
 
 
 class Stored(NamedTuple):
@@ -63,28 +63,36 @@ def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_ste
 def check_update(
     pieces: Iterator[bytes],
     codec: Codec,
-    dim: int,
+    spec: Spec,
     sha256: str,
     *,
     weight: float,
     slots: int,
     settings: RoundSettings,
 ) -> None:
-    """Read an update once: digest, length, finite values, norm, and room in the sum.
+    """Read an update once: digest, length, finite values, norm of what is trained, and room in the
+    sum.
+
+    Args:
+        spec: of what travels.
 
     Raises:
         RefusedError: digest: these are not the bytes that were announced; bad_update, not_finite,
             malformed.
     """
     digest = hashlib.sha256()
-    squares, largest = 0.0, 0.0
+    squares, seen = 0.0, 0
+    largest = [0.0, 0.0]  # of what is trained, and of statistics
     hashed = _hashed(pieces, digest)
     fault: ProtocolError | None = None
     try:
-        for block in decode_blocks(hashed, codec, dim):
+        for block in _decoded(hashed, codec, spec):
             wide = block.astype(np.float64)
-            squares += float(np.dot(wide, wide))
-            largest = max(largest, float(np.abs(wide).max(initial=0.0)))
+            is_statistic = seen >= spec.num_parameters
+            squares += 0.0 if is_statistic else float(np.dot(wide, wide))
+            entry = float(np.abs(wide).max(initial=0.0))
+            largest[is_statistic] = max(largest[is_statistic], entry)
+            seen += len(block)
     except ProtocolError as error:
         fault = error
         for _ in hashed:  # other bytes than were announced are told so first
@@ -100,25 +108,33 @@ def check_update(
             f"an update must have a norm of at most {settings.max_norm:g}, "
             f"got norm={norm:g}. Lower the client learning rate.",
         )
-    if not weight * largest < _RANGE / (slots + 1):
-        raise RefusedError(
-            "bad_update",
-            f"weight times the largest entry must be below {_RANGE / (slots + 1):g}, "
-            f"got weight={weight:g} and {largest:g}. Lower the client learning rate.",
-        )
+    for entry, limit in zip(largest, (RANGE, WIDE_RANGE), strict=True):
+        if not weight * entry < limit / (slots + 1):
+            raise RefusedError(
+                "bad_update",
+                f"weight times the largest entry must be below {limit / (slots + 1):g}, "
+                f"got weight={weight:g} and {entry:g}. Lower the client learning rate.",
+            )
 
 
-def aggregate(updates: Iterable[Stored], dim: int) -> Vector:
+def aggregate(updates: Iterable[Stored], spec: Spec) -> Vector:
     """The weighted mean of accepted updates.
+
+    Args:
+        spec: of what travels.
 
     Raises:
         DamagedError: a blob is not what was accepted.
     """
-    sums = [FixedPointMean(min(BLOCK, dim - start)) for start in range(0, dim, BLOCK)]
+    trained, statistics = spec.num_parameters, spec.dim - spec.num_parameters
+    sums = [FixedPointMean(min(BLOCK, trained - start)) for start in range(0, trained, BLOCK)]
+    for start in range(0, statistics, BLOCK):
+        size = min(BLOCK, statistics - start)
+        sums.append(FixedPointMean(size, wide=size))
     for update in sorted(updates):  # the order matters to the total of the weights alone
         digest = hashlib.sha256()
-        blocks = decode_blocks(_hashed(update.pieces(), digest), update.codec, dim)
-        for total, block in zip(sums, _recut(blocks), strict=True):
+        blocks = _decoded(_hashed(update.pieces(), digest), update.codec, spec)
+        for total, block in zip(sums, _recut(blocks, [s.dim for s in sums]), strict=True):
             total.add(block, update.weight)
         if digest.hexdigest() != update.sha256:
             raise DamagedError(f"the stored update of client {update.client} was damaged")
@@ -126,21 +142,24 @@ def aggregate(updates: Iterable[Stored], dim: int) -> Vector:
     return np.concatenate([total.mean() for total in sums])
 
 
-def _recut(blocks: Iterator[Vector]) -> Iterator[Vector]:
-    """The same entries in blocks of `BLOCK`, the last one shorter."""
-    held: list[Vector] = []
-    count = 0
-    for block in blocks:
-        while len(block):
-            taken = block[: BLOCK - count]
-            block = block[len(taken) :]
-            held.append(taken)
-            count += len(taken)
-            if count == BLOCK:
-                yield held[0] if len(held) == 1 else np.concatenate(held)
-                held, count = [], 0
-    if held:
-        yield np.concatenate(held)
+def _decoded(pieces: Iterator[bytes], codec: Codec, spec: Spec) -> Iterator[Vector]:
+    trained = spec.num_parameters
+    return decode_blocks(pieces, codec, trained, spec.dim - trained)
+
+
+def _recut(blocks: Iterator[Vector], sizes: Iterable[int]) -> Iterator[Vector]:
+    """The same entries in blocks of these sizes; all of `blocks` are taken."""
+    held = np.empty(0, np.float32)
+    for size in sizes:
+        parts, count = [held], len(held)
+        while count < size:
+            parts.append(next(blocks))
+            count += len(parts[-1])
+        whole = np.concatenate(parts)
+        held = whole[size:]
+        yield whole[:size]
+    for _ in blocks:  # none is left, but the length is checked at the end
+        pass
 
 
 def _hashed(pieces: Iterator[bytes], digest: hashlib._Hash) -> Iterator[bytes]:  # pyright: ignore

@@ -28,7 +28,6 @@ from potluck.server.reports import (
     Claims,
     check_claimed,
     conflict,
-    dim_of,
     end_part,
     enough,
     note_bad,
@@ -42,6 +41,7 @@ from potluck.server.selection import (
 )
 from potluck.server.settings import settings_of
 from potluck.server.tables import assignments, reports
+from potluck.server.vectors import read_spec
 
 
 class Arrival(NamedTuple):
@@ -142,7 +142,7 @@ class _Intake:
             check_update(
                 iter((arrival.body,)),
                 claims.codec,
-                dim_of(found.spec),
+                read_spec(found.spec),
                 claims.sha256,
                 weight=claims.weight,
                 slots=found.slots,

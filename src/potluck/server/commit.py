@@ -24,14 +24,14 @@ import numpy as np
 from safetensors.numpy import load, save
 from sqlalchemy import Connection, Row, func, insert, select, update
 
-from potluck.algorithms import Algorithm, ServerState
+from potluck.algorithms import Algorithm, ServerState, with_statistics
 from potluck.core import Vector
 from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
 from potluck.server.aggregation import DamagedError, Stored, aggregate
 from potluck.server.blobs import PIECE_BYTES, BlobStore
 from potluck.server.database import Database
-from potluck.server.reports import dim_of, drop_uploads
+from potluck.server.reports import drop_uploads
 from potluck.server.rounds import abandon_round, open_round, settle
 from potluck.server.tables import (
     assignments,
@@ -43,7 +43,7 @@ from potluck.server.tables import (
     rounds,
     runs,
 )
-from potluck.server.vectors import ROW_BYTES, Updates, read_vector
+from potluck.server.vectors import ROW_BYTES, Updates, read_spec, read_vector
 
 _OVER = ("COMMITTED", "ABANDONED")
 
@@ -128,10 +128,11 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
         updates = [
             Stored(r.client, r.sha256, r.weight, r.codec, partial(kept.read, r)) for r in accepted
         ]
-        mean = aggregate(updates, dim_of(run.spec))
+        spec = read_spec(run.spec)
+        mean = aggregate(updates, spec)
         faults.reach("aggregate.end")
         with np.errstate(over="ignore", invalid="ignore"):
-            state = algorithm.server_update(
+            state = with_statistics(algorithm, spec).server_update(
                 load_version(works.blobs, base),
                 mean,
                 round=round.number,

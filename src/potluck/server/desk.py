@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potluck.core import ProtocolError, RefusedError, Spec
+from potluck.core import ProtocolError, RefusedError, Spec, update_bytes
 from potluck.protocol import (
     INLINE,
     Accepted,
@@ -39,7 +39,6 @@ from potluck.protocol import (
     Wait,
     decode_inline,
     encode_inline,
-    encoded_bytes,
     public_key,
     sign_manifest,
 )
@@ -221,7 +220,7 @@ class Desk:
         )
 
     def _check_form(self, message: Report) -> None:
-        expected = encoded_bytes(self.codec, self.spec.dim)
+        expected = update_bytes(self.codec, self.spec)
         if message.codec != self.codec:
             raise ProtocolError("malformed", f"codec must be {self.codec}, got {message.codec}")
         if message.length_bytes != expected:

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
-from potluck.core import RefusedError
+from potluck.core import RefusedError, update_bytes
 from potluck.core.plain_json import to_json
-from potluck.protocol import CODECS, Codec, encoded_bytes
+from potluck.protocol import CODECS, Codec
 from potluck.protocol.routes import CHUNK_BYTES as MAX_CHUNK_BYTES
 from potluck.server import audit, faults
 from potluck.server.aggregation import check_claims, check_update
@@ -43,6 +41,7 @@ from potluck.server.selection import (
 )
 from potluck.server.settings import settings_of
 from potluck.server.tables import assignments, reports, uploads
+from potluck.server.vectors import read_spec
 
 CHUNK_BYTES = 1 << 20
 """What devices are asked to send at once. It bounds the memory of uploads, and what a cut costs."""
@@ -278,7 +277,7 @@ def check_claimed(found: Row[Any], claims: Claims) -> None:
     if claims.codec not in CODECS:
         known = ", ".join(CODECS)
         raise RefusedError("malformed", f"codec must be {known}, got codec={claims.codec!r}.")
-    expected = encoded_bytes(claims.codec, dim_of(found.spec))
+    expected = update_bytes(claims.codec, read_spec(found.spec))
     if claims.num_bytes != expected:
         raise RefusedError(
             "bad_update", f"an update has {expected} bytes, got num_bytes={claims.num_bytes}."
@@ -299,7 +298,7 @@ def _check_bytes(
         check_update(
             blobs.read_part(row.id) if is_part else blobs.read(key),
             row.codec,
-            dim_of(found.spec),
+            read_spec(found.spec),
             row.sha256,
             weight=row.weight,
             slots=found.slots,
@@ -360,12 +359,6 @@ def _insert(db: Connection, found: Row[Any], values: dict[str, Any], now: int) -
 def enough() -> RefusedError:
     """What is said when a round has its goal."""
     return RefusedError("late", f"{ENOUGH}. Check in again.")
-
-
-@lru_cache(maxsize=64)
-def dim_of(spec: str) -> int:
-    """The length of a run's vectors, from its stored spec."""
-    return sum(math.prod(shape) for _, shape in json.loads(spec))
 
 
 def drop_uploads(db: Connection, blobs: BlobStore, round: str) -> None:

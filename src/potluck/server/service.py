@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from safetensors.numpy import save
 from sqlalchemy import Row, insert, select, update
 
-from potluck.algorithms import Algorithm
+from potluck.algorithms import Algorithm, with_statistics
 from potluck.core import RefusedError, Spec, Vector
 from potluck.core.plain_json import read_results, to_json
 from potluck.experiment import Experiment
@@ -65,7 +65,7 @@ from potluck.server.tables import (
     runs,
 )
 from potluck.server.tables import rounds as all_rounds
-from potluck.server.vectors import read_vector
+from potluck.server.vectors import read_spec, read_vector, write_spec
 
 
 class Begun(NamedTuple):
@@ -169,20 +169,19 @@ class Service:
                 f"weights must have the length of the spec ({spec.dim}), got {len(weights)}. "
                 "Take both from one model."
             )
-        shape = to_json(list(zip(spec.names, spec.shapes, strict=True)))
         values = {
             "name": experiment.name,
             "experiment": experiment.model_dump_json(),
             "settings": settings.model_dump_json(),
-            "spec": shape,
+            "spec": write_spec(spec),
             "plan": to_json(plan or {}),
         }
         with self.database.read() as db:
             old = one(db, select(runs).where(runs.c.name == experiment.name))
         if old is not None:
-            return _same_run(old, experiment, settings, shape)
+            return _same_run(old, experiment, settings, write_spec(spec))
         faults.reach("run.before-model")
-        state = self._build(experiment).server_init(weights)
+        state = with_statistics(self._build(experiment), spec).server_init(weights)
         made = commits.store_version(self.blobs, state)
         faults.reach("run.before-row")
         now = self.time.now()
@@ -209,7 +208,7 @@ class Service:
         if old is None:
             return None
         id = _same_run(old, experiment, settings)
-        return Begun(id, _spec_of(old), json.loads(old.plan))
+        return Begun(id, read_spec(old.spec), json.loads(old.plan))
 
     def issue_token(self, run: str, *, valid_seconds: float = 7 * 86400, actor: str) -> str:
         """A token with which one device can enrol."""
@@ -282,7 +281,7 @@ class Service:
             audit.append(db, self.time.now(), actor, "export", run=run, version=number)
         state = commits.load_version(self.blobs, self._version(run, number))
         told = {"run": run, "name": row.name, "version": str(number)}
-        return save(_spec_of(row).unflatten(state.weights), told)
+        return save(read_spec(row.spec).unflatten(state.weights), told)
 
     def verify_audit(self) -> audit.Break | None:
         """Read the audit log; None when nothing in it was changed."""
@@ -545,11 +544,6 @@ class Service:
 
 
 _FROM_COHORT = ("goal", "goal_part", "population")
-
-
-def _spec_of(run: Row[Any]) -> Spec:
-    pairs = json.loads(run.spec)
-    return Spec(tuple(n for n, _ in pairs), tuple(tuple(shape) for _, shape in pairs))
 
 
 def _same_run(

@@ -1,17 +1,20 @@
 """Vectors where they are kept: a small one in its row, a large one as a blob.
 
 What is in a row is there with the transaction that wrote the row, and costs no file and no fsync of
-its own.
+its own. And the spec of a run, which says what is in its vectors.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from potluck.core import StorageError
+from potluck.core import Spec, StorageError
+from potluck.core.plain_json import to_json
 from potluck.protocol import INLINE_BYTES
 from potluck.server.blobs import BlobStore
 from potluck.server.database import Database
@@ -61,3 +64,22 @@ def _contents(db: Connection, round: str, devices: Sequence[str]) -> dict[str, b
         reports.c.round == round, reports.c.device.in_(devices), reports.c.content.is_not(None)
     )
     return {row.device: bytes(row.content) for row in db.execute(query)}
+
+
+def write_spec(spec: Spec) -> str:
+    """What travels in a run (`core.Spec.packed`), as it is stored."""
+    tensors = list(zip(spec.names, spec.shapes, strict=True))
+    if spec.num_buffers == 0:
+        return to_json(tensors)
+    return to_json({"tensors": tensors, "num_statistics": spec.num_buffers})
+
+
+@lru_cache(maxsize=64)
+def read_spec(stored: str) -> Spec:
+    """What was stored of a run's spec."""
+    told: Any = json.loads(stored)
+    has_statistics = "num_statistics" in told
+    tensors = told["tensors"] if has_statistics else told
+    names, shapes = (tuple(column) for column in zip(*tensors, strict=True))
+    statistics = told["num_statistics"] if has_statistics else 0
+    return Spec.of_packed(names, tuple(map(tuple, shapes)), statistics)

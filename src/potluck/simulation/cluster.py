@@ -176,7 +176,8 @@ class Cluster:
         )
         mean = empty_mean(algorithm, len(received))
         for partial in dealt.handed_over:
-            mean.merge(FixedPointMean.of(*partial, mean.wide))
+            sum, total, bound = partial
+            mean.merge(FixedPointMean.of(sum, total, bound, mean.wide))
         outcomes = [outcome for trained, _ in dealt.results for outcome in trained]
         outcomes += [self._took_workers_with_it(client) for client in dealt.refused]
         kept = {client: state for _, new in dealt.results for client, state in new.items()}

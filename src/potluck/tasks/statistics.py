@@ -12,7 +12,7 @@ some client changes after all is averaged like a statistic (`potluck.algorithms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -56,7 +56,8 @@ def roles(task: Task) -> Spec:
 def _known(module: nn.Module) -> Mapping[str, Role]:
     """The buffers of normalization layers."""
     found: dict[str, Role] = {}
-    for path, layer in module.named_modules():
+    layers = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    for path, layer in layers:
         if isinstance(layer, _NormBase) and layer.training:
             for name in ("running_mean", "running_var"):
                 if getattr(layer, name, None) is not None:

@@ -48,7 +48,8 @@ with tempfile.TemporaryDirectory() as name:
 print("the three are equal:", data.digest() == from_folder.digest() == from_table.digest())
 print("patients who train the model:", dict(zip(data.clients, data.sizes.tolist(), strict=True)))
 
-# Of each client's examples the last 20 % are its test examples, unless you give a test set.
+# Of each client's examples 20 % are its test examples, of each class its share, unless you give
+# a test set.
 task = Task(model=lambda: LogisticRegression((4,), data.num_classes), data=data)
 *_, last = rounds(FedAvg(client_lr=0.1), task, cohort=1.0, num_rounds=20)
 accuracy = federated_evaluation(task, last.weights)["accuracy"]

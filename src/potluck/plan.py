@@ -11,6 +11,7 @@ Compatibility: strict, as an experiment is. A device that does not know a key or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,15 +134,42 @@ def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
     data = _as_planned(task, data)
     if task.model in LANGUAGE_MODELS:
         return _language_task(task, data)
-    shape = data.train.inputs.shape[1:]
+    _check_shapes(task, data)
+    shape, target_shape = data.train.inputs.shape[1:], data.train.targets.shape[1:]
+    kinds = {"2nn": models.TwoNN, "cnn": models.CNN, "logistic": models.LogisticRegression}
+    model = partial(kinds[task.model], shape, task.num_classes or math.prod(target_shape))
+    return Task(model=model, data=data)
+
+
+def _check_shapes(task: PlannedTask, data: FederatedData) -> None:
+    """Whether a model of ours takes these inputs and gives these targets."""
+    inputs, targets = data.train.inputs, data.train.targets
+    shape = inputs.shape[1:]
+    at, got = f"task.model = {task.model!r}", f"got inputs of shape={shape}"
+    if inputs.dtype.kind != "f":
+        raise ConfigError(
+            f"{at} needs inputs that are floats, got whole numbers (dtype={inputs.dtype}). Divide "
+            'images of 0 to 255 by 255: say task.scale = "pixels".'
+        )
+    if not shape:
+        raise ConfigError(
+            f"{at} needs features, [examples, features], {got}. Give inputs[:, None]."
+        )
     if task.model == "cnn" and len(shape) != 3:
         raise ConfigError(
-            "task.model = 'cnn' needs images [channels, height, width], "
-            f"got inputs of shape={shape}. Use '2nn' or 'logistic'."
+            f"{at} needs images [channels, height, width], {got}. Use '2nn' or 'logistic', or give "
+            "inputs[:, None]."
         )
-    kinds = {"2nn": models.TwoNN, "cnn": models.CNN, "logistic": models.LogisticRegression}
-    model = partial(kinds[task.model], shape, task.num_classes or 1)
-    return Task(model=model, data=data)
+    if task.model == "cnn" and min(shape[1:]) < 4:
+        raise ConfigError(
+            f"{at} needs images [channels, height, width] of at least 4 by 4, {got}. Give channels "
+            "first: inputs.transpose(0, 3, 1, 2)."
+        )
+    if task.num_classes and task.kind is None and targets.ndim != 1:
+        raise ConfigError(
+            f"{at} gives one class an example, got targets of shape={targets.shape[1:]} for each. "
+            "Give targets of the shape [examples], or use a model of your own in Python."
+        )
 
 
 def build_planned_algorithm(section: AlgorithmSection) -> FedAvg | FedProx | Scaffold:

@@ -49,6 +49,9 @@ def make_manifest(
         "dim": spec.dim,
         "spec_digest": spec.digest(),
         "data_digest": task.data.digest(),
+        "kind": task.data.kind,
+        "classes": None if task.data.classes is None else list(task.data.classes),
+        "schema": None if task.data.schema is None else task.data.schema.to_json(),
         "devices_digest": devices_digest,
         "data_checksums": dict(task.data.checksums),
         "versions": {

@@ -301,6 +301,43 @@ def test_modules_are_copied_with_what_pytorch_does_not_copy():
     assert Loop(task).evaluate(task.initial_weights(0))["loss"] > 0.0
 
 
+class Patched(nn.Module):
+    """What deep copies leave behind: closures over parts, hooks on layers and on weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, CLASSES)
+        down = self.body.down = nn.Linear(SIZE, 2)
+        plain = self.body.forward
+        self.body.forward = lambda inputs: plain(inputs) + down(inputs).sum(1, keepdim=True)
+        self.head.register_forward_hook(lambda _module, _inputs, outputs: outputs + down.bias[0])
+        self.head.weight.register_hook(lambda gradient: 2 * gradient)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs))
+
+
+def test_a_module_that_is_handed_over_patched_trains_as_one_that_is_made():
+    _, made = run(Patched, seed=0)
+    module = Task(model=Patched, data=DATA).module(seed=0)
+    _, given = run(module, seed=0)
+    assert np.array_equal(given[-1].weights, made[-1].weights)
+    assert run(lambda: module)[1][-1].metrics == made[-1].metrics
+
+
+class OwnNumber(Constant):
+    def draw(self):
+        self.shift = int(np.random.default_rng().integers(1, 1 << 30))
+
+    def seen(self, inputs):
+        return inputs + self.shift
+
+
+def test_a_number_that_decides_what_a_model_gives_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"another 'shift' the second time"):
+        run(OwnNumber)
+
+
 def test_global_randomness_is_the_callers():
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     run(Number)

@@ -17,7 +17,7 @@ from potluck.algorithms import FedAvg, FedProx, without_statistics
 from potluck.core import Vector
 from potluck.simulation.executors import Outcome, empty_mean
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
-from potluck.simulation.trial import TOLERANCE, compare, play
+from potluck.simulation.trial import TOLERANCE, compare, tried, undrawn
 from potluck.tasks import LocalRun, Task, TorchRuntime
 from potluck.tasks.pooled import PooledStep
 from potluck.tasks.pooled_device import PooledOnDevice
@@ -78,8 +78,9 @@ class Pooling:
     def _train(self, work: Work, recorders: Sequence[Recorder]) -> list[Outcome] | None:
         if not self._is_tried:
             few = recorders[:2]
-            both, _, shares = self._step(work.received, few)
-            alone = np.stack([play(self._plain, recorder).weights for recorder in few])
+            with undrawn():
+                both, _, shares = self._step(work.received, few)
+            alone = np.stack([tried(self._plain, recorder).weights for recorder in few])
             expected = (shares @ alone).astype(np.float32)
             self._is_tried = compare(
                 self._plain.spec,

@@ -6,6 +6,8 @@ examples of a batch. So no program is trusted with a model before it was tried o
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import get_args
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from potluck.core import Role, Spec, Vector
 from potluck.simulation.recording import Answer, Recorder
 from potluck.tasks import LocalRun, TorchRuntime
+from potluck.tasks.randomness import other_states
 
 TRIED_STEPS = 3
 TOLERANCE = 1e-3  # of the movement of the weights in so few steps, and of the loss
@@ -36,6 +39,38 @@ def play(plain: TorchRuntime, recorder: Recorder, num_steps: int = TRIED_STEPS) 
         plain.step(batch, lr)
     weights, loss = plain.end()
     return Answer(weights.copy(), loss)
+
+
+def tried(plain: TorchRuntime, recorder: Recorder) -> Answer:
+    """The same, of a client that is to be compared.
+
+    Raises:
+        DisagreesError: the model keeps something of its own, which there is for each client that
+            trains alone, but once for all that train side by side.
+    """
+    found = play(plain, recorder)
+    name = plain.changed()
+    if name is not None:
+        raise DisagreesError(
+            f"while it trains, it writes {name!r}, and not by writing into a buffer in place"
+        )
+    return found
+
+
+@contextmanager
+def undrawn() -> Generator[None]:
+    """Within it, clients train side by side.
+
+    Raises:
+        DisagreesError: the model draws from a stream of which there is one for all of them.
+    """
+    before = other_states()
+    yield
+    if other_states() != before:
+        raise DisagreesError(
+            "the model draws from numpy.random or random, which give one stream to all clients "
+            "that train side by side"
+        )
 
 
 def compare(

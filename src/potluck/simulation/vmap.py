@@ -40,7 +40,7 @@ from potluck.simulation.executors import (
 from potluck.simulation.pooling import Pooling
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
 from potluck.simulation.reducing import is_reducible, reduce
-from potluck.simulation.trial import TOLERANCE, compare, play, shortened
+from potluck.simulation.trial import TOLERANCE, compare, shortened, tried, undrawn
 from potluck.tasks import (
     CohortRuntime,
     Evaluator,
@@ -290,8 +290,9 @@ class Vmap:
             DisagreesError: they differ.
         """
         runs = [shortened(recorder.run) for recorder in recorders]
-        expected = [play(self._oracle, recorder) for recorder in recorders]
-        weights, losses = self._cohort.train(runs)
+        expected = [tried(self._oracle, recorder) for recorder in recorders]
+        with undrawn():
+            weights, losses = self._cohort.train(runs)
         found = [Answer(row, loss) for row, loss in zip(weights, losses.tolist(), strict=True)]
         said = [
             compare(self._plain.spec, run.start, one, other, self._tolerance)

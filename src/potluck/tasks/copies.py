@@ -18,13 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from potluck.tasks.rebinding import Rebinding, twins
+
+_TABLES = ("_parameters", "_buffers", "_modules")
 _PLUMBING = frozenset(vars(nn.Module()))  # of every module: its tables and hooks
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type)
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy, also of what PyTorch itself does not copy: its generators, and tensors that
-    were computed from weights."""
+    """A deep copy, also of what PyTorch itself does not copy: its generators, tensors that were
+    computed from weights, hooks on weights, and functions that hold parts of the module."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in _direct(vars(part)):
@@ -32,10 +35,37 @@ def copy_of(module: nn.Module) -> nn.Module:
                 memo[id(value)] = cast("Any", value).clone_state()
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    rebinding = Rebinding(twins(module, copied))
+    for part in copied.modules():
+        if not isinstance(part, torch.jit.ScriptModule):
+            _rebind(vars(part), rebinding)
+    for parameter in module.parameters():
+        some: Any = parameter
+        hooks: list[Any] = [*(some._backward_hooks or {}).values()]
+        late: list[Any] = [*(some._post_accumulate_grad_hooks or {}).values()]
+        mine: Any = rebinding.of(parameter)
+        for hook in hooks:
+            mine.register_hook(rebinding.of(hook))
+        for hook in late:
+            mine.register_post_accumulate_grad_hook(rebinding.of(hook))
+    return copied
 
 
-def leaves(root: nn.Module) -> dict[str, Any]:
+def _rebind(attributes: dict[str, Any], rebinding: Rebinding) -> None:
+    """Have what a copied module holds hold the copy."""
+    for key, value in attributes.items():
+        if key in _TABLES:
+            continue
+        if key not in _PLUMBING:
+            attributes[key] = rebinding.of(value)
+        elif isinstance(value, dict):
+            hooks = cast("dict[Any, Any]", value)
+            for number, hook in hooks.items():
+                hooks[number] = rebinding.of(hook)
+
+
+def leaves(root: Any) -> dict[str, Any]:
     """All that a module holds, by name: tensors, arrays, atoms, and the states of generators.
 
     Functions, and objects that do not show what they hold, are left out.
@@ -80,7 +110,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         bits: Any = getattr(value, "bit_generator", value)
         yield ".state", repr(bits.state if bits is not value else bits.get_state(legacy=False))
     elif isinstance(value, nn.Module):
-        for table in ("_parameters", "_buffers", "_modules"):
+        for table in _TABLES:
             yield from ((f".{key}", inner) for key, inner in vars(value)[table].items())
         own = {key: inner for key, inner in vars(value).items() if key not in _PLUMBING}
         yield from ((f".{key}", inner) for key, inner in own.items())

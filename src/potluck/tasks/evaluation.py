@@ -7,22 +7,26 @@ computed in one, from the outputs for all examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.core import TaskError, Vector, higher_is_better
+from potluck.core import TaskError, Vector, derive_seed, higher_is_better
 from potluck.core.validate import as_count
 from potluck.tasks.contract import in_words, outputs_of
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.metrics import defaults
+from potluck.tasks.pristine import Pristine
+from potluck.tasks.randomness import borrowed_randomness, seed_generators, states
 from potluck.tasks.scores import WHOLE, Score, Totals, scores_of, value_of
-from potluck.tasks.task import Task, bind, spec_of
+from potluck.tasks.task import Task, averaged_tensors, bind, spec_of
 from potluck.tasks.trees import joined, leaves, mapped
 
+_STREAM = derive_seed(0, "evaluation")
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
 _SAMPLE = 64  # examples, from which it is decided how metrics are put together
 _MOST_BYTES = 2**31  # of outputs that are kept for a metric of all examples at once
@@ -43,6 +47,8 @@ class Evaluator:
         self._module.eval().to(self._device)
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
+        self._pristine = Pristine(self._module, dict(averaged_tensors(self._module)))
+        self._draws: bool | None = None  # whether there is chance in it; unknown before a batch
         self._scores: list[Score] | None = None
         # A model that differentiates itself in its forward pass needs gradients here too.
         self._modes: Sequence[Callable[[], Any]] = (
@@ -136,16 +142,29 @@ class Evaluator:
         *others, last = self._modes
         for number, mode in enumerate(others):
             try:
-                with mode():
+                with self._alike(), mode():
                     found = work()
                 self._modes = self._modes[number:]
                 return found
             except Exception:  # perhaps for want of gradients
                 continue
-        with last():
+        with self._alike(), last():
             found = work()
         self._modes = [last]
         return found
+
+    @contextmanager
+    def _alike(self) -> Generator[None]:
+        """Within it, the same chance rules whatever came before, since batches are dealt out among
+        processes."""
+        if self._draws is False:
+            yield
+            return
+        with borrowed_randomness():
+            seed_generators(_STREAM)
+            before = states()
+            yield
+            self._draws = self._draws or states() != before
 
     def _first_failing(self) -> str | None:
         """The first client on whose own examples the model cannot be evaluated."""
@@ -161,6 +180,7 @@ class Evaluator:
 
     def _outputs(self, examples: Examples, whole: bool = False) -> tuple[Any, torch.Tensor]:
         """The model's outputs, and the targets; not trimmed if they are to be put together."""
+        self._pristine.restore()
         inputs, targets = mapped(np.array, examples.inputs), np.array(examples.targets)
         if self._task.data.padding is not None and not whole:
             longest = int(lengths(inputs, self._task.data.padding).max())

@@ -17,8 +17,9 @@ from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.gradients import clear_gradients, gradients_of
 from potluck.tasks.inplace import SMALLEST, InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision, floated
+from potluck.tasks.pristine import Pristine
 from potluck.tasks.randomness import seed_generators
-from potluck.tasks.task import Task, bind, in_training, spec_of
+from potluck.tasks.task import Task, averaged_tensors, bind, in_training, spec_of
 
 _NO_CORRECTION = Correction()
 
@@ -53,16 +54,17 @@ class TorchRuntime:
         self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
         bind(self.module, self._vector)
         self._weights: Vector = self._vector.numpy()
+        self._views: dict[str, Tensor] = self.spec.unflatten(self._vector)
+        self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)))
         self._padding = task.data.padding
         self._by_length = task.batches == "by length"
         self._losses: list[Tensor] = []
-        self._counters = [b for b in self.module.buffers() if b.dtype != torch.float32]
-        self._counters_at_start = [counter.clone() for counter in self._counters]
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._layers: InPlaceLayers | None = None
         if fused_from is not None:
             layers = InPlaceLayers(self.module, precision, compiled=one_thread, smallest=fused_from)
             self._layers = layers if layers.layers else None
+        self._pristine.adopt()
         clear_gradients(self.module)
         self._corrected = CorrectedStep(self.module, self._vector)
         self._is_corrected = False
@@ -89,9 +91,8 @@ class TorchRuntime:
         """Load the received weights and put the examples in order, so that batches are slices."""
         self._load(order)
         self._losses.clear()
+        self._pristine.restore()
         self._weights[...] = received
-        for counter, start in zip(self._counters, self._counters_at_start, strict=True):
-            counter.copy_(start)
         self._is_corrected = self._corrected.begin(correction)
         seed_generators(seed)
 
@@ -110,7 +111,13 @@ class TorchRuntime:
 
     def end(self) -> tuple[Vector, float]:
         """The local weights (a view, until the next `begin`) and the mean loss."""
+        self._pristine.read(self._views)
         return self._weights, float(torch.stack(self._losses).mean())
+
+    def changed(self) -> str | None:
+        """What the model wrote since `begin` beside its weights, statistics and counters, or into
+        them in another way than in place; see `Pristine.changed`."""
+        return self._pristine.changed()
 
     def _load(self, order: NDArray[np.int64]) -> None:
         self._lengths = None if self._known is None else self._known[order]

@@ -1,9 +1,9 @@
 """The one model of a run, made once by its factory under the seed of the run.
 
 All that a factory draws follows from the seed: the first weights, and what never changes, such as
-a permutation, a mask, or random features. Whoever trains or evaluates has a copy of what was made,
-so that these constants are the same in training, in evaluation, in every process, and after a
-resume, where the model is made again from the same seed.
+a permutation, a mask, or random features. Whoever trains or evaluates has one that was made from
+this seed, so that these constants are the same in training, in evaluation, in every process, and
+after a resume. A factory that gives another one all the same is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from potluck.core import derive_seed
 from potluck.tasks.copies import copy_of, differences, leaves
 from potluck.tasks.randomness import borrowed_randomness, seed_generators
 from potluck.tasks.rebinding import Pairs, twins
+from potluck.tasks.trees import mapped
 
 
 class Making:
@@ -32,7 +33,7 @@ class Making:
     def __init__(self) -> None:
         self.seed: int | None = None
         self.seeds: set[int] = set()
-        self._made: tuple[int, nn.Module] | None = None  # what was made last, and is copied
+        self._is_one: bool | None = None  # whether the factory gives one module again and again
         self._is_drawn: bool | None = None  # whether seeds decide more than weights, once known
         self._originals: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all that live
         self._is_checked = False
@@ -46,12 +47,10 @@ class Making:
         """A module for this seed that shares nothing with any other."""
         if isinstance(model, nn.Module):
             return copy_of(model)
-        if self._made is None or self._made[0] != seed:
-            self._made = seed, self._new(model, seed)
-        try:
-            return copy_of(self._made[1])
-        except Exception:  # something in it cannot be copied
-            return self._new(model, seed)
+        module = self._new(model, seed)
+        if self._is_one is None:
+            self._is_one = self._new(model, seed) is module
+        return copy_of(module) if self._is_one else module
 
     def twins(self, model: nn.Module | Callable[[], nn.Module], module: nn.Module) -> Pairs:
         """What stands in `module` for the parts of the modules that somebody else may hold."""
@@ -63,16 +62,28 @@ class Making:
                     found |= twins(original, module)
         return found
 
-    def check(self, model: nn.Module | Callable[[], nn.Module], seed: int) -> None:
+    def check(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        one: nn.Module,
+        seed: int,
+        inputs: Any,
+    ) -> None:
         """Refuse a factory that does not make the same from the same seed. Once.
+
+        Args:
+            one: a module for this seed, which is of no more use then.
+            inputs: what two modules are tried on.
 
         Raises:
             ValueError: it does not; what differs is named.
         """
         if isinstance(model, nn.Module) or self._is_checked:
             return
-        one, other = (_drawn(leaves(m)) for m in (self.module(model, seed), self._new(model, seed)))
-        found = differences(one, other)
+        other = self.module(model, seed)
+        found = differences(_drawn(leaves(one)), _drawn(leaves(other)))
+        if not found and differences(_outputs(one, inputs), _outputs(other, inputs)):
+            found = differences(leaves(one), leaves(other)) or ["forward"]
         if found:
             raise ValueError(
                 "model must make the same module whenever it is called with the same seeds, got "
@@ -109,6 +120,16 @@ class Making:
     def __setstate__(self, state: Any) -> None:
         self.__init__()
         self.seed, self.seeds = state
+
+
+def _outputs(module: nn.Module, inputs: Any) -> dict[str, Any]:
+    """What a module makes of a few examples, in evaluation mode; nothing where it cannot."""
+    try:
+        with borrowed_randomness(), torch.no_grad():
+            seed_generators(0)
+            return leaves(module.eval()(mapped(torch.tensor, inputs)))
+    except Exception:  # which is told where it trains
+        return {}
 
 
 def _drawn(held: dict[str, Any]) -> dict[str, Any]:

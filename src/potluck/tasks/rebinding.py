@@ -31,23 +31,24 @@ def twins(module: nn.Module, copied: nn.Module) -> Pairs:
 
 
 def _named(module: nn.Module) -> dict[str, Any]:
-    parts: dict[str, Any] = dict(module.named_modules())
+    some: Any = module
+    parts: dict[str, Any] = dict(some.named_modules())
     return parts | dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def rebound(value: Any, pairs: Pairs) -> Any:
     """`value` with the second of each pair in the place of the first; itself if it holds none."""
-    return _Rebinding(pairs).of(value, 0)
+    return Rebinding(pairs).of(value)
 
 
-class _Rebinding:
+class Rebinding:
     """One walk through what a loss or a metric holds."""
 
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = pairs
         self._done: dict[int, tuple[Any, Any]] = {}  # by identity: what it was, and what it is now
 
-    def of(self, value: Any, depth: int) -> Any:
+    def of(self, value: Any, depth: int = 0) -> Any:
         if id(value) in self._pairs:
             return self._pairs[id(value)]
         if id(value) not in self._done and depth < _DEEPEST:

@@ -115,11 +115,12 @@ class Task:
         """
         seed = as_seed(seed)
         self.begin(seed)
-        self._making.check(self.model, seed)
         module = self.module()
-        return spec_of(module).flatten(
+        weights = spec_of(module).flatten(
             {name: tensor.detach().numpy() for name, tensor in averaged_tensors(module)}
         )
+        self._making.check(self.model, module, seed, self.data.train.rows(slice(2)).inputs)
+        return weights
 
     def begin(self, seed: int) -> None:
         """A run with this seed begins, or goes on: `module` makes its model from now on."""

@@ -191,15 +191,8 @@ OPTIONAL = {  # where None is a value of its own
 }
 INTERNAL = {  # of which a caller gives what Potluck itself counted, or that are tested elsewhere
     *("client_update", "server_update", "order", "batches", "client_lr_at", "train_part"),
-    *(
-        "FederatedData",
-        "Cluster",
-        "client_test",
-        "from_folder",
-        "from_table",
-        "read_idx",
-        "ignored",
-    ),
+    *("FederatedData", "Cluster", "client_test", "from_folder", "from_table", "read_idx"),
+    *("parts", "is_other", "begin"),
 }
 
 

@@ -123,8 +123,14 @@ def with_nan(row: int) -> np.ndarray:
             r"from -1 to 1 in 6 examples \(see client 'x'",
         ),
         ((np.ones((2, 2)), ["a", "b"]), "all numbers or all text, got 'a' in client 'x'"),
-        ((np.ones((2, 2)), [{}, {}]), "targets of client 'x' .* array of numbers .* got dtype="),
-        ((np.array([{}, {}]), [0, 1]), "inputs of client 'x' .* got dtype=object"),
+        (
+            (np.ones((2, 2)), [{}, {}]),
+            r"got \{\} in column '0', row 0 of the targets of client 'x'",
+        ),
+        (
+            (np.array([{}, {}]), [0, 1]),
+            r"got \{\} in column '0', row 0 of the inputs of client 'x'",
+        ),
         (([[1.0], [1.0, 2.0]], [0, 1]), "inputs of client 'x' must be an array, got error="),
         ((3.0, 1), r"inputs of client 'x' .* axis of examples, .* shape=\(\)"),
         (np.ones((3, 2)), r"client 'x' must be a pair \(inputs, targets\), got ndarray"),

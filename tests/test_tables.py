@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from potluck.core import DataError
 from potluck.tasks.columns import Column, read_column
-from potluck.tasks.own_data import from_folder, from_table
+from potluck.tasks.own_data import from_clients, from_folder, from_table
 from potluck.tasks.tables import Located, read_table, split_by_client
 
 D = decimal.Decimal
@@ -454,6 +454,57 @@ def test_an_index_is_left_out_of_every_file_alike(tmp_path: Path) -> None:
     data = from_folder(tmp_path)
     assert data.train.inputs.shape[1:] == (1,)
     assert [note for note in data.notes if "numbers the rows" in note] == [
-        f"column 0 of {tmp_path / name}.csv has no name and numbers the rows: it is left out"
-        for name in "ab"
+        "column 0 has no name and numbers the rows: it is left out"
     ]
+
+
+# Arrays of clients
+
+ROWS = [[1.5, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
+NUMBERS: dict[str, tuple[Any, Any]] = {
+    "lists": (ROWS, [0, 1, 0, 1]),
+    "a frame": (pd.DataFrame(ROWS), pd.Series([0, 1, 0, 1], index=[7, 7, 8, 8])),
+    "a frame of types": (
+        pd.DataFrame({"a": [1.5, 3, 5, 7], "b": pd.array([2, 4, 6, 8], dtype="Int64")}),
+        pd.Series([0, 1, 0, 1], dtype="Int64"),
+    ),
+    "objects": (np.array(ROWS, dtype=object), np.array([0, 1, 0, 1], dtype=object)),
+    "decimals": ([[D(str(value)) for value in row] for row in ROWS], [0, 1, 0, 1]),
+    "a mask of nothing": (np.ma.masked_array(ROWS, mask=False), np.ma.masked_array([0, 1, 0, 1])),
+    "categories": (ROWS, pd.Categorical([0, 1, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_arrays_of_any_make_are_the_same_arrays(name: str) -> None:
+    data = from_clients({"a": NUMBERS[name]}, num_classes=2, split="last", test_fraction=0.25)
+    assert data.train.inputs.tolist() == ROWS[:3]
+    assert (data.train.inputs.dtype, data.train.targets.dtype) == (np.float32, np.int64)
+    assert data.train.targets.tolist() == [0, 1, 0]
+
+
+BAD_ARRAYS: list[tuple[Any, Any, str]] = [
+    (np.ma.masked_equal(np.array(ROWS), 4.0), [0, 1, 0, 1], "the inputs of client 'a'.* example 1"),
+    (ROWS, np.ma.masked_equal([0, 1, 2, 1], 2), "the targets of client 'a' .* in example 2"),
+    (ROWS, pd.Series([0, None, 1, 1], dtype="Int64"), "the targets of client 'a' .* in example 1"),
+    (
+        ROWS,
+        ["y", None, "n", "n"],
+        "no text may be missing, got none in column '0', row 1 of",
+    ),
+    (
+        np.array([[1, "x"]] * 4, dtype=object),
+        [0, 1, 0, 1],
+        "got 'x' in column '1', row 0 of",
+    ),
+    ([[1, D("1")], [1, [2]]] * 2, [0, 1, 0, 1], "error=|in column '1', row 1 of the inputs"),
+    (np.array(ROWS) * 1j, [0, 1, 0, 1], "dtype=complex128"),
+    (pd.DataFrame({"a": pd.date_range("2024", periods=4)}), [0, 1, 0, 1], "dtype=datetime64"),
+    (ROWS, np.array([2**64 - 1, 0, 1, 1], np.uint64), "whole numbers below"),
+]
+
+
+@pytest.mark.parametrize(("given", "targets", "message"), BAD_ARRAYS)
+def test_arrays_that_cannot_be_used_are_refused(given: Any, targets: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        from_clients({"a": (given, targets)}, num_classes=None, kind=None)

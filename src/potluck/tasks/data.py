@@ -112,6 +112,7 @@ class FederatedData:
 
     def __post_init__(self) -> None:
         _settle_kind(self)
+        object.__setattr__(self, "clients", tuple(client_names(self.clients).values()))
 
     @property
     def num_clients(self) -> int:

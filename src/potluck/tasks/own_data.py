@@ -247,7 +247,7 @@ def _of_files(paths: Sequence[Path], asked: Asked) -> FederatedData:
         return assemble(pairs, None, replace(asked, targets=()))
     tables = {path.stem: Located(read_table(path), str(path)) for path in paths}
     notes = [note for table, _ in tables.values() for note in table.attrs.get("notes", ())]
-    return _of_tables(tables, notes, asked)
+    return _of_tables(tables, list(dict.fromkeys(notes)), asked)
 
 
 def _of_tables(tables: Mapping[str, Located], notes: Sequence[str], asked: Asked) -> FederatedData:

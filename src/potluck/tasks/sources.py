@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from potluck.core import DataError
 from potluck.tasks.assembly import Source
-from potluck.tasks.columns import Array, Column, alike, place
+from potluck.tasks.columns import Array, Column, alike, place, read_column
 from potluck.tasks.features import named_columns
 from potluck.tasks.schema import check_target
 from potluck.tasks.tables import Located, check_column, first_line, first_text
@@ -76,8 +77,6 @@ def table_sources(
 def target_array(values: Any, what: str) -> Array:
     """Text, Booleans, int64 or floats, with an axis of examples; what they mean is asked later."""
     array = as_array(values, what)
-    if array.dtype.kind == "O" and all(isinstance(value, str) for value in array.flat):
-        array = array.astype(np.str_)
     if array.ndim > 0 and array.dtype.kind in "Ub":
         return array
     array = _numbers(array, what)
@@ -91,14 +90,44 @@ def target_array(values: Any, what: str) -> Array:
 
 
 def as_array(values: Any, what: str) -> Array:
-    """Whatever NumPy makes an array of."""
+    """Whatever NumPy makes an array of; a hole of a mask or of pandas is NaN."""
+    if isinstance(values, np.ma.MaskedArray):
+        masked = cast("np.ma.MaskedArray[Any, Any]", values)
+        values = masked.data
+        if np.ma.is_masked(masked) and masked.dtype.kind in "biuf":
+            values = masked.astype(np.float64).filled(np.nan)
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{what} must be an array, got error={first_line(error)!r}. "
             "Give every example the same shape."
         ) from error
+    if array.dtype.kind != "O" or array.ndim not in (1, 2) or array.size == 0:
+        return array
+    return _of_objects(array, what)
+
+
+def _of_objects(array: Array, what: str) -> Array:
+    """What pandas makes of columns of several types, of decimals, and of integers with holes."""
+    pandas: Any = importlib.import_module("pandas")
+    found: list[Array] = []
+    for name, values in enumerate(array.reshape(len(array), -1).T):
+        column = read_column(pandas.Series(values, name=name, dtype=object), what)
+        if column.type == "text" and column.missing.any():
+            raise DataError(
+                "no text may be missing, got none in "
+                f"{place(str(name), int(column.missing.argmax()), what)}. Fill it in."
+            )
+        holes = column.missing.any()
+        found.append(np.where(column.missing, np.nan, column.values) if holes else column.values)
+    texts = [values.dtype.kind == "U" for values in found]
+    if any(texts) and not all(texts):
+        raise DataError(
+            f"{what} must be all numbers, got {str(found[texts.index(True)][0])!r} in "
+            f"{place(str(texts.index(True)), 0, what)}. Encode it as numbers, or call `from_table`."
+        )
+    return np.stack(found, axis=1).reshape(array.shape)
 
 
 def _numbers(array: Array, what: str) -> Array:

@@ -104,7 +104,7 @@ def named(table: Any, where: str) -> Any:
 
 def _unnamed(series: Any, position: int, where: str) -> str:
     """Why a column without a name is left out, in words, or an error."""
-    column = f"column {position} of {where} has no name"
+    column = f"column {position} has no name"
     if series.isna().all():
         return f"{column} and no values: it is left out"
     if position == 0 and getattr(series.dtype, "kind", "O") in "iu" and series.is_unique:

@@ -92,12 +92,9 @@ def target_array(values: Any, what: str) -> Array:
 def as_array(values: Any, what: str) -> Array:
     """Whatever NumPy makes an array of; a hole of a mask or of pandas is NaN."""
     if isinstance(values, np.ma.MaskedArray):
-        masked = cast("np.ma.MaskedArray[Any, Any]", values)
-        values = masked.data
-        if np.ma.is_masked(masked) and masked.dtype.kind in "biuf":
-            values = masked.astype(np.float64).filled(np.nan)
+        values = _unmasked(values)
     try:
-        array = np.asarray(values)
+        array: Array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{what} must be an array, got error={first_line(error)!r}. "
@@ -106,6 +103,12 @@ def as_array(values: Any, what: str) -> Array:
     if array.dtype.kind != "O" or array.ndim not in (1, 2) or array.size == 0:
         return array
     return _of_objects(array, what)
+
+
+def _unmasked(masked: Any) -> Any:
+    if np.ma.is_masked(masked) and masked.dtype.kind in "biuf":
+        return masked.astype(np.float64).filled(np.nan)
+    return masked.data
 
 
 def _of_objects(array: Array, what: str) -> Array:

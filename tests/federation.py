@@ -144,6 +144,14 @@ class Federation:
         self.listen = Listen(port=0, plaintext=plaintext)
         self.devices = []
 
+    @classmethod
+    def of(cls, file):
+        """One of an experiment file, whose data are elsewhere."""
+        made = cls.__new__(cls)
+        made.file, made.folder, made.places = file, file.parent, (None, None)
+        made.listen, made.devices = Listen(port=0), []
+        return made
+
     def __enter__(self):
         home = self.folder / "server"
         self.server = open_server(self.file, [], home, self.listen, *self.places)
@@ -171,7 +179,7 @@ class Federation:
 
     def join(self, k, trainer=None, address=None, **options):
         """The k-th device, counted from 0; they must enrol in this order."""
-        trainer = trainer or TorchTrainer(lambda: one_client(self.data, k), 1)
+        trainer = trainer or TorchTrainer(lambda _: one_client(self.data, k), 1)
         folder = self.folder / f"device{k}"
         device = Device(address or self.server.address, self.invite(), folder, trainer, **options)
         self.devices.append(device)

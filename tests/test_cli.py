@@ -249,9 +249,10 @@ def sections(annotation: Any) -> list[Any]:
 def test_the_template_shows_every_key_and_comments_out_only_defaults():
     opened = re.sub(r"^# (?=\[|[a-z_0-9]+ = )", "", TEMPLATE, flags=re.MULTILINE)
     no_default = {"batches", "gradient_clip", "evaluate_train", "hidden", "loss", "path"}
+    no_default |= {"kind", "missing", "scale", "categories", "split", "test_fraction"}
     no_default |= {"codec", "device", "precision", "ray_address", "variant", "workers"}
     no_default |= {"profile", "trace", "examples_per_second"}  # of [devices]
-    no_default |= {"goal", "lease_seconds"}  # of [server]: they follow from others
+    no_default |= {"goal", "lease_seconds", "test"}  # of [server]: they follow from others
 
     def compare(tables: list[Any], values: dict[str, Any], active: dict[str, Any]) -> None:
         known = {key for table in tables for key in table.model_fields}

@@ -109,7 +109,7 @@ def test_a_device_without_test_examples_says_so(tmp_path):
     spec = spec_of(build_task(federation.experiment, federation.data).model())
     weights = np.zeros(spec.dim, np.float32)
     with pytest.raises(DataError, match="must have test examples to evaluate on, got none"):
-        TorchTrainer(lambda: empty, 1).evaluate(plan, spec, weights, check=lambda: None)
+        TorchTrainer(lambda _: empty, 1).evaluate(plan, spec, weights, check=lambda: None)
 
 
 def test_sigterm_in_training_ends_at_once_and_frees_the_slot(tmp_path):
@@ -165,7 +165,7 @@ def test_a_stop_is_a_stop_though_cleaning_up_after_it_fails(tmp_path):
             federation.server.address,
             federation.invite(),
             tmp_path / secrets.token_hex(4),
-            TorchTrainer(lambda: one_client(federation.data, 0), 1),
+            TorchTrainer(lambda _: one_client(federation.data, 0), 1),
             name=None,
             limit_bytes=None,
             show=show,

@@ -166,7 +166,7 @@ TAKES: dict[str, Callable[[Any], Any]] = {
     "Auto.num_workers": lambda n: opened(lambda: Auto(TASK, n, device="cpu")),
     "make_executor.num_workers": lambda n: opened(lambda: make_executor("vmap", TASK, n)),
     "one_client.client": lambda n: one_client(FEDERATED, n),
-    "TorchTrainer.num_threads": lambda n: TorchTrainer(lambda: FEDERATED, n),
+    "TorchTrainer.num_threads": lambda n: TorchTrainer(lambda _: FEDERATED, n),
     "draw_fleet.population": lambda n: draw_fleet(PROFILES["phones"], n, seed=0),
     "VirtualTime.passes": lambda n: VirtualTime(
         fleet=draw_fleet(PROFILES["phones"], 2, seed=0), passes=n

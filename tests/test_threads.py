@@ -22,7 +22,7 @@ content = {
 experiment = check_experiment(content, "test")
 data = build_data(experiment)
 task = build_task(experiment, data)
-trainer = TorchTrainer(lambda: one_client(data, 0))
+trainer = TorchTrainer(lambda _: one_client(data, 0))
 torch.set_num_threads(4)
 trainer.train(
     plan_of(experiment, data), spec_of(task.module()), task.initial_weights(0), seed=0, round=1,

@@ -33,7 +33,7 @@ def test_data_that_do_not_fit_are_refused_before_the_invitation_is_used_up(tmp_p
     with Federation(tmp_path, rounds=1, clients=2, server="goal = 1") as federation:
         invitation, own = federation.invite(), one_client(federation.data, 0)
         for case in ("shape", "label", "regression", "nothing"):
-            trainer = TorchTrainer(lambda case=case: unfit(own, case))
+            trainer = TorchTrainer(lambda _, case=case: unfit(own, case))
             folder = tmp_path / case
             device = Device(federation.server.address, invitation, folder, trainer)
             device.end()
@@ -41,7 +41,7 @@ def test_data_that_do_not_fit_are_refused_before_the_invitation_is_used_up(tmp_p
             assert "got" in str(device.died)
             assert not (folder / "enrolment.json").exists()
         assert federation.service.devices(federation.run) == []
-        fitting = TorchTrainer(lambda: own)
+        fitting = TorchTrainer(lambda _: own)
         device = Device(federation.server.address, invitation, tmp_path / "fits", fitting)
         federation.until(lambda: federation.status()["state"] == "finished")
         device.end()

@@ -86,10 +86,11 @@ class Judge:
         return self._spec.unpack(weights, task.initial_weights(self._experiment.run.seed))
 
     def _load(self) -> Task:
-        from potluck.simulation import build_data, build_task
+        from potluck.simulation import build_task
+        from potluck.simulation.build import build_central_data
 
         if self._task is None:
-            self._task = build_task(self._experiment, build_data(self._experiment))
+            self._task = build_task(self._experiment, build_central_data(self._experiment))
         return self._task
 
 
@@ -162,6 +163,28 @@ class DistantJudge:
             pipe.close()
             process.join()
             self._child = None
+
+
+def is_evaluated(experiment: Experiment) -> bool:
+    """Whether a server has anything to evaluate models on."""
+    return experiment.task.data != "devices" or experiment.server.test is not None
+
+
+def evaluated_on(experiment: Experiment) -> str:
+    """What a server evaluates models on, in words."""
+    task, section = experiment.task, experiment.server
+    if not is_evaluated(experiment):
+        told = "on nothing here (server.test names a file)"
+    elif section.test is not None:
+        told = f"on all examples of {section.test}"
+    elif task.path is not None:
+        told = f"on the examples of {task.path} that are held out"
+    else:
+        told = f"on the test examples of {task.data}"
+    every = section.federated_every or 0
+    if every:
+        told += f"; every {every} rounds on the devices' own"
+    return told
 
 
 def judge_of(experiment: Experiment) -> Judge | DistantJudge:

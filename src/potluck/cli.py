@@ -225,6 +225,10 @@ def describe_data(
         Path | None,
         typer.Option(metavar="FILE", help="Draw it too, into a .png, .svg or .pdf file."),
     ] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Write the schema of own data, for `serve`."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Describe how an experiment divides its data."""
@@ -238,6 +242,21 @@ def describe_data(
     if out is not None:
         draw(data, out)
         typer.echo(f"written: {out}", err=True)
+    if schema is not None:
+        _write_schema(data, schema)
+        typer.echo(f"written: {schema}", err=True)
+
+
+def _write_schema(data: FederatedData, file: Path) -> None:
+    from potluck.core import ConfigError
+    from potluck.core.plain_json import to_json
+
+    if data.schema is None:
+        raise ConfigError(
+            f"a schema is one of own data (task.data = 'folder' or 'table'), got {data.name!r}, "
+            "whose devices need none. Leave --schema out."
+        )
+    file.write_text(to_json(data.schema.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -44,7 +44,9 @@ _Count: TypeAlias = Annotated[int, Field(ge=1)]
 class TaskSection(_Section):
     """[task]: the data set and the model."""
 
-    data: Literal["mnist", "digits", "wisdm", "shakespeare", "pythonlib", "folder", "table"]
+    data: Literal[
+        "mnist", "digits", "wisdm", "shakespeare", "pythonlib", "folder", "table", "devices"
+    ]
     model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
     variant: Literal["clean", "paper"] | None = None
     """For data = "shakespeare"; None is clean."""
@@ -57,7 +59,8 @@ class TaskSection(_Section):
     kind: Literal["classes", "regression", "multilabel"] | None = None
     """For data = "folder" and "table": what the targets are; None asks the values."""
     path: str | None = None
-    """For data = "folder" and "table": where they are, relative to the experiment file."""
+    """For data = "folder" and "table": where they are, relative to the experiment file. For data =
+    "devices", which are on devices alone: the JSON of their schema."""
     client_column: str = "client"
     """For data = "table"."""
     target_column: str | Annotated[list[str], Field(min_length=1)] = "target"
@@ -335,6 +338,9 @@ class ServeSection(_Section):
     needs_idle: bool | None = None
     needs_unmetered: bool | None = None
     needs_memory_bytes: int | None = None
+    test: str | None = None
+    """A file of which all examples are for evaluation on the server, relative to the experiment
+    file; None: the data set's own test examples, of which there are none with data = "devices"."""
     long_poll_seconds: Annotated[float, Field(ge=0, le=30)] = 25.0
     """How long a check-in may wait for work before it is answered."""
 
@@ -463,12 +469,16 @@ def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
         devices = devices.model_copy(update={"trace": trace})
         experiment = experiment.model_copy(update={"devices": devices})
     task = experiment.task
-    if task.data not in ("folder", "table"):
+    if experiment.server.test is not None:
+        test = str((folder / experiment.server.test).resolve())
+        server = experiment.server.model_copy(update={"test": test})
+        experiment = experiment.model_copy(update={"server": server})
+    if task.data not in ("folder", "table", "devices"):
         return experiment
     if task.path is None:
         raise ConfigError(
             f"task.path must be given with task.data = {task.data!r}, got none. "
-            "Name the folder or the file."
+            "Name the folder or the file, or with 'devices' the schema of their data."
         )
     absolute = str((folder / task.path).resolve())
     return experiment.model_copy(update={"task": task.model_copy(update={"path": absolute})})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ from potluck.formats import printable
 if TYPE_CHECKING:
     from potluck.device import Event
     from potluck.tasks import FederatedData
+    from potluck.tasks.schema import Schema
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -37,8 +37,13 @@ def join(
         typer.Option(metavar="PATH", help="A .npz, .csv or .parquet file, or a folder with one."),
     ] = None,
     target_column: Annotated[
-        str, typer.Option(metavar="NAME", help="The column of a table that is to be predicted.")
-    ] = "target",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The column of a table that is to be predicted, where the run does not say it; "
+            "target if left out.",
+        ),
+    ] = None,
     experiment: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Instead of --data: play a client of an experiment."),
@@ -67,7 +72,7 @@ def join(
     same command is given again, without --token.
     """
     from potluck.core import ConfigError
-    from potluck.device import TorchTrainer, one_client, read_own, run_until_stopped
+    from potluck.device import TorchTrainer, check_own, one_client, read_own, run_until_stopped
     from potluck.device.proxies import unused_proxy
 
     if (data is None) == (experiment is None):
@@ -77,10 +82,9 @@ def join(
         if path is not None and not path.exists():
             raise ValueError(f"the data must be there, got {str(path)!r}, which is not.")
 
-    @cache
-    def load() -> FederatedData:
+    def load(schema: Schema | None) -> FederatedData:
         if data is not None:
-            return read_own(data, target_column=target_column)
+            return read_own(data, target_column=target_column, schema=schema)
         from potluck.experiment import load_experiment
         from potluck.simulation import build_data
 
@@ -97,7 +101,10 @@ def join(
             "Install it (pip install torch) beside potluck[device]."
         )
     if token is not None:
-        load()  # what is wrong with the data is told before the invitation is used up
+        if data is not None:
+            check_own(data)  # what is no file of data is told before anybody is asked
+        else:
+            load(None)
     whole = run_until_stopped(
         url,
         token,

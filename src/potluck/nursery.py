@@ -167,7 +167,7 @@ class Nursery:
             told = {"what": event.what, "round": event.round, "detail": event.detail[:300]}
             say({"is": "event", "device": device, "ms": time.time_ns() // 10**6} | told)
 
-        trainer = TorchTrainer(lambda: one_client(self._data, device), 1)
+        trainer = TorchTrainer(lambda _: one_client(self._data, device), 1)
         dies: tuple[int, int] | None = asked["dies"]
         whole = run_until_stopped(
             self._address,
@@ -212,6 +212,7 @@ class Mortal:
     def __init__(self, inner: TorchTrainer, round: int, step: int) -> None:
         self._inner, self._round, self._left = inner, round, step
         self.runtime: Callable[[], Runtime] = inner.runtime
+        self.fit: Callable[..., None] = inner.fit
         self.evaluate: Callable[..., Sums] = inner.evaluate
 
     def train(

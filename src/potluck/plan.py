@@ -11,12 +11,13 @@ Compatibility: strict, as an experiment is. A device that does not know a key or
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from potluck.algorithms import (
     Adagrad,
@@ -38,6 +39,7 @@ from potluck.experiment import AlgorithmSection, Experiment, ScheduleSection
 if TYPE_CHECKING:
     from potluck.tasks import FederatedData, Task
 
+_MAX_SCHEMA_BYTES = 200_000
 LANGUAGE_MODELS = ("char-lstm", "char-lstm-peephole")
 
 # The keys of a section are the arguments of what it names.
@@ -84,6 +86,9 @@ class Plan(_Strict):
     task: PlannedTask
     algorithm: AlgorithmSection
     needs: tuple[Need, ...] = Field(default=(), strict=False)
+    data: dict[str, JsonValue] | None = None
+    """The schema of the run's own data (`potluck.tasks.schema`), which a device applies to its own
+    file; None: the examples of a device are arrays that fit the model as they are."""
 
 
 def plan_of(experiment: Experiment, data: FederatedData, needs: tuple[Need, ...] = ()) -> Plan:
@@ -98,7 +103,18 @@ def plan_of(experiment: Experiment, data: FederatedData, needs: tuple[Need, ...]
         padding=data.padding,
         kind="multilabel" if data.kind == "multilabel" else None,
     )
-    return Plan(task=task, algorithm=experiment.algorithm, needs=needs)
+    schema = None if data.schema is None else data.schema.to_json()
+    _check_size(schema)
+    return Plan(task=task, algorithm=experiment.algorithm, needs=needs, data=schema)
+
+
+def _check_size(schema: dict[str, Any] | None) -> None:
+    size = len(json.dumps(schema))
+    if size > _MAX_SCHEMA_BYTES:
+        raise ConfigError(
+            f"the schema of the data must be at most {_MAX_SCHEMA_BYTES} bytes of JSON, to travel "
+            f"in a plan, got {size}. Use fewer columns, categories or classes."
+        )
 
 
 def write_plan(plan: Plan) -> dict[str, Any]:

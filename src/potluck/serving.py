@@ -87,12 +87,15 @@ def serve(
     The section [server] of the file says how rounds go. A server that was stopped, in whatever
     way, goes on when the same command is given again.
     """
+    from potluck.apart import evaluated_on
+    from potluck.experiment import load_experiment
     from potluck.server.logs import log_to_stderr
     from potluck.server.serve import Listen
     from potluck.server.settings import in_words
 
-    given = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
-    changes = [f"server.{name}={value}" for name, value in given.items() if value is not None]
+    options = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
+    changes = [f"server.{name}={value}" for name, value in options.items() if value is not None]
+    given = [*(overrides or []), *changes]
     listen = Listen(
         host=host,
         port=port,
@@ -105,12 +108,13 @@ def serve(
     if fresh:
         _begin_anew(home, database, blobs)
     show = typer.echo if is_terminal else None
-    server = open_server(file, [*(overrides or []), *changes], home, listen, database, blobs, show)
+    server = open_server(file, given, home, listen, database, blobs, show)
     for name, value in (
         ("run", server.desk.name),
         ("address", server.address),
         ("certificate", server.certificate or "none: plain HTTP"),
         *in_words(server.desk.settings),
+        ("evaluation", evaluated_on(load_experiment(file, given))),
         ("dashboard", server.dashboard.invite()),
         ("admin", home / "admin.sock"),
     ):
@@ -317,7 +321,7 @@ def open_server(
     """A server for an experiment file, bound to its sockets."""
     from pydantic import ValidationError
 
-    from potluck.apart import judge_of
+    from potluck.apart import is_evaluated, judge_of
     from potluck.core import ConfigError
     from potluck.experiment import load_experiment
     from potluck.explain import explain
@@ -341,7 +345,8 @@ def open_server(
         desk = open_desk(experiment, home, settings=settings, **begun, **places)
     seconds = experiment.server.long_poll_seconds
     try:
-        return Server(desk, home, listen, seconds, judge.evaluate, judge.give_up, show)
+        evaluate = judge.evaluate if is_evaluated(experiment) else None
+        return Server(desk, home, listen, seconds, evaluate, judge.give_up, show)
     except BaseException:
         desk.service.close()
         raise

@@ -9,7 +9,7 @@ name = "my-experiment"        # runs go to runs/<name>/seed-<seed>/
 
 [task]
 data = "digits"               # digits, pythonlib (both need no download), mnist, wisdm,
-                              # shakespeare, folder or table
+                              # shakespeare, folder or table; devices: with `serve` alone
 model = "2nn"                 # logistic, 2nn or cnn (cnn: images only); for text char-lstm, or
                               # char-lstm-peephole, the paper's to the last parameter
 # variant = "paper"           # shakespeare: clean (the default), or with the publisher's notices
@@ -133,5 +133,6 @@ stop_at_target = true
 # needs_idle = false
 # needs_unmetered = false
 # needs_memory_bytes = 0
+# test = "test.csv"           # evaluate on all of this file; left out, on the data's test examples
 # long_poll_seconds = 25.0    # how long a check-in waits for work
 """

@@ -3,7 +3,7 @@
 from potluck.device.agent import Agent, Event
 from potluck.device.clock import Clock, Stopped, SystemClock
 from potluck.device.connection import Connection
-from potluck.device.data import one_client, read_own
+from potluck.device.data import check_own, one_client, read_own
 from potluck.device.eligibility import LinuxSensor, Sensor
 from potluck.device.home import Enrolment, Home
 from potluck.device.joining import enrol, join, run_until_stopped
@@ -25,6 +25,7 @@ __all__ = [
     "SystemClock",
     "TorchTrainer",
     "Trainer",
+    "check_own",
     "enrol",
     "join",
     "one_client",

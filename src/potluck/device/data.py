@@ -6,7 +6,6 @@ text is read by the run's schema alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +19,30 @@ if TYPE_CHECKING:
     from potluck.tasks.schema import Schema
 
 
+def check_own(path: Path) -> None:
+    """Refuse what cannot be read as a device's data, whatever a run makes of them.
+
+    Raises:
+        DataError: it is no `.npz`, `.csv` or `.parquet` file, and no folder that holds just one.
+    """
+    from potluck.tasks.tables import read_npz, read_table
+
+    path = _only_file(path)
+    if path.suffix.lower() == ".npz":
+        read_npz(path)
+    else:
+        read_table(path)
+
+
 def read_own(
-    path: Path, *, target_column: str | Sequence[str] = "target", schema: Schema | None = None
+    path: Path, *, target_column: str | None = None, schema: Schema | None = None
 ) -> FederatedData:
     """One client, from a `.npz`, `.csv` or `.parquet` file, or a folder that holds just one.
 
     Test examples are held out as in a simulation on a folder of such files.
 
     Args:
+        target_column: of a table; None: that of the schema, or "target".
         schema: the run's. Without one targets are numbers, and the run says what they are
             (`potluck.plan.build_planned_task`).
 
@@ -36,10 +51,16 @@ def read_own(
     """
     from potluck.tasks import own_data
 
-    kind = None if schema is not None else "regression"
-    return own_data.from_file(
-        _only_file(path), target_column=target_column, kind=kind, schema=schema
-    )
+    path = _only_file(path)
+    if schema is None:
+        target = target_column or "target"
+        return own_data.from_file(path, target_column=target, kind="regression")
+    if schema.targets and target_column not in (None, *schema.targets):
+        raise DataError(
+            f"the target of this run is column {', '.join(map(repr, schema.targets))}, got "
+            f"target_column={target_column!r} for {path}. Leave it out, and call the column so."
+        )
+    return own_data.from_file(path, schema=schema)
 
 
 def one_client(data: FederatedData, client: int) -> FederatedData:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 
 def unused_proxy(url: str) -> str | None:
@@ -16,7 +16,7 @@ def unused_proxy(url: str) -> str | None:
     parts = urlsplit(url)
     host = parts.hostname or ""
     found = getproxies_environment()
-    if not host or proxy_bypass_environment(host):
+    if not host or proxy_bypass(host):
         return None
     for scheme in (parts.scheme.lower(), "all"):
         if scheme in found:

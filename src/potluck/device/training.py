@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from potluck.tasks import FederatedData, Task, TorchRuntime
+    from potluck.tasks.schema import Schema
 
 _TRIED = 32  # examples of a step that takes them all
 Sums = Mapping[str, tuple[float, int]]
@@ -86,7 +87,8 @@ class TorchTrainer:
     """Training in PyTorch.
 
     Args:
-        load: gives the data of this one client; called once, when they are first needed.
+        load: gives the data of this one client, prepared by the schema that the run's plan brings
+            (None: it brings none); called when they are first needed.
         num_threads: of PyTorch's kernels. One by default: several programs on one machine whose
             kernels use all its cores wait for each other, and small models gain nothing by more.
         build: makes the task of a plan, from code of one's own where a plan cannot name the model.
@@ -94,7 +96,7 @@ class TorchTrainer:
 
     def __init__(
         self,
-        load: Callable[[], FederatedData],
+        load: Callable[[Schema | None], FederatedData],
         num_threads: int = 1,
         build: Callable[[PlannedTask, FederatedData], Task] = build_planned_task,
     ) -> None:
@@ -203,14 +205,14 @@ class TorchTrainer:
 
     def _prepare(self, plan: Plan, spec: Spec) -> tuple[Task, TorchRuntime, Spec]:
         """The task, what trains it, and the spec of the whole model with the run's roles."""
-        if self._task is None or self._model is None or plan.task != _task_of(self._plan):
+        if self._task is None or self._model is None or _data_of(plan) != _data_of(self._plan):
             import torch
 
             from potluck.tasks import TorchRuntime
 
             torch.set_num_threads(self._num_threads)
-            if self._data is None:
-                self._data = self._load()
+            if self._data is None or self._plan is None or plan.data != self._plan.data:
+                self._data = self._load(_schema_of(plan))
             if self._data.num_clients != 1 or self._data.train.num_examples == 0:
                 raise DataError("a device must have the examples of one client, got others.")
             self._task = self._build(plan.task, self._data)
@@ -279,5 +281,11 @@ def _unpacked(task: Task, whole: Spec, received: Vector, seed: int) -> Vector:
     return whole.unpack(received, task.initial_weights(seed))
 
 
-def _task_of(plan: Plan | None) -> Any:
-    return None if plan is None else plan.task
+def _data_of(plan: Plan | None) -> Any:
+    return None if plan is None else (plan.task, plan.data)
+
+
+def _schema_of(plan: Plan) -> Schema | None:
+    from potluck.tasks.schema import Schema
+
+    return None if plan.data is None else Schema.from_json(plan.data)

@@ -77,17 +77,17 @@ class Server:
         home: Home,
         listen: Listen,
         long_poll_seconds: float,
-        evaluate: Evaluate,
+        evaluate: Evaluate | None,
         give_up: Callable[[], None] = lambda: None,
         show: Callable[[str], None] | None = None,
     ) -> None:
-        """`give_up` has an `evaluate` that is under way raise at once, in any thread; `show` is
-        given a line for a person about each round."""
+        """Without `evaluate` nothing is evaluated here. `give_up` has one that is under way raise
+        at once, in any thread; `show` is given a line for a person about each round."""
         self.desk = desk
         self._home = home
         self._evaluate, self._give_up = evaluate, give_up
         self._show_line = show
-        self._lines = Lines(desk.service, desk.run)
+        self._lines = Lines(desk.service, desk.run, is_evaluated=evaluate is not None)
         self._bell = Bell()
         self._meters = Meters()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -222,7 +222,7 @@ class Server:
         _LOG.error(what, exc_info=not known, extra={"reason": str(error)[:500]})
 
     async def _judge(self) -> None:
-        while not self._stopping:
+        while not self._stopping and self._evaluate is not None:
             try:
                 if self.desk.service.is_leader:
                     await asyncio.to_thread(

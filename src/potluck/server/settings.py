@@ -77,7 +77,7 @@ class RoundSettings(BaseModel):
         are enrolled when a round opens. A count waits for the devices that its minimum needs.
         """
         section = experiment.server
-        given = section.model_dump(exclude_none=True, exclude={"long_poll_seconds"})
+        given = section.model_dump(exclude_none=True, exclude={"long_poll_seconds", "test"})
         if section.selection == "sampled" and experiment.partition.kind in DIVIDED:
             return cls.sampled(experiment, **given)
         given = {"num_rounds": experiment.run.rounds} | given

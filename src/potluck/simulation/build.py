@@ -25,6 +25,7 @@ _KINDS = {  # the partitions that fit each data set
     "pythonlib": ("iid", "unbalanced", "module"),
     "folder": ("own",),  # these two come divided
     "table": ("own",),
+    "devices": ("own",),
 }
 _OWN = ("folder", "table")
 _PREPARED = ("kind", "missing", "scale", "categories", "split", "test_fraction")
@@ -37,7 +38,7 @@ _OF_PARTITIONS = {  # the partitions that each key of [partition] decides someth
 }
 _OF_DATA = {  # the data sets that each key of [task] decides something of
     "variant": ("shakespeare",),
-    "path": _OWN,
+    "path": (*_OWN, "devices"),
     "client_column": ("table",),
     "target_column": _OWN,
     **dict.fromkeys(_PREPARED, _OWN),
@@ -53,9 +54,39 @@ def build_data(experiment: Experiment) -> FederatedData:
     """
     _check_fit(experiment)
     task = experiment.task
+    if task.data == "devices":
+        raise ConfigError(
+            "task.data = 'devices' is trained on devices alone, with `potluck serve`, got another "
+            "command. Give task.data = 'folder' or 'table' and their path to simulate."
+        )
     if task.data in _OWN:
         return _own_data(experiment)
     return _partition(experiment, _dataset(experiment))
+
+
+def build_central_data(experiment: Experiment) -> FederatedData:
+    """The data that a served run begins and is evaluated with: without clients where the devices
+    alone have any, and with all of a test file as test examples.
+
+    Raises:
+        ConfigError, DataError: as `build_data`; a schema or a test file that cannot be used.
+    """
+    _check_fit(experiment)
+    task, test = experiment.task, experiment.server.test
+    if task.data == "devices":
+        assert task.path is not None  # checked when the experiment was read
+        data = own_data.without_clients(own_data.read_schema(task.path), name=experiment.name)
+    else:
+        data = build_data(experiment)
+    if test is None:
+        return data
+    if data.schema is None:
+        raise ConfigError(
+            f"server.test is for own data (task.data = 'folder', 'table' or 'devices'), got "
+            f"server.test = {test!r} with task.data = {task.data!r}, which has test examples. "
+            "Leave it out."
+        )
+    return own_data.with_test_file(data, test)
 
 
 def build_task(experiment: Experiment, data: FederatedData) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -29,6 +30,7 @@ from potluck.simulation.cluster import Cluster, Local
 from potluck.simulation.compression import compressed
 from potluck.simulation.device_workers import DeviceWorkers
 from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
+from potluck.simulation.handed import Kept, own_states
 from potluck.simulation.virtual import Timing, VirtualTime, timeline
 from potluck.simulation.vmap import Vmap, chunk_for
 from potluck.simulation.workers import Workers
@@ -42,7 +44,7 @@ ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until
 
 
 class Round(NamedTuple):
-    """What one round gave. Round 0 is the initial model."""
+    """What one round gave. Round 0 is the initial model. Its arrays are the caller's."""
 
     number: int
     weights: Vector  # [dim], the model after this round
@@ -154,11 +156,13 @@ def _rounds(
             kept: ClientStates = {}
             metrics = runner.evaluate(state.weights)
             nobody = np.empty(0, np.int64)
-            yield _round(
+            first = _round(
                 _traffic(algorithm, codec, spec), 0, state, kept, nobody, None, metrics, started
             )
+            yield handed_out(first)
         else:
-            number, state, kept = as_count("resume[0]", resume[0], 0), *resume[1:]
+            number = as_count("resume[0]", resume[0], 0)
+            state, kept = copy.deepcopy(resume[1]), own_states(resume[2])
         timings: Iterator[Timing] | None = None
         if virtual is not None:
             traffic = _traffic(algorithm, codec, spec)
@@ -205,10 +209,22 @@ def _rounds(
             metrics = runner.evaluate(state.weights) if due else None
             traffic = _traffic(algorithm, codec, spec)
             done = _round(traffic, number, state, kept, clients, result, metrics, started)
-            yield done if timing is None else _timed(done, timing, traffic)
+            yield handed_out(done if timing is None else _timed(done, timing, traffic))
     finally:
         if own:
             runner.close()
+
+
+def handed_out(round: Round) -> Round:
+    """The same round, in arrays that are the caller's: changes in place do not reach the run."""
+    states = round.client_states
+    return round._replace(
+        weights=round.weights.copy(),
+        cohort=round.cohort.copy(),
+        metrics=copy.deepcopy(round.metrics),
+        state=copy.deepcopy(round.state),
+        client_states=Kept(states.own if isinstance(states, Kept) else states),
+    )
 
 
 def make_executor(

@@ -38,8 +38,9 @@ from potluck.simulation.directory import (
     whole_lines,
     write_whole,
 )
+from potluck.simulation.handed import own_states
 from potluck.simulation.manifest import difference, make_manifest
-from potluck.simulation.rounds import ClientStates, Round, make_executor, rounds
+from potluck.simulation.rounds import ClientStates, Round, handed_out, make_executor, rounds
 from potluck.simulation.train_loss import WithTrainLoss
 from potluck.simulation.virtual import VirtualTime
 from potluck.tasks import FederatedData, Task
@@ -157,7 +158,7 @@ class _Run:
                 if round.number == 0 or time.monotonic() > due:
                     due = self._checkpoint(last)
                     unsaved = False
-                yield round
+                yield handed_out(round)  # the checkpoint is made of this one
                 if target and round.metrics and target.is_reached(round.metrics[target.metric]):
                     break
             assert last is not None
@@ -258,7 +259,8 @@ class _Run:
         started = time.monotonic()
         tensors = {"weights": last.state.weights}
         tensors |= {_OPTIMIZER + name: value for name, value in last.state.optimizer.items()}
-        tensors |= {f"{_CLIENT}{client}": value for client, value in last.client_states.items()}
+        states = own_states(last.client_states)
+        tensors |= {f"{_CLIENT}{client}": value for client, value in states.items()}
         content = save(tensors, {"round": str(last.number)})
         assert self._rounds is not None
         with disk_errors(self.directory):

@@ -64,7 +64,7 @@ class Ward:
     """A device in a thread, that can be stopped in the middle of its work and started again."""
 
     def __init__(self, k: int, folder: Path, address: str, invitation: str, data: Any) -> None:
-        trainer = TorchTrainer(lambda: one_client(data, k), 1)
+        trainer = TorchTrainer(lambda _, k=k: one_client(data, k), 1)
         self._arguments = (address, invitation, folder / f"device-{k}", trainer)
         self._name = f"Ward {k + 1}"
         self.start()

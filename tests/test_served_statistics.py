@@ -184,7 +184,7 @@ def test_a_served_run_with_statistics_is_the_simulated_one(places, codec):
     simulated = list(rounds(build_algorithm(experiment), task, **settings))
     plan, packed = plan_of(experiment, task.data, ()), spec.packed()
     trainers = [
-        TorchTrainer(partial(one_client, task.data, k), build=partial(own_task, Net))
+        TorchTrainer(lambda _, k=k: one_client(task.data, k), build=partial(own_task, Net))
         for k in range(6)
     ]
     residuals = {}
@@ -236,7 +236,7 @@ def test_a_served_run_with_statistics_is_the_simulated_one(places, codec):
 def test_a_device_names_a_constant_that_its_training_changed(places):
     make = partial(Net, writes_late=True)
     experiment, task, spec, service, _, _ = begun(places, make, "float32")
-    trainer = TorchTrainer(partial(one_client, task.data, 0), build=partial(own_task, make))
+    trainer = TorchTrainer(lambda _: one_client(task.data, 0), build=partial(own_task, make))
     plan = plan_of(experiment, task.data, ())
     received = spec.pack(task.initial_weights(7))
     with pytest.raises(ConfigError, match="limit must stay what it is"):

@@ -26,4 +26,5 @@ def export_run(directory: Path) -> bytes:
     experiment = check_experiment(dict(manifest["experiment"]), str(directory))
     task = build_task(experiment, build_data(experiment))
     _, about = read_tensors(directory / "checkpoint.safetensors")
-    return model_file(task, read_weights(directory), int(about["round"]))
+    seed, number = int(manifest["seed"]), int(about["round"])
+    return model_file(task, read_weights(directory), seed=seed, round=number)

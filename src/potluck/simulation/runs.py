@@ -270,7 +270,8 @@ class _Run:
         return now + max(_CHECKPOINT_SECONDS, 9.0 * (now - started))
 
     def _finish(self, task: Task, last: _Position) -> None:
-        content = model_file(task, last.state.weights, last.number)
+        seed = self._manifest["seed"]
+        content = model_file(task, last.state.weights, seed=seed, round=last.number)
         with disk_errors(self.directory):
             write_whole(self.directory / "final.safetensors", content)
 

@@ -12,22 +12,22 @@ from collections.abc import Mapping
 
 import torch
 from safetensors.torch import save
-from torch import nn
 
 from potluck.core import Vector
-from potluck.tasks.task import Task, averaged_tensors, spec_of
+from potluck.tasks.task import Task
 
 _AFTER = "state_dict_after_round"  # one entry: of several the order would not be fixed
 
 
-def model_file(task: Task, weights: Vector, round: int) -> bytes:
+def model_file(task: Task, weights: Vector, *, seed: int, round: int) -> bytes:
     """The content of such a file for a model of a task.
 
     Args:
         weights: [dim].
+        seed: of the run.
         round: after which these are the weights; in the file's metadata.
     """
-    module = load_weights(task.module(), weights)
+    module = task.module(weights, seed=seed)
     tensors = {
         # Each with memory of its own: a tied weight is there under both names.
         name: value.detach().cpu().contiguous().clone()
@@ -40,12 +40,3 @@ def model_file(task: Task, weights: Vector, round: int) -> bytes:
 def is_model_file(metadata: Mapping[str, str]) -> bool:
     """Whether a file with this metadata is one of `model_file`."""
     return _AFTER in metadata
-
-
-def load_weights(module: nn.Module, weights: Vector) -> nn.Module:
-    """The module with these weights, which are copied."""
-    views = spec_of(module).unflatten(torch.tensor(weights))
-    with torch.no_grad():
-        for name, tensor in averaged_tensors(module):
-            tensor.copy_(views[name])
-    return module

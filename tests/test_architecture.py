@@ -46,6 +46,7 @@ TOP = {  # may import everything
     "__main__",
     "apart",
     "cli",
+    "cli_data",
     "cli_reproduce",
     "command",
     "progress",

@@ -6,14 +6,17 @@ Heavy imports (PyTorch, matplotlib, Rich) stay inside the commands, so that `--h
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 import potluck
+from potluck.cli_data import app as data_app
 from potluck.cli_reproduce import reproduce
 from potluck.command import Debug, ExperimentFile, Overrides, command
 from potluck.demo_serve import demo_serve
@@ -34,11 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(
-    help="List, get and describe data sets.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(data_app, name="data")
 demo_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 demo_app.command("serve")(demo_serve)
@@ -49,6 +47,9 @@ app.add_typer(joining_app)
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):  # a name or a sign that its encoding does not have
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="potluck")
 
 
@@ -147,6 +148,8 @@ def report(
     from potluck.simulation.cost import measure
     from potluck.simulation.report import draw, header, notes, table
 
+    if out is not None:
+        out = _prefix(out)
     records = [read_run(directory) for directory in _run_directories(paths)]
     for record in records:
         if not record.rounds:
@@ -157,8 +160,6 @@ def report(
     for note in notes(costs):
         typer.echo(f"\n{note}")
     if out is not None:
-        if out.suffix in (".md", ".png", ".svg"):
-            out = out.with_suffix("")
         out.parent.mkdir(parents=True, exist_ok=True)
         pictures = [out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".svg")]
         text = out.with_name(f"{out.name}.md")
@@ -169,94 +170,6 @@ def report(
 
 
 app.command()(reproduce)
-
-
-@data_app.command("list")
-@command
-def list_data(debug: Debug = False) -> None:
-    """List the data sets, and whether they are here."""
-    from potluck.formats import format_bytes
-    from potluck.output import show_table
-    from potluck.tasks.files import catalogue
-
-    show_table(
-        ("name", "what", "download", "here", "terms"),
-        [
-            (
-                entry.name,
-                entry.what,
-                format_bytes(entry.num_bytes) if entry.num_files else "none",
-                "yes" if entry.present else "no",
-                entry.terms,
-            )
-            for entry in catalogue()
-        ],
-    )
-    typer.echo("Your own data: task.data = 'folder' or 'table' in an experiment (`potluck init`).")
-
-
-@data_app.command("get")
-@command
-def get_data(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="See `potluck data list`.")],
-    debug: Debug = False,
-) -> None:
-    """Get and check the files of a data set.
-
-    Files that are here already (POTLUCK_DATA, or the cache) are checked, not downloaded.
-    """
-    from potluck.tasks.files import fetch_all
-
-    paths = fetch_all(name)
-    for path in paths:
-        typer.echo(path)
-    if not paths:
-        typer.echo(
-            f"{name} comes with Python or an installed package: there is nothing to download."
-        )
-
-
-@data_app.command("describe")
-@command
-def describe_data(
-    file: ExperimentFile,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw it too, into a .png, .svg or .pdf file."),
-    ] = None,
-    schema: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Write the schema of own data, for `serve`."),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Describe how an experiment divides its data."""
-    from potluck.experiment import load_experiment
-    from potluck.output import show_pairs
-    from potluck.simulation import build_data
-    from potluck.tasks.describe import describe, draw
-
-    data = build_data(load_experiment(file, overrides or []))
-    show_pairs(describe(data).rows())
-    if out is not None:
-        draw(data, out)
-        typer.echo(f"written: {out}", err=True)
-    if schema is not None:
-        _write_schema(data, schema)
-        typer.echo(f"written: {schema}", err=True)
-
-
-def _write_schema(data: FederatedData, file: Path) -> None:
-    from potluck.core import ConfigError
-    from potluck.core.plain_json import to_json
-
-    if data.schema is None:
-        raise ConfigError(
-            f"a schema is one of own data (task.data = 'folder' or 'table'), got {data.name!r}, "
-            "whose devices need none. Leave --schema out."
-        )
-    file.write_text(to_json(data.schema.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -327,10 +240,11 @@ def _train(
     from potluck.experiment import load_experiment
     from potluck.output import show_pairs, show_table
     from potluck.simulation import build_data, build_task, discard_run, read_weights
+    from potluck.simulation.per_client import by_client, write_per_client
     from potluck.simulation.report import header, notes, table
     from potluck.tasks import federated_evaluation
     from potluck.tasks.describe import describe
-    from potluck.terminal import outcome, per_client_rows, summary
+    from potluck.terminal import outcome, per_client_rows, per_client_table, summary
 
     experiment = load_experiment(file, overrides)
     data = build_data(experiment)
@@ -346,7 +260,9 @@ def _train(
         if per_client:
             task = build_task(experiment, data)
             found = federated_evaluation(task, read_weights(directory), seed=seed)
-            show_pairs(per_client_rows(found))
+            rows = by_client(data, found)
+            show_table(*per_client_table(rows, list(found)))
+            show_pairs([*per_client_rows(found), ("file", str(write_per_client(directory, rows)))])
     if seeds > 1:
         typer.echo()
         show_table(header(costs), table(costs), keys=2)
@@ -382,6 +298,14 @@ def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory
     if idle:
         typer.echo("nothing to do: this run has finished")
     return measure(read_run(directory))
+
+
+def _prefix(out: Path) -> Path:
+    """What the names of a report's files begin with."""
+    out = out.with_suffix("") if out.suffix in (".md", ".png", ".svg") else out
+    if out.name == "" or (out.is_dir() and str(out).endswith("/")):
+        raise ValueError(f"--out must name files, got {str(out)!r}. Add a name: --out curves.")
+    return out
 
 
 def _run_directories(paths: Iterable[Path]) -> list[Path]:

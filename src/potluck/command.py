@@ -40,6 +40,22 @@ _SERVER_MODULES = (
 )
 
 
+_EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError)
+_PLACES = {  # what was expected of a path, and what to do, by the system's error
+    errno.ENOENT: ("a file or folder must exist", "Create it, or name another."),
+    errno.EISDIR: ("a file must be named, and no folder", "Name a file in it."),
+    errno.ENOTDIR: ("a folder must be named, and no file", "Name a folder."),
+    errno.EEXIST: ("a folder must be named, and no file", "Name another."),
+    errno.EACCES: ("the place must be open to you", "Change its permissions, or name another."),
+    errno.EPERM: ("the place must be open to you", "Change its permissions, or name another."),
+    errno.EROFS: ("the place must be writable", "Name another."),
+    errno.ENOSPC: ("there must be room on the disk", "Make room, and give the command again."),
+    errno.EDQUOT: ("there must be room on the disk", "Make room, and give the command again."),
+    errno.ENAMETOOLONG: ("a name must be short enough for the disk", "Name another."),
+    errno.ELOOP: ("a file or folder must exist", "Mend the links, or name another."),
+}
+
+
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """Turn an error into one line on stderr and exit status 1, unless `debug` is set."""
 
@@ -49,13 +65,30 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
         try:
             function(*args, **kwargs)
-        except (PotluckError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise  # Typer's own ways to leave
+        except Exception as error:
             if kwargs.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            typer.echo(f"error: {printable(_one_line(error))}", err=True)
+            known = isinstance(error, (PotluckError, *_EXPECTED))
+            words = _one_line(error) if known else _unexpected(error)
+            typer.echo(f"error: {printable(words)}", err=True)
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return (
+            "there must be memory for what is asked, got too little. Use a smaller cohort, fewer "
+            "workers or a smaller model."
+        )
+    words = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__}: {words}. This was not expected to happen. --debug shows where it "
+        "did; please report it with that."
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -63,6 +96,10 @@ def _one_line(error: Exception) -> str:
         module = (error.name or "").split(".")[0]
         extra = "ray" if module == "ray" else "server" if module in _SERVER_MODULES else "sim"
         return f"this command needs {error.name}. Install it with: pip install 'potluck[{extra}]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = "" if error.filename is None else f" for {str(error.filename)!r}"
+        expected, remedy = _PLACES.get(
+            error.errno or 0, ("the system must do what is asked", "Look at what it says.")
+        )
+        return f"{expected}, got {error.strerror!r}{where}. {remedy}"
     return " ".join(str(error).split()) or type(error).__name__

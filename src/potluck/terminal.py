@@ -21,10 +21,12 @@ from potluck.experiment import AlgorithmSection, AverageSection, Experiment, Sch
 from potluck.formats import format_bytes, format_score, format_seconds
 from potluck.simulation import Round
 from potluck.simulation.cost import Cost
+from potluck.simulation.per_client import worst
 from potluck.simulation.report import format_on_grid, format_rounds
 from potluck.tasks import FederatedMetric
 
 _LINE_SECONDS = 1.0  # at most one line in this time
+_CLIENTS_SHOWN, _WORST_SHOWN = 200, 20  # of a federated evaluation; a file has all
 
 
 class Tally(NamedTuple):
@@ -247,13 +249,32 @@ def outcome(cost: Cost) -> list[tuple[str, str]]:
     return pairs
 
 
+def per_client_table(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A header and a row for each client; of very many, for the worst by the first metric."""
+    shown = rows
+    if len(rows) > _CLIENTS_SHOWN and metrics:
+        shown = worst(rows, metrics[0], _WORST_SHOWN)
+    header = ("client", "trains with", "judged on", *metrics)
+    return header, [
+        (
+            row["client"],
+            str(row["train_examples"]),
+            str(row["judged_examples"]),
+            *(format_score(row[metric]) for metric in metrics),
+        )
+        for row in shown
+    ]
+
+
 def per_client_rows(metrics: Mapping[str, FederatedMetric]) -> list[tuple[str, str]]:
     """A federated evaluation, as names and values."""
     return [
         (
             f"{name} per client",
-            f"mean {metric.mean:.4f}, weighted mean {metric.weighted_mean:.4f}, "
-            f"worst decile {metric.worst_decile:.4f}",
+            f"mean {format_score(metric.mean)}, weighted mean {format_score(metric.weighted_mean)}"
+            f", worst decile {format_score(metric.worst_decile)}",
         )
         for name, metric in metrics.items()
     ] or [("per client", "this task has a loss only, which is not judged per client")]

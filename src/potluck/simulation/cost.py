@@ -60,6 +60,10 @@ class Cost(NamedTuple):
     virtual_to_target: float | None = None  # seconds
     virtual_seconds: float | None = None  # in all
 
+    def __repr__(self) -> str:
+        best = f"best {self.metric} {self.best:.4f} in round {self.best_round} of {self.rounds}"
+        return f"Cost({str(self.directory)!r}: {best})"
+
     @property
     def sign(self) -> float:
         """By what a score is multiplied so that more is better."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from potluck.core import RunError, Vector
 
+PER_CLIENT = "per-client.jsonl"
 _FILES = (
     "manifest.json",
     "rounds.jsonl",
@@ -23,7 +24,11 @@ _FILES = (
     "checkpoint.safetensors",
     "final.safetensors",
     "partition.png",  # drawn by the command line
+    PER_CLIENT,
 )
+
+
+_OF_A_LINE = ("round", "loss", "metrics", "uplink_bytes", "downlink_bytes", "failures")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,10 @@ class RunRecord:
     rounds: list[dict[str, Any]]
     seconds: list[float]  # of every round; of the latest attempt where one was repeated
     is_finished: bool
+
+    def __repr__(self) -> str:
+        state = "finished" if self.is_finished else "unfinished"
+        return f"RunRecord({str(self.directory)!r}: {len(self.rounds)} rounds, {state})"
 
 
 def read_run(directory: Path | str) -> RunRecord:
@@ -48,18 +57,29 @@ def read_run(directory: Path | str) -> RunRecord:
         manifest = json.loads((path / "manifest.json").read_text())
         lines = [json.loads(line) for line in whole_lines(path / "rounds.jsonl")]
         timings = [json.loads(line) for line in whole_lines(path / "timings.jsonl")]
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"a run directory must hold manifest.json and rounds.jsonl, got {str(path)!r} "
-            f"({error}). Name a directory that `potluck train` made."
-        ) from None
-    seconds = {int(t["round"]): float(t["seconds"]) for t in timings}
+        missing = [key for key in ("name", "seed", "experiment") if key not in manifest]
+        missing += [key for line in lines[:1] for key in _OF_A_LINE if key not in line]
+        if missing or "run" not in manifest["experiment"]:
+            raise ValueError(f"without {', '.join(missing) or 'experiment.run'}")
+        seconds = {int(t["round"]): float(t["seconds"]) for t in timings}
+    except OSError as error:
+        raise _no_run(path, str(error.strerror)) from None
+    except (ValueError, TypeError, KeyError) as error:
+        is_json = isinstance(error, json.JSONDecodeError)
+        raise _no_run(path, f"damaged: {error}" if is_json else "damaged") from None
     return RunRecord(
         directory=path,
         manifest=manifest,
         rounds=lines,
         seconds=[seconds.get(int(line["round"]), 0.0) for line in lines],
         is_finished=(path / "final.safetensors").exists(),
+    )
+
+
+def _no_run(path: Path, reason: str) -> RunError:
+    return RunError(
+        f"a run directory must hold manifest.json and rounds.jsonl, got {str(path)!r} ({reason}). "
+        "Name a directory that `potluck train` made, or start again (--fresh)."
     )
 
 

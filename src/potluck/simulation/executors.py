@@ -47,6 +47,10 @@ class CohortResult(NamedTuple):
     states: Mapping[int, Vector]  # by client, what those that gave an update keep from now on
     executor: str = ""  # what trained it and why, in words, where that was a choice
 
+    def __repr__(self) -> str:
+        done = f"loss {self.loss:.4f}, {self.num_examples} examples, {self.num_steps} steps"
+        return f"CohortResult({done}, {len(self.failures)} failed)"
+
 
 NO_STATES: Mapping[int, Vector] = MappingProxyType({})
 

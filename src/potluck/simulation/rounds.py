@@ -61,6 +61,15 @@ class Round(NamedTuple):
     executor: str = ""  # what trained the cohort and why, in words, where that was a choice
     virtual: Timing | None = None  # how the round went on simulated devices, if there are any
 
+    def __repr__(self) -> str:
+        parts = [f"{name} {score:.4f}" for name, score in (self.metrics or {}).items()]
+        if self.number > 0:
+            parts += [f"training loss {self.loss:.4f}", f"{len(self.cohort)} clients"]
+            parts += [f"{len(self.failures)} failed"] * bool(self.failures)
+            parts.append(f"{self.seconds:.2f} s")
+        told = f": {', '.join(parts)}" if parts else ""
+        return f"Round {self.number}{told} ({len(self.weights):,} weights)"
+
 
 def rounds(
     algorithm: Algorithm,

@@ -7,6 +7,7 @@
                              replaced as a whole
     final.safetensors        the model after the last round, once there is one: the tensors of the
                              module by name, as `load_state_dict` takes them
+    per-client.jsonl         what the final model is worth to each client, if that was asked
 
 A line of `rounds.jsonl` follows from the experiment and the seed alone. A run that was killed is
 continued from its checkpoint: the lines after it are dropped and made again, the same.

@@ -290,6 +290,12 @@ class FederatedMetric(NamedTuple):
     weighted_mean: float  # every example counts the same
     worst_decile: float  # the mean over the worst tenth of the clients
 
+    def __repr__(self) -> str:
+        return (
+            f"FederatedMetric(mean {self.mean:.4f}, weighted mean {self.weighted_mean:.4f}, "
+            f"worst decile {self.worst_decile:.4f}, {len(self.per_client)} clients)"
+        )
+
 
 def federated_evaluation(
     task: Task, weights: Vector, *, seed: int | None = None

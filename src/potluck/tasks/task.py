@@ -76,6 +76,11 @@ class Task:
         """What the targets are."""
         return self.data.kind
 
+    def __repr__(self) -> str:
+        model, loss = (getattr(x, "__name__", type(x).__name__) for x in (self.model, self.loss))
+        data = f"{self.data.name!r}, {self.data.num_clients} clients, {self.data.kind}"
+        return f"Task(model={model}, data=({data}), loss={loss}, metrics={[*self.metrics]})"
+
     def module(self, weights: Vector | None = None, *, seed: int | None = None) -> nn.Module:
         """A new module, of which the caller may do what it likes. Global randomness is kept.
 

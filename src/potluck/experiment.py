@@ -45,7 +45,15 @@ class TaskSection(_Section):
     """[task]: the data set and the model."""
 
     data: Literal[
-        "mnist", "digits", "wisdm", "shakespeare", "pythonlib", "folder", "table", "devices"
+        "mnist",
+        "digits",
+        "wisdm",
+        "shakespeare",
+        "pythonlib",
+        "folder",
+        "table",
+        "text",
+        "devices",
     ]
     model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
     variant: Literal["clean", "paper"] | None = None
@@ -59,10 +67,16 @@ class TaskSection(_Section):
     kind: Literal["classes", "regression", "multilabel"] | None = None
     """For data = "folder" and "table": what the targets are; None asks the values."""
     path: str | None = None
-    """For data = "folder" and "table": where they are, relative to the experiment file. For data =
-    "devices", which are on devices alone: the JSON of their schema."""
+    """For data = "folder", "table" and "text": where they are, relative to the experiment file. For
+    data = "devices", which are on devices alone: the JSON of their schema."""
     client_column: str = "client"
-    """For data = "table"."""
+    """For data = "table", and "text" in a table."""
+    text_column: str = "text"
+    """For data = "text" in a table."""
+    symbols: Literal["bytes", "characters"] | None = None
+    """For data = "text"; None is bytes."""
+    steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """For data = "text": symbols in a row; None is 80."""
     target_column: str | Annotated[list[str], Field(min_length=1)] = "target"
     """For data = "table" and "folder", as all keys below; several are labels or quantities."""
     missing: Literal["refuse", "mean", "median"] | float | None = None
@@ -473,7 +487,7 @@ def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
         test = str((folder / experiment.server.test).resolve())
         server = experiment.server.model_copy(update={"test": test})
         experiment = experiment.model_copy(update={"server": server})
-    if task.data not in ("folder", "table", "devices"):
+    if task.data not in ("folder", "table", "text", "devices"):
         return experiment
     if task.path is None:
         raise ConfigError(

@@ -9,15 +9,20 @@ name = "my-experiment"        # runs go to runs/<name>/seed-<seed>/
 
 [task]
 data = "digits"               # digits, pythonlib (both need no download), mnist, wisdm,
-                              # shakespeare, folder or table; devices: with `serve` alone
+                              # shakespeare, folder, table or text; devices: with
+                              # `serve` alone
 model = "2nn"                 # logistic, 2nn or cnn (cnn: images only); for text char-lstm, or
                               # char-lstm-peephole, the paper's to the last parameter
 # variant = "paper"           # shakespeare: clean (the default), or with the publisher's notices
 # hidden = 256                # char-lstm: the width of its layers
 # loss = "per-step"           # text: per-character (the default), or averaged over padding too
 # batches = "random"          # text: by-length (the default: lines of a length share a batch)
-# path = "my-data"            # folder: one .npz, .csv or .parquet a client; table: one file
+# path = "my-data"            # folder: one .npz, .csv or .parquet a client; table: one file;
+                              # text: a folder of one .txt a client, or a table
 # client_column = "client"    # table: who owns a row
+# text_column = "text"        # text in a table
+# symbols = "characters"      # text: bytes (the default), or the characters that occur
+# steps = 80                  # text: symbols in a row; a longer line goes on in the next one
 # target_column = "target"    # folder and table: what is to be predicted
 # kind = "regression"         # folder and table: what targets are, classes, regression or
                               # multilabel; whole numbers that could be either are refused without

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from potluck.tasks import FederatedData
     from potluck.tasks.schema import Schema
 
+_SUFFIXES = (".npz", ".csv", ".parquet", ".txt")
+
 
 def check_own(path: Path) -> None:
     """Refuse what cannot be read as a device's data, whatever a run makes of them.
@@ -89,20 +91,20 @@ def one_client(data: FederatedData, client: int) -> FederatedData:
 
 def _only_file(path: Path) -> Path:
     if not path.is_dir():
-        if path.suffix.lower() not in (".npz", ".csv", ".parquet") or not path.exists():
+        if path.suffix.lower() not in _SUFFIXES or not path.exists():
             raise DataError(
-                "a device's data must be a .npz, .csv or .parquet file, or a folder with one, "
-                f"got data={str(path)!r}. Name another."
+                "a device's data must be a .npz, .csv, .parquet or .txt file, or a folder with "
+                f"one, got data={str(path)!r}. Name another."
             )
         return path
     files = [
         file
         for file in sorted(path.iterdir())
-        if file.suffix.lower() in (".npz", ".csv", ".parquet") and not file.name.startswith(".")
+        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
     ]
     if len(files) != 1:
         raise DataError(
-            "a device's folder must hold one .npz, .csv or .parquet file, got "
+            "a device's folder must hold one .npz, .csv, .parquet or .txt file, got "
             f"{len(files)} in data={str(path)!r}. Name the file."
         )
     return files[0]

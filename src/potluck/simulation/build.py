@@ -26,9 +26,12 @@ _KINDS = {  # the partitions that fit each data set
     "folder": ("own",),  # these two come divided
     "table": ("own",),
     "devices": ("own",),
+    "text": ("own",),
 }
 _OWN = ("folder", "table")
-_PREPARED = ("kind", "missing", "scale", "categories", "split", "test_fraction")
+_DIVIDED = (*_OWN, "text")
+_SPLIT = ("split", "test_fraction")
+_PREPARED = ("kind", "missing", "scale", "categories", *_SPLIT)
 _OF_PARTITIONS = {  # the partitions that each key of [partition] decides something of
     "clients": _LABELLED,
     "shards_per_client": ("shards",),
@@ -38,10 +41,12 @@ _OF_PARTITIONS = {  # the partitions that each key of [partition] decides someth
 }
 _OF_DATA = {  # the data sets that each key of [task] decides something of
     "variant": ("shakespeare",),
-    "path": (*_OWN, "devices"),
-    "client_column": ("table",),
+    "path": (*_DIVIDED, "devices"),
+    "client_column": ("table", "text"),
     "target_column": _OWN,
     **dict.fromkeys(_PREPARED, _OWN),
+    **dict.fromkeys(_SPLIT, _DIVIDED),
+    **dict.fromkeys(("text_column", "symbols", "steps"), ("text",)),
 }
 
 
@@ -59,7 +64,7 @@ def build_data(experiment: Experiment) -> FederatedData:
             "task.data = 'devices' is trained on devices alone, with `potluck serve`, got another "
             "command. Give task.data = 'folder' or 'table' and their path to simulate."
         )
-    if task.data in _OWN:
+    if task.data in _DIVIDED:
         return _own_data(experiment)
     return _partition(experiment, _dataset(experiment))
 
@@ -178,9 +183,14 @@ def _is_said(given: BaseModel, name: str) -> bool:
 def _own_data(experiment: Experiment) -> FederatedData:
     task = experiment.task
     assert task.path is not None  # checked when the experiment was read
-    said: dict[str, Any] = {name: getattr(task, name) for name in _PREPARED}
+    names = (*_SPLIT, "symbols", "steps") if task.data == "text" else _PREPARED
+    said: dict[str, Any] = {name: getattr(task, name) for name in names}
     said = {name: value for name, value in said.items() if value is not None}
-    said |= {"target_column": task.target_column, "seed": experiment.partition.seed}
+    said["seed"] = experiment.partition.seed
+    if task.data == "text":
+        columns = {"client_column": task.client_column, "text_column": task.text_column}
+        return own_data.from_text(task.path, **columns, **said)
+    said["target_column"] = task.target_column
     if task.data == "folder":
         return own_data.from_folder(task.path, **said)
     return own_data.from_table(task.path, client_column=task.client_column, **said)

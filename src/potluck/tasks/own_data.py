@@ -35,6 +35,8 @@ from potluck.tasks.data import Examples, FederatedData
 from potluck.tasks.fitting import Categories, Missing, Rules, Scale, check_rules
 from potluck.tasks.hold_out import HoldOut, check_split
 from potluck.tasks.names import client_names
+from potluck.tasks.own_text import from_text as from_text
+from potluck.tasks.own_text import text_of_file
 from potluck.tasks.schema import Schema
 from potluck.tasks.sources import array_source, table_sources
 from potluck.tasks.tables import Located, named, read_npz, read_table, split_by_client
@@ -167,6 +169,8 @@ def from_file(
         DataError: a file that cannot be used, or that the schema does not fit.
     """
     path = Path(path)
+    if schema is not None and schema.symbols is not None:
+        return text_of_file(path, schema, schema.symbols)
     asked = Asked(
         name=path.stem,
         kind=kind,

@@ -23,6 +23,7 @@ from potluck.core import DataError
 from potluck.tasks.columns import Column, place
 from potluck.tasks.features import Feature, Names, Positive, as_float32, named_columns
 from potluck.tasks.hold_out import HoldOut
+from potluck.tasks.symbols import Symbols
 from potluck.tasks.tables import named
 from potluck.tasks.targets import Part, TargetKind, encode_labels, understand
 
@@ -55,6 +56,8 @@ class Schema(BaseModel):
     target_shape: Shape = ()
     divisor: Positive = 1.0
     """Of inputs that are arrays: 255 for pixels."""
+    symbols: Symbols | None = None
+    """Of text."""
     hold_out: HoldOut = HoldOut()
 
     @model_validator(mode="after")
@@ -68,6 +71,12 @@ class Schema(BaseModel):
             raise ValueError("classes must differ")
         if self.classes is not None and len(self.classes) > self.num_classes:
             raise ValueError("there must be no more classes than num_classes")
+        if self.symbols is not None and (self.kind, self.num_classes, self.input_shape) != (
+            "text",
+            self.symbols.size,
+            (self.symbols.steps,),
+        ):
+            raise ValueError("text must have kind, num_classes and input_shape of its symbols")
         if self.features and self.input_shape != (sum(f.width for f in self.features),):
             raise ValueError("input_shape must be the width of all features together")
         return self

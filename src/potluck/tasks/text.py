@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from potluck.core import DataError
 from potluck.tasks.data import Array, Dataset, Examples
 from potluck.tasks.hold_out import num_test
+from potluck.tasks.symbols import encode_symbols
 
 SYMBOLS = 258
 START = 256
@@ -82,18 +83,7 @@ def encode_lines(lines: Sequence[bytes], steps: int = STEPS) -> Examples:
         raise ValueError(f"a line must not contain a newline, got line={wrong!r}. Split it.")
     lengths = np.array([len(line) + 1 for line in lines], np.int64)
     starts = np.cumsum(lengths) - lengths
-    rows = rows_per_line(lines, steps)
-    # Where in its line a character is, and in which row and column that puts it.
-    positions = np.arange(len(text)) - np.repeat(starts, lengths)
-    row = np.repeat(np.cumsum(rows) - rows, lengths) + positions // steps
-    places = row * steps + positions % steps
-    before = np.full(len(text), START, np.int16)
-    before[1:] = text[:-1]
-    before[starts] = START
-    return Examples(
-        _spread(before, places, int(rows.sum()), steps),
-        _spread(text, places, int(rows.sum()), steps),
-    )
+    return Examples(*encode_symbols(text, starts, lengths, START, PADDING, steps, "int16"))
 
 
 def rows_per_line(lines: Sequence[bytes], steps: int = STEPS) -> NDArray[np.int64]:
@@ -117,9 +107,3 @@ def _side(
     rows = [int(rows_per_line(lines, steps).sum()) for lines in lines_of]
     lines = list(chain.from_iterable(lines_of))
     return encode_lines(lines, steps), np.repeat(np.array(names, np.str_), rows)
-
-
-def _spread(values: Array, places: NDArray[np.int64], rows: int, steps: int) -> NDArray[np.int16]:
-    flat = np.full(rows * steps, PADDING, np.int16)
-    flat[places] = values
-    return flat.reshape(rows, steps)

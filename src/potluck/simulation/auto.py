@@ -35,6 +35,7 @@ from potluck.simulation.vmap import Vmap
 from potluck.simulation.workers import Workers, available_cores
 from potluck.tasks import Task
 from potluck.tasks.placement import device_of
+from potluck.tasks.trees import is_one
 
 _Name: TypeAlias = Literal["loop", "vmap", "workers"]
 _ALONE: tuple[_Name, _Name] = ("loop", "vmap")  # in this process
@@ -69,6 +70,7 @@ class Auto:
         self._executors: dict[_Name, Executor] = {"loop": Loop(task)}
         where = device_of(device) if isinstance(device, str) else device
         leaves_cpu = where.type != "cpu" or not isinstance(device, str)
+        leaves_cpu = leaves_cpu and is_one(task.data.train.inputs)
         self._on_device = Vmap(task, device=where) if leaves_cpu else None
         self._name: _Name = "loop"
         self._algorithm: Algorithm | None = None  # the one that the choice is for

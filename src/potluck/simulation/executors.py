@@ -233,6 +233,8 @@ def train_client(
             round=round,
             client=client,
         )
+        if np.isnan(update.loss) and not update.delta.any():  # nothing of this client counts
+            return Outcome(client, 0.0, 0.0, examples.num_examples, 0), None
         _check_finite(update)
         mean.add(update.delta, update.weight)
     except Exception as error:

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
-from potluck.core import FixedPointMean, Vector
+from potluck.core import FixedPointMean, TaskError, Vector
 from potluck.core.validate import as_count
 from potluck.simulation.executors import (
     NO_STATES,
@@ -40,7 +40,7 @@ from potluck.simulation.executors import (
 from potluck.simulation.pooling import Pooling
 from potluck.simulation.recording import Answer, Recorder, Unanswered, Work
 from potluck.simulation.reducing import is_reducible, reduce
-from potluck.simulation.trial import TOLERANCE, compare, shortened, tried, undrawn
+from potluck.simulation.trial import TOLERANCE, DisagreesError, compare, shortened, tried, undrawn
 from potluck.tasks import (
     CohortRuntime,
     Evaluator,
@@ -49,6 +49,7 @@ from potluck.tasks import (
     TorchRuntime,
     evaluation_batches,
 )
+from potluck.tasks.counting import may_count_nothing
 from potluck.tasks.device_cohort import DeviceCohort
 from potluck.tasks.evaluation import EVALUATION_BATCH
 from potluck.tasks.placement import device_of, unpacked_rnns
@@ -56,6 +57,7 @@ from potluck.tasks.pooled_device import PooledOnDevice
 from potluck.tasks.precision import Precision, check_precision, products
 from potluck.tasks.randomness import kept_randomness
 from potluck.tasks.task import Remade
+from potluck.tasks.trees import is_one
 
 _LOG = logging.getLogger("potluck")
 _CHUNK = 256  # clients, beyond which a larger chunk gains nothing
@@ -93,6 +95,7 @@ class Vmap:
             chunk = as_count("chunk", chunk, 1, "Leave it out to fit the model.")
         self._task = task
         self._num_threads = as_count("num_threads", num_threads)
+        self._may_skip = may_count_nothing(task.loss, task.data.train.targets)
         self._asked = chunk, compiles, device
         self._precision: Precision = precision
         self._tolerance = _TOLERANCES.get(precision, TOLERANCE)
@@ -213,6 +216,8 @@ class Vmap:
         placed = self._device_cohort
         if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
             return [], cohort
+        if self._may_skip:  # whose losses are looked at before they are in a sum
+            return [], cohort
         recorders = [Recorder(self._task, client) for client in map(int, cohort)]
         asking = work._replace(mean=empty_mean(work.algorithm, len(work.received)))
         for recorder in recorders:
@@ -280,6 +285,8 @@ class Vmap:
         """
         self._trust(recorders)
         weights, losses = self._cohort.train([recorder.run for recorder in recorders])
+        if self._may_skip and not np.isfinite(losses).all():  # the loop knows which steps to skip
+            raise DisagreesError("its loss is not finite where a batch counts nothing")
         for recorder, row, loss in zip(recorders, weights, losses.tolist(), strict=True):
             recorder.answers.append(Answer(row, loss))
 
@@ -318,6 +325,11 @@ def _placed(
         return None
     device = device_of(device) if isinstance(device, str) else device
     check_precision(precision, device)
+    if not is_one(task.data.train.inputs):
+        raise TaskError(
+            "the inputs of an example must be one array on a GPU, got several together, device="
+            f"{str(device)!r}. Leave the device out, or put them into one array."
+        )
     return DeviceCohort(task, device, precision, chunk)
 
 

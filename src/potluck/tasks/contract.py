@@ -8,8 +8,7 @@ batch of every runtime and every evaluator is looked at, once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from potluck.core import PotluckError, TaskError
 from potluck.tasks.counting import Weighted, count_of, counts_nothing
 from potluck.tasks.metrics import Loss
+from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.trees import called, first, is_one, leaves, mapped, shown
 
 _SAME = 1e-4  # relative, of two ways to compute the same number
@@ -43,7 +43,9 @@ def checked_loss(loss: Loss, outputs: Any, targets: Tensor, *, trains: bool) -> 
         warnings.filterwarnings("error", message="Using a target size")
         try:
             value: Any = loss(outputs, targets)
-        except UserWarning:
+        except UserWarning as warning:
+            if "target size" not in str(warning):  # where the caller makes errors of warnings
+                raise
             raise _broadcasts(outputs, targets) from None
     _check_value(value, outputs, targets, trains=trains)
     if is_one(outputs):
@@ -51,7 +53,7 @@ def checked_loss(loss: Loss, outputs: Any, targets: Tensor, *, trains: bool) -> 
     is_odd = trains and bool(value.isnan()) and not counts_nothing(loss, targets)
     if is_odd and all(bool(part.isfinite().all()) for part in found):
         raise TaskError(
-            f"a loss must be a number, got loss={float(value)} of finite outputs "
+            f"a loss must be a number, got loss={value.item()} of finite outputs "
             f"({shown(outputs)}) and targets ({shown(targets)}). Look for a logarithm or a "
             "division by 0 in it."
         )
@@ -68,8 +70,7 @@ def outputs_of(module: Any, inputs: Any, targets: Tensor) -> Any:
         return called(module, inputs)
 
 
-@contextmanager
-def in_words(what: str, inputs: Any, outputs: Any, targets: Tensor) -> Generator[None]:
+class in_words:  # noqa: N801: a context, as those of contextlib
     """Within it, an error of `what` ("the model", "the loss", "metric 'x'") on a batch becomes one
     that says what it was given and what to do.
 
@@ -79,12 +80,18 @@ def in_words(what: str, inputs: Any, outputs: Any, targets: Tensor) -> Generator
     Raises:
         TaskError: with the error as its cause, unless that is one of ours.
     """
-    try:
-        yield
-    except PotluckError:
-        raise
-    except Exception as error:
-        raise _explained(error, what, inputs, outputs, targets) from error
+
+    __slots__ = ("_given",)
+
+    def __init__(self, what: str, inputs: Any, outputs: Any, targets: Tensor) -> None:
+        self._given = (what, inputs, outputs, targets)
+
+    def __enter__(self) -> None:
+        """Nothing: an error costs time, and nothing else does."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PotluckError):
+            raise _explained(error, *self._given) from error
 
 
 def _explained(
@@ -170,17 +177,17 @@ def _check_shapes(loss: Loss, outputs: Tensor, targets: Tensor, value: Tensor) -
         return
     if outputs.shape[0] != targets.shape[0] or outputs.squeeze().shape != targets.squeeze().shape:
         return
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            varied = spread(outputs.detach())
-            as_given = float(loss(varied, targets))
-            aligned = float(loss(varied.reshape(targets.shape), targets))
-            other = float(loss(varied, targets.reshape(outputs.shape)))
-    except Exception:  # the loss puts them into one shape itself, and takes no other
-        return
-    if _alike(aligned, other) and not _alike(as_given, aligned):
-        raise _broadcasts(outputs, targets)
+    for varied in variants(outputs.detach()):
+        try:
+            with warnings.catch_warnings(), torch.no_grad(), borrowed_randomness():
+                warnings.simplefilter("ignore")
+                as_given = float(loss(varied, targets))
+                aligned = float(loss(varied.reshape(targets.shape), targets))
+                other = float(loss(varied, targets.reshape(outputs.shape)))
+        except Exception:  # the loss puts them into one shape itself, and takes no other
+            return
+        if _alike(aligned, other) and not _alike(as_given, aligned):
+            raise _broadcasts(outputs, targets)
 
 
 def _broadcasts(outputs: Any, targets: Tensor) -> TaskError:
@@ -191,18 +198,18 @@ def _broadcasts(outputs: Any, targets: Tensor) -> TaskError:
     )
 
 
-def spread(outputs: Any) -> Any:
-    """Outputs that differ from example to example where the model's may be all alike: each moved
-    by up to a tenth of its way to 0.3, so that probabilities stay probabilities."""
+def variants(outputs: Any) -> list[Any]:
+    """The outputs, and such as differ from example to example where the model's may be all alike:
+    each moved some of its way to 0.3, so that probabilities stay probabilities."""
 
-    def moved(part: Any) -> Any:
+    def moved(share: float, part: Any) -> Any:
         if not isinstance(part, Tensor) or not part.is_floating_point() or part.numel() == 0:
             return part
         numbers = torch.arange(part.numel(), device=part.device, dtype=torch.float64)
         shares = (numbers * 0.6180339887498949 % 1.0).to(part.dtype).reshape(part.shape)
-        return part + 0.1 * shares * (0.3 - part)
+        return part + share * shares * (0.3 - part)
 
-    return mapped(moved, outputs)
+    return [outputs, *(mapped(partial(moved, share), outputs) for share in (0.1, 0.9))]
 
 
 def _alike(one: float, other: float) -> bool:

@@ -22,7 +22,7 @@ from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.metrics import defaults
 from potluck.tasks.pristine import Pristine
 from potluck.tasks.randomness import borrowed_randomness, seed_generators, states
-from potluck.tasks.scores import WHOLE, Score, Totals, scores_of, value_of
+from potluck.tasks.scores import WHOLE, Score, Totals, number_in, scores_of, value_of
 from potluck.tasks.task import Task, averaged_tensors, bind, spec_of
 from potluck.tasks.trees import joined, leaves, mapped
 
@@ -173,7 +173,7 @@ class Evaluator:
             for batch in batches_of(data.client_test(number)):
                 try:
                     outputs, targets = self._in_a_mode(lambda batch=batch: self._outputs(batch))
-                    float(self._loss(outputs, targets))
+                    number_in(self._loss(outputs, targets))
                 except Exception:
                     return name
         return None

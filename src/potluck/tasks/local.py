@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from potluck.core import Correction, Spec, Vector
+from potluck.tasks.contract import checked_loss, in_words, outputs_of
 from potluck.tasks.correction import CorrectedStep
+from potluck.tasks.counting import counts_nothing, may_count_nothing
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.gradients import clear_gradients, gradients_of
 from potluck.tasks.inplace import SMALLEST, InPlaceLayers
@@ -20,6 +23,7 @@ from potluck.tasks.precision import Precision, autocast, check_precision, floate
 from potluck.tasks.pristine import Pristine
 from potluck.tasks.randomness import seed_generators
 from potluck.tasks.task import Task, averaged_tensors, bind, in_training, spec_of
+from potluck.tasks.trees import called, mapped
 
 _NO_CORRECTION = Correction()
 
@@ -56,6 +60,8 @@ class TorchRuntime:
         self._weights: Vector = self._vector.numpy()
         self._views: dict[str, Tensor] = self.spec.unflatten(self._vector)
         self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)))
+        self._is_checked = False
+        self._may_skip = may_count_nothing(self._loss, task.data.train.targets)
         self._padding = task.data.padding
         self._by_length = task.batches == "by length"
         self._losses: list[Tensor] = []
@@ -97,7 +103,14 @@ class TorchRuntime:
         seed_generators(seed)
 
     def step(self, batch: slice, lr: float) -> None:
-        """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place."""
+        """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place; no step for a batch in
+        which nothing counts.
+
+        Raises:
+            TaskError: model or loss does not keep its contract, or cannot be used on this batch.
+        """
+        if self._may_skip and counts_nothing(self._loss, self._targets[batch]):
+            return
         if self._is_corrected:  # gradients must be seen whole before they are applied
             with nullcontext() if self._layers is None else self._layers.plain():
                 loss = self._forward(batch)
@@ -110,8 +123,11 @@ class TorchRuntime:
         self._losses.append(loss.detach())
 
     def end(self) -> tuple[Vector, float]:
-        """The local weights (a view, until the next `begin`) and the mean loss."""
+        """The local weights (a view, until the next `begin`) and the mean loss; NaN if nothing
+        counted."""
         self._pristine.read(self._views)
+        if not self._losses:
+            return self._weights, float("nan")
         return self._weights, float(torch.stack(self._losses).mean())
 
     def changed(self) -> str | None:
@@ -121,18 +137,27 @@ class TorchRuntime:
 
     def _load(self, order: NDArray[np.int64]) -> None:
         self._lengths = None if self._known is None else self._known[order]
-        self._inputs = torch.from_numpy(self._examples.inputs.take(order, axis=0))
+        self._inputs = mapped(
+            lambda array: torch.from_numpy(array.take(order, axis=0)), self._examples.inputs
+        )
         self._targets = torch.from_numpy(self._examples.targets.take(order, axis=0))
 
     def _forward(self, batch: slice) -> Tensor:
-        inputs, targets = self._inputs[batch], self._targets[batch]
+        inputs, targets = mapped(lambda part: part[batch], self._inputs), self._targets[batch]
         if self._lengths is not None:
             inputs, targets = trimmed(inputs, targets, max(int(self._lengths[batch].max()), 1))
         if self._precision == "float32":
-            return self._loss(self.module(inputs), targets)
-        with autocast(self._precision, inputs.device):
-            outputs = self.module(inputs)
-        return self._loss(floated(outputs), targets)
+            outputs = outputs_of(self.module, inputs, targets)
+        else:
+            with autocast(self._precision, targets.device):
+                outputs = outputs_of(self.module, inputs, targets)
+            outputs = floated(outputs)
+        with in_words("the loss", None, outputs, targets):
+            if self._is_checked:
+                return self._loss(outputs, targets)
+            loss = checked_loss(self._loss, outputs, targets, trains=True)
+            self._is_checked = True
+            return loss
 
     def _descend(self, gradients: Sequence[Tensor | None], lr: float) -> None:
         with torch.no_grad():
@@ -150,11 +175,11 @@ class Judged(nn.Module):
         self.module, self.loss, _ = task.parts()
         in_training(self.module)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Any, targets: Tensor) -> Tensor:
         """The loss of one batch."""
-        return self.loss(self.module(inputs), targets)
+        return self.loss(called(self.module, inputs), targets)
 
-    def at(self, tensors: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    def at(self, tensors: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
         """The same as a pure function of the module's tensors by name, but for what the model
         writes into them."""
         named = {f"module.{name}": tensor for name, tensor in tensors.items()}

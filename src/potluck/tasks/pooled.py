@@ -13,6 +13,7 @@ example by itself, without batch normalization or dropout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from potluck.core import Vector
 from potluck.tasks.by_example import by_example
 from potluck.tasks.local import Judged
 from potluck.tasks.task import Task, bind, spec_of
+from potluck.tasks.trees import called, mapped
 
 _EXAMPLES = 1000  # that go through the model together, at least one client's
 
@@ -69,8 +71,10 @@ class PooledStep:
     def _losses(self, batches: Sequence[NDArray[np.int64]]) -> Tensor:
         """The loss of each client: [clients]."""
         rows = np.concatenate(batches)
-        outputs: Tensor = self._module(torch.from_numpy(self._data.inputs.take(rows, axis=0)))
-        targets = torch.from_numpy(self._data.targets.take(rows, axis=0))
+        inputs, targets = mapped(
+            lambda array: torch.from_numpy(array.take(rows, axis=0)), tuple(self._data)
+        )
+        outputs: Any = called(self._module, inputs)
         sizes = [len(batch) for batch in batches]
         known = by_example(self._loss, targets.ndim, targets.dtype)
         if known is None:

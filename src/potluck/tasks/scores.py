@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potluck.core import TaskError
-from potluck.tasks.contract import checked_loss, in_words, spread
+from potluck.tasks.contract import checked_loss, in_words, variants
 from potluck.tasks.counting import Weighted, count_of
 from potluck.tasks.metrics import Loss, Metric, Statistic, accuracy
 from potluck.tasks.trees import is_one, leaves, mapped, shown
@@ -64,12 +64,17 @@ class Score(NamedTuple):
 
     def number(self, outputs: Any, targets: Tensor) -> float:
         """Of examples that are given all at once."""
-        return float(self.function(outputs, targets))
+        return number_in(self.function(outputs, targets))
 
     @property
     def what(self) -> str:
         """Its name in a message."""
         return "the loss" if self.name == "loss" else f"metric {self.name!r}"
+
+
+def number_in(found: Any) -> float:
+    """One number, also of a tensor that has a gradient."""
+    return float(found.item() if isinstance(found, Tensor) else found)
 
 
 def value_of(metric: Metric | None, totals: Totals) -> float:
@@ -174,11 +179,12 @@ def _way_of_number(function: Any, outputs: Any, targets: Tensor) -> Way:
     if size < 2 or not _can_cut(outputs, targets):
         return "mean"
     cut = max(size // 3, 1)
-    for varied in (spread(outputs), outputs):
+    said: list[bool] = []
+    for varied in variants(outputs):
         try:
-            all_of_them = float(function(varied, targets))
+            all_of_them = number_in(function(varied, targets))
             parts = [
-                float(function(*_cut(varied, targets, rows)))
+                number_in(function(*_cut(varied, targets, rows)))
                 for rows in (slice(0, cut), slice(cut, size))
             ]
         except Exception:  # these outputs are none that the model may give
@@ -186,8 +192,8 @@ def _way_of_number(function: Any, outputs: Any, targets: Tensor) -> Way:
         together = (cut * parts[0] + (size - cut) * parts[1]) / size
         scale = abs(all_of_them) + abs(parts[0]) + abs(parts[1])
         if math.isfinite(scale):
-            return "mean" if abs(together - all_of_them) <= _SAME * max(scale, 1e-9) else "whole"
-    return "whole"
+            said.append(abs(together - all_of_them) <= _SAME * max(scale, 1e-9))
+    return "mean" if said and all(said) else "whole"
 
 
 def _can_cut(outputs: Any, targets: Tensor) -> bool:
@@ -221,7 +227,7 @@ def _threshold(loss: Loss, outputs: Tensor, targets: Tensor) -> float | None:
     def at(output: float, label: float) -> float:
         try:
             wanted = torch.full_like(labels, label).to(targets.dtype)
-            return float(loss(torch.full_like(outputs, output), wanted))
+            return number_in(loss(torch.full_like(outputs, output), wanted))
         except Exception:  # an output that is no probability
             return math.nan
 

@@ -30,6 +30,7 @@ from potluck.tasks.correction import Pull
 from potluck.tasks.metrics import cross_entropy
 from potluck.tasks.plain import are_hooked, is_plain, is_quiet
 from potluck.tasks.task import Task
+from potluck.tasks.trees import is_one
 
 
 class Layer(NamedTuple):
@@ -45,6 +46,8 @@ def layers_of(module: nn.Module, task: Task) -> list[Layer] | None:
     if task.loss not in (cross_entropy, functional.cross_entropy):
         return None
     data = task.data.train
+    if not is_one(data.inputs):
+        return None
     if task.data.padding is not None or data.targets.ndim != 1 or data.inputs.dtype != np.float32:
         return None
     if data.targets.dtype != np.int64 or data.targets.min(initial=0) < 0:  # < 0 may be left out

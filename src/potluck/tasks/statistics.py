@@ -23,6 +23,7 @@ from potluck.core import Role, Spec
 from potluck.tasks.metrics import Loss
 from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.task import Task, averaged_tensors, in_training, spec_of
+from potluck.tasks.trees import called, mapped
 
 _EXAMPLES = 4
 _STEPS = 3
@@ -71,7 +72,7 @@ def _moved(task: Task, module: nn.Module, judge: Loss) -> set[str]:
     inputs, targets = _examples(task)
     trained = [p for p in module.parameters() if p.requires_grad]
     for _ in range(_STEPS):
-        loss = judge(module(inputs), targets)
+        loss = judge(called(module, inputs), targets)
         if trained and loss.requires_grad:
             gradients = cast("Any", torch.autograd.grad(loss, trained, allow_unused=True))
             with torch.no_grad():
@@ -81,14 +82,16 @@ def _moved(task: Task, module: nn.Module, judge: Loss) -> set[str]:
     return {name for name, now in averaged_tensors(module) if not _is_same(before[name], now)}
 
 
-def _examples(task: Task) -> tuple[Tensor, Tensor]:
+def _examples(task: Task) -> tuple[Any, Tensor]:
     train = task.data.train
-    inputs, targets = train.inputs[:_EXAMPLES], train.targets[:_EXAMPLES]
-    if len(inputs) == 0:
-        shapes = [(2, *part.shape[1:]) for part in (train.inputs, train.targets)]
-        kinds = [torch.from_numpy(part[:0].copy()).dtype for part in (train.inputs, train.targets)]
-        return torch.zeros(shapes[0], dtype=kinds[0]), torch.zeros(shapes[1], dtype=kinds[1])
-    return torch.tensor(inputs), torch.tensor(targets)
+
+    def few(array: Any) -> Tensor:
+        if train.num_examples == 0:
+            kind = torch.from_numpy(array[:0].copy()).dtype
+            return torch.zeros((2, *array.shape[1:]), dtype=kind)
+        return torch.tensor(array[:_EXAMPLES])
+
+    return mapped(few, train.inputs), few(train.targets)
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:

@@ -29,6 +29,7 @@ from potluck.tasks.draws import Draw, Given, Recording, drawn
 from potluck.tasks.local import Judged
 from potluck.tasks.plain import has_hooks
 from potluck.tasks.task import Task, averaged_tensors
+from potluck.tasks.trees import leaves, mapped
 
 _Tensors = Mapping[str, Tensor]
 
@@ -92,7 +93,8 @@ class Vectorised:
             {name: weights[name] for name in names}
             for names in (self._trained, self._frozen, self._buffers)
         )
-        draws = self._draws_for(weights, counters, inputs[0], targets[0])
+        first = mapped(lambda part: part[0], inputs)
+        draws = self._draws_for(weights, counters, first, targets[0])
         masks = drawn(draws, [self._streams[client] for client in clients])
         masks = [mask.to(self._device) for mask in masks]
         try:
@@ -132,7 +134,7 @@ class Vectorised:
         frozen: _Tensors,
         buffers: _Tensors,
         counters: _Tensors,
-        inputs: Tensor,
+        inputs: Any,
         targets: Tensor,
         masks: Sequence[Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -148,7 +150,7 @@ class Vectorised:
         frozen: _Tensors,
         buffers: _Tensors,
         counters: _Tensors,
-        inputs: Tensor,
+        inputs: Any,
         targets: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same of a model that draws nothing."""
@@ -166,16 +168,16 @@ class Vectorised:
 
         return gradient
 
-    def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+    def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Any, Tensor]:
         """Inputs and targets, [clients, batch, …]."""
         rows = batches[0] if len(batches) == 1 else np.concatenate(batches)
-        inputs, targets = self._data.inputs[rows], self._data.targets[rows]
+        inputs, targets = self._data.rows(rows)
         if self._padding is not None:
             width = self._width(rows.ravel())
             flat = trimmed(inputs.reshape(-1, *inputs.shape[2:]), _flat(targets), width)
             inputs, targets = (part.reshape(*rows.shape, *part.shape[1:]) for part in flat)
         there = self._device
-        return torch.from_numpy(inputs).to(there), torch.from_numpy(targets).to(there)
+        return mapped(lambda part: torch.from_numpy(part).to(there), (inputs, targets))
 
     def _width(self, rows: NDArray[np.int64]) -> int:
         """Of the longest sequence of a batch; 0 where there are none."""
@@ -184,10 +186,10 @@ class Vectorised:
         return max(int(lengths(self._data.inputs[rows], self._padding).max()), 1)
 
     def _draws_for(
-        self, weights: _Tensors, counters: _Tensors, inputs: Tensor, targets: Tensor
+        self, weights: _Tensors, counters: _Tensors, inputs: Any, targets: Tensor
     ) -> list[Draw]:
         """The masks that the model wants for a batch of this shape: by trying it once."""
-        shape = tuple(inputs.shape)
+        shape = tuple(tuple(part.shape) for part in leaves(inputs))
         if shape not in self._draws:
             first = {name: tensor[0].clone() for name, tensor in weights.items()}
             first |= {name: counter.clone() for name, counter in counters.items()}

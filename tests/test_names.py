@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
@@ -104,6 +104,7 @@ def test_a_run_of_odd_names_is_shown_and_logged(
     assert [failure["name"] for line in lines for failure in line["failures"]] == [DIVERGES]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_what_is_printable_is_one_line_and_can_be_told_back(text: str) -> None:
     shown = printable(text)

@@ -362,6 +362,13 @@ def test_groups_of_any_type_give_text_as_names(groups: np.ndarray, names: tuple[
     assert data.clients == names
 
 
+def test_data_made_by_hand_keep_plain_numbers_and_names() -> None:
+    data = dataclasses.replace(FEDERATED, num_classes=np.int64(2), clients=tuple(np.arange(4)))
+    assert json.dumps([data.num_classes, data.clients]) == '[2, ["0", "1", "2", "3"]]'
+    with pytest.raises(TypeError, match="num_classes must be an integer, got num_classes="):
+        dataclasses.replace(DATA, num_classes=2.0)
+
+
 def test_no_client_is_before_the_first() -> None:
     with pytest.raises(ValueError, match="client must be at least 0, got client=-1"):
         FEDERATED.client(-1)

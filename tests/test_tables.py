@@ -148,7 +148,7 @@ def test_a_column_that_cannot_be_read_is_named_with_its_row(name: str) -> None:
     assert "column 'z', row" in str(caught.value)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -195,7 +195,7 @@ def inputs(table: pd.DataFrame) -> dict[str, list[Any]]:
 
 
 PLAIN = {"a": [[0.5]], "b": [[2.5]]}
-SAME: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+SAME: dict[str, Callable[[pd.DataFrame], Any]] = {
     "as it is": lambda f: f,
     "the client in the index": lambda f: f.set_index("client"),
     "the client in one level": lambda f: f.assign(day=range(4)).set_index(["client", "day"]),
@@ -210,6 +210,7 @@ SAME: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "objects": lambda f: f.astype(object),
     "arrow": lambda f: f.convert_dtypes(dtype_backend="pyarrow"),
     "nullable": lambda f: f.convert_dtypes(),
+    "an Arrow table": pyarrow.Table.from_pandas,
 }
 
 
@@ -407,7 +408,7 @@ def test_a_name_or_a_class_may_be_what_pandas_takes_for_missing(tmp_path: Path) 
     assert data.classes == ("NA", "None", "yes")
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=8),

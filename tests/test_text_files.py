@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potluck.core import ConfigError, ProtocolError
@@ -30,6 +30,7 @@ rounds = 1
 TRACE = ",".join(COLUMNS) + "\nzürich,850,1e6,1e6,0.01,0,0,24\n"
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\r\ufeff\0"), max_size=30))
 def test_every_text_is_read_as_it_was_written(tmp_path_factory, text: str) -> None:
     path = tmp_path_factory.mktemp("text") / "t.txt"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.core.validate import as_count
+from potluck.core.validate import as_count, as_integer
 from potluck.tasks.names import client_names
 from potluck.tasks.schema import Schema
 from potluck.tasks.targets import Part, TargetKind, understand
@@ -78,6 +78,9 @@ class Dataset:
 
 
 def _settle_kind(data: Dataset | FederatedData) -> None:
+    object.__setattr__(data, "num_classes", as_count("num_classes", data.num_classes, 0))
+    if data.padding is not None:
+        object.__setattr__(data, "padding", as_integer("padding", data.padding))
     if data.kind == _UNSAID:
         kind = "classes" if data.num_classes else "regression"
         object.__setattr__(data, "kind", kind if data.padding is None else "text")

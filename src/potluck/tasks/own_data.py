@@ -39,7 +39,7 @@ from potluck.tasks.own_text import from_text as from_text
 from potluck.tasks.own_text import text_of_file
 from potluck.tasks.schema import Schema
 from potluck.tasks.sources import array_source, table_sources
-from potluck.tasks.tables import Located, named, read_npz, read_table, split_by_client
+from potluck.tasks.tables import NOTES, Located, named, read_npz, read_table, split_by_client
 from potluck.tasks.targets import TargetKind
 
 Pair = tuple[Any, Any]  # inputs, targets: anything that NumPy makes an array of
@@ -202,7 +202,8 @@ def from_table(
     Clients come in the order of their first row, and keep the order of their rows.
 
     Args:
-        table: a pandas `DataFrame`, or the path of a `.csv` or `.parquet` file.
+        table: a pandas `DataFrame`, what has a `to_pandas` (Polars, Arrow), or the path of a
+            `.csv` or `.parquet` file.
         client_column: names the client; read as text, so that "007" is not "7". It may be a level
             of the index.
         target_column: the target, or several; every column but these and the one that `split`
@@ -219,13 +220,14 @@ def from_table(
                 "For one .npz file per client call `from_folder`."
             )
         located = Located(read_table(path, text_column=client_column), str(path))
-    elif not hasattr(table, "columns"):
+    elif not hasattr(table, "columns") or not {"iloc", "to_pandas"} & set(dir(table)):
         raise TypeError(
             f"table must be a pandas DataFrame or a path, got {type(table).__name__}. "
             "For arrays call `from_clients`."
         )
     else:
-        located = Located(named(table, "the table"), "the table")
+        frame = table if hasattr(table, "iloc") else table.to_pandas()
+        located = Located(named(frame, "the table"), "the table")
     if client_column == target_column:
         raise DataError(
             f"clients and targets must be two columns, got column {client_column!r} for both. "
@@ -245,7 +247,7 @@ def from_table(
         schema=schema,
         target_column=target_column,
     )
-    return _of_tables(tables, located.table.attrs.get("notes", ()), asked)
+    return _of_tables(tables, located.table.attrs.get(NOTES, ()), asked)
 
 
 def read_schema(path: str | Path) -> Schema:
@@ -308,7 +310,7 @@ def _of_files(paths: Sequence[Path], asked: Asked) -> FederatedData:
         pairs = {path.stem: array_source(read_npz(path), str(path)) for path in paths}
         return assemble(pairs, None, replace(asked, targets=()))
     tables = {path.stem: Located(read_table(path), str(path)) for path in paths}
-    notes = [note for table, _ in tables.values() for note in table.attrs.get("notes", ())]
+    notes = [note for table, _ in tables.values() for note in table.attrs.get(NOTES, ())]
     return _of_tables(tables, list(dict.fromkeys(notes)), asked)
 
 

@@ -20,6 +20,7 @@ from potluck.tasks.columns import Array, Column, place
 from potluck.tasks.csv_files import read_csv
 from potluck.tasks.names import client_name
 
+NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
 _UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
 
 
@@ -77,7 +78,7 @@ def named(table: Any, where: str) -> Any:
     """The same table with text as the names of its columns, all of them different.
 
     A column without a name that numbers the rows, as `to_csv` writes the index, is left out, and
-    so is one without values; `attrs["notes"]` of the table says so.
+    so is one without values; `attrs[NOTES]` of the table says so.
     """
     if table.columns.nlevels > 1:
         raise DataError(
@@ -91,14 +92,14 @@ def named(table: Any, where: str) -> Any:
                 f"columns must have different names, got column {name!r} {names.count(name)} times "
                 f"in {where}. Rename or remove one."
             )
-    kept, notes = list(range(len(names))), list(table.attrs.get("notes", ()))
+    kept, notes = list(range(len(names))), list(table.attrs.get(NOTES, ()))
     for position, name in enumerate(names):
         if _UNNAMED.fullmatch(name):
             notes.append(_unnamed(table.iloc[:, position], position, where))
             kept.remove(position)
     result = table.iloc[:, kept].set_axis([names[position] for position in kept], axis=1)
     if notes:
-        result.attrs["notes"] = tuple(notes)
+        result.attrs[NOTES] = tuple(notes)
     return result
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from potluck.tasks.data import Dataset, Examples, FederatedData, divide
 from potluck.tasks.describe import Spread, describe, draw
+from potluck.tasks.own_data import from_clients
 from potluck.tasks.partitions import by_group, iid, shards
 from potluck.tasks.text import line_corpus
 
@@ -73,6 +74,52 @@ def test_without_one_label_for_each_example_there_is_no_skew(targets: np.ndarray
     assert summary.classes_per_client is None
     assert summary.label_skew is None
     assert "classes" not in dict(summary.rows())
+
+
+def test_the_labels_of_both_parts_are_shown_and_a_difference_is_warned_of() -> None:
+    """A file that is sorted by diagnosis, whose last fifth is of the ill alone."""
+    inputs, ill = np.arange(200.0)[:, None], np.repeat(["no", "yes"], [150, 50])
+    clients = {"a": (inputs, ill), "b": (inputs, ill)}
+    rows = dict(describe(from_clients(clients, split="last")).rows())
+    assert rows["labels of training"] == "no 93.8 %, yes 6.2 %"
+    assert rows["labels of the test"] == "no 0.0 %, yes 100.0 %"
+    assert "differ by more than chance: total variation 0.94" in rows["warning"]
+    rows = dict(describe(from_clients(clients)).rows())
+    assert rows["labels of training"] == rows["labels of the test"] == "no 75.0 %, yes 25.0 %"
+    assert "warning" not in rows
+    numbers = {"a": (inputs, np.arange(200) / 7)}
+    rows = dict(describe(from_clients(numbers, split="last")).rows())
+    assert rows["targets of the test"] == "mean 25.64, deviation 1.649, from 22.86 to 28.43"
+    assert "the means are 2.17 deviations apart" in rows["warning"]
+    assert "warning" not in dict(describe(from_clients(numbers)).rows())
+    labels = {"a": (inputs, np.stack([np.arange(200) % 2, np.arange(200) % 2 == 3], 1))}
+    rows = dict(describe(from_clients(labels, kind="multilabel", split="last")).rows())
+    assert rows["labels of the test"] == "0 50.0 %, 1 0.0 %"
+    test = (inputs[:4], [0, 1, 2, 3])
+    alone = from_clients({"a": (inputs, np.arange(200) % 3)}, test=test, num_classes=4)
+    assert "classes that no training example has: 3" in dict(describe(alone).rows())["warning"]
+
+
+def test_chance_is_not_warned_of() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        train, test = random.integers(0, 10, 400), random.integers(0, 10, 100)
+        data = from_clients(
+            {"a": (np.zeros((400, 1)), train)}, test=(np.zeros((100, 1)), test), num_classes=10
+        )
+        assert "warning" not in dict(describe(data).rows())
+
+
+def test_data_are_shown_in_three_lines() -> None:
+    lines = repr(hand_made()).splitlines()
+    assert lines == [
+        "FederatedData 'hand made': 3 clients, 3 classes",
+        "  9 training examples (2 to 4 a client), 9 test examples (shared)",
+        "  inputs float32 [1, 2, 2], targets int64 []",
+    ]
+    named = from_clients({"a": (np.ones((10, 2)), ["yes", "no"] * 5)})
+    assert "1 client, 2 classes: no, yes\n" in repr(named)
+    assert "2 test examples (each client's own)" in repr(named)
 
 
 def lines_of_three_clients() -> FederatedData:

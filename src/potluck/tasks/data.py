@@ -86,7 +86,7 @@ def _settle_kind(data: Dataset | FederatedData) -> None:
         object.__setattr__(data, "kind", kind if data.padding is None else "text")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class FederatedData:
     """One data set divided among clients.
 
@@ -116,6 +116,23 @@ class FederatedData:
     def __post_init__(self) -> None:
         _settle_kind(self)
         object.__setattr__(self, "clients", tuple(client_names(self.clients).values()))
+
+    def __repr__(self) -> str:
+        """Three lines: who, what, and of which kind."""
+        sizes, inputs = self.sizes, self.train.inputs
+        whose = "shared" if self.test_offsets is None else "each client's own"
+        named = {"classes": "classes", "multilabel": "labels", "text": "symbols of text"}
+        what = f"{self.num_classes} {named[self.kind]}" if self.kind in named else self.kind
+        if self.classes is not None:
+            what += f": {', '.join(self.classes[:10])}" + ", …" * (len(self.classes) > 10)
+        clients = f"{self.num_clients:,} client" + "s" * (self.num_clients != 1)
+        return (
+            f"FederatedData {self.name!r}: {clients}, {what}\n"
+            f"  {len(inputs):,} training examples ({sizes.min():,} to {sizes.max():,} a client), "
+            f"{len(self.test.inputs):,} test examples ({whose})\n"
+            f"  inputs {inputs.dtype} {list(inputs.shape[1:])}, "
+            f"targets {self.train.targets.dtype} {list(self.train.targets.shape[1:])}"
+        )
 
     @property
     def num_clients(self) -> int:

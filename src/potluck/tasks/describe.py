@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.tasks.data import Examples, FederatedData
+from potluck.tasks.parts import compare_parts
 
 _MOST_BARS = 100  # clients in the picture
 _MOST_BINS = 50  # of the histogram
@@ -69,6 +70,7 @@ class PartitionSummary:
     num_classes: int | None
     classes_per_client: float | None  # median
     label_skew: float | None  # mean over the clients, from 0 to 1
+    parts: tuple[tuple[str, str], ...]  # labels of training and test, and whether they differ
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values, in order, for a table of two columns."""
@@ -96,7 +98,7 @@ class PartitionSummary:
                 ("classes per client: median", f"{self.classes_per_client:g}"),
                 ("label skew: mean total variation", f"{self.label_skew:.3f}"),
             ]
-        return rows
+        return [*rows, *self.parts]
 
     def markdown(self) -> str:
         """The same rows as a Markdown table."""
@@ -129,6 +131,7 @@ def describe(data: FederatedData) -> PartitionSummary:
         num_classes=data.num_classes if labelled else None,
         classes_per_client=classes,
         label_skew=skew,
+        parts=tuple(compare_parts(data)),
     )
 
 

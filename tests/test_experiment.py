@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic_core import PydanticUndefined
 
 from potluck import (
     Adagrad,
@@ -19,7 +20,7 @@ from potluck import (
     schedules,
 )
 from potluck.core import ConfigError
-from potluck.experiment import load_experiment
+from potluck.experiment import TaskSection, load_experiment
 from potluck.simulation import build_algorithm, build_data, build_task
 from potluck.tasks import PerStep
 
@@ -255,6 +256,14 @@ def test_a_key_that_decides_nothing_is_refused(written, override, message):
     overrides = ["task.data=pythonlib", override]
     with pytest.raises(ConfigError, match=message):
         build_data(load_experiment(written(GOOD), overrides))
+
+
+def test_keys_that_older_manifests_lack_have_no_value_unless_they_are_given():
+    """A run that an older version began goes on: what it did not write is None."""
+    absent = (None, PydanticUndefined)
+    fields = TaskSection.model_fields.items()
+    valued = {name for name, field in fields if field.default not in absent}
+    assert valued == {"client_column", "target_column"}
 
 
 def test_the_standard_library_by_module_and_iid(written):

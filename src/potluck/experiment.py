@@ -71,8 +71,8 @@ class TaskSection(_Section):
     data = "devices", which are on devices alone: the JSON of their schema."""
     client_column: str = "client"
     """For data = "table", and "text" in a table."""
-    text_column: str = "text"
-    """For data = "text" in a table."""
+    text_column: str | None = None
+    """For data = "text" in a table; None is text."""
     symbols: Literal["bytes", "characters"] | None = None
     """For data = "text"; None is bytes."""
     steps: Annotated[int, Field(ge=1, le=100_000)] | None = None

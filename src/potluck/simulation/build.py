@@ -183,13 +183,12 @@ def _is_said(given: BaseModel, name: str) -> bool:
 def _own_data(experiment: Experiment) -> FederatedData:
     task = experiment.task
     assert task.path is not None  # checked when the experiment was read
-    names = (*_SPLIT, "symbols", "steps") if task.data == "text" else _PREPARED
+    names = (*_SPLIT, "symbols", "steps", "text_column") if task.data == "text" else _PREPARED
     said: dict[str, Any] = {name: getattr(task, name) for name in names}
     said = {name: value for name, value in said.items() if value is not None}
     said["seed"] = experiment.partition.seed
     if task.data == "text":
-        columns = {"client_column": task.client_column, "text_column": task.text_column}
-        return own_data.from_text(task.path, **columns, **said)
+        return own_data.from_text(task.path, client_column=task.client_column, **said)
     said["target_column"] = task.target_column
     if task.data == "folder":
         return own_data.from_folder(task.path, **said)

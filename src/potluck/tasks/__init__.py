@@ -29,6 +29,7 @@ from potluck.tasks.metrics import (
     mean_squared_error,
 )
 from potluck.tasks.models import CNN, LogisticRegression, TwoNN
+from potluck.tasks.schema import Schema
 from potluck.tasks.task import Task, averaged_tensors, bind, spec_of
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "PerStep",
     "RSquared",
     "RootMeanSquaredError",
+    "Schema",
     "Statistic",
     "Task",
     "TorchRuntime",

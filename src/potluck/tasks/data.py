@@ -20,7 +20,7 @@ from potluck.core import DataError
 from potluck.core.validate import as_count, as_integer
 from potluck.tasks.names import client_names
 from potluck.tasks.schema import Schema
-from potluck.tasks.targets import Part, TargetKind, understand
+from potluck.tasks.targets import TAKEN, Part, TargetKind, understand
 from potluck.tasks.trees import leaves, mapped
 
 Array = NDArray[Any]
@@ -123,6 +123,8 @@ class FederatedData:
         whose = "shared" if self.test_offsets is None else "each client's own"
         named = {"classes": "classes", "multilabel": "labels", "text": "symbols of text"}
         what = f"{self.num_classes} {named[self.kind]}" if self.kind in named else self.kind
+        if any(note.startswith(TAKEN) for note in self.notes):
+            what += " (taken from the values; say kind)"
         if self.classes is not None:
             what += f": {', '.join(self.classes[:10])}" + ", …" * (len(self.classes) > 10)
         clients = f"{self.num_clients:,} client" + "s" * (self.num_clients != 1)

@@ -27,6 +27,8 @@ Array = NDArray[Any]
 _MOST_IN_TABLES = 20  # classes that a column of whole numbers is proposed to be
 _MOST_IN_ARRAYS = 1000  # an array of integers was made one on purpose
 
+TAKEN = "targets are taken for"  # begins the note of a proposal
+
 _SAY = (
     'Say kind = "regression" for quantities (prices, ages, counts) or kind = "classes" for codes; '
     "in an experiment that is task.kind."
@@ -163,12 +165,12 @@ def _proposed(
     repeats = len(distinct) <= 2 or len(values) >= 2 * len(distinct)
     if "f" in types:
         if len(distinct) > _MOST_IN_TABLES or len(distinct) < 2 or not repeats:
-            return "regression", "targets are taken for quantities (a regression): they are floats"
+            return "regression", f"{TAKEN} quantities (a regression): they are floats"
         raise _either(parts, distinct, len(values), "floats that are all whole numbers")
     most = _MOST_IN_TABLES if in_tables else _MOST_IN_ARRAYS
     if _are_codes(distinct) and len(distinct) <= most and repeats:
         return "classes", (
-            f"targets are taken for {len(distinct)} classes: they are the whole numbers from 0 to "
+            f"{TAKEN} {len(distinct)} classes: they are the whole numbers from 0 to "
             f'{len(distinct) - 1} (if they are quantities, say kind = "regression")'
         )
     raise _either(parts, distinct, len(values), "whole numbers")

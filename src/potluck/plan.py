@@ -160,6 +160,11 @@ def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
 def _check_shapes(task: PlannedTask, data: FederatedData) -> None:
     """Whether a model of ours takes these inputs and gives these targets."""
     inputs, targets = data.train.inputs, data.train.targets
+    if not hasattr(inputs, "shape"):
+        raise ConfigError(
+            f"task.model = {task.model!r} takes one array of inputs, got several. Give a model of "
+            "your own, in Python."
+        )
     shape = inputs.shape[1:]
     at, got = f"task.model = {task.model!r}", f"got inputs of shape={shape}"
     if inputs.dtype.kind != "f":

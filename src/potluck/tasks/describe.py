@@ -10,16 +10,18 @@ Text has no labels to compare: its sizes are told in characters beside examples,
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potluck.tasks.data import Examples, FederatedData
 from potluck.tasks.parts import compare_parts
+from potluck.tasks.trees import is_one, mapped
 
 _MOST_BARS = 100  # clients in the picture
 _MOST_BINS = 50  # of the histogram
@@ -61,8 +63,8 @@ class PartitionSummary:
     test_examples: int
     test_characters: int | None
     own_tests: bool  # clients have test examples of their own
-    input_shape: tuple[int, ...]  # of one example
-    input_dtype: str
+    input_shape: Any  # of one example; of each of its inputs, if there are several
+    input_dtype: Any
     target_kind: str
     target_dtype: str
     classes: tuple[str, ...] | None  # names
@@ -88,7 +90,7 @@ class PartitionSummary:
                 ("test characters", f"{self.test_characters:,}"),
             ]
         rows += [
-            ("input", f"{_shape(self.input_shape)} {self.input_dtype}"),
+            *_inputs(self.input_shape, self.input_dtype),
             ("target", f"{self.target_kind}, {self.target_dtype}"),
             *(("note", note) for note in self.notes),
         ]
@@ -122,8 +124,8 @@ def describe(data: FederatedData) -> PartitionSummary:
         test_examples=data.test.num_examples,
         test_characters=test_characters,
         own_tests=data.test_offsets is not None,
-        input_shape=data.train.inputs.shape[1:],
-        input_dtype=str(data.train.inputs.dtype),
+        input_shape=mapped(lambda part: part.shape[1:], data.train.inputs),
+        input_dtype=mapped(lambda part: str(part.dtype), data.train.inputs),
         target_kind=data.kind,
         target_dtype=str(data.train.targets.dtype),
         classes=data.classes,
@@ -248,6 +250,14 @@ def _named(classes: tuple[str, ...] | None) -> str:
         return ""
     shown = ", ".join(classes[:_MOST_COLOURS])
     return f": {shown}" + (", …" if len(classes) > _MOST_COLOURS else "")
+
+
+def _inputs(shapes: Any, types: Any) -> list[tuple[str, str]]:
+    """The rows of a table that say what the model is given."""
+    if is_one(types):
+        return [("input", f"{_shape(shapes)} {types}")]
+    keys: Any = list(cast("Any", types)) if isinstance(types, Mapping) else range(len(types))
+    return [(f"input {key}", f"{_shape(shapes[key])} {types[key]}") for key in keys]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

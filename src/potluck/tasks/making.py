@@ -21,7 +21,7 @@ from potluck.core import derive_seed
 from potluck.tasks.copies import copy_of, differences, leaves
 from potluck.tasks.randomness import borrowed_randomness, seed_generators
 from potluck.tasks.rebinding import Pairs, twins
-from potluck.tasks.trees import mapped
+from potluck.tasks.trees import called, mapped
 
 
 class Making:
@@ -127,7 +127,7 @@ def _outputs(module: nn.Module, inputs: Any) -> dict[str, Any]:
     try:
         with borrowed_randomness(), torch.no_grad():
             seed_generators(0)
-            return leaves(module.eval()(mapped(torch.tensor, inputs)))
+            return leaves(called(module.eval(), mapped(torch.tensor, inputs)))
     except Exception:  # which is told where it trains
         return {}
 

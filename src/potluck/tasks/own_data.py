@@ -30,6 +30,7 @@ import numpy as np
 from potluck.core import DataError
 from potluck.core.text_files import read_text
 from potluck.core.validate import as_count, as_real
+from potluck.tasks import several
 from potluck.tasks.assembly import Asked, assemble
 from potluck.tasks.data import Examples, FederatedData
 from potluck.tasks.fitting import Categories, Missing, Rules, Scale, check_rules
@@ -64,7 +65,8 @@ def from_clients(
     """Federated data from `{client: (inputs, targets)}`, in the order of the dictionary.
 
     Args:
-        clients: what is not text is called as it prints: 7, 2024-01-01.
+        clients: what is not text is called as it prints: 7, 2024-01-01. Inputs may be several
+            arrays, in a tuple or a dictionary, which a model takes by place or by name.
         test: one pair that all clients share, or a dictionary of the clients' own; then nothing
             is held out, and every example of `clients` is for training.
         kind: what the targets are; None asks the values, and refuses what could be two.
@@ -76,6 +78,32 @@ def from_clients(
     """
     if not clients:
         raise DataError("there must be at least one client, got none. Give {name: (x, y)}.")
+    keys = several.keys_of(clients)
+    if keys is not None:
+        if (missing, scale, schema) != ("refuse", "none", None):
+            raise DataError(
+                "several inputs of an example are taken as they are, got "
+                f"missing={missing!r}, scale={scale!r}, schema={schema!r}. Prepare them before."
+            )
+
+        def prepare(key: Any) -> FederatedData:
+            tested = test
+            if isinstance(test, Mapping):
+                tested = {client: several.picked(pair, key) for client, pair in test.items()}
+            elif test is not None:
+                tested = several.picked(test, key)
+            return from_clients(
+                {client: several.picked(pair, key) for client, pair in clients.items()},
+                test=tested,
+                kind=kind,
+                num_classes=num_classes,
+                split=split,
+                test_fraction=test_fraction,
+                seed=seed,
+                name=name,
+            )
+
+        return several.together(keys, prepare)
     if split not in ("shuffled", "last"):
         raise DataError(
             f"arrays have no columns, got split={split!r}. Say 'shuffled' or 'last', or give a "

@@ -1,6 +1,7 @@
 """Statistics are averaged by weight and by nothing else, and constants stay what they are: against
 an averaging in plain PyTorch, for every algorithm, server optimizer, codec and executor."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -27,7 +28,14 @@ from potluck import (
     rounds,
     schedules,
 )
-from potluck.core import DivergedError, FixedPointMean, derive_seed, encoded_bytes, stream
+from potluck.core import (
+    DivergedError,
+    FixedPointMean,
+    TrainingError,
+    derive_seed,
+    encoded_bytes,
+    stream,
+)
 from potluck.core.codecs import CODECS
 from potluck.simulation import Loop, Vmap, Workers
 from potluck.tasks import spec_of
@@ -249,14 +257,17 @@ def test_roles_are_found_without_being_told(spec):
 class Tracked(nn.Module):
     """A momentum encoder that is a frozen parameter, and a mask that is one."""
 
-    def __init__(self):
+    def __init__(self, through_data=False):
         super().__init__()
+        self.through_data = through_data
         self.query = nn.Linear(6, 3)
         self.key = nn.Parameter(torch.zeros(3, 6), requires_grad=False)
         self.table = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
 
     def forward(self, inputs):
-        if self.training:
+        if self.training and self.through_data:
+            self.key.data = torch.lerp(self.key.data, self.query.weight.data, 0.1)
+        elif self.training:
             with torch.no_grad():
                 self.key.lerp_(self.query.weight, 0.1)
         return self.query(inputs)
@@ -265,8 +276,11 @@ class Tracked(nn.Module):
 @pytest.mark.parametrize("executor", ["loop", "vmap"])
 @pytest.mark.parametrize("codec", ["float32", "int4"])
 @pytest.mark.parametrize("kind", ["fedavg", "scaffold"])
-def test_a_frozen_parameter_that_training_writes_is_a_statistic(task, kind, codec, executor):
-    tracked = Task(model=Tracked, data=task.data)
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_frozen_parameter_that_training_writes_is_a_statistic(
+    task, through_data, kind, codec, executor
+):
+    tracked = Task(model=lambda: Tracked(through_data), data=task.data)
     spec = roles(tracked)
     assert spec.names[:2] == ("key", "table")
     assert spec.roles == ("statistic", "constant", "trained", "trained")
@@ -331,19 +345,43 @@ def test_a_statistic_that_is_not_finite_is_named(task, value, start, words, exec
         list(rounds(run, broken, cohort=1.0, num_rounds=1, executor=executor))
 
 
-def test_a_buffer_of_another_type_that_training_writes_is_each_clients_own(task):
-    class Wide(Late):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("total", torch.zeros(1, dtype=torch.float64))
+class Written(nn.Module):
+    """Writes a buffer of some type in every step, in place or by assigning it."""
 
-        def forward(self, inputs):
-            self.total += 1.0
-            return self.layer(inputs) + self.total.float()
+    def __init__(self, start, assigns=False):
+        super().__init__()
+        self.layer, self.assigns = nn.Linear(6, 3), assigns
+        self.register_buffer("total", start)
 
-    done = rounds(FedAvg(client_lr=0.1), Task(model=Wide, data=task.data), cohort=1.0, num_rounds=1)
-    assert [name for name in spec_of(Wide()).names if name == "total"] == []
-    assert len(list(done)) == 2
+    def forward(self, inputs):
+        if self.assigns:
+            self.total = self.total + 1
+        else:
+            self.total += 1
+        return self.layer(inputs)
+
+
+@pytest.mark.parametrize("executor", ["loop", "vmap"])
+@pytest.mark.parametrize("assigns", [False, True])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+def test_a_statistic_of_another_type_is_refused_by_name(task, kind, assigns, executor):
+    start = torch.zeros(2, dtype=kind)
+    written = Task(model=lambda: Written(start.clone(), assigns), data=task.data)
+    with pytest.raises(TrainingError, match=rf"must be float32 .* total of dtype={kind}"):
+        list(rounds(FedAvg(client_lr=0.1), written, cohort=1.0, num_rounds=1, executor=executor))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8])
+def test_counters_of_integers_stay_with_each_client(task, kind):
+    counted = Task(model=lambda: Written(torch.zeros(2, dtype=kind)), data=task.data)
+    done = list(rounds(FedAvg(client_lr=0.1), counted, cohort=1.0, num_rounds=2))
+    assert done[1].uplink_bytes == 3 * 4 * 21
+
+
+@pytest.mark.parametrize("make", [nn.Identity, lambda: nn.Linear(6, 3).requires_grad_(False)])
+def test_a_model_of_which_nothing_is_trained_is_told(task, make):
+    with pytest.raises(ValueError, match="must have a parameter that is trained, got none"):
+        next(rounds(FedAvg(client_lr=0.1), Task(model=make, data=task.data), cohort=1.0))
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -413,3 +451,33 @@ def test_statistics_that_cannot_be_summed_are_refused_and_leave_the_sum(value):
         mean.add(np.array([1.0, value], np.float32), 3.0)
     np.testing.assert_array_equal(mean.sum, before)
     assert mean.mean().tolist() == [1.0, 2.0]
+
+
+@dataclasses.dataclass
+class Kept:
+    weights: np.ndarray
+
+
+class Bare:
+    def __init__(self, weights):
+        self.weights = weights
+
+
+def test_an_algorithm_may_have_server_states_of_its_own(task):
+    class Own(FedAvg):
+        kind = Kept
+
+        def server_init(self, weights):
+            return self.kind(weights)
+
+        def server_update(self, state, aggregate, *, round, participation):
+            return self.kind(state.weights + aggregate)
+
+    plain, own = (
+        list(rounds(one(client_lr=0.1, batch_size=5), task, cohort=1.0, num_rounds=2))
+        for one in (FedAvg, Own)
+    )
+    np.testing.assert_array_equal(plain[2].weights, own[2].weights)
+    Own.kind = Bare
+    with pytest.raises(TypeError, match="must be a named tuple or a dataclass"):
+        next(rounds(Own(client_lr=0.1), task, cohort=1.0))

@@ -17,6 +17,7 @@ difference, whatever it is: a mask of −∞ stays what it is.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ class _WithStatistics:
 
     def server_init(self, weights: Vector) -> Any:
         state = self.algorithm.server_init(weights[: self.spec.num_parameters])
-        return state._replace(weights=weights)
+        return _with_weights(state, weights)
 
     def server_update(
         self, state: Any, aggregate: Vector, *, round: int, participation: float
@@ -114,10 +115,10 @@ class _WithStatistics:
         weights = np.concatenate([new.weights, statistics])
         for part in _frozen(self.spec):
             weights[part] = _added(state.weights[part], aggregate[part])
-        return new._replace(weights=weights)
+        return _with_weights(new, weights)
 
     def _inner(self, state: Any) -> Any:
-        return state._replace(weights=state.weights[: self.spec.num_parameters])
+        return _with_weights(state, state.weights[: self.spec.num_parameters])
 
 
 class _Parameters:
@@ -200,6 +201,18 @@ def _frozen(spec: Spec) -> list[slice]:
     """The parameters that no local step moves."""
     parts, end = spec.slices("constant", "statistic"), spec.num_parameters
     return [part for part in parts if part.start < part.stop <= end]
+
+
+def _with_weights(state: Any, weights: Vector) -> Any:
+    """A server state with other weights."""
+    if hasattr(state, "_replace"):
+        return state._replace(weights=weights)
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        return dataclasses.replace(state, weights=weights)  # type: ignore[reportCallIssue]
+    raise TypeError(
+        "a server state must be a named tuple or a dataclass with weights where a model has "
+        f"statistics or frozen parameters, got {type(state).__name__}. Use `ServerState`."
+    )
 
 
 def _added(values: Vector, changes: Vector) -> Vector:

@@ -22,6 +22,7 @@ from potluck.tasks.inplace import SMALLEST, InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision, floated
 from potluck.tasks.pristine import Pristine
 from potluck.tasks.randomness import seed_generators
+from potluck.tasks.statistics import check_unaveraged, unaveraged
 from potluck.tasks.task import Task, averaged_tensors, bind, in_training, spec_of
 from potluck.tasks.trees import called, mapped
 
@@ -60,6 +61,7 @@ class TorchRuntime:
         self._weights: Vector = self._vector.numpy()
         self._views: dict[str, Tensor] = self.spec.unflatten(self._vector)
         self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)))
+        self._unaveraged = unaveraged(self.module)
         self._is_checked = False
         self._may_skip = may_count_nothing(self._loss, task.data.train.targets)
         self._padding = task.data.padding
@@ -124,8 +126,13 @@ class TorchRuntime:
 
     def end(self) -> tuple[Vector, float]:
         """The local weights (a view, until the next `begin`) and the mean loss; NaN if nothing
-        counted."""
+        counted.
+
+        Raises:
+            TypeError: the model wrote a number that is not averaged.
+        """
         self._pristine.read(self._views)
+        check_unaveraged(self.module, self._unaveraged)
         if not self._losses:
             return self._weights, float("nan")
         return self._weights, float(torch.stack(self._losses).mean())

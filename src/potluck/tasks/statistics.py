@@ -31,10 +31,20 @@ _LR = 0.01
 
 
 def roles(task: Task) -> Spec:
-    """The spec of a task's model, with all roles. Global randomness is kept."""
+    """The spec of a task's model, with all roles. Global randomness is kept.
+
+    Raises:
+        ValueError: nothing of it is trained.
+    """
     module, loss, _ = task.parts()
     in_training(module)
     spec = spec_of(module)
+    if "trained" not in spec.roles:
+        raise ValueError(
+            "a model must have a parameter that is trained, got none "
+            f"({len(spec.names) - spec.num_buffers} frozen). Leave requires_grad on where it is to "
+            "learn."
+        )
     if spec.is_all_trained:
         return spec
     known = _known(module)
@@ -52,6 +62,32 @@ def roles(task: Task) -> Spec:
     except Exception:  # whatever fails here is told by the first client that trains
         return spec
     return spec.with_roles({n: "statistic" if n in moved else "constant" for n in unknown})
+
+
+def unaveraged(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that hold numbers and do not travel, by name, as copies. Integers are no numbers but
+    counts, which stay with each client."""
+    return {
+        name: buffer.clone()
+        for name, buffer in module.named_buffers()
+        if buffer.dtype != torch.float32 and (buffer.is_floating_point() or buffer.is_complex())
+    }
+
+
+def check_unaveraged(module: nn.Module, start: Mapping[str, Tensor]) -> None:
+    """Refuse what local training made of `unaveraged`, if it is not the same.
+
+    Raises:
+        TypeError: one is not; it is named.
+    """
+    now = dict(module.named_buffers()) if start else {}
+    for name, before in start.items():
+        if name not in now or not _is_same(before, now[name]):
+            raise TypeError(
+                f"what a model writes while it trains must be float32 to be averaged, got {name} "
+                f"of dtype={before.dtype}. Register it as float32, or as an integer that each "
+                "client counts for itself."
+            )
 
 
 def _known(module: nn.Module) -> Mapping[str, Role]:
@@ -95,5 +131,6 @@ def _examples(task: Task) -> tuple[Any, Tensor]:
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
-    same = (before == after) | (before.isnan() & after.isnan())
-    return before.shape == after.shape and bool(same.all())
+    if before.shape != after.shape:
+        return False
+    return bool(((before == after) | (before.isnan() & after.isnan())).all())

@@ -5,12 +5,12 @@ It says in OpenAPI 3.1 what docs/protocol.md says in words; where they differ, t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from potluck.core.plain_json import to_json
 from potluck.protocol import MESSAGES, ROUTES, STATUS, ErrorCode, Message, Route
 from potluck.protocol.strict_json import MAX_INTEGER
 
@@ -153,7 +153,7 @@ def _reference(kind: type[Message]) -> dict[str, str]:
 
 def text() -> str:
     """The text of docs/openapi.json."""
-    return json.dumps(description(), indent=1, ensure_ascii=False) + "\n"
+    return to_json(description(), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -35,6 +35,20 @@ def test_nothing_else_writes_json(path):
             assert ast.unparse(node) not in ("json.dumps", "json.dump", "dumps", "JSONEncoder")
 
 
+OUTSIDE = [
+    path
+    for folder in ("benchmarks", "docs", "examples")
+    for path in sorted((SOURCE.parents[1] / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda p: p.name)
+def test_what_benchmarks_and_pages_write_is_json_too(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
+            assert "allow_nan=False" in [ast.unparse(keyword) for keyword in node.keywords]
+
+
 @given(VALUES)
 def test_whatever_is_written_is_json(value):
     json.loads(to_json(value), parse_constant=pytest.fail)

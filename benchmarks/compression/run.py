@@ -11,13 +11,13 @@ that `results/runs/` has already are read from there. README.md gets the table.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from potluck.core import CODECS, RunError
+from potluck.core.plain_json import to_json
 from potluck.experiment import load_experiment
 from potluck.simulation import build_data, read_run, train
 from potluck.simulation.directory import RunRecord
@@ -206,7 +206,7 @@ def main() -> int:
         run(study, given.codecs, given.seeds)
     found = results(study, order, given.seeds)
     file = HERE / ("results-quick.json" if given.quick else "results.json")
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    file.write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
     text = table(study, found)
     write_table(study, text)
     print(text)

@@ -9,7 +9,6 @@ limit. Every row goes to the error stream as it comes; two cores need about half
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ import tune
 
 from potluck import FedAvg, fed_sgd, rounds, schedules
 from potluck.core import TrainingError
+from potluck.core.plain_json import to_json
 from potluck.simulation.manifest import commit, machine
 from potluck.simulation.report import rounds_to_target
 
@@ -93,10 +93,10 @@ def main() -> None:
                 "rounds": round(statistics.fmean(of_rates[best]), 1),
                 "by_rate": of_rates,
             }
-            print(json.dumps(row), file=sys.stderr, flush=True)
+            print(to_json(row), file=sys.stderr, flush=True)
             rows.append(row)
     about = {"commit": commit(), "machine": machine(), "seeds": SEEDS, "limit": LIMIT}
-    print(json.dumps(about | {"settings": rows}, indent=1))
+    print(to_json(about | {"settings": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ by, the rest is divided among 100 clients, and the seeds are others than the dem
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 
 from potluck import FedAvg, Task, TwoNN, datasets, fed_sgd, partitions, rounds
 from potluck.core import TrainingError
+from potluck.core.plain_json import to_json
 from potluck.simulation.manifest import commit, machine
 from potluck.simulation.report import rounds_to_target
 from potluck.tasks import Dataset, Examples
@@ -94,7 +94,7 @@ def main() -> None:
                     "mean rounds": first,
                     "mean rounds, more seeds": second,
                 }
-    print(json.dumps(result, indent=1))
+    print(to_json(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ import torch
 
 from potluck import CNN, Cluster, FedAvg, LogisticRegression, Loop, Task, Workers
 from potluck.core import sample_cohort, stream
+from potluck.core.plain_json import to_json
 from potluck.simulation import available_cores
 from potluck.simulation.manifest import commit, machine
 from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
@@ -225,8 +225,8 @@ def main() -> None:
     def measured(name: str, part: dict[str, Any]) -> None:
         """Write what there is, so that a run that is stopped leaves its finished parts."""
         result[name] = part
-        print(name, json.dumps(part, indent=1), flush=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(name, to_json(part, indent=1), flush=True)
+        arguments.out.write_text(to_json(result, indent=1) + "\n")
 
     if "logistic" in arguments.parts:
         small = random_data(1000, 60)

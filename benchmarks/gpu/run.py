@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ import torch
 
 from potluck import FedAvg, Loop, Task, Vmap, fed_sgd, rounds
 from potluck.core import Correction, DataError, sample_cohort
+from potluck.core.plain_json import to_json
 from potluck.experiment import load_experiment
 from potluck.simulation import build_data, build_task
 from potluck.simulation.manifest import commit, machine
@@ -251,8 +251,8 @@ def main() -> None:
     }
     for part in arguments.parts:
         result[part] = parts[part]()
-        print(part, json.dumps(result[part], indent=1), flush=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")  # what there is so far
+        print(part, to_json(result[part], indent=1), flush=True)
+        arguments.out.write_text(to_json(result, indent=1) + "\n")  # what there is so far
 
 
 if __name__ == "__main__":

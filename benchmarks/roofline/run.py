@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from work import WORK, Work, clients_of
 
 from potluck import FedAvg, Loop, Vmap, Workers
+from potluck.core.plain_json import to_json
 from potluck.simulation import available_cores
 from potluck.simulation.manifest import commit, machine
 
@@ -225,8 +226,8 @@ def main() -> None:
     }
     for name in arguments.parts.split(","):
         results["parts"][name] = measure(WORK[name], arguments.rounds, arguments.quick, rates)
-        print(name, json.dumps(results["parts"][name]), flush=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, to_json(results["parts"][name]), flush=True)
+    path.write_text(to_json(results, indent=1) + "\n")
     if arguments.out == HERE:
         report(results, HERE / "README.md")
 

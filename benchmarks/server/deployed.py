@@ -15,7 +15,6 @@ of the last ten rounds, over three seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -31,6 +30,7 @@ import torch
 from safetensors.numpy import load
 
 from potluck.core import sample_cohort
+from potluck.core.plain_json import to_json
 from potluck.experiment import load_experiment
 from potluck.loopback import LocalFederation
 from potluck.simulation import build_algorithm, build_data, build_task, rounds
@@ -188,11 +188,11 @@ def main() -> None:
         "torch": torch.__version__,
         "same": same(quick),
     }
-    print(json.dumps(result["same"], indent=1))
+    print(to_json(result["same"], indent=1))
     result["noise"] = noise(quick)
     if not quick:
         path = HERE / "results-deployed.json"
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written: {path}")
 
 

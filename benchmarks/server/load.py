@@ -262,7 +262,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     random.seed(job["first"] + 1)
     result = asyncio.run(MODES[job["mode"]](job))
-    json.dump(result, sys.stdout)
+    json.dump(result, sys.stdout, allow_nan=False)
 
 
 if __name__ == "__main__":

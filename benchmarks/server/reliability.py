@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from potluck.core.plain_json import to_json
+
 FOLDER = Path(__file__).parent
 HEAD = """# What the server was put through
 
@@ -59,7 +61,7 @@ def _told(found: dict[str, Any]) -> str:
     for name, value in found.items():
         if name in ("seed", "seconds", "passed") or (isinstance(value, list) and len(value) > 4):
             continue
-        shown = f"({_told(value)})" if isinstance(value, dict) else json.dumps(value)
+        shown = f"({_told(value)})" if isinstance(value, dict) else to_json(value)
         parts.append(f"{name.replace('_', ' ')} {shown}")
     return ", ".join(parts)
 

@@ -31,6 +31,7 @@ from typing import Any
 from scene import Scene
 from table import write_table
 
+from potluck.core.plain_json import to_json
 from potluck.simulation.manifest import commit, machine
 
 HERE = Path(__file__).parent
@@ -362,7 +363,7 @@ def _keep(path: Path, part: str, rows: list[dict[str, Any]]) -> None:
     kept = [row for row in old if row["part"] != part] + rows
     order = list(PARTS)
     kept.sort(key=lambda row: order.index(row["part"]))
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(to_json(kept, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

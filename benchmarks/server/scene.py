@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from potluck.core.plain_json import to_json
 from potluck.protocol import new_key, parse_invitation
 from potluck.server.home import Home
 from potluck.server.operator import Operator
@@ -232,7 +233,7 @@ class Scene:
                 stdout=subprocess.PIPE,
             )
             assert process.stdin is not None
-            process.stdin.write(json.dumps(part).encode())
+            process.stdin.write(to_json(part).encode())
             process.stdin.close()
             process.stdin = None
             running.append(process)

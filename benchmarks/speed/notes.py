@@ -51,4 +51,4 @@ class Notes:
         versions |= {name: metadata.version(name) for name in ("numpy", *packages)}
         noted = {"ended": self.ended, "examples": examples, "steps": steps, "versions": versions}
         np.save(self.out / "weights.npy", np.asarray(weights, np.float32))
-        (self.out / "noted.json").write_text(json.dumps(noted))
+        (self.out / "noted.json").write_text(json.dumps(noted, allow_nan=False))

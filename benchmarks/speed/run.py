@@ -32,6 +32,7 @@ from contenders import ENVIRONMENTS, OURS, PEERS, Contender, contenders
 from watch import watch
 from work import WORKLOADS, Workload, tiny, write
 
+from potluck.core.plain_json import to_json
 from potluck.simulation import available_cores
 from potluck.simulation.manifest import commit, machine
 
@@ -152,7 +153,7 @@ def measure(folder: Path, part: str, contender: Contender, turn: int, limit: flo
     }
     if ok:
         run.update(table.judge(folder / "data" / part, home / "weights.npy"))
-    (home / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+    (home / "run.json").write_text(to_json(run, indent=1) + "\n")
     print(f"{part} {contender} {turn}: {reason or table.summary(run)}", flush=True)
 
 
@@ -170,7 +171,7 @@ def measure_population(home: Path, is_tiny: bool) -> None:
     home.mkdir(parents=True, exist_ok=True)
     run = population.measure((1000, 2000), 1) if is_tiny else population.measure()
     run |= {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine()}
-    (home / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+    (home / "run.json").write_text(to_json(run, indent=1) + "\n")
     print("population", run, flush=True)
 
 

@@ -125,7 +125,7 @@ def read(folder: Path) -> Given:
 
 def write(workload: Workload, folder: Path) -> None:
     """Make the files of a workload, unless they are there."""
-    text = json.dumps(dataclasses.asdict(workload))
+    text = json.dumps(dataclasses.asdict(workload), allow_nan=False)
     marker = folder / "workload.json"
     if marker.exists() and marker.read_text() == text:
         return

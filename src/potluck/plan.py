@@ -11,7 +11,6 @@ Compatibility: strict, as an experiment is. A device that does not know a key or
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,6 +33,7 @@ from potluck.algorithms import (
     schedules,
 )
 from potluck.core import ConfigError, DataError
+from potluck.core.plain_json import to_json
 from potluck.experiment import AlgorithmSection, Experiment, ScheduleSection
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def plan_of(experiment: Experiment, data: FederatedData, needs: tuple[Need, ...]
 
 
 def _check_size(schema: dict[str, Any] | None) -> None:
-    size = len(json.dumps(schema))
+    size = len(to_json(schema))
     if size > _MAX_SCHEMA_BYTES:
         raise ConfigError(
             f"the schema of the data must be at most {_MAX_SCHEMA_BYTES} bytes of JSON, to travel "

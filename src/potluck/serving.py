@@ -148,25 +148,27 @@ def enroll(
 @command
 def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
     """Tell how the run is going."""
+    from potluck.core import main_metric
     from potluck.output import show_pairs, show_table
 
     told = _operator(home).get("status")
     show_pairs(_status_rows(told))
     metrics = {e["round"]: e["metrics"] for e in told["evaluations"] if e["kind"] == "central"}
+    metric = main_metric({name for scores in metrics.values() for name in scores} or ["accuracy"])
     rows = [
         (
             str(row["number"]),
             str(row["attempt"]),
             str(row["accepted"]),
             f"{row['loss']:.4f}",
-            _percent(metrics.get(row["number"], {}).get("accuracy")),
+            _score(metric, metrics.get(row["number"], {}).get(metric)),
         )
         for row in told["rounds"]
         if row["kind"] == "train"
     ]
     if rows:
         typer.echo()
-        show_table(("round", "attempt", "reports", "loss", "test accuracy"), rows)
+        show_table(("round", "attempt", "reports", "loss", f"test {metric}"), rows)
 
 
 @app.command()
@@ -411,8 +413,10 @@ def _counted(told: dict[str, Any]) -> str:
     return str(told["devices"]) + (f", {left} of them cannot train" if left else "")
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
+def _score(metric: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4f}"
 
 
 def _moment(milliseconds: int) -> str:

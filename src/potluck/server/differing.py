@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel, ValidationError
 
+from potluck.core.plain_json import to_json
+
 _SHOWN = 3
 
 
@@ -58,4 +60,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _told(value: Any) -> str:
-    return "(left out)" if value is None else json.dumps(value)
+    return "(left out)" if value is None else to_json(value)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, func, select, update
 
+from potluck.core.plain_json import to_json
 from potluck.protocol import FailureReason
 from potluck.server import audit
 from potluck.server.settings import RoundSettings, settings_of
@@ -69,7 +70,7 @@ def leave(db: Connection, found: Row[Any], reason: str, now: int) -> None:
     else:
         cohort = [client for client in json.loads(found.cohort) if client != found.client]
         goal = len(cohort)
-        changes = {"cohort": json.dumps(cohort), "slots": goal}
+        changes = {"cohort": to_json(cohort), "slots": goal}
     changes |= {"goal": goal, "minimum": min(found.minimum, settings.minimum_of(goal))}
     if goal == 0:
         changes["report_deadline_ms"] = now  # nobody is left to wait for

@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_real_devices_are_served_as_the_page_says(clone, tmp_path):
-    """The four blocks of a server and its devices, as one script, that waits for the devices to end."""
+    """The four blocks of a server and its devices, as one script."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     for name, started in (("python", ""), ("potluck", "-m potluck")):
         (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {started} "$@"\n')

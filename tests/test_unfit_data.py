@@ -33,12 +33,13 @@ def test_data_that_do_not_fit_are_refused_before_the_invitation_is_used_up(tmp_p
     with Federation(tmp_path, rounds=1, clients=2, server="goal = 1") as federation:
         invitation, own = federation.invite(), one_client(federation.data, 0)
         for case in ("shape", "label", "regression", "nothing"):
-            trainer = TorchTrainer(lambda _, case=case: unfit(own, case))
+            trainer = TorchTrainer(lambda _, case=case: unfit(own, case), where="ward-7.npz")
             folder = tmp_path / case
             device = Device(federation.server.address, invitation, folder, trainer)
             device.end()
             assert isinstance(device.died, (ConfigError, DataError)), (case, device.died)
             assert "got" in str(device.died)
+            assert "ward-7.npz" in str(device.died)
             assert not (folder / "enrolment.json").exists()
         assert federation.service.devices(federation.run) == []
         fitting = TorchTrainer(lambda _: own)

@@ -94,7 +94,8 @@ def join(
     proxy = unused_proxy(url)
     if proxy is not None:
         typer.echo(f"{proxy} is not used: a device connects to its server directly", err=True)
-    trainer = TorchTrainer(load, threads)
+    where = str(data or f"client {client} of {experiment}")
+    trainer = TorchTrainer(load, threads, where=where)
     if trainer.runtime().name == "none":
         raise ConfigError(
             "a device trains with PyTorch, got a machine without it. "

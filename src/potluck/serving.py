@@ -409,8 +409,10 @@ def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _counted(told: dict[str, Any]) -> str:
-    left = told["left"]
-    return str(told["devices"]) + (f", {left} of them cannot train" if left else "")
+    left, needed = told["left"], told["population"]
+    counted = str(told["devices"]) + (f", {left} of them cannot train" if left else "")
+    waits = told["state"] == "running" and told["devices"] < needed
+    return counted + (f"; the first round waits for {needed}" if waits else "")
 
 
 def _score(metric: str, value: float | None) -> str:

@@ -92,6 +92,7 @@ class TorchTrainer:
         num_threads: of PyTorch's kernels. One by default: several programs on one machine whose
             kernels use all its cores wait for each other, and small models gain nothing by more.
         build: makes the task of a plan, from code of one's own where a plan cannot name the model.
+        where: the data are from, for messages.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class TorchTrainer:
         load: Callable[[Schema | None], FederatedData],
         num_threads: int = 1,
         build: Callable[[PlannedTask, FederatedData], Task] = build_planned_task,
+        where: str = "this device's data",
     ) -> None:
+        self._where = where
         self._load, self._build = load, build
         self._num_threads = as_count("num_threads", num_threads)
         self._data: FederatedData | None = None
@@ -130,7 +133,7 @@ class TorchTrainer:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             told = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                "a local step on this device's data must be possible, got inputs of "
+                f"a local step on {self._where} must be possible, got inputs of "
                 f"shape={examples.inputs.shape[1:]} and targets of shape="
                 f"{examples.targets.shape[1:]}, dtype={examples.targets.dtype}: {told}. Give data "
                 "like those of the run."
@@ -214,17 +217,20 @@ class TorchTrainer:
             if self._data is None or self._plan is None or plan.data != self._plan.data:
                 self._data = self._load(_schema_of(plan))
             if self._data.num_clients != 1 or self._data.train.num_examples == 0:
-                raise DataError("a device must have the examples of one client, got others.")
-            self._task = self._build(plan.task, self._data)
+                raise DataError(
+                    f"a device must have the examples of one client, got {self._where} with "
+                    f"{self._data.train.num_examples} of {self._data.num_clients} clients. "
+                    "Give it some."
+                )
+            try:
+                self._task = self._build(plan.task, self._data)
+            except (ConfigError, DataError) as error:
+                raise type(error)(f"{self._where}: {error}") from None
             self._model = TorchRuntime(self._task)
             self._plan = plan
         whole = _with_roles_of(spec, self._model.spec)
         if whole.packed().digest() != spec.digest():
-            raise ConfigError(
-                "the model of the run must fit this device's data, got other shapes: "
-                f"{self._model.spec.shapes[:2]} here, {spec.shapes[:2]} in the run. "
-                "Give inputs of the run's shape."
-            )
+            raise ConfigError(_misfit(self._where, self._task.data, self._model.spec, spec))
         return self._task, self._model, whole
 
 
@@ -279,6 +285,18 @@ def _unpacked(task: Task, whole: Spec, received: Vector, seed: int) -> Vector:
     if whole.is_all_trained:
         return received
     return whole.unpack(received, task.initial_weights(seed))
+
+
+def _misfit(where: str, data: FederatedData, own: Spec, run: Spec) -> str:
+    """How a model for a device's data differs from that of the run."""
+    mine, theirs = (dict(zip(spec.names, spec.shapes, strict=True)) for spec in (own, run))
+    names = [name for name in theirs if mine.get(name) != theirs[name]] or list(mine)
+    name = names[0]
+    got = f"inputs of shape {data.train.inputs.shape[1:]}, with which {name} is {mine.get(name)}"
+    return (
+        f"{where} must fit the model of the run, whose {name} is {theirs.get(name)}, got {got}. "
+        "Give inputs of the run's shape."
+    )
 
 
 def _data_of(plan: Plan | None) -> Any:

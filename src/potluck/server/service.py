@@ -247,6 +247,7 @@ class Service:
             return {name: getattr(row, name) for name in names} | {
                 "devices": enrolled,
                 "left": left,
+                "population": settings_of(row.settings).population,
                 "open": None if current is None else as_dict(current) | (counted or {}),
                 "is_leader": self.is_leader,
                 "audit": audit.head(db),

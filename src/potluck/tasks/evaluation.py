@@ -47,7 +47,7 @@ class Evaluator:
         self._module.eval().to(self._device)
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
-        self._pristine = Pristine(self._module, dict(averaged_tensors(self._module)))
+        self._pristine = Pristine(self._module, dict(averaged_tensors(self._module)), self._loss)
         self._draws: bool | None = None  # whether there is chance in it; unknown before a batch
         self._scores: list[Score] | None = None
         # A model that differentiates itself in its forward pass needs gradients here too.

@@ -17,6 +17,7 @@ from potluck.tasks.contract import checked_loss, in_words, outputs_of
 from potluck.tasks.correction import CorrectedStep
 from potluck.tasks.counting import counts_nothing, may_count_nothing
 from potluck.tasks.data import Examples, lengths, trimmed
+from potluck.tasks.foreign import Foreign
 from potluck.tasks.gradients import clear_gradients, gradients_of
 from potluck.tasks.inplace import SMALLEST, InPlaceLayers
 from potluck.tasks.precision import Precision, autocast, check_precision, floated
@@ -60,7 +61,8 @@ class TorchRuntime:
         bind(self.module, self._vector)
         self._weights: Vector = self._vector.numpy()
         self._views: dict[str, Tensor] = self.spec.unflatten(self._vector)
-        self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)))
+        self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)), self._loss)
+        self._foreign = Foreign(self.module)
         self._unaveraged = unaveraged(self.module)
         self._is_checked = False
         self._may_skip = may_count_nothing(self._loss, task.data.train.targets)
@@ -116,9 +118,11 @@ class TorchRuntime:
         if self._is_corrected:  # gradients must be seen whole before they are applied
             with nullcontext() if self._layers is None else self._layers.plain():
                 loss = self._forward(batch)
+                self._foreign.look(loss)
                 self._corrected.descend(loss, lr)
         else:
             loss = self._forward(batch)
+            self._foreign.look(loss)
             with nullcontext() if self._layers is None else self._layers.step(lr, loss):
                 gradients = gradients_of(loss, self._parameters)
             self._descend(gradients, lr)

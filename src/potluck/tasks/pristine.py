@@ -96,9 +96,10 @@ class Pristine:
 
     Args:
         averaged: these tensors, by name: their values are none of its business.
+        loss: is put back as well, with what it holds.
     """
 
-    def __init__(self, module: nn.Module, averaged: dict[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, averaged: dict[str, Tensor], loss: Any = None) -> None:
         self._module = module
         self._tables: list[_Table] = []
         self._places: list[_Place] = []
@@ -111,20 +112,28 @@ class Pristine:
             if id(tensor) not in ours:
                 self._outside.append(_Outside(name, tensor, may_count=True))
                 ours[id(tensor)] = ""
-        parts: Any = dict(module.named_modules())
-        for path, part in parts.items():
-            if not isinstance(part, torch.jit.ScriptModule):
-                self._note(f"{path}." if path else "", vars(part), ours)
+        parts = _parts(module, "")
+        while isinstance(loss, (MethodType, partial)):
+            loss = loss.__self__ if isinstance(loss, MethodType) else cast("Any", loss).func
+        if isinstance(loss, nn.Module):
+            mine = set(map(id, parts.values()))
+            parts |= {n: p for n, p in _parts(loss, "loss.").items() if id(p) not in mine}
+            for name, tensor in loss.named_buffers():
+                if id(tensor) not in ours:
+                    self._outside.append(_Outside(f"loss.{name}", tensor, may_count=False))
+                    ours[id(tensor)] = ""
+        elif not _is_fixed(loss):
+            self._note_attributes("loss.", getattr(loss, "__dict__", {}), ours)
+        for prefix, part in parts.items():
+            self._note(prefix, vars(part), ours)
         self._of_modules = [table for table in self._tables if _is_of_modules(table)]
         self._hooks_before = [dict(hooks) for hooks in self._hooks]
         self._num_hooks = sum(map(len, self._hooks))
-        self._fixed = {id(value): value for value in [*module.modules(), *module.parameters()]}
+        self._fixed = {id(value): value for value in [*parts.values(), *module.parameters()]}
         self._fixed |= {id(value): value for value in known.values()}
         self._values = self._copied([m.table.live[m.key] for m in self._mutable])
 
     def _note(self, prefix: str, attributes: dict[str, Any], ours: dict[int, str]) -> None:
-        table = _Table(prefix, attributes, dict(attributes))
-        self._tables.append(table)
         for name in _TABLES:
             inner = attributes[name]
             self._tables.append(_Table(prefix, inner, dict(inner)))
@@ -133,15 +142,25 @@ class Pristine:
                     trains, address = value.requires_grad, value.data_ptr()
                     place = _Place(ours[id(value)], inner, key, value, value.data, address, trains)
                     self._places.append(place)
+        own = self._note_attributes(prefix, attributes, ours)
+        for key, value in own.before.items():
+            if key in _PLUMBING and key not in _TABLES and isinstance(value, dict):
+                self._hooks.append(value)
+
+    def _note_attributes(
+        self, prefix: str, attributes: dict[str, Any], ours: dict[int, str]
+    ) -> _Table:
+        table = _Table(prefix, attributes, dict(attributes))
+        self._tables.append(table)
         for key, value in attributes.items():
             if key in _PLUMBING:
-                if key not in _TABLES and isinstance(value, dict):
-                    self._hooks.append(value)
-            elif isinstance(value, Tensor):
+                continue
+            if isinstance(value, Tensor):
                 if id(value) not in ours and value.is_leaf and not value.is_meta:
                     self._outside.append(_Outside(prefix + key, value, may_count=False))
             elif not _is_fixed(value):
                 self._mutable.append(_Mutable(prefix + key, table, key, _is_plain(value)))
+        return table
 
     def adopt(self) -> None:
         """Count what was put on the module since then as part of it."""
@@ -234,6 +253,16 @@ class Pristine:
         return copies
 
 
+def _parts(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """A module's modules, by what the names of their attributes begin with."""
+    some: Any = module
+    return {
+        f"{prefix}{path}." if path else prefix: part
+        for path, part in some.named_modules()
+        if not isinstance(part, torch.jit.ScriptModule)
+    }
+
+
 def _differs(table: _Table) -> bool:
     try:
         return table.live != table.before
@@ -268,12 +297,15 @@ def _is_fixed(value: Any) -> bool:
         return False
     if isinstance(value, _FIXED) or type(value).__module__.partition(".")[0] == "torch":
         return True
-    return isinstance(value, (tuple, frozenset)) and all(map(_is_fixed, cast("Any", value)))
+    if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
+        return True
+    some: Any = value
+    return isinstance(value, (tuple, frozenset)) and all(map(_is_fixed, some))
 
 
 def _is_plain(value: Any) -> bool:
-    kind: type[Any] = type(value)
-    if kind not in (list, tuple, set, deque, dict, OrderedDict):
+    if type(value) not in (list, tuple, set, deque, dict, OrderedDict):
         return False
-    inside: Any = value.values() if isinstance(value, dict) else value
+    some: Any = value
+    inside: Any = some.values() if hasattr(some, "values") else some
     return all(_is_fixed(inner) or _is_plain(inner) for inner in inside)

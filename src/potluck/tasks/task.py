@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 from potluck.core import Role, Spec, Vector
 from potluck.core.validate import as_seed
+from potluck.tasks.copies import copy_of
 from potluck.tasks.data import FederatedData
 from potluck.tasks.making import Making
 from potluck.tasks.metrics import Loss, Metric, defaults
@@ -108,7 +112,11 @@ class Task:
         module = self.module(seed=seed)
         pairs = self._making.twins(self.model, module)
         metrics = {name: rebound(metric, pairs) for name, metric in self.metrics.items()}
-        return Parts(module, rebound(self.loss, pairs), metrics)
+        loss = rebound(self.loss, pairs)
+        if loss is self.loss and hasattr(loss, "__dict__") and not isinstance(loss, FunctionType):
+            with suppress(Exception):  # what cannot be copied is shared
+                loss = copy_of(loss) if isinstance(loss, nn.Module) else deepcopy(loss)
+        return Parts(module, loss, metrics)
 
     def initial_weights(self, seed: int) -> Vector:
         """The model of round 0, which depends on the seed alone. Global randomness is kept.

@@ -250,6 +250,7 @@ def test_the_template_shows_every_key_and_comments_out_only_defaults():
     opened = re.sub(r"^# (?=\[|[a-z_0-9]+ = )", "", TEMPLATE, flags=re.MULTILINE)
     no_default = {"batches", "gradient_clip", "evaluate_train", "hidden", "loss", "path"}
     no_default |= {"kind", "missing", "scale", "categories", "split", "test_fraction"}
+    no_default |= {"text_column", "symbols", "steps"}
     no_default |= {"codec", "device", "precision", "ray_address", "variant", "workers"}
     no_default |= {"profile", "trace", "examples_per_second"}  # of [devices]
     no_default |= {"goal", "lease_seconds", "test"}  # of [server]: they follow from others

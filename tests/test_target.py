@@ -60,6 +60,24 @@ def test_a_regression_stops_at_the_first_loss_at_or_below_the_target(tmp_path, t
     assert list(train(regression(tmp_path, target), tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize(
+    "target", [{"metric": "rmse", "at_most": 1.0}, {"metric": "r2", "at_least": 0.9}]
+)
+def test_a_regression_stops_by_any_of_its_metrics(tmp_path, target):
+    list(train(regression(tmp_path, target, rounds=20), tmp_path / "run"))
+    wanted = Target(**target)
+    record = read_run(tmp_path / "run")
+    scores = [line["metrics"][wanted.metric] for line in record.rounds]
+    assert [wanted.is_reached(score) for score in scores] == [False] * (len(scores) - 1) + [True]
+    cost = measure(record)
+    assert (cost.metric, cost.target, cost.best) == (wanted.metric, wanted, scores[-1])
+    assert cost.best_round == len(scores) - 1
+    assert len(scores) - 2 < cost.to_target <= len(scores) - 1
+    # Another metric has no target of its own; a number is one in the direction of the metric.
+    assert measure(record, metric="mae").target is None
+    assert measure(record, 1.5, metric="mae").target == Target(metric="mae", at_most=1.5)
+
+
 def test_a_run_that_reached_its_target_goes_on_to_a_harder_one(tmp_path):
     list(train(regression(tmp_path, 2.0), tmp_path / "run"))
     before = len(losses(tmp_path / "run"))

@@ -38,6 +38,13 @@ class Examples(NamedTuple):
     def num_examples(self) -> int:
         return len(self.targets)
 
+    def __repr__(self) -> str:
+        def told(array: Any) -> str:
+            return f"{array.dtype} {[*array.shape]}"
+
+        inputs = mapped(told, self.inputs)
+        return f"Examples(inputs={inputs}, targets={told(self.targets)})"
+
     def rows(self, index: Any) -> Examples:
         """Some of them, by a slice or an array of row numbers."""
         return Examples(mapped(lambda array: array[index], self.inputs), self.targets[index])
@@ -72,6 +79,10 @@ class Dataset:
     checksums: Mapping[str, str] = field(default_factory=dict[str, str])  # file -> md5
     kind: TargetKind = _UNSAID
     classes: tuple[str, ...] | None = None  # names by code
+
+    def __repr__(self) -> str:
+        sizes = f"{self.train.num_examples:,} training and {self.test.num_examples:,} test examples"
+        return f"Dataset({self.name!r}: {sizes}, {self.kind}, {self.num_classes} classes)"
 
     def __post_init__(self) -> None:
         _settle_kind(self)

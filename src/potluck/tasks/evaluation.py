@@ -44,7 +44,8 @@ class Evaluator:
         self._task = task
         self._device = device or torch.device("cpu")
         self._module, self._loss, self._metrics = task.parts(seed)
-        self._module.eval().to(self._device)
+        self._module.eval()
+        self._module.to(self._device)
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
         self._pristine = Pristine(self._module, dict(averaged_tensors(self._module)), self._loss)
@@ -59,7 +60,9 @@ class Evaluator:
 
     def load(self, weights: Vector) -> None:
         """Evaluate this model from now on."""
+        self._module.train()
         self._vector.copy_(torch.tensor(weights))
+        self._module.eval()  # with them in place: adapters add theirs to those of their layers now
 
     def sums(self, examples: Examples) -> Sums:
         """Of one batch, by name; empty for what must be computed of all examples at once.

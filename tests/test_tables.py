@@ -509,3 +509,9 @@ BAD_ARRAYS: list[tuple[Any, Any, str]] = [
 def test_arrays_that_cannot_be_used_are_refused(given: Any, targets: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         from_clients({"a": (given, targets)}, num_classes=None, kind=None)
+
+
+def test_columns_may_be_named_by_numbers() -> None:
+    table = frame().rename(columns={"client": 0, "x": 1, "target": 2})
+    data = from_table(table, client_column=0, target_column=2, kind="classes")  # type: ignore[arg-type]
+    assert (data.clients, data.train.targets.tolist()) == (("a", "b"), [1, 1])

@@ -203,7 +203,7 @@ def from_file(
         name=path.stem,
         kind=kind,
         schema=schema,
-        targets=(target_column,) if isinstance(target_column, str) else tuple(target_column),
+        targets=_column_names(target_column),
         needs_test=False,
     )
     return _of_files([path], asked)
@@ -240,6 +240,7 @@ def from_table(
     Raises:
         DataError: a table that cannot be used; the message names the client and the column.
     """
+    client_column = str(client_column)
     if isinstance(table, (str, Path)):
         path = Path(table)
         if path.suffix.lower() not in (".csv", ".parquet"):
@@ -256,7 +257,7 @@ def from_table(
     else:
         frame = table if hasattr(table, "iloc") else table.to_pandas()
         located = Located(named(frame, "the table"), "the table")
-    if client_column == target_column:
+    if client_column in _column_names(target_column):
         raise DataError(
             f"clients and targets must be two columns, got column {client_column!r} for both. "
             "Name another."
@@ -354,6 +355,13 @@ def _of_tables(tables: Mapping[str, Located], notes: Sequence[str], asked: Asked
     return replace(data, notes=(*notes, *data.notes))
 
 
+def _column_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as text: a frame's columns may be numbers."""
+    if isinstance(given, (list, tuple)):
+        return tuple(map(str, given))
+    return (str(given),)
+
+
 def _asked(
     *,
     name: str,
@@ -389,7 +397,7 @@ def _asked(
         rules=rules,
         hold_out=hold_out,
         schema=schema,
-        targets=(target_column,) if isinstance(target_column, str) else tuple(target_column),
+        targets=_column_names(target_column),
     )
 
 

@@ -16,8 +16,10 @@ from potluck.experiment import check_experiment
 from potluck.simulation import build_data, build_task
 from potluck.tasks import evaluate, partitions
 from potluck.tasks.data import Dataset, Examples, FederatedData, reread
+from potluck.tasks.describe import describe
 from potluck.tasks.own_data import from_clients, from_table
-from potluck.tasks.targets import KINDS, Part, label_text, understand
+from potluck.tasks.parts import compare_parts
+from potluck.tasks.targets import IGNORED, KINDS, Part, label_text, understand
 
 RANDOM = np.random.default_rng(0)
 
@@ -90,7 +92,11 @@ def test_whole_numbers_in_an_array_are_meant_and_in_a_table_they_are_not() -> No
 
 @given(
     labels=st.lists(
-        st.one_of(st.integers(-(2**40), 2**40), st.text(min_size=1, max_size=5)), min_size=2
+        st.one_of(
+            st.integers(-(2**40), 2**40).filter(lambda label: label != IGNORED),
+            st.text(min_size=1, max_size=5),
+        ),
+        min_size=2,
     ),
     repeats=st.integers(1, 4),
 )
@@ -198,3 +204,47 @@ def test_one_devices_numbers_are_what_the_run_says() -> None:
     assert reread(device, "regression", None) is device
     with pytest.raises(DataError, match=r"num_classes=3\), got label=3 in the training examples"):
         reread(device, "classes", 3)
+
+
+def test_a_label_of_minus_100_is_left_out_and_no_class() -> None:
+    clients = {"a": (np.ones((6, 2)), [0, 1, 2, -100, 0, 1]), "b": (np.ones((5, 2)), [-100] * 5)}
+    for said in ({}, {"kind": "classes"}, {"num_classes": 3}):
+        data = from_clients(clients, test=clients["a"], **said)
+        assert (data.kind, data.num_classes, data.classes) == ("classes", 3, None)
+        assert (data.train.targets == -100).sum() == 6
+    assert "-100 is left out" in from_clients(clients, test=clients["a"]).notes[0]
+    maps = np.where(np.arange(24).reshape(6, 4) % 5 == 0, -100, np.arange(24).reshape(6, 4) % 3)
+    assert from_clients({"a": (np.ones((6, 4)), maps)}, kind="classes").num_classes == 3
+    with pytest.raises(DataError, match="numbered from 0 beside labels of -100"):
+        from_clients({"a": (np.ones((4, 2)), [-100, 7, 8, 7])}, kind="classes")
+
+
+def test_left_out_labels_are_not_described() -> None:
+    labels = np.array([0, 1, -100, 0, 1, -100, 1, 0, 0, 1])
+    data = from_clients({"a": (np.ones((10, 2)), labels), "b": (np.ones((10, 2)), labels)})
+    summary = describe(data)
+    assert summary.num_classes == 2
+    assert summary.label_skew == pytest.approx(0.0, abs=0.2)
+    compare_parts(data)
+
+
+def test_float_rows_of_zeros_and_ones_are_several_labels_unless_one_hot() -> None:
+    rows = np.array([[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]] * 3)
+    data = from_clients({"a": (np.ones((12, 2)), rows)})
+    assert (data.kind, data.num_classes) == ("multilabel", 3)
+    assert "3 labels an example" in data.notes[0]
+    with pytest.raises(DataError, match="one-hot"):
+        from_clients({"a": (np.ones((12, 2)), np.eye(3)[np.arange(12) % 3])})
+
+
+def test_a_column_of_classes_is_left_to_the_loss() -> None:
+    data = from_clients({"a": (np.ones((12, 2)), np.arange(12)[:, None] % 3)})
+    assert data.train.targets.shape[1:] == (1,)
+    assert data.num_classes == 3
+
+
+def test_maps_of_classes_need_not_have_every_class() -> None:
+    maps = np.where(RANDOM.random((8, 4, 4)) < 0.3, 9, RANDOM.integers(0, 3, (8, 4, 4)))
+    data = from_clients({"a": (np.ones((8, 1, 4, 4)), maps)})
+    assert (data.kind, data.num_classes) == ("classes", 10)
+    assert "maps of classes" in data.notes[0]

@@ -49,6 +49,7 @@ class Asked:
     schema: Schema | None = None  # instead of all but the name
     targets: tuple[str, ...] = ()  # the columns of tables
     needs_test: bool = True  # at least one test example
+    columns: bool = False  # classes may be [examples, 1]
 
 
 def assemble(
@@ -97,6 +98,7 @@ def _targets(
         kind=asked.kind,
         num_classes=asked.num_classes,
         in_tables=bool(asked.targets),
+        columns=asked.columns,
     )
     classes = asked.targets or None if meaning.kind == "multilabel" else meaning.classes
     known: dict[str, Any] = {

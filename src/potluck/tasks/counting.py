@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from potluck.tasks.metrics import Loss, cross_entropy
+from potluck.tasks.targets import IGNORED
 
 Count: TypeAlias = Callable[[Tensor], float]
 
 _FUNCTIONS: tuple[Any, ...] = (cross_entropy, functional.cross_entropy, functional.nll_loss)
 _MODULES: tuple[Any, ...] = (nn.CrossEntropyLoss, nn.NLLLoss)
-IGNORED = -100  # the class that PyTorch's losses leave out if no other is named
 
 
 class Weighted(NamedTuple):

@@ -178,10 +178,12 @@ def _label_statistics(data: FederatedData) -> tuple[float, float]:
     Σ_c |p_k(c) − p(c)| = 1 + Σ_{c of k} (|p_k(c) − p(c)| − p(c)).
     """
     labels = data.train.targets.astype(np.int64)
-    overall = np.bincount(labels, minlength=data.num_classes) / len(labels)
-    pairs, counts = np.unique(_owners(data) * len(overall) + labels, return_counts=True)
+    counted = labels >= 0
+    labels, owners = labels[counted], _owners(data)[counted]
+    overall = np.bincount(labels, minlength=data.num_classes) / max(len(labels), 1)
+    pairs, counts = np.unique(owners * len(overall) + labels, return_counts=True)
     clients, classes = np.divmod(pairs, len(overall))
-    own = counts / data.sizes[clients]
+    own = counts / np.bincount(owners, minlength=data.num_clients)[clients]
     terms = np.abs(own - overall[classes]) - overall[classes]
     distances = 0.5 * (1.0 + np.bincount(clients, weights=terms, minlength=data.num_clients))
     return float(np.median(np.bincount(clients))), float(np.maximum(distances, 0.0).mean())
@@ -219,9 +221,10 @@ def _layers(
         return [("examples", np.bincount(owners, minlength=shown).astype(np.float64), "C0")]
     # With many classes, neighbours share a layer: more colours could not be told apart.
     edges = np.unique(np.linspace(0, data.num_classes, _MOST_COLOURS + 1).round().astype(int))
-    layer = np.searchsorted(edges, data.train.targets[rows], side="right") - 1
+    counted = data.train.targets[rows] >= 0
+    layer = np.searchsorted(edges, data.train.targets[rows][counted], side="right") - 1
     num_layers = len(edges) - 1
-    counts = np.bincount(owners * num_layers + layer, minlength=shown * num_layers)
+    counts = np.bincount(owners[counted] * num_layers + layer, minlength=shown * num_layers)
     heights = counts.reshape(shown, num_layers).astype(np.float64)
     names = [str(low) if high == low + 1 else f"{low}–{high - 1}" for low, high in pairwise(edges)]
     return [(name, heights[:, i], f"C{i}") for i, name in enumerate(names)]

@@ -123,6 +123,7 @@ def from_clients(
         seed=seed,
         schema=schema,
     )
+    asked = replace(asked, columns=True)  # the loss may be one that takes them
     if test is None or not isinstance(test, Mapping):
         shared = None if test is None else array_source(test, "the shared test set")
         return assemble(train, shared, asked)

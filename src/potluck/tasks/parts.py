@@ -36,6 +36,9 @@ def compare_parts(data: FederatedData) -> list[tuple[str, str]]:
 
 
 def _classes(data: FederatedData, train: Array, test: Array) -> list[tuple[str, str]]:
+    train, test = train[train >= 0], test[test >= 0]
+    if len(train) == 0 or len(test) == 0:
+        return []
     size = max(data.num_classes, int(train.max()) + 1, int(test.max()) + 1)
     counts = np.stack([np.bincount(part, minlength=size) for part in (train, test)])
     shares = counts / counts.sum(axis=1, keepdims=True)

@@ -5,6 +5,8 @@ proposal: text and Booleans are classes, decimals are quantities, and whole numb
 where they are exactly 0 to k − 1 with few classes and many repeats. That proposal is told in
 words. Anything else that could be either is refused, with the two ways to say it.
 
+A label of −100 among codes from 0 is no class: the loss leaves it out, as PyTorch's do.
+
 Labels that are not their own codes (text, Booleans, whole numbers with gaps or below 0) are
 numbered in sorted order over all clients together, and their names are kept.
 """
@@ -23,6 +25,8 @@ TargetKind: TypeAlias = Literal["classes", "regression", "multilabel", "text"]
 KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
 
 Array = NDArray[Any]
+
+IGNORED = -100  # the class that PyTorch's losses leave out if no other is named
 
 _MOST_IN_TABLES = 20  # classes that a column of whole numbers is proposed to be
 _MOST_IN_ARRAYS = 1000  # an array of integers was made one on purpose
@@ -61,6 +65,7 @@ def understand(
     kind: TargetKind | None = None,
     num_classes: int | None = None,
     in_tables: bool = False,
+    columns: bool = False,
 ) -> tuple[list[Array], Meaning]:
     """The targets of all parts as a model takes them, and what they are.
 
@@ -68,6 +73,7 @@ def understand(
         kind: what the user says they are; None asks the values.
         num_classes: labels are then their own codes, from 0 to num_classes − 1; 0 for a regression.
         in_tables: a whole number is then no sign of intent.
+        columns: a class may be [1] of each example, for a loss that takes it so.
 
     Raises:
         DataError: targets that are not of the kind, or that could be of two.
@@ -79,7 +85,7 @@ def understand(
     if kind is None:
         kind, note = _proposed(parts, num_classes, in_tables)
     if kind == "classes":
-        values, meaning = _as_classes(parts, num_classes)
+        values, meaning = _as_classes(parts, num_classes, columns=columns)
     elif kind == "regression":
         values, meaning = _as_quantities(parts, num_classes)
     elif kind == "multilabel":
@@ -158,6 +164,8 @@ def _proposed(
     distinct = np.unique(values)
     shape = parts[0].values.shape[1:]
     if len(shape) == 1 and shape[0] > 1 and set(distinct.tolist()) == {0, 1}:
+        if "f" in types and not all((part.values.sum(axis=1) == 1).all() for part in parts):
+            return "multilabel", f"{TAKEN} {shape[0]} labels an example, each 0 or 1"
         raise DataError(
             "rows of zeros and ones may be several labels an example or one-hot classes, got "
             f"targets of shape [examples, {shape[0]}] in {parts[0].where}. {_SAY_LABELS}"
@@ -168,10 +176,17 @@ def _proposed(
             return "regression", f"{TAKEN} quantities (a regression): they are floats"
         raise _either(parts, distinct, len(values), "floats that are all whole numbers")
     most = _MOST_IN_TABLES if in_tables else _MOST_IN_ARRAYS
-    if _are_codes(distinct) and len(distinct) <= most and repeats:
+    codes = distinct[distinct != IGNORED]
+    if len(shape) > 1 and len(codes) > 0 and codes[0] >= 0 and codes[-1] < most and repeats:
         return "classes", (
-            f"{TAKEN} {len(distinct)} classes: they are the whole numbers from 0 to "
-            f'{len(distinct) - 1} (if they are quantities, say kind = "regression")'
+            f"{TAKEN} maps of classes from 0 to {codes[-1]} (if they are quantities, say "
+            'kind = "regression")'
+        )
+    if _are_codes(codes) and len(codes) <= most and repeats:
+        left_out = f"; {IGNORED} is left out" * (len(codes) < len(distinct))
+        return "classes", (
+            f"{TAKEN} {len(codes)} classes: they are the whole numbers from 0 to "
+            f'{len(codes) - 1}{left_out} (if they are quantities, say kind = "regression")'
         )
     raise _either(parts, distinct, len(values), "whole numbers")
 
@@ -203,9 +218,11 @@ def _are_codes(distinct: Array) -> bool:
     return len(distinct) > 0 and distinct[0] == 0 and int(distinct[-1]) == len(distinct) - 1
 
 
-def _as_classes(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
+def _as_classes(
+    parts: Sequence[Part], num_classes: int | None, *, columns: bool
+) -> tuple[list[Array], Meaning]:
     for part in parts:
-        _check_label_shape(part)
+        _check_label_shape(part, columns)
     if parts[0].values.dtype.kind == "U":
         return _numbered(parts, num_classes)
     if all(part.values.dtype.kind == "b" for part in parts):
@@ -214,8 +231,16 @@ def _as_classes(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Ar
     whole = [Part(part.where, _whole(part)) for part in parts]
     if num_classes is None and whole[0].values.ndim == 1:
         distinct = np.unique(np.concatenate([part.values for part in whole]))
-        if not _are_codes(distinct):
+        codes = distinct[distinct != IGNORED]
+        if len(codes) < len(distinct) and len(codes) > 0 and not _are_codes(codes):
+            raise DataError(
+                f"classes must be numbered from 0 beside labels of {IGNORED}, which losses leave "
+                f"out, got label={label_text(codes[0])} in {whole[0].where}. Number them, or give "
+                "text."
+            )
+        if not _are_codes(codes) and len(codes) > 0:
             return _numbered(whole, None)
+        distinct = codes
         num_classes = len(distinct)
     if num_classes is None:  # label maps and sequences: not every label need occur
         num_classes = 1 + max(int(part.values.max(initial=0)) for part in whole)
@@ -278,11 +303,13 @@ def _as_symbols(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Ar
     return [part.values for part in whole], Meaning("text", num_classes)
 
 
-def _check_label_shape(part: Part) -> None:
+def _check_label_shape(part: Part, columns: bool) -> None:
     values = part.values
     if values.ndim != 2:
         return
     if values.shape[1] == 1:
+        if columns:
+            return
         raise DataError(
             "a class must be one number an example, [examples], got targets of shape="
             f"{values.shape} in {part.where}. Give targets[:, 0]."
@@ -317,7 +344,8 @@ def _whole(part: Part) -> Array:
 
 
 def _check_range(part: Part, num_classes: int) -> None:
-    wrong = np.argwhere((part.values < 0) | (part.values >= num_classes))
+    counts = part.values != IGNORED
+    wrong = np.argwhere(counts & ((part.values < 0) | (part.values >= num_classes)))
     if len(wrong) > 0:
         at = tuple(map(int, wrong[0]))
         raise DataError(

@@ -126,7 +126,7 @@ def in_words(settings: RoundSettings) -> list[tuple[str, str]]:
         ("goal", f"{goal} close a round" if part != 1.0 else f"{goal} closes a round"),
         ("minimum", f"{least}; with fewer a round is tried again"),
         ("assigned", assigned),
-        ("first round", f"{begin} enrolled"),
+        ("first round", f"{begin} enrolled (server.population)"),
     ]
 
 

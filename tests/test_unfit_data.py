@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from torch.nn import functional
 
 from federation import Device, Federation, UnitTrainer
 from potluck.core import ConfigError, DataError, PotluckError, RefusedError
 from potluck.device import TorchTrainer, one_client
+from potluck.plan import build_planned_task
 
 
 def unfit(data, case):
@@ -70,3 +72,27 @@ def test_a_device_that_cannot_train_any_more_ends_and_pauses_nobody(tmp_path, se
         assert [device.died for device in federation.devices[::2]] == [None, None]
         assert [row["accepted"] for row in federation.service.history(federation.run)] == [2, 2]
         assert federation.status()["left"] == 1
+
+
+def test_a_model_of_its_own_that_does_not_fit_its_data_is_refused_beforehand(tmp_path):
+    """What a contract of the task or PyTorch itself says, with the file that it is said of."""
+    with Federation(tmp_path, rounds=1, clients=2, server="goal = 1") as federation:
+        own = one_client(federation.data, 0)
+        for loss, words in (
+            (lambda out, y: functional.mse_loss(out, y), ["ward-7.npz"]),
+            (lambda out, y: out @ y, ["ward-7.npz", "got"]),
+        ):
+            trainer = TorchTrainer(
+                lambda _: own,
+                build=lambda task, data, loss=loss: replace(
+                    build_planned_task(task, data), loss=loss
+                ),
+                where="ward-7.npz",
+            )
+            device = Device(
+                federation.server.address, federation.invite(), tmp_path / "own", trainer
+            )
+            device.end()
+            assert isinstance(device.died, ConfigError), device.died
+            assert all(word in str(device.died) for word in words)
+        assert federation.service.devices(federation.run) == []

@@ -24,6 +24,7 @@ from potluck.core import (
     ProtocolError,
     RefusedError,
     Spec,
+    TaskError,
     Update,
     encode_update,
     update_bytes,
@@ -63,6 +64,8 @@ from potluck.protocol import (
 OFFERS = (*CODECS, INLINE)
 """What a device accepts."""
 _FATAL = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "token", "method", "media")
+_UNFIT = (ConfigError, DataError, TaskError)
+"""What another assignment would end with, too."""
 _OVER = ("late", "conflict")
 _CHECK_IN = f"/v{VERSION}/check-in"
 _AFTER_A_FAULT_SECONDS = 10.0
@@ -166,9 +169,9 @@ class Agent:
         except (Stopped, GeneratorExit):  # here, or in whoever is shown the events
             self._say_stopped(assignment)
             raise
-        except (ProtocolError, ConfigError, DataError, DivergedError, NotEligibleError) as error:
+        except (ProtocolError, *_UNFIT, DivergedError, NotEligibleError) as error:
             yield Event("failed", assignment.round, str(error))
-            if assignment.kind == "train" and isinstance(error, (ConfigError, DataError)):
+            if assignment.kind == "train" and isinstance(error, _UNFIT):
                 self._leave(assignment, _reason(error))
                 raise  # another assignment would end in the same way
             yield from self._give_back(assignment, _reason(error))
@@ -333,7 +336,7 @@ def _reason(error: BaseException) -> FailureReason:
             return "diverged" if error.code == "not_finite" else "error"
         case NotEligibleError():
             return "ineligible"
-        case ConfigError():
+        case ConfigError() | TaskError():
             return "unsupported"
         case DataError():
             return "no_data"

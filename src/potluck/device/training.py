@@ -21,6 +21,7 @@ from potluck.core import (
     DivergedError,
     Role,
     Spec,
+    TaskError,
     Update,
     Vector,
 )
@@ -119,17 +120,20 @@ class TorchTrainer:
         return Runtime(name="torch", version=version)
 
     def fit(self, plan: Plan, spec: Spec) -> None:
-        """Take one local step from a model of zeros, and forget it; see `Trainer`."""
-        task, model, whole = self._prepare(plan, spec)
+        """Take one local step from a model of this device's own, and forget it; see `Trainer`."""
+        task, model, _ = self._prepare(plan, spec)
         examples = task.data.client(0)
         model.take(examples)
         size = plan.algorithm.batch_size
         few = min(examples.num_examples, _TRIED if size == "full" else size)
         try:
-            zeros = np.zeros(spec.dim, np.float32)
-            model.begin(_unpacked(task, whole, zeros, seed=0), np.arange(few), 0)
+            model.begin(task.initial_weights(0), np.arange(few), 0)
             model.step(slice(0, few), plan.algorithm.client_lr)
             model.end()
+        except DivergedError:
+            pass  # as may be where the run's model is another
+        except (ConfigError, DataError, TaskError) as error:
+            raise ConfigError(f"{self._where}: {error}") from None
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             told = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(

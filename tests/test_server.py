@@ -1,13 +1,20 @@
 """The rounds of a served run, in every place for its state, with devices that send fingerprints."""
 
+import json
+import math
+import re
+
 import numpy as np
 import pytest
 from safetensors.numpy import load
+from sqlalchemy import select
 
 from fleet import CONTENT, Clock, Fleet, claims
 from potluck.core import RefusedError
 from potluck.experiment import check_experiment
 from potluck.server import Assigned, Attributes, Finished, RoundSettings, Service, Wait
+from potluck.server.showing import Showing
+from potluck.server.tables import evaluations
 from potluck.simulation import build_data, rounds
 from potluck.simulation.build import build_algorithm, build_task
 from potluck.simulation.executors import kernel_threads
@@ -521,3 +528,17 @@ def test_the_updates_of_a_round_that_is_over_are_gone(places):
     fleet.round()
     assert {key.partition("/")[0] for key in fleet.stored()} == {"models"}
     fleet.service.close()
+
+
+def test_an_evaluation_that_gave_no_number_is_stored_as_json_and_is_no_result(places):
+    fleet = Fleet(*places())
+    try:
+        fleet.service.evaluate(fleet.run, lambda w: {"loss": math.nan, "rmse": math.inf, "r2": 0.5})
+        with fleet.service.database.read() as db:
+            (stored,) = db.execute(select(evaluations.c.metrics)).scalars()
+        json.loads(stored, parse_constant=pytest.fail)
+        assert [row["metrics"] for row in fleet.service.evaluations(fleet.run)] == [{"r2": 0.5}]
+        sections = Showing(fleet.service, fleet.run).look().sections
+        assert not re.search(r"\b(nan|inf)\b", " ".join(sections.values()), re.IGNORECASE)
+    finally:
+        fleet.service.close()

@@ -133,6 +133,8 @@ def test_named_labels_come_back_from_their_codes(labels, repeats) -> None:
         ([0, -1], {"num_classes": 3}, r"from 0 to 2 \(num_classes=3\), got label=-1 in here"),
         (["a", "b"], {"num_classes": 1}, "at most num_classes=1 classes, got 2"),
         ([0.5], {"kind": "text"}, "whole numbers"),
+        ([1.0, 1e300], {"kind": "classes"}, r"whole numbers or text, got 1e\+300 in example 1"),
+        ([0.5, 1e300], {}, r"finite in float32, got 1e\+300 in example 1 of here"),
     ],
 )
 def test_targets_that_are_not_of_their_kind_are_refused(values, options, message) -> None:

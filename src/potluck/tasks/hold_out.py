@@ -85,8 +85,8 @@ def num_test(num_examples: int, fraction: float) -> int:
 def _stratified(targets: NDArray[Any], count: int, random: np.random.Generator) -> Rows:
     """`count` rows, of each class its share to less than one row, where rows have a class.
 
-    Shares are rounded down, and what is left goes to the largest remainders; a class keeps an
-    example for training as long as others have one to give.
+    Shares are rounded down, and what is left goes to the largest remainders, first of classes that
+    keep an example for training then.
     """
     order = random.permutation(len(targets))
     if targets.ndim != 1 or targets.dtype.kind not in "iu":
@@ -106,15 +106,18 @@ def _stratified(targets: NDArray[Any], count: int, random: np.random.Generator) 
 def _latest(times: Any, count: int, where: str) -> Rows:
     _check_whole(times, where)
     pandas: Any = importlib.import_module("pandas")
-    if pandas.api.types.infer_dtype(times) == "string":
-        try:
-            times = pandas.to_datetime(times, format="ISO8601", utc=True)
-        except ValueError:
-            raise DataError(
-                f"times must be numbers or look like 2024-01-31 12:00, got {times.iloc[0]!r} in "
-                f"column {str(times.name)!r} of {where}. Write them so."
-            ) from None
-    order = times.reset_index(drop=True).sort_values(kind="stable").index.to_numpy(np.int64)
+    if hasattr(times, "cat"):  # the order of categories is not that of times
+        times = times.astype(times.cat.categories.dtype)
+    kind, ordered = pandas.api.types.infer_dtype(times), times.reset_index(drop=True)
+    try:
+        if kind == "string":
+            ordered = pandas.to_datetime(ordered, format="ISO8601", utc=True)
+        order = ordered.sort_values(kind="stable").index.to_numpy(np.int64)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"times must be numbers or look like 2024-01-31 12:00, got {times.iloc[0]!r} in "
+            f"column {str(times.name)!r} of {where}. Write all of them so."
+        ) from None
     return order[len(order) - count :]
 
 

@@ -29,6 +29,7 @@ Array = NDArray[Any]
 IGNORED = -100  # the class that PyTorch's losses leave out if no other is named
 
 _MOST_IN_TABLES = 20  # classes that a column of whole numbers is proposed to be
+_EXACT = 2.0**53  # above it, floats hold not every whole number
 _MOST_IN_ARRAYS = 1000  # an array of integers was made one on purpose
 
 TAKEN = "targets are taken for"  # begins the note of a proposal
@@ -269,8 +270,20 @@ def _as_quantities(parts: Sequence[Part], num_classes: int | None) -> tuple[list
             'kind = "classes".'
         )
     _check_numbers(parts, "regression")
-    values = [part.values.astype(np.float32) for part in parts]
-    return values, Meaning("regression", 0)
+    return [_as_float32(part) for part in parts], Meaning("regression", 0)
+
+
+def _as_float32(part: Part) -> Array:
+    with np.errstate(over="ignore"):  # what float32 cannot hold is inf
+        values = part.values.astype(np.float32)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong) > 0:
+        at = tuple(map(int, wrong[0]))
+        raise DataError(
+            f"targets must be finite in float32, got {part.values[at].item()!r} in example {at[0]} "
+            f"of {part.where}. Use another unit."
+        )
+    return values
 
 
 def _as_many_labels(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
@@ -333,7 +346,7 @@ def _check_numbers(parts: Sequence[Part], kind: str) -> None:
 def _whole(part: Part) -> Array:
     values = part.values
     if values.dtype.kind == "f":
-        wrong = np.argwhere(values != np.floor(values))
+        wrong = np.argwhere((values != np.floor(values)) | (np.abs(values) > _EXACT))
         if len(wrong) > 0:
             row = tuple(map(int, wrong[0]))
             raise DataError(

@@ -320,7 +320,7 @@ def test_train_says_what_the_algorithm_is_made_of(folder):
         (["report", "."], "potluck train"),
         (["report", "none"], "potluck train"),
         (["data", "get", "none"], "potluck data list"),
-        (["data", "describe", "tiny.toml", "--out", "p.none"], "format"),
+        (["data", "describe", "tiny.toml", "--out", "p.none"], ".png, .svg or .pdf"),
         (["data", "describe", "tiny.toml", "--out", "no/p.png"], "no/p.png"),
         (["init", "tiny.toml"], "--force"),
     ],

@@ -20,7 +20,7 @@ from potluck import (
     schedules,
 )
 from potluck.core import ConfigError
-from potluck.experiment import TaskSection, load_experiment
+from potluck.experiment import TaskSection, check_experiment, load_experiment
 from potluck.simulation import build_algorithm, build_data, build_task
 from potluck.tasks import PerStep
 
@@ -264,6 +264,15 @@ def test_keys_that_older_manifests_lack_have_no_value_unless_they_are_given():
     fields = TaskSection.model_fields.items()
     valued = {name for name, field in fields if field.default not in absent}
     assert valued == {"client_column", "target_column"}
+
+
+def test_an_experiment_of_an_older_manifest_is_built_again(written):
+    """It names every key of its time, with the defaults that decide nothing."""
+    content = load_experiment(written(GOOD)).model_dump(mode="json")
+    for key in ("kind", "missing", "scale", "categories", "split", "test_fraction", "symbols"):
+        del content["task"][key]
+    assert content["task"]["client_column"] == "client"
+    assert build_data(check_experiment(content, "manifest.json")).num_clients == 10
 
 
 def test_the_standard_library_by_module_and_iid(written):

@@ -175,9 +175,13 @@ def _either(values: Sequence[str]) -> str:
 
 
 def _is_said(given: BaseModel, name: str) -> bool:
-    """Whether a key has a value: an experiment that was written out in full names all keys."""
-    written_out = len(given.model_fields_set) == len(type(given).model_fields)
-    return getattr(given, name) is not None and not written_out
+    """Whether a key was given a value of its own.
+
+    An experiment that was written out in full, as manifests have it, names all keys of its time.
+    """
+    fields = type(given).model_fields
+    value, written_out = getattr(given, name), len(given.model_fields_set) == len(fields)
+    return value is not None and value != fields[name].default and not written_out
 
 
 def _own_data(experiment: Experiment) -> FederatedData:

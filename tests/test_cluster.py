@@ -25,7 +25,7 @@ from potluck import (
     partitions,
     rounds,
 )
-from potluck.core import WorkerError
+from potluck.core import TaskError, WorkerError
 from potluck.simulation import make_executor
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -201,6 +201,26 @@ def test_workers_share_a_gpu(two_nodes, data):
         assert shares == [[0], [0]]
     finally:
         executor.close()
+
+
+def test_an_evaluation_that_fails_or_takes_all_examples_is_that_of_the_loop(two_nodes, data):
+    def spread(outputs, targets):  # of all examples at once
+        return float(outputs.argmax(1).double().std())
+
+    fitting = Task(model=lambda: TwoNN((1, 8, 8)), data=data, metrics={"spread": spread})
+    misfit = Task(model=lambda: TwoNN((1, 8, 8), num_classes=9), data=data)
+    cluster = Cluster(fitting, num_workers=1)
+    try:
+        weights = fitting.initial_weights(0)
+        assert cluster.evaluate(weights) == pytest.approx(Loop(fitting).evaluate(weights))
+    finally:
+        cluster.close()
+    cluster = Cluster(misfit, num_workers=1)
+    try:
+        with pytest.raises(TaskError, match=r"client '.*': the loss must .* at least 10 outputs"):
+            cluster.evaluate(misfit.initial_weights(0))
+    finally:
+        cluster.close()
 
 
 def test_clients_are_counted_while_a_round_goes_on(two_nodes, data):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from potluck.core import WorkerError
+from potluck.core import PotluckError, WorkerError
 
 _ATTEMPTS = 3  # hands that one job may take with it
 _STARTS = 3  # hands that may fail to start in a row
@@ -185,6 +185,8 @@ class Hands:
             self._idle.append(hand)
         except self._ray.exceptions.RayTaskError as error:
             self._end(hand)
+            if isinstance(error.cause, PotluckError):  # in the words of who raised it
+                raise error.cause from None
             raise WorkerError(f"a worker failed: {error.cause}") from None
         except self._ray.exceptions.RayError:
             deal.lost(hand)

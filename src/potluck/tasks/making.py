@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from potluck.core import derive_seed
 from potluck.tasks.copies import copy_of, differences, leaves
+from potluck.tasks.modules import check_module, made_by
 from potluck.tasks.randomness import borrowed_randomness, seed_generators
 from potluck.tasks.rebinding import Pairs, twins
 from potluck.tasks.trees import called, mapped
@@ -46,6 +47,7 @@ class Making:
     def module(self, model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
         """A module for this seed that shares nothing with any other."""
         if isinstance(model, nn.Module):
+            check_module(model)
             return copy_of(model)
         module = self._new(model, seed)
         if self._is_one is None:
@@ -109,7 +111,7 @@ class Making:
             first = derive_seed(seed, "weights")
             torch.manual_seed(first)  # of GPUs, too
             seed_generators(first)
-            module = model()
+            module = made_by(model)
         self._originals.add(module)
         return module
 

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from potluck.core import DataError
+from potluck.tasks.describe import describe
 from potluck.tasks.own_data import from_clients, from_file, from_folder, from_table
 from potluck.tasks.schema import Schema
 
@@ -48,6 +49,9 @@ def test_fills_scales_and_categories_are_those_of_all_training_rows_by_hand() ->
     np.testing.assert_allclose(first, [(30 - age.shift) / age.scale, 1, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(second, [0, 0, 1, 0], atol=1e-7)
     assert data.classes == ("no", "yes")
+    rows = dict(describe(data).rows())
+    assert rows["features"] == "age (filled, scaled), sex (2 categories, filled), smokes (filled)"
+    assert rows["classes"] == "2: no, yes"
     minmax = from_table(
         frame, client_column="ward", target_column="ill", split="last", **ALL | {"scale": "minmax"}
     )

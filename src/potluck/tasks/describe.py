@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from potluck.tasks.data import Examples, FederatedData
 from potluck.tasks.parts import compare_parts
+from potluck.tasks.schema import Schema
 from potluck.tasks.trees import is_one, mapped
 
 _MOST_BARS = 100  # clients in the picture
@@ -72,6 +73,7 @@ class PartitionSummary:
     num_classes: int | None
     classes_per_client: float | None  # median
     label_skew: float | None  # mean over the clients, from 0 to 1
+    features: str | None  # of tables: the columns and what becomes of them
     parts: tuple[tuple[str, str], ...]  # labels of training and test, and whether they differ
 
     def rows(self) -> list[tuple[str, str]]:
@@ -91,6 +93,7 @@ class PartitionSummary:
             ]
         rows += [
             *_inputs(self.input_shape, self.input_dtype),
+            *([] if self.features is None else [("features", self.features)]),
             ("target", f"{self.target_kind}, {self.target_dtype}"),
             *(("note", note) for note in self.notes),
         ]
@@ -133,6 +136,7 @@ def describe(data: FederatedData) -> PartitionSummary:
         num_classes=data.num_classes if labelled else None,
         classes_per_client=classes,
         label_skew=skew,
+        features=_features(data.schema),
         parts=tuple(compare_parts(data)),
     )
 
@@ -246,6 +250,18 @@ def _draw_sizes(axes: Any, sizes: NDArray[np.int64]) -> None:
 
 def _whose(own_tests: bool) -> str:
     return ", each client's own" if own_tests else ", shared"
+
+
+def _features(schema: Schema | None) -> str | None:
+    if schema is None or not schema.targets:
+        return None
+    words: list[str] = []
+    for feature in schema.features[:_MOST_COLOURS]:
+        made = [f"{len(feature.categories)} categories"] * bool(feature.categories)
+        made += ["filled"] * (feature.fill is not None)
+        made += ["scaled"] * ((feature.shift, feature.scale) != (0.0, 1.0))
+        words.append(feature.name + (f" ({', '.join(made)})" if made else ""))
+    return ", ".join(words) + ", …" * (len(schema.features) > _MOST_COLOURS)
 
 
 def _named(classes: tuple[str, ...] | None) -> str:

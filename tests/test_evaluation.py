@@ -487,3 +487,46 @@ def test_own_targets_are_judged_by_what_they_are():
         outputs = 1 if data is prices else 4
         task = Task(model=nn.Linear(4, outputs), data=data)
         assert set(evaluate(task, task.initial_weights(0))) == names
+
+
+def test_the_largest_of_one_output_is_no_prediction():
+    mine = {"accuracy": lambda o, t: (o.argmax(1) == t).float()}
+    for data in (made(*numbers(), 0), made(classes()[0], classes()[1] % 2, 2)):
+        loss = lambda o, t: F.mse_loss(o.squeeze(1), t.float())  # noqa: E731
+        task = Task(model=nn.Linear(6, 1), data=data, loss=loss, metrics=mine)
+        with pytest.raises(TaskError, match=r"largest of one output .* always the first"):
+            evaluate(task, task.initial_weights(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"loss": "cross_entropy"}, "loss must be a function"),
+        ({"loss": nn.CrossEntropyLoss}, "or a module, got"),
+        ({"metrics": [accuracy]}, "metrics must be a dictionary"),
+        ({"metrics": {"a": 3}}, "'a'=3"),
+        ({"metrics": {"r2": RSquared}}, "or an instance"),
+        ({"metrics": {"loss": accuracy}}, "other than 'loss'"),
+        ({"metrics": {3: accuracy}}, "called 3"),
+    ],
+)
+def test_what_can_judge_nothing_is_refused_when_the_task_is_made(given, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        Task(model=nn.Linear(6, 3), data=made(*classes(), 3), **given)
+
+
+@pytest.mark.parametrize(
+    ("targets", "loss", "hint"),
+    [
+        (classes()[1][:, None], None, r"targets\[:, 0\]"),
+        (classes()[1] % 2, nn.BCEWithLogitsLoss(), r"end with .squeeze\(1\)"),
+        (numbers()[1], nn.CrossEntropyLoss(), 'say kind = "classes"'),
+        (classes()[1] % 2, lambda o, t: F.binary_cross_entropy(o[:, 0].sigmoid(), t), "float"),
+    ],
+)
+def test_a_loss_that_takes_other_targets_comes_with_a_hint(targets, loss, hint):
+    outputs = 1 if targets.ndim == 1 and targets.dtype.kind == "i" else 3
+    data = made(classes()[0], targets, 3 if targets.dtype.kind == "i" else 0)
+    task = Task(model=nn.Linear(6, outputs), data=data, **({"loss": loss} if loss else {}))
+    with pytest.raises(TaskError, match=hint):
+        evaluate(task, task.initial_weights(0))

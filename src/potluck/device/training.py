@@ -192,7 +192,7 @@ class TorchTrainer:
     ) -> Sums:
         """Sums of metrics; see `Trainer`."""
         from potluck.tasks import Evaluator, evaluation_batches
-        from potluck.tasks.scores import is_statistic
+        from potluck.tasks.metrics import is_statistic
 
         task, _, whole = self._prepare(plan, spec)
         if task.data.client_test(0).num_examples == 0:

@@ -127,6 +127,14 @@ def _hint(reason: str, inputs: Any, outputs: Any, targets: Tensor) -> str:
             f"The largest label here is {int(targets.max())}, so the model must have at least "
             f"{int(targets.max()) + 1} outputs; classes are numbered from 0."
         )
+    if isinstance(outputs, Tensor) and outputs.ndim == targets.ndim + 1 and outputs.shape[1] == 1:
+        return "Let the model end with .squeeze(1), or give targets [examples, 1]."
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        return "Give targets of the shape [examples], targets[:, 0]."
+    if "Float" in reason and targets.is_floating_point():
+        return 'Classes are whole numbers: say kind = "classes"; for quantities leave the loss out.'
+    if "Long" in reason and not targets.is_floating_point():
+        return "Let the loss take targets.float(), or give targets as floats."
     return "Make outputs and targets fit the loss: reshape the targets, or wrap the loss."
 
 

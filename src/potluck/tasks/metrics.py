@@ -20,9 +20,9 @@ characters and 80 steps the second is about half the first, and wants twice the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -168,6 +168,41 @@ def defaults(kind: TargetKind) -> tuple[Loss, dict[str, Metric]]:
         return mean_squared_error, metrics
     loss = binary_cross_entropy if kind == "multilabel" else cross_entropy
     return loss, {"accuracy": accuracy}
+
+
+def check_judges(loss: Any, metrics: Any) -> None:
+    """Refuse what can be no loss, or no metrics.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    if not callable(loss) or isinstance(loss, type):
+        raise TypeError(
+            "loss must be a function of (outputs, targets), or a module, got "
+            f"loss={loss!r}. Give one, such as torch.nn.functional.cross_entropy or "
+            "torch.nn.CrossEntropyLoss()."
+        )
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            "metrics must be a dictionary of names and functions of (outputs, targets), got "
+            f"{type(metrics).__name__}. Give {{'accuracy': accuracy}}, or {{}} for none."
+        )
+    for name, metric in cast("Mapping[Any, Any]", metrics).items():
+        if isinstance(metric, type) or not (callable(metric) or is_statistic(metric)):
+            raise TypeError(
+                "a metric must be a function of (outputs, targets), or have terms and value, got "
+                f"{name!r}={metric!r}. Give a function, or an instance."
+            )
+        if not isinstance(name, str) or name == "loss":
+            raise ValueError(
+                "metrics must be called by text other than 'loss', which is the name of the "
+                f"task's loss, got a metric called {name!r}. Call it otherwise."
+            )
+
+
+def is_statistic(metric: Any) -> bool:
+    """Whether a metric is made of sums over examples by a last step."""
+    return callable(getattr(metric, "terms", None)) and callable(getattr(metric, "value", None))
 
 
 def paired(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from potluck.core import TaskError
 from potluck.tasks.contract import checked_loss, in_words, variants
 from potluck.tasks.counting import Weighted, count_of
-from potluck.tasks.metrics import Loss, Metric, Statistic, accuracy
+from potluck.tasks.metrics import Loss, Metric, Statistic, accuracy, is_statistic
 from potluck.tasks.trees import is_one, leaves, mapped, shown
 
 Way: TypeAlias = Literal["values", "counted", "mean", "terms", "whole"]
@@ -84,11 +85,6 @@ def value_of(metric: Metric | None, totals: Totals) -> float:
     return float(totals[0] / totals[1]) if totals[1] > 0 else float("nan")
 
 
-def is_statistic(metric: Any) -> bool:
-    """Whether a metric is made of sums over examples by a last step."""
-    return callable(getattr(metric, "terms", None)) and callable(getattr(metric, "value", None))
-
-
 def scores_of(
     loss: Loss, metrics: Mapping[str, Metric], outputs: Any, targets: Tensor, *, by_default: bool
 ) -> list[Score]:
@@ -123,7 +119,8 @@ def _score(name: str, metric: Metric, loss: Loss, outputs: Any, targets: Tensor)
         if score.way == "terms":
             _check_terms(score, function.terms(outputs, targets), targets)
             return score
-        found: Any = function(outputs, targets)
+        with _Largest(score.what):
+            found: Any = function(outputs, targets)
         if not isinstance(found, _NUMBERS):
             raise TaskError(
                 f"{score.what} must give one value per example, or one number for all, got "
@@ -133,6 +130,26 @@ def _score(name: str, metric: Metric, loss: Loss, outputs: Any, targets: Tensor)
             return score._replace(way=_way_of_number(function, outputs, targets))
         _check_values(score, torch.as_tensor(found), outputs, targets)
         return score
+
+
+class _Largest(TorchFunctionMode):
+    """Within it, the place of the largest of one output, which is always the first, is refused."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options: dict[str, Any] = kwargs or {}
+        if func in (torch.argmax, Tensor.argmax):
+            place = options.get("dim", args[1] if len(args) > 1 else None)
+            if place is not None and args[0].ndim > 1 and args[0].shape[place] == 1:
+                raise TaskError(
+                    f"{self._what} takes the largest of one output per example, which is always "
+                    f"the first, got {shown(args[0])}. Compare the output with a threshold, or for "
+                    "a regression leave metrics out."
+                )
+        return func(*args, **options)
 
 
 def _is_number(found: Any, targets: Tensor) -> bool:

@@ -17,7 +17,7 @@ from potluck.core.validate import as_seed
 from potluck.tasks.copies import copy_of
 from potluck.tasks.data import FederatedData
 from potluck.tasks.making import Making
-from potluck.tasks.metrics import Loss, Metric, defaults
+from potluck.tasks.metrics import Loss, Metric, check_judges, defaults
 from potluck.tasks.rebinding import rebound
 from potluck.tasks.targets import TargetKind
 
@@ -64,16 +64,7 @@ class Task:
             object.__setattr__(self, "loss", loss)
         if self.metrics is _BY_KIND:
             object.__setattr__(self, "metrics", metrics)
-        if not callable(self.loss):
-            raise TypeError(
-                "loss must be a function of (outputs, targets), got "
-                f"loss={self.loss!r}. Give one, such as torch.nn.functional.cross_entropy."
-            )
-        if "loss" in self.metrics:
-            raise ValueError(
-                "metrics must not be called 'loss', which is the name of the task's loss, got "
-                f"metrics={sorted(self.metrics)}. Call it otherwise."
-            )
+        check_judges(self.loss, self.metrics)
 
     @property
     def kind(self) -> TargetKind:

@@ -163,3 +163,22 @@ def test_plans_of_built_in_data_have_the_bytes_they_had(tmp_path):
     plan = write_plan(plan_of(experiment, build_data(experiment)))
     assert set(plan) == {"task", "algorithm", "needs"}
     assert read_plan(plan).data is None
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npz"])
+def test_whole_numbers_are_quantities_where_the_run_says_so(tmp_path, suffix):
+    """A device whose prices happen to be whole, decimals or of one value alone."""
+    features = [{"name": "a"}, {"name": "b"}] if suffix == "csv" else []
+    shape = {"kind": "regression", "num_classes": 0, "input_shape": [2]}
+    schema = shape | ({"targets": ["price"], "features": features} if features else {})
+    for number, prices in enumerate(([42, 17, -3], [0, 1, 0], [1.5, 2.0, 7.25], [7, 7, 7])):
+        file = tmp_path / f"{number}.{suffix}"
+        if suffix == "csv":
+            lines = [f"{price},{k},{k + 0.5}" for k, price in enumerate(prices)]
+            file.write_text("\n".join(["price,b,a", *lines]))
+        else:
+            np.savez(file, inputs=np.ones((3, 2), np.float32), targets=np.array(prices))
+        data = read_own(file, schema=own_data.Schema.from_json(schema))
+        assert (data.kind, data.num_classes) == ("regression", 0)
+        targets = np.concatenate([data.train.targets, data.test.targets]).astype(np.float64)
+        assert sorted(targets.ravel().tolist()) == sorted(map(float, prices))

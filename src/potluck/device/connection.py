@@ -37,6 +37,8 @@ from potluck.protocol import (
     sign_request,
 )
 
+_CHANCE = random.SystemRandom()  # local training seeds the global generator
+
 M = TypeVar("M", bound=Message)
 
 _LOG = logging.getLogger("potluck.device")
@@ -92,7 +94,7 @@ class Connection:
         record: Record,
         clock: Clock,
         *,
-        uniform: Callable[[float, float], float] = random.uniform,
+        uniform: Callable[[float, float], float] = _CHANCE.uniform,
     ) -> None:
         self._url = check_url(url, certificate)
         self._authority = self._url.netloc.decode().lower()

@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+_CHANCE = random.SystemRandom()  # local training seeds the global generator
+
 LEAST_SECONDS = 2.0
 MOST_SECONDS = 60.0
 REFUSALS = 600
@@ -27,7 +29,7 @@ class Pressure:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        part: Callable[[], float] = random.random,
+        part: Callable[[], float] = _CHANCE.random,
     ) -> None:
         """`clock` in seconds; `part` draws from [0, 1)."""
         self._clock, self._part = clock, part

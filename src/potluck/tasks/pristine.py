@@ -293,14 +293,14 @@ def _same(mutable: _Mutable, one: Any, other: Any) -> bool:
 
 def _is_fixed(value: Any) -> bool:
     """Whether it can only change by being assigned, as far as anybody may care."""
+    inside: Any = value
     if isinstance(value, torch.Generator):
         return False
     if isinstance(value, _FIXED) or type(value).__module__.partition(".")[0] == "torch":
         return True
-    if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
+    if getattr(getattr(inside, "__dataclass_params__", None), "frozen", False):
         return True
-    some: Any = value
-    return isinstance(value, (tuple, frozenset)) and all(map(_is_fixed, some))
+    return type(inside) in (tuple, frozenset) and all(_is_fixed(part) for part in inside)
 
 
 def _is_plain(value: Any) -> bool:

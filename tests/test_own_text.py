@@ -16,7 +16,7 @@ from potluck.experiment import check_experiment, load_experiment
 from potluck.simulation import build_data, build_task, train
 from potluck.tasks.data import FederatedData
 from potluck.tasks.describe import describe
-from potluck.tasks.own_data import from_file, from_text
+from potluck.tasks.own_data import from_file, from_text, with_test_file, without_clients
 from potluck.tasks.schema import Schema
 from potluck.tasks.symbols import Symbols
 
@@ -105,6 +105,19 @@ def test_a_table_is_split_by_rows_so_that_a_message_stays_whole(tmp_path: Path) 
     frame[frame.who == "a"].drop(columns="who").to_csv(tmp_path / "a.csv", index=False)
     own = from_file(tmp_path / "a.csv", schema=data.schema)
     np.testing.assert_array_equal(own.train.targets, data.client(0).targets)
+
+
+def test_a_server_without_text_knows_its_symbols_and_takes_a_test_file_whole(
+    tmp_path: Path,
+) -> None:
+    schema = from_text(SPEECHES, symbols="characters", steps=20).schema
+    assert schema is not None
+    assert schema.symbols is not None
+    (tmp_path / "test.txt").write_text("our fathers\nvi ska\n", encoding="utf-8")
+    data = with_test_file(without_clients(schema, name="none"), tmp_path / "test.txt")
+    assert (data.padding, data.num_classes) == (schema.symbols.padding, schema.num_classes)
+    assert schema.symbols.decode(data.test.targets) == "our fathers\nvi ska\n"
+    assert data.test.inputs.dtype == data.train.inputs.dtype == np.int16
 
 
 @pytest.mark.parametrize(

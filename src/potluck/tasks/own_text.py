@@ -84,11 +84,19 @@ def from_text(
 
 def text_of_file(path: Path, schema: Schema, symbols: Symbols) -> FederatedData:
     """One client from one text file or table, by the schema of its run."""
-    if path.suffix.lower() == ".txt":
-        units = _lines(_text(path), path.stem)
-    else:
-        units = _column(Located(read_table(path), str(path)), symbols.column or "text")
+    units = _units_of_file(path, symbols)
     return _packed({path.stem: units}, symbols, schema.hold_out, path.stem, needs_test=False)
+
+
+def lines_of_file(path: Path, symbols: Symbols) -> list[str]:
+    """All lines of a text file, or of the column of text of a table."""
+    return [line for unit in _units_of_file(path, symbols) for line in unit]
+
+
+def _units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
+    if path.suffix.lower() == ".txt":
+        return _lines(_text(path), path.stem)
+    return _column(Located(read_table(path), str(path)), symbols.column or "text")
 
 
 def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[list[str]]]:

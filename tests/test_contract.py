@@ -1,6 +1,8 @@
 """Contracts of models and losses in local training: kept or refused in words, on any executor."""
 
 import re
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from potluck import FedAvg, Loop, Task, Vmap, Workers, fed_sgd, rounds
+from potluck import FedAvg, Loop, Task, Vmap, Workers, evaluate, fed_sgd, rounds
 from potluck.core import TaskError, TrainingError, stream
 from potluck.tasks import Examples, bind, mean_squared_error
 from potluck.tasks.contract import checked_loss
@@ -49,7 +51,7 @@ def one_round(task, executor, algorithm=None):
     """The weights after a round of all clients, and its result, without an evaluation."""
     algorithm = algorithm or FedAvg(client_lr=0.1, batch_size=4)
     weights = task.initial_weights(0)
-    runner = EXECUTORS[executor](task)
+    runner = {**EXECUTORS, "bf16": lambda task: Loop(task, precision="bf16")}[executor](task)
     try:
         result = runner.train(algorithm, weights, np.arange(task.data.num_clients), seed=0, round=1)
     finally:
@@ -88,18 +90,64 @@ def test_a_loss_that_breaks_its_contract_is_refused_in_words(name, executor):
         list(rounds(FedAvg(client_lr=0.1), task, cohort=1.0, num_rounds=1, executor=Loop(task)))
 
 
-@pytest.mark.parametrize("outputs", ["tensor", "string", "tuple with a word"])
-def test_outputs_must_be_tensors(outputs):
+class Fields(OrderedDict):
+    """A dictionary with attributes, as libraries of language models give."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+@dataclass
+class Heads:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+Named = namedtuple("Named", "logits hidden")
+OUTPUTS = {
+    "dataclass": lambda y: Heads(y),
+    "dataclass of two": lambda y: Heads(y, y * 2),
+    "dictionary with attributes": lambda y: Fields(logits=y, hidden=None),
+    "named tuple": lambda y: Named(y, None),
+    "one number beside": lambda y: Named(y, y.square().mean()),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weights"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_may_be_of_any_make(name, weighted):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return OUTPUTS[name](super().forward(x))
+
+    weight = torch.tensor([1.0, 2.0, 5.0]) if weighted else None
+    plain = nn.CrossEntropyLoss(weight=weight)
+    inner = lambda o, t: CLASSES(o.logits, t, weight=weight)  # noqa: E731
+    right = lambda o, t: (o.logits.argmax(1) == t).float()  # noqa: E731
+    data = made(labels(), 3)
+    task = Task(model=lambda: Model(6, 3), data=data, loss=inner, metrics={"accuracy": right})
+    expected = Task(model=lambda: nn.Linear(6, 3), data=data, loss=plain)
+    for executor in EXECUTORS:
+        found, wanted = one_round(task, executor), one_round(expected, executor)
+        assert found.failures == ()
+        np.testing.assert_allclose(found.aggregate, wanted.aggregate, atol=1e-6)
+    assert one_round(task, "bf16").failures == ()
+    weights = task.initial_weights(0)
+    if not (weighted and name == "one number beside"):  # which is of a batch, as the model says
+        assert evaluate(task, weights) == pytest.approx(evaluate(expected, weights), rel=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [None, "y"])
+def test_outputs_that_are_nothing_are_refused(outputs):
     class Odd(nn.Linear):
         def forward(self, x):
-            y = super().forward(x)
-            return {"tensor": y, "string": "y", "tuple with a word": (y, "y")}[outputs]
+            return outputs
 
-    loss = lambda o, t: CLASSES(o[0] if isinstance(o, tuple) else o, t)  # noqa: E731
-    task = Task(model=lambda: Odd(6, 3), data=made(labels(), 3), loss=loss)
+    task = Task(model=lambda: Odd(6, 3), data=made(labels(), 3))
     failures = one_round(task, "loop").failures
-    assert bool(failures) == (outputs != "tensor")
-    assert all("a model must give a tensor" in failure.reason for failure in failures)
+    words = "must give what the loss needs" if outputs is None else "got outputs=str"
+    assert all(words in failure.reason for failure in failures)
+    assert len(failures) == len(SIZES)
 
 
 BROADCAST = {

@@ -32,12 +32,12 @@ def checked_loss(loss: Loss, outputs: Any, targets: Tensor, *, trains: bool) -> 
     Raises:
         TaskError: they do not.
     """
-    found = leaves(outputs)
-    if not found or not all(isinstance(part, Tensor) for part in found):
+    if outputs is None:
         raise TaskError(
-            "a model must give a tensor, or a tuple or dictionary of tensors, got "
-            f"outputs={shown(outputs)}. Return what the loss needs."
+            "a model must give what the loss needs, a tensor or several, got None. Let its forward "
+            "method return it."
         )
+    found = tensors(outputs)
     _check_one_class(loss, outputs, targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Using a target size")
@@ -48,7 +48,7 @@ def checked_loss(loss: Loss, outputs: Any, targets: Tensor, *, trains: bool) -> 
                 raise
             raise _broadcasts(outputs, targets) from None
     _check_value(value, outputs, targets, trains=trains)
-    if is_one(outputs):
+    if isinstance(outputs, Tensor):
         _check_shapes(loss, outputs, targets, value)
     is_odd = trains and bool(value.isnan()) and not counts_nothing(loss, targets)
     if is_odd and all(bool(part.isfinite().all()) for part in found):
@@ -58,6 +58,11 @@ def checked_loss(loss: Loss, outputs: Any, targets: Tensor, *, trains: bool) -> 
             "division by 0 in it."
         )
     return value
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """All tensors that a model gave, in order."""
+    return [part for part in leaves(outputs) if isinstance(part, Tensor)]
 
 
 def outputs_of(module: Any, inputs: Any, targets: Tensor) -> Any:
@@ -70,7 +75,7 @@ def outputs_of(module: Any, inputs: Any, targets: Tensor) -> Any:
         return called(module, inputs)
 
 
-class in_words:  # noqa: N801: a context, as those of contextlib
+class in_words:
     """Within it, an error of `what` ("the model", "the loss", "metric 'x'") on a batch becomes one
     that says what it was given and what to do.
 
@@ -164,13 +169,13 @@ def _check_value(value: Any, outputs: Any, targets: Tensor, *, trains: bool) -> 
         )
     if not value.is_floating_point():
         raise TaskError(f"{wanted}, got dtype={value.dtype}. Compute it from the model's outputs.")
-    devices = {part.device for part in leaves(outputs)}
-    if value.device not in devices:
+    devices = {part.device for part in tensors(outputs)}
+    if devices and value.device not in devices:
         raise TaskError(
-            f"a loss must be on the device of the outputs, {first(outputs).device}, got one on "
-            f"{value.device}. Leave .to() and .cpu() out of it."
+            f"a loss must be on the device of the outputs, got one on {value.device} of outputs on "
+            f"{', '.join(map(str, devices))}. Leave .to() and .cpu() out of it."
         )
-    differentiable = any(part.requires_grad for part in leaves(outputs))
+    differentiable = any(part.requires_grad for part in tensors(outputs))
     if trains and differentiable and not value.requires_grad:
         raise TaskError(
             "a loss must follow from the model's outputs by operations of PyTorch, got a number "

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from potluck.core import TaskError, Vector, derive_seed, higher_is_better
 from potluck.core.validate import as_count
-from potluck.tasks.contract import in_words, outputs_of
+from potluck.tasks.contract import in_words, outputs_of, tensors
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.metrics import defaults
 from potluck.tasks.pristine import Pristine
 from potluck.tasks.randomness import borrowed_randomness, seed_generators, states
 from potluck.tasks.scores import WHOLE, Score, Totals, number_in, scores_of, value_of
 from potluck.tasks.task import Task, averaged_tensors, bind, spec_of
-from potluck.tasks.trees import joined, leaves, mapped
+from potluck.tasks.trees import joined, mapped
 
 _STREAM = derive_seed(0, "evaluation")
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
@@ -105,9 +105,9 @@ class Evaluator:
             pairs: list[Any] = []
             for batch in batches:
                 outputs, targets = self._outputs(batch, whole=True)
-                pairs.append((mapped(torch.Tensor.detach, outputs), targets))
+                pairs.append((mapped(_detached, outputs), targets))
                 _check_room(chosen[0], pairs)
-            outputs, targets = joined(torch.cat, pairs)
+            outputs, targets = joined(_all_rows, pairs)
             with in_words(chosen[0].what, None, outputs, targets):
                 return {score.name: score.number(outputs, targets) for score in chosen}
 
@@ -212,8 +212,17 @@ def _sample(task: Task) -> Examples:
     return examples.rows(order[places])
 
 
+def _detached(part: Any) -> Any:
+    return part.detach() if isinstance(part, torch.Tensor) else part
+
+
+def _all_rows(parts: list[Any]) -> Any:
+    """Of all batches, what is in one place of the outputs: a tensor, or None."""
+    return parts[0] if parts[0] is None else torch.cat(parts)
+
+
 def _check_room(score: Score, pairs: list[Any]) -> None:
-    kept = sum(part.nbytes for pair in pairs for part in leaves(pair))
+    kept = sum(part.nbytes for pair in pairs for part in tensors(pair))
     if kept > _MOST_BYTES:
         raise TaskError(
             f"{score.what} must be a mean over examples where outputs are large, got a number that "

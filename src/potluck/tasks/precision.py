@@ -8,11 +8,13 @@ bf16      factors, and what layers hand on, in bfloat16 (8 bits), where PyTorch'
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+
+from potluck.tasks.trees import mapped
 
 Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
@@ -60,16 +62,13 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def floated(outputs: Any) -> Any:
-    """What a model gives, one tensor or tuples, lists and dictionaries of them, in float32."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs.float() if outputs.is_floating_point() else outputs
-    kind: Any = cast(Any, type(outputs))
-    if isinstance(outputs, Mapping):
-        return {name: floated(part) for name, part in cast("Mapping[Any, Any]", outputs).items()}
-    if isinstance(outputs, tuple | list):
-        parts = map(floated, cast("list[Any]", outputs))
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
-    return outputs
+    """What a model gives, one tensor or several together, in float32."""
+
+    def one(part: Any) -> Any:
+        is_float = isinstance(part, torch.Tensor) and part.is_floating_point()
+        return part.float() if is_float else part
+
+    return mapped(one, outputs)
 
 
 def _parts() -> list[Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from potluck.core import TaskError
-from potluck.tasks.contract import checked_loss, in_words, variants
+from potluck.tasks.contract import checked_loss, in_words, tensors, variants
 from potluck.tasks.counting import Weighted, count_of
 from potluck.tasks.metrics import Loss, Metric, Statistic, accuracy, is_statistic
 from potluck.tasks.trees import is_one, leaves, mapped, shown
@@ -214,15 +214,18 @@ def _way_of_number(function: Any, outputs: Any, targets: Tensor) -> Way:
 
 
 def _can_cut(outputs: Any, targets: Tensor) -> bool:
-    """Whether every tensor has one row per example."""
-    return all(
-        isinstance(part, Tensor) and part.ndim > 0 and len(part) == len(targets)
-        for part in leaves(outputs)
+    """Whether there are tensors, each of which has one row per example."""
+    parts = leaves(outputs)
+    found = tensors(outputs)
+    return (
+        len(found) > 0
+        and len(found) + parts.count(None) == len(parts)
+        and all(part.ndim > 0 and len(part) == len(targets) for part in found)
     )
 
 
 def _cut(outputs: Any, targets: Tensor, rows: slice) -> tuple[Any, Tensor]:
-    return mapped(lambda part: part[rows], outputs), targets[rows]
+    return mapped(lambda part: None if part is None else part[rows], outputs), targets[rows]
 
 
 def _fitted_accuracy(loss: Loss, outputs: Tensor, targets: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Arrays and tensors that come several together: a tuple, a list or a dictionary of them.
+"""Arrays and tensors that come several together: in a tuple, list, dictionary or dataclass.
 
 A model may take several inputs (token ids and a mask) and give several outputs (a head for each
 question). What is done to one array is then done to each of them, in the same structure.
@@ -7,6 +7,7 @@ question). What is done to one array is then done to each of them, in the same s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
 
@@ -20,6 +21,9 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
         if hasattr(cast("Any", tree), "_fields"):  # a named tuple
             return type(cast("Any", tree))(*parts)
         return type(cast("Any", tree))(parts)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        named = {field.name: getattr(tree, field.name) for field in fields(tree) if field.init}
+        return replace(tree, **{name: mapped(function, part) for name, part in named.items()})
     return function(tree)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from potluck import FedAvg, Loop, Task, evaluate, federated_evaluation, own_data, rounds
+from potluck.simulation import Auto, Vmap, Workers
+from potluck.simulation.train_loss import WithTrainLoss
 from potluck.tasks import spec_of
 from potluck.tasks.copies import differences, leaves
 
@@ -191,8 +193,6 @@ def test_seeds_differ_in_constants_too(model):
 
 @pytest.mark.parametrize("executor", ["workers", "vmap"])
 def test_one_executor_serves_runs_of_several_seeds(executor):
-    from potluck import Vmap, Workers
-
     task = Task(model=IntegerBuffer, data=DATA)
     made = Vmap(task) if executor == "vmap" else Workers(task, 2)
     try:
@@ -203,6 +203,19 @@ def test_one_executor_serves_runs_of_several_seeds(executor):
             assert shared.metrics == pytest.approx(own.metrics, rel=1e-3)
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("executor", [Loop, Workers, Vmap, Auto])
+def test_an_executor_over_a_task_of_its_own_has_the_model_of_the_run(executor):
+    own = run(IntegerBuffer, seed=4)[1]
+    made = executor(Task(model=IntegerBuffer, data=DATA))
+    try:
+        _, shared = run(IntegerBuffer, seed=4, executor=WithTrainLoss(made, made._task, 5))
+    finally:
+        made.close()
+    for one, other in zip(own, shared, strict=True):
+        expected = {**one.metrics, "train_loss": other.metrics["train_loss"]}
+        assert other.metrics == pytest.approx(expected, rel=1e-3)
 
 
 def test_interleaved_runs_keep_their_own_models():

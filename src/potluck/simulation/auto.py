@@ -103,6 +103,10 @@ class Auto:
         measured = "" if mine is None else f", {_microseconds(mine)} a local step"
         return words + measured + (f" ({compared})" if compared else "")
 
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
+
     def train(
         self,
         algorithm: Algorithm,

@@ -143,6 +143,10 @@ class Cluster:
         """How many workers were lost and replaced so far."""
         return self._hands.num_lost
 
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
+
     def train(
         self,
         algorithm: Algorithm,

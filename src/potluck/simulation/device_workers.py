@@ -88,6 +88,10 @@ class DeviceWorkers:
             self.close()
             raise
 
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
+
     def train(
         self,
         algorithm: Algorithm,

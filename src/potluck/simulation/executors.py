@@ -56,7 +56,11 @@ NO_STATES: Mapping[int, Vector] = MappingProxyType({})
 
 
 class Executor(Protocol):
-    """Trains cohorts and evaluates models; has a lifetime."""
+    """Trains cohorts and evaluates models; has a lifetime.
+
+    One that makes its model itself may have a method `begin(seed)`, which a run calls first: the
+    seed decides what a model draws when it is made.
+    """
 
     def train(
         self,
@@ -111,6 +115,10 @@ class Loop:
         self._test = evaluation_batches(task)
         self._mean: FixedPointMean | None = None
         self._model = Remade(task, self._make)
+
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
 
     def train(
         self,

@@ -159,6 +159,9 @@ def _rounds(
     spec = roles(task)
     algorithm = with_statistics(compressed(algorithm, codec, spec), spec)
     runner = make_executor(executor, task) if isinstance(executor, str) else executor
+    begin: Callable[[int], None] | None = getattr(runner, "begin", None)
+    if begin is not None:  # its task may be another object than ours
+        begin(seed)
     try:
         if resume is None:
             number, state = 0, algorithm.server_init(task.initial_weights(seed))

@@ -7,7 +7,7 @@ training examples: the same sample in every round, of every run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,13 @@ class WithTrainLoss:
         order = stream(0, "train-loss").permutation(train.num_examples)
         rows = np.sort(order[: as_count("num_examples", num_examples)])
         self._batches = evaluation_batches(task, train.rows(rows))
+
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
+        begin: Callable[[int], None] | None = getattr(self._inner, "begin", None)
+        if begin is not None:
+            begin(seed)
 
     def train(
         self,

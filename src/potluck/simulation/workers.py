@@ -123,6 +123,10 @@ class Workers:
         self._workers: list[_Worker] = []
         self._start(vectors=1, slots=None)
 
+    def begin(self, seed: int) -> None:
+        """A run with this seed begins, or goes on."""
+        self._task.begin(seed)
+
     def train(
         self,
         algorithm: Algorithm,

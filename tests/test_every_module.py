@@ -84,7 +84,9 @@ def cluster(task: Task) -> Cluster:
     return Cluster(task, 2)
 
 
-@pytest.mark.parametrize("make", [Loop, lambda task: Workers(task, 2), cluster])
+@pytest.mark.parametrize(
+    "make", [Loop, lambda task: Workers(task, 2), cluster], ids=["loop", "workers", "ray"]
+)
 def test_all_modules_at_once_train_as_in_plain_pytorch(make):
     names = list(MODELS)
     task = Task(model=lambda: Zoo(names), data=data_of(), loss=summed, metrics={})

@@ -103,7 +103,11 @@ def _disturb(
 ) -> dict[str, Any]:
     dice = random.Random(seed)
     text = experiment(
-        clients=devices, minimum=0.5, selection_seconds=3.0, report_seconds=5.0, lease_seconds=3.0
+        clients=devices,
+        minimum=0.5,
+        selection_seconds=10.0,
+        report_seconds=30.0,
+        lease_seconds=10.0,
     )
     server = ServerProcess(folder / "server", text, home=home, environment=environment)
     assert server.serves()

@@ -189,7 +189,7 @@ class Federation:
     def status(self):
         return self.service.status(self.run)
 
-    def until(self, condition, seconds=60.0):
+    def until(self, condition, seconds=300.0):
         """Wait for others to get somewhere."""
         end = time.monotonic() + seconds
         while not condition():

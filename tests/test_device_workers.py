@@ -99,6 +99,7 @@ def test_without_a_gpu_asking_for_one_is_an_error_and_auto_is_none(task):
     assert make_executor("vmap", task, device="auto").placed is None
 
 
+@pytest.mark.soak
 def test_the_benchmark_runs_on_a_cpu(tmp_path):
     out = tmp_path / "results.json"
     subprocess.run(

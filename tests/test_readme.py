@@ -120,7 +120,7 @@ def test_real_devices_are_served_as_the_page_says(clone, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished round 3") == 3

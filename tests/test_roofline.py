@@ -35,6 +35,7 @@ def test_operations_and_bytes_are_counted_by_layer(work):
     assert cnn.flops(task, [0]) == 20 * (3 * forward - 2 * 25 * 32 * 784)
 
 
+@pytest.mark.soak
 def test_the_benchmark_runs(tmp_path):
     arguments = ["--quick", "--parts", "C", "--rounds", "2", "--out", str(tmp_path)]
     subprocess.run([sys.executable, FOLDER / "run.py", *arguments], check=True, capture_output=True)

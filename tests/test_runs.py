@@ -109,14 +109,15 @@ for round in runs.train(check_experiment(json.loads(sys.argv[1]), "test"), sys.a
 """
 
 
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("executor", ["loop", "workers"])
-def test_kill_9_at_20_random_times_changes_nothing(tmp_path, executor):
+def test_kill_9_at_random_times_changes_nothing(tmp_path, executor, kills):
     content = json.loads(json.dumps(CONTENT))
     content["run"] |= {"rounds": 100, "executor": "loop"}
     list(train(check_experiment(content, "test"), tmp_path / "undisturbed"))
     content["run"]["executor"] = executor
-    unfinished = kill_at_random_times(content, tmp_path / "run", kills=20)
-    assert unfinished >= 15, "the kills came too late to test anything"
+    unfinished = kill_at_random_times(content, tmp_path / "run", kills)
+    assert unfinished >= 0.75 * kills, "the kills came too late to test anything"
     assert files(tmp_path / "run") == files(tmp_path / "undisturbed")
 
 

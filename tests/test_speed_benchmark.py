@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.soak
 RUN = Path(__file__).parents[1] / "benchmarks/speed/run.py"
 
 

@@ -6,6 +6,7 @@ for event in join(url, invitation, home, trainer): ...
 from __future__ import annotations
 
 import platform
+import re
 import signal
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -32,6 +33,7 @@ from potluck.protocol import (
     verify_manifest,
 )
 from potluck.protocol.invitation import Invitation
+from potluck.protocol.messages import DEVICE_NAME
 
 
 def join(
@@ -60,6 +62,11 @@ def join(
         DataError: the same, of the data alone.
         RefusedError: the server does not take the device.
     """
+    if name is not None and not re.fullmatch(DEVICE_NAME, name):
+        raise ConfigError(
+            "a device's name must be 1 to 64 letters, digits, spaces, dots, underscores and "
+            f"hyphens, got name={name[:80]!r}. Shorten it, or leave it out."
+        )
     clock = clock or SystemClock()
     home = Home(folder)
     try:

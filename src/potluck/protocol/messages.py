@@ -33,6 +33,7 @@ MAX_ANSWER_BYTES = 1_048_576
 """Of a JSON body that a server sends."""
 MAX_MANIFEST_BYTES = 262_144
 
+DEVICE_NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Id: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -100,7 +101,7 @@ class Enrol(Message):
     type: Literal["enrol"] = "enrol"
     token: Token
     public_key: Key
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")] | None = None
+    name: Annotated[str, Field(pattern=DEVICE_NAME)] | None = None
     runtime: Runtime
     device_class: Name
 

@@ -117,6 +117,11 @@ def rounds(
     evaluate_every = as_count(
         "evaluate_every", evaluate_every, 1, "Use 1 to evaluate after every round."
     )
+    if resume is not None and len(resume) not in (2, 3):
+        raise ValueError(
+            f"resume must be (number, state) or (number, state, client_states), got {len(resume)} "
+            "values. Take them from a Round."
+        )
     if resume is not None and len(resume) == 2:
         if algorithm.client_vectors > 0 or codec != "float32":
             raise ValueError(

@@ -59,7 +59,16 @@ class Evaluator:
         )
 
     def load(self, weights: Vector) -> None:
-        """Evaluate this model from now on."""
+        """Evaluate this model from now on.
+
+        Raises:
+            ValueError: weights of another length.
+        """
+        if np.shape(weights) != tuple(self._vector.shape):
+            raise ValueError(
+                f"weights must be a vector of the task's model, of length {len(self._vector)}, "
+                f"got shape={np.shape(weights)}. Take those of a run with this model."
+            )
         self._module.train()
         self._vector.copy_(torch.tensor(weights))
         self._module.eval()  # with them in place: adapters add theirs to those of their layers now

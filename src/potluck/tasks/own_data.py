@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from potluck.core import DataError
 from potluck.core.validate import as_count, as_real
@@ -76,6 +76,11 @@ def from_clients(
     Raises:
         DataError: data that cannot be used; the message names the client.
     """
+    if not isinstance(cast(Any, clients), Mapping):
+        raise TypeError(
+            "clients must be a dictionary {name: (inputs, targets)}, got "
+            f"{type(clients).__name__}. Name each client."
+        )
     if not clients:
         raise DataError("there must be at least one client, got none. Give {name: (x, y)}.")
     keys = several.keys_of(clients)

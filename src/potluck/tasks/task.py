@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import repeat
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -59,6 +60,11 @@ class Task:
     _making: Making = field(default_factory=Making, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(cast(Any, self.data), FederatedData):
+            raise TypeError(
+                f"data must be of clients (FederatedData), got {type(self.data).__name__}. "
+                "Divide a data set with potluck.partitions, or take potluck.own_data."
+            )
         loss, metrics = defaults(self.kind)
         if self.loss is _BY_KIND:
             object.__setattr__(self, "loss", loss)
@@ -214,9 +220,14 @@ def spec_of(module: nn.Module) -> Spec:
                 f"every parameter must be float32, got {name} of dtype={tensor.dtype}. "
                 "Call .float() on the model."
             )
-    roles: list[Role] = ["trained" if p.requires_grad else "constant" for _, p in parameters]
-    roles += ["statistic"] * len(buffers)
-    return Spec.of([*parameters, *buffers], roles, len(buffers))
+    roles: list[Role] = [_role(parameter) for _, parameter in parameters]
+    return Spec.of(
+        [*parameters, *buffers], [*roles, *repeat("statistic", len(buffers))], len(buffers)
+    )
+
+
+def _role(parameter: nn.Parameter) -> Role:
+    return "trained" if parameter.requires_grad else "constant"
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

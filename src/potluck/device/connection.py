@@ -231,9 +231,21 @@ class Connection:
             finally:
                 response.close()
         except (httpx.TransportError, httpx.StreamError) as error:
-            if isinstance(_root(error), ssl.SSLCertVerificationError):
-                raise RefusedError("certificate", str(_root(error))) from None
+            root = _root(error)
+            if isinstance(root, ssl.SSLCertVerificationError):
+                raise RefusedError("certificate", self._untrusted(root)) from None
             raise Unanswered(f"{type(error).__name__}: {error}") from None
+
+    def _untrusted(self, error: ssl.SSLCertVerificationError) -> str:
+        """Why a certificate is not taken; ours says so itself, where one is pinned."""
+        reason = getattr(error, "verify_message", "")
+        if not reason:
+            return str(error)
+        return (
+            f"the certificate must be of {self._authority}, by an authority that this device "
+            f"knows, got: {reason.rstrip('.')}. Use the name that is on it, or name the file of a "
+            "private authority in SSL_CERT_FILE."
+        )
 
     def refuse(self, status: int, body: bytes) -> NoReturn:
         """Raise what an answer that is not a success says.

@@ -202,7 +202,7 @@ def test_failing_clients_can_be_left_out_and_are_counted(executor):
 def test_a_label_out_of_range_names_the_client():
     data = partitions.iid(datasets.digits(), clients=5, seed=0)
     task = Task(model=lambda: TwoNN((1, 8, 8), num_classes=7), data=data)
-    with pytest.raises(TrainingError, match=r"client '0' .* round 1: IndexError: Target \d is out"):
+    with pytest.raises(TrainingError, match=r"client '0' .* round 1: .* label here is 8"):
         list(
             rounds(
                 ALGORITHM, task, cohort=1.0, num_rounds=1, evaluate_every=5, resume=(0, start(task))

@@ -68,8 +68,13 @@ REFUSED = {
     "empty": (nn.Flatten, ValueError, r"a parameter that is trained, got none \(0"),
     "needs arguments": (Needy, TypeError, r"got Needy, which needs width, depth\. Give a class by"),
     "a function": (logits, TypeError, r"got logits, which needs inputs\. .* as an nn\.Module"),
-    "makes a function": (lambda: logits, TypeError, r"<lambda>\(\) = an object of type function"),
-    "makes nothing": (lambda: None, TypeError, r"an object of type NoneType\. Return the module"),
+    "makes a function": (lambda: logits, TypeError, r"an object of type function from a lambda\."),
+    "makes nothing": (
+        lambda: None,
+        TypeError,
+        r"of type NoneType from a lambda\. Return the module",
+    ),
+    "a lambda": (lambda x: x, TypeError, r"got a lambda, which needs x\. .* lambda: Model\(x=…\),"),
     "an array": (np.zeros(3), TypeError, r"got an object of type ndarray\. Give the module"),
 }
 

@@ -22,7 +22,7 @@ def made_by(model: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(
             "model must make a torch.nn.Module when it is called, got "
-            f"{_named(model)}() = an object of type {type(module).__name__}. Return the module."
+            f"an object of type {type(module).__name__} from {_named(model)}. Return the module."
         )
     check_module(module)
     return module
@@ -90,10 +90,11 @@ def _check_factory(model: Any) -> None:
     ]
     if needed:
         wanted = ", ".join(f"{name}=…" for name in needed)
+        example = f"Model({wanted})" if _is_lambda(model) else f"{_named(model)}({wanted})"
         raise TypeError(
             f"model must make a torch.nn.Module when it is called without arguments, got "
             f"{_named(model)}, which needs {', '.join(needed)}. Give a class by "
-            f"lambda: {_named(model)}({wanted}), and a function of inputs as an nn.Module."
+            f"lambda: {example}, and a function of inputs as an nn.Module."
         )
 
 
@@ -103,5 +104,11 @@ def _other_type(parameter: torch.Tensor) -> str:
     return "Call .float() on the model."
 
 
+def _is_lambda(model: object) -> bool:
+    return getattr(model, "__name__", "") == "<lambda>"
+
+
 def _named(model: object) -> str:
+    if _is_lambda(model):
+        return "a lambda"
     return cast(str, getattr(model, "__name__", type(model).__name__))

@@ -262,9 +262,12 @@ def test_a_run_without_its_key_is_refused(tmp_path):
 
 
 def test_commands_without_a_server_fail_in_one_line(tmp_path):
-    assert "potluck serve" in error_of("status", "--home", tmp_path / "none")
+    none = tmp_path / "none"
+    for words in (["status"], ["enroll", "--wait", 0], ["dashboard"]):
+        assert f"must be running, got no folder '{none}'" in error_of(*words, "--home", none)
+        assert f"none at work in '{tmp_path}'" in error_of(*words, "--home", tmp_path)
     Home(tmp_path).new_credential()
-    assert "must be running" in error_of("enroll", "--home", tmp_path, "--wait", 0)
+    assert f"none at work in '{tmp_path}'" in error_of("enroll", "--home", tmp_path, "--wait", 0)
 
 
 @pytest.mark.parametrize(
@@ -528,6 +531,7 @@ def test_a_server_at_every_ipv6_address_takes_ipv4_too(tmp_path):
 
 
 def test_enroll_waits_for_a_server_that_starts(tmp_path):
+    (tmp_path / "home").mkdir()
     words = [sys.executable, "-m", "potluck", "enroll", "--count", "2"]
     words += ["--home", str(tmp_path / "home")]
     pipe = subprocess.PIPE

@@ -128,9 +128,14 @@ def enroll(
     count: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 1,
     days: Annotated[float, typer.Option(metavar="DAYS", help="Until they expire.")] = 7.0,
     wait: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="At most, for a server that still starts."),
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="At most, for a server that still starts: 60, or 10 where its folder is missing.",
+            show_default=False,
+        ),
+    ] = None,
     home: HomeFolder = HOME,
     debug: Debug = False,
 ) -> None:
@@ -139,7 +144,7 @@ def enroll(
     An invitation is a secret. On the device: potluck join ADDRESS --token INVITATION
     """
     operator = _operator(home)
-    operator.wait(wait, lambda: typer.echo(_WAITS.format(home, wait), err=True))
+    operator.wait(wait, lambda limit: typer.echo(_WAITS.format(home, limit), err=True))
     for invitation in operator.post("enroll", count=count, days=days)["invitations"]:
         typer.echo(invitation)
 

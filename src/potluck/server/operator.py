@@ -16,6 +16,7 @@ from potluck.core.plain_json import to_json
 from potluck.server.home import Home
 
 _LOOK_SECONDS = 0.2
+_FOLDER_SECONDS, _START_SECONDS = 10.0, 60.0
 
 
 class Operator:
@@ -24,13 +25,16 @@ class Operator:
     def __init__(self, home: Home) -> None:
         self._home = home
 
-    def wait(self, seconds: float, tell: Callable[[], None]) -> None:
-        """Wait for a server that starts; `tell` is called once if there is none yet.
+    def wait(self, seconds: float | None, tell: Callable[[float], None]) -> None:
+        """Wait for a server that starts; `tell` is called once, with the limit, if there is none.
+
+        Without a limit given it is 10 s for the server's folder, which `serve` makes in its first
+        second, and 60 s where that is there.
 
         Raises:
-            RunError: there is none after so many seconds.
+            RunError: there is none in time.
         """
-        end, has_told = time.monotonic() + seconds, False
+        begin, has_told = time.monotonic(), False
         while True:
             try:
                 self._home.credential()
@@ -38,11 +42,13 @@ class Operator:
                     connection.connect()
                 return
             except (RunError, OSError) as error:
-                if time.monotonic() >= end:
-                    raise error if isinstance(error, RunError) else self._absent(error) from None
+                limit = self._usual_seconds() if seconds is None else seconds
+                if time.monotonic() - begin >= limit:
+                    is_missing = isinstance(error, OSError) or not self._home.socket.exists()
+                    raise self._absent(error) if is_missing else error from None
             if not has_told:
                 has_told = True
-                tell()
+                tell(limit)
             time.sleep(_LOOK_SECONDS)
 
     def get(self, name: str) -> Any:
@@ -78,9 +84,19 @@ class Operator:
             raise _refusal(content)
         return content
 
+    def _usual_seconds(self) -> float:
+        return _START_SECONDS if self._home.folder.is_dir() else _FOLDER_SECONDS
+
     def _absent(self, error: Exception) -> RunError:
+        folder = str(self._home.folder)
+        if not self._home.folder.is_dir():
+            got = f"no folder {folder!r}"
+        elif not self._home.socket.exists() or isinstance(error, ConnectionRefusedError):
+            got = f"none at work in {folder!r}"
+        else:
+            got = f"{error} at {self._home.socket}"
         return RunError(
-            f"the server must be running, got {error} at {self._home.socket}. "
+            f"the server must be running, got {got}. "
             "Start it with `potluck serve`, or name its folder with --home."
         )
 

@@ -50,7 +50,8 @@ def read_column(series: Any, where: str = "the table") -> Column:
     Raises:
         DataError: it holds what cannot be used; the message names column and row.
     """
-    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "bif":
+    dtype: Any = series.dtype
+    if isinstance(dtype, np.dtype) and dtype.kind in "bif":
         return _of_numpy(series.to_numpy())
     if hasattr(series, "sparse"):
         series = series.sparse.to_dense()

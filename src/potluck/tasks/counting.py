@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def count_of(loss: Any) -> Count | None:
     if inspect.ismethod(own) or inspect.isfunction(own):  # tuples have another
         return lambda targets: float(own(targets))
     options: dict[str, Any] = {}
-    kind: Any = type(loss)
+    kind = cast("type[Any]", type(loss))
     if kind is partial and not loss.args and loss.func in _FUNCTIONS[1:]:
         options = dict(loss.keywords)
     elif kind in _MODULES:

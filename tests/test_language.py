@@ -176,6 +176,18 @@ def test_trimmed_steps_are_the_steps_on_padded_sequences(loss, model):
     np.testing.assert_allclose(runtime.end()[0], expected, atol=1e-5 * moved)
 
 
+@pytest.mark.parametrize("model", [CharLSTM, PeepholeCharLSTM])
+def test_language_models_train_in_bfloat16_within_its_rounding(model):
+    problem = Task(model=lambda: model(hidden=16), data=lines(), loss=LOSSES[0], metrics={})
+    found = []
+    for precision in ("float32", "bf16"):
+        executor = Loop(problem, precision=precision)
+        algorithm = FedAvg(client_lr=1.0, batch_size=10)
+        first, last = rounds(algorithm, problem, cohort=1.0, num_rounds=1, executor=executor)
+        found.append(last.weights - first.weights)
+    assert 0 < np.linalg.norm(found[1] - found[0]) < 0.05 * np.linalg.norm(found[0])
+
+
 def test_the_pure_loss_takes_padded_sequences():
     problem = task()
     weights = torch.from_numpy(problem.initial_weights(1))

@@ -44,7 +44,8 @@ class PeepholeLSTM(nn.Module):
         """Inputs [steps, batch, inputs] to hidden states [steps, batch, hidden], from zeros."""
         activations = functional.linear(inputs, self.weight_input, self.bias)
         recur = cast("Callable[..., Tensor]", _Recurrence.apply)
-        return recur(activations, self.weight_hidden, self.peepholes)
+        # Under autocast `linear` gives bfloat16, which cells should not be summed in.
+        return recur(activations.to(self.peepholes.dtype), self.weight_hidden, self.peepholes)
 
 
 def start_inputs(weight: Tensor, input_size: float) -> None:

@@ -168,16 +168,18 @@ for _what, _make in {
     "a table in a spreadsheet": _own("from_table", "data.xlsx", client_column="a"),
     "a folder that is a number": _own("from_folder", 7),
     "a partition among no clients": _python(
-        lambda datasets, _: __import__("potluck").partitions.iid(datasets.digits(), clients=0)
+        lambda datasets, _: __import__("potluck").partitions.iid(
+            datasets.digits(), clients=0, seed=0
+        )
     ),
     "too many shards": _python(
         lambda datasets, _: __import__("potluck").partitions.shards(
-            datasets.digits(), clients=1000, shards_per_client=10
+            datasets.digits(), clients=1000, shards_per_client=10, seed=0
         )
     ),
     "a negative alpha": _python(
         lambda datasets, _: __import__("potluck").partitions.dirichlet(
-            datasets.digits(), clients=5, alpha=-1.0
+            datasets.digits(), clients=5, alpha=-1.0, seed=0
         )
     ),
     "groups of data without any": _python(
@@ -185,7 +187,7 @@ for _what, _make in {
     ),
     "a client that there is not": _python(
         lambda datasets, _: (
-            __import__("potluck").partitions.iid(datasets.digits(), clients=5).client(9)
+            __import__("potluck").partitions.iid(datasets.digits(), clients=5, seed=0).client(9)
         )
     ),
 }.items():

@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
         head = (
             f"# What {count} mistakes are answered\n\n"
             "Written by `python benchmarks/errors/run.py`. "
-            "DIR is a temporary folder; CLONE is this repository.\n"
+            "DIR is a temporary folder, SERVER that of a server, CLONE this repository.\n"
         )
         body = [f"\n## {area}\n\n" + "\n".join(lines) + "\n" for area, lines in pages.items()]
         (FOLDER / "audit.md").write_text(head + "".join(body), encoding="utf-8")

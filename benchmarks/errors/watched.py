@@ -153,8 +153,10 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _shortened(line: str, folder: Path) -> str:
-    """Without the names of folders that another machine has elsewhere."""
-    return line.replace(str(folder), "DIR").replace(str(Path(__file__).parents[2]), "CLONE")
+    """Without what is another name or number every time."""
+    line = line.replace(str(folder), "DIR").replace(str(Path(__file__).parents[2]), "CLONE")
+    line = re.sub(r"/\S*/potluck-mistakes-\w+", "SERVER", line)
+    return re.sub(r"(?<=127\.0\.0\.1:)\d{4,}", "PORT", re.sub(r"\b[0-9a-f]{32}\b", "ID", line))
 
 
 @contextlib.contextmanager

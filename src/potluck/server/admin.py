@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -119,10 +119,12 @@ class AdminApp:
     def _enroll(self, asked: dict[str, Any]) -> dict[str, Any]:
         count = asked.get("count", 1)
         if type(count) is not int or not 1 <= count <= _TOKENS:
-            refuse(f"count must be between 1 and {_TOKENS}, got count={count!r:.40}")
+            _refuse(f"count must be between 1 and {_TOKENS}, got count={count!r:.40}. Ask twice.")
         days = asked.get("days", 7)
         if type(days) not in (int, float) or not 0 < days <= 3650:
-            refuse(f"days must be above 0 and at most 3650, got days={days!r:.40}")
+            _refuse(
+                f"days must be above 0 and at most 3650, got days={days!r:.40}. The default is 7."
+            )
         made = self._desk.service.issue_tokens(
             self._desk.run, count, valid_seconds=days * 86400.0, actor="admin"
         )
@@ -178,6 +180,11 @@ async def _content(request: Request) -> dict[str, Any]:
     if not isinstance(asked, dict):
         refuse("the body must be a JSON object, got another value")
     return asked  # pyright: ignore[reportUnknownVariableType]
+
+
+def _refuse(what: str) -> NoReturn:
+    """Refuse a value that an operator gave."""
+    raise ProtocolError("malformed", what)
 
 
 def _word(asked: dict[str, Any], name: str, default: str) -> str:

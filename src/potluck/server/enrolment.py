@@ -139,7 +139,9 @@ def revoke(database: Database, device: str, now: int, *, actor: str) -> None:
         there = (devices.c.id == device) & devices.c.revoked_ms.is_(None)
         if db.execute(update(devices).where(there).values(revoked_ms=now)).rowcount == 0:
             if one(db, select(devices.c.id).where(devices.c.id == device)) is None:
-                raise RefusedError("unknown", f"no such device: {device!r}.")
+                raise RefusedError(
+                    "unknown", f"no such device: {device!r}. `potluck devices` lists them."
+                )
             return
         active = (assignments.c.device == device) & (assignments.c.state == "active")
         values = {"state": "failed", "reason": "the device was revoked"}

@@ -533,7 +533,10 @@ class Service:
         with self.database.read() as db:
             row = one(db, query)
         if row is None:
-            raise RefusedError("unknown", f"no such model: run={run!r}, version={version}.")
+            raise RefusedError(
+                "unknown",
+                f"no such model: run={run!r}, version={version}. `potluck status` shows the last.",
+            )
         return row
 
     @staticmethod

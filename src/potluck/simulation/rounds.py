@@ -180,6 +180,7 @@ def _rounds(
         else:
             number = as_count("resume[0]", resume[0], 0)
             state, kept = copy.deepcopy(resume[1]), own_states(resume[2])
+            _check_length(state.weights, spec.dim)
         timings: Iterator[Timing] | None = None
         if virtual is not None:
             traffic = _traffic(algorithm, codec, spec)
@@ -230,6 +231,14 @@ def _rounds(
     finally:
         if own:
             runner.close()
+
+
+def _check_length(weights: Vector, dim: int) -> None:
+    if weights.shape != (dim,):
+        raise ValueError(
+            f"resume must have the weights of the task's model, of length {dim}, got a state with "
+            f"weights of shape={weights.shape}. Take the state of a Round with this model."
+        )
 
 
 def handed_out(round: Round) -> Round:

@@ -109,12 +109,17 @@ def _explained(
     got = ", ".join(f"{name}={shown(value)}" for name, value in known.items() if value is not None)
     return TaskError(
         f"{what} must take a batch of these data, got {got} and "
-        f"{type(error).__name__}: {reason.rstrip('.')}. {_hint(reason, inputs, outputs, targets)}"
+        f"{type(error).__name__}: {reason.rstrip('.')}. {_hint(error, inputs, outputs, targets)}"
     )
 
 
-def _hint(reason: str, inputs: Any, outputs: Any, targets: Tensor) -> str:
+def _hint(error: Exception, inputs: Any, outputs: Any, targets: Tensor) -> str:
     """What to do about it."""
+    reason = str(error)
+    if isinstance(error, (AttributeError, NameError, KeyError, ImportError)):
+        return "That is in code of your own: try it on one such batch."
+    if "more than 1 value per channel" in reason:
+        return "Batch norm needs two examples: change batch_size, so that no batch has one alone."
     if outputs is None:
         one = first(inputs)
         if is_one(inputs) and not one.is_floating_point() and one.ndim > 2:

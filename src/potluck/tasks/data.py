@@ -158,16 +158,25 @@ class FederatedData:
 
     def client(self, index: int) -> Examples:
         """The training examples of client `index`: views, not copies."""
-        index = as_count("client", index, 0)
+        index = self._index(index)
         return self.train.rows(slice(int(self.offsets[index]), int(self.offsets[index + 1])))
 
     def client_test(self, index: int) -> Examples:
         """The test examples of client `index`, or its training examples if it has none."""
         if self.test_offsets is None:
             return self.client(index)
-        index = as_count("client", index, 0)
+        index = self._index(index)
         first, end = map(int, self.test_offsets[index : index + 2])
         return self.test.rows(slice(first, end))
+
+    def _index(self, client: int) -> int:
+        client = as_count("client", client, 0)
+        if client >= self.num_clients:
+            raise ValueError(
+                f"client must be from 0 to {self.num_clients - 1}, got client={client}. "
+                "Clients are numbered in the order of `clients`."
+            )
+        return client
 
     def digest(self) -> str:
         """A checksum over what every client owns; equal digests mean equal partitions."""

@@ -61,6 +61,10 @@ def read_table(path: Path, text_column: str | None = None) -> Any:
     """
     pandas: Any = importlib.import_module("pandas")
     suffix = path.suffix.lower()
+    if not path.is_file():
+        raise DataError(
+            f"a table must be a file that is there, got path={str(path)!r}. Name another."
+        )
     try:
         table = pandas.read_parquet(path) if suffix == ".parquet" else read_csv(path, text_column)
     except DataError:

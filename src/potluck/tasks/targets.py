@@ -339,7 +339,7 @@ def _check_numbers(parts: Sequence[Part], kind: str) -> None:
         raise DataError(
             f"targets of kind {kind!r} must be numbers, got text, as "
             f"{str(parts[0].values.ravel()[0])!r} in {parts[0].where}. Write numbers, with a "
-            'decimal point, or say kind = "classes".'
+            'decimal point, or say kind = "classes"; a device has names of classes from the run.'
         )
 
 

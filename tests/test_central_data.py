@@ -112,6 +112,15 @@ def test_a_file_that_does_not_fit_is_refused_in_words(wards, change, words):
     assert not any(word in told for word in ("Traceback", "own_data", "from_", "()"))
 
 
+def test_a_speech_is_data_of_a_device(tmp_path):
+    speech = tmp_path / "speech.txt"
+    speech.write_text("Friends\nRomans, countrymen, lend me your ears\n")
+    check_own(speech)  # its commas make no columns
+    speech.write_bytes(b"Fri\xfcends\n")
+    with pytest.raises(DataError, match="must be text in UTF-8"):
+        check_own(speech)
+
+
 def test_what_is_no_file_of_data_is_told_before_anybody_is_asked(wards):
     check_own(wards / "wards" / "0.csv")  # text labels are the run's to read
     (wards / "none.npz").write_bytes(b"no archive")

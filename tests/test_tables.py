@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from potluck.core import DataError
 from potluck.tasks.columns import Column, read_column
-from potluck.tasks.own_data import from_clients, from_folder, from_table
+from potluck.tasks.own_data import from_clients, from_file, from_folder, from_table
 from potluck.tasks.tables import Located, read_table, split_by_client
 
 D = decimal.Decimal
@@ -515,3 +515,53 @@ def test_columns_may_be_named_by_numbers() -> None:
     table = frame().rename(columns={"client": 0, "x": 1, "target": 2})
     data = from_table(table, client_column=0, target_column=2, kind="classes")  # type: ignore[arg-type]
     assert (data.clients, data.train.targets.tolist()) == (("a", "b"), [1, 1])
+
+
+def test_what_is_text_in_one_file_is_text_in_all_and_on_devices(tmp_path: Path) -> None:
+    folder = tmp_path / "clients"
+    folder.mkdir()
+    (folder / "a.csv").write_text("ward,target\n" + "".join(f"{w},yes\n{w},no\n" for w in "ABCD"))
+    (folder / "b.csv").write_text("ward,target\n01,yes\n1,no\n01,yes\n")
+    data = from_folder(folder, categories="codes")
+    schema = data.schema
+    assert schema is not None
+    assert schema.features[0].categories == ("01", "1", "A", "B", "C", "D")
+    device = tmp_path / "device.csv"
+    for name, code in (("01", 0.0), ("1", 1.0)):  # as numbers they would be one
+        device.write_text(f"ward,target\n{name},yes\n{name},no\n")
+        assert set(from_file(device, schema=schema).train.inputs.ravel().tolist()) == {code}
+        inputs, _ = schema.apply(schema.read(device))
+        assert inputs.ravel().tolist() == [code, code]
+
+
+def test_answers_are_text_where_one_file_has_a_third_beside_true_and_false(tmp_path: Path) -> None:
+    folder = tmp_path / "clients"
+    folder.mkdir()
+    (folder / "a.csv").write_text("x,target\n" + "1,true\n2,false\n3,unknown\n" * 3)
+    (folder / "b.csv").write_text("x,target\n" + "1,true\n2,false\n" * 3)
+    data = from_folder(folder)
+    assert data.classes == ("false", "true", "unknown")
+    device = from_file(folder / "b.csv", schema=data.schema)
+    assert set(device.train.targets.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id,target,x\n1,0,5,\n2,1,6,\n3,0,7,\n",  # separators at the ends of rows
+        "id,target,x\n0,0,5,\n1,1,6,\n2,0,7,\n",
+        "target,x\n1,0,5\n2,1,6\n",  # names of rows without a name of their own
+        "# of 2024\nid,target,x\n1,0,5\n",
+    ],
+)
+def test_rows_that_are_longer_than_the_header_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match="more fields in a row than in the header"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("name", ["none.csv", "none.parquet", "none.xlsx"])
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="a file that is there"):
+        read_table(tmp_path / name)

@@ -25,13 +25,17 @@ def check_own(path: Path) -> None:
     """Refuse what cannot be read as a device's data, whatever a run makes of them.
 
     Raises:
-        DataError: it is no `.npz`, `.csv` or `.parquet` file, and no folder that holds just one.
+        DataError: it is no `.npz`, `.csv`, `.parquet` or `.txt` file, and no folder that holds
+            just one.
     """
+    from potluck.tasks.own_text import text_in
     from potluck.tasks.tables import read_npz, read_table
 
     path = _only_file(path)
     if path.suffix.lower() == ".npz":
         read_npz(path)
+    elif path.suffix.lower() == ".txt":
+        text_in(path)
     else:
         read_table(path)
 

@@ -13,6 +13,7 @@ import importlib
 import io
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from potluck.core.text_files import encoding_of
 from potluck.tasks.columns import is_hole, place
 
 _SEPARATORS = ",;\t|"
+_LONGEST = 60  # header in a message
 
 _TRUTHS = {"true": True, "false": False}
 _EXCEL = re.compile(r'"?sep=(.)"?\n')
@@ -35,11 +37,11 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?P<by>[,.' \u00a0\u202f])\d{3}((?P=by)\d{
 Array = NDArray[Any]
 
 
-def read_csv(path: Path, text_column: str | None = None) -> Any:
+def read_csv(path: Path, texts: Collection[str] = ()) -> Any:
     """The table of a file as a pandas `DataFrame`, whose columns are named by the header.
 
     Args:
-        text_column: one whose values stay text.
+        texts: columns whose values stay text.
 
     Raises:
         DataError: it is no whole table, or its numbers cannot be told.
@@ -51,11 +53,11 @@ def read_csv(path: Path, text_column: str | None = None) -> Any:
         raise DataError(str(error)) from None
     with path.open(encoding=encoding) as file:
         options = _options(file.read(1 << 16), path) | {"encoding": encoding}
-    table = _parsed(path, text_column, options)
+    table = _parsed(path, texts, options)
     _check_whole(path, options, table)
     has_commas = False
     for name in table.columns:
-        if name != text_column and _is_text(table[name]):
+        if name not in texts and _is_text(table[name]):
             table[name], commas = _typed(table[name], name, path)
             has_commas |= commas
     if has_commas:
@@ -88,22 +90,33 @@ def _first_row(start: str, by: str) -> list[str]:
     return []
 
 
-def _parsed(path: Path, text_column: str | None, options: dict[str, Any]) -> Any:
+def _parsed(path: Path, texts: Collection[str], options: dict[str, Any]) -> Any:
     pandas: Any = importlib.import_module("pandas")
-    types = {} if text_column is None else {text_column: str}
     table = pandas.read_csv(
-        path, dtype=types, keep_default_na=False, na_values=[""], low_memory=False, **options
+        path,
+        dtype=dict.fromkeys(texts, str),
+        keep_default_na=False,
+        na_values=[""],
+        low_memory=False,
+        **options,
     )
-    if not isinstance(table.index, pandas.RangeIndex):
-        raise DataError(
-            f"{path} must be a whole .csv file, got more fields in a row than in the header. Write "
-            f"it anew; a field with a {options['sep']!r} in it needs quotes."
-        )
+    if not table.index.equals(pandas.RangeIndex(len(table))):
+        raise _too_many(path, options, table)
     return table
 
 
+def _too_many(path: Path, options: dict[str, Any], table: Any) -> DataError:
+    header = options["sep"].join(map(str, table.columns))
+    return DataError(
+        f"{path} must be a whole .csv file, got more fields in a row than in the header "
+        f"({header[:_LONGEST]!r}). Give each column a name in the first line, and put a field with "
+        f"a {options['sep']!r} in it in quotes."
+    )
+
+
 def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
-    """Refuse rows that are shorter than the header, which pandas fills with holes."""
+    """Refuse rows that are shorter than the header, which pandas fills with holes, and longer ones,
+    of which it takes the first field for a name of the row."""
     if table.shape[1] < 2 or not table.iloc[:, -1].isna().any():
         return
     with path.open(encoding=options["encoding"], newline="") as file:
@@ -112,6 +125,8 @@ def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
             next(lines)
         next(lines)
         for row, fields in enumerate(lines):
+            if len(fields) > table.shape[1]:
+                raise _too_many(path, options, table)
             if len(fields) < table.shape[1]:
                 raise DataError(
                     f"every row must have a field for each of the {table.shape[1]} columns, got "

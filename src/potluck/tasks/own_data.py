@@ -40,12 +40,19 @@ from potluck.tasks.own_text import from_text as from_text
 from potluck.tasks.own_text import text_of_file
 from potluck.tasks.schema import Schema
 from potluck.tasks.sources import array_source, table_sources
-from potluck.tasks.tables import NOTES, Located, named, read_npz, read_table, split_by_client
+from potluck.tasks.tables import (
+    NOTES,
+    Located,
+    files_in,
+    named,
+    read_npz,
+    read_table,
+    read_tables,
+    split_by_client,
+)
 from potluck.tasks.targets import TargetKind
 
 Pair = tuple[Any, Any]  # inputs, targets: anything that NumPy makes an array of
-
-_SUFFIXES = (".csv", ".npz", ".parquet")
 
 
 def from_clients(
@@ -173,7 +180,7 @@ def from_folder(
     Raises:
         DataError: a folder or file that cannot be used; the message names it.
     """
-    paths = _files_in(Path(folder))
+    paths = files_in(Path(folder))
     asked = _asked(
         name=name or Path(folder).name,
         kind=kind,
@@ -254,7 +261,9 @@ def from_table(
                 f"a table must be a .csv or .parquet file, got {path}. "
                 "For one .npz file per client call `from_folder`."
             )
-        located = Located(read_table(path, text_column=client_column), str(path))
+        texts = [client_column]
+        frame = read_table(path, texts) if schema is None else schema.read(path, texts)
+        located = Located(frame, str(path))
     elif not hasattr(table, "columns") or not {"iloc", "to_pandas"} & set(dir(table)):
         raise TypeError(
             f"table must be a pandas DataFrame or a path, got {type(table).__name__}. "
@@ -289,7 +298,14 @@ def _of_files(paths: Sequence[Path], asked: Asked) -> FederatedData:
     if paths[0].suffix.lower() == ".npz":
         pairs = {path.stem: array_source(read_npz(path), str(path)) for path in paths}
         return assemble(pairs, None, replace(asked, targets=()))
-    tables = {path.stem: Located(read_table(path), str(path)) for path in paths}
+    if asked.schema is not None:
+        tables = {path.stem: Located(asked.schema.read(path), str(path)) for path in paths}
+    else:
+        tables = read_tables(
+            paths,
+            categories=asked.rules.categories != "refuse",
+            classes=asked.targets if asked.kind == "classes" else (),
+        )
     notes = [note for table, _ in tables.values() for note in table.attrs.get(NOTES, ())]
     return _of_tables(tables, list(dict.fromkeys(notes)), asked)
 
@@ -350,36 +366,3 @@ def _asked(
         schema=schema,
         targets=_column_names(target_column),
     )
-
-
-def _files_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(f"the folder of the clients must exist, got folder={str(folder)!r}.")
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not paths:
-        raise DataError(
-            f"{folder} must hold a .npz, .csv or .parquet file for each client, got no files."
-        )
-    for path in paths:
-        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
-            raise DataError(
-                f"{folder} must hold only .npz, .csv or .parquet files, got {path.name}. "
-                "Move it elsewhere."
-            )
-    called: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in called:
-            raise DataError(
-                f"the files of {folder} must differ in more than the case of their suffix, got "
-                f"{called[path.stem].name} and {path.name}, both for client {path.stem!r}. "
-                "Rename one."
-            )
-        called[path.stem] = path
-    client_names(called)
-    kinds = sorted({path.suffix.lower() for path in paths})
-    if len(kinds) > 1:
-        raise DataError(
-            f"the files in {folder} must be of one kind, got {' and '.join(kinds)}. "
-            "Convert them, or make a folder for each kind."
-        )
-    return paths

@@ -95,7 +95,7 @@ def lines_of_file(path: Path, symbols: Symbols) -> list[str]:
 
 def _units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
     if path.suffix.lower() == ".txt":
-        return _lines(_text(path), path.stem)
+        return _lines(text_in(path), path.stem)
     return _column(Located(read_table(path), str(path)), symbols.column or "text")
 
 
@@ -108,7 +108,7 @@ def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[l
         names = client_names(texts)
         return {names[key]: _lines(text, names[key]) for key, text in texts.items()}
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        return {path.stem: _lines(_text(path), path.stem) for path in _files_in(Path(source))}
+        return {path.stem: _lines(text_in(path), path.stem) for path in _files_in(Path(source))}
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.suffix.lower() not in (".csv", ".parquet"):
@@ -116,7 +116,7 @@ def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[l
                 "text must be a folder of .txt files, or a .csv or .parquet file with a column of "
                 f"text, got {path}. Name one of these."
             )
-        located = Located(read_table(path, text_column=client_column), str(path))
+        located = Located(read_table(path, [client_column]), str(path))
     elif hasattr(source, "columns"):
         located = Located(named(source, "the table"), "the table")
     else:
@@ -148,7 +148,12 @@ def _files_in(folder: Path) -> list[Path]:
     return paths
 
 
-def _text(path: Path) -> str:
+def text_in(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it cannot be read; the message names it.
+    """
     try:
         return read_text(path)
     except OSError as error:

@@ -12,7 +12,8 @@ Compatibility: strict JSON of bounded size. An unknown key is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potluck.core import DataError
-from potluck.tasks.columns import Column, place
+from potluck.tasks.columns import Column, place, read_column
 from potluck.tasks.features import Feature, Names, Positive, as_float32, named_columns
 from potluck.tasks.hold_out import HoldOut
 from potluck.tasks.symbols import Symbols
-from potluck.tasks.tables import named
+from potluck.tasks.tables import named, read_table
 from potluck.tasks.targets import Part, TargetKind, encode_labels, understand
 
 Array = NDArray[Any]
@@ -120,6 +121,31 @@ class Schema(BaseModel):
                 f"a schema must have keys and values within its bounds, got {place}: "
                 f"{first['msg']}. Mend it, or let this version of Potluck write it."
             ) from None
+
+    def read(self, path: Path, texts: Collection[str] = ()) -> Any:
+        """The table of a file, whose categories and labels are text as it is written where that is
+        what this knows: "01" is no 1, and "true" may be one of three.
+
+        Args:
+            texts: more columns that stay text.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        table = read_table(path, texts)
+        known = {feature.name: feature.categories for feature in self.features}
+        known |= dict.fromkeys(self.targets if self.kind == "classes" else (), self.classes or ())
+        parsed = [
+            name
+            for name, names in known.items()
+            if names and name in table and read_column(table[name], str(path)).type != "text"
+        ]
+        if parsed and path.suffix.lower() == ".csv":
+            written = read_table(path, [*texts, *parsed])
+            for name in parsed:
+                if set(written[name].dropna()) <= set(known[name]):
+                    table[name] = written[name]
+        return table
 
     def apply(self, table: Any, where: str = "the table") -> tuple[Array, Array]:
         """Inputs and targets of a pandas `DataFrame`, prepared as those of all clients.

@@ -10,18 +10,22 @@ import importlib
 import re
 import zipfile
 import zlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from potluck.core import DataError
-from potluck.tasks.columns import Array, Column, place
+from potluck.tasks.columns import Array, Column, is_hole, place, read_column
 from potluck.tasks.csv_files import read_csv
-from potluck.tasks.names import client_name
+from potluck.tasks.names import client_name, client_names
 
 NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
 _UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
+
+
+_SUFFIXES = (".csv", ".npz", ".parquet")
 
 
 class Located(NamedTuple):
@@ -29,6 +33,40 @@ class Located(NamedTuple):
 
     table: Any
     where: str
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder, one a client, in the order of their names."""
+    if not folder.is_dir():
+        raise DataError(f"the folder of the clients must exist, got folder={str(folder)!r}.")
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if not paths:
+        raise DataError(
+            f"{folder} must hold a .npz, .csv or .parquet file for each client, got no files."
+        )
+    for path in paths:
+        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+            raise DataError(
+                f"{folder} must hold only .npz, .csv or .parquet files, got {path.name}. "
+                "Move it elsewhere."
+            )
+    called: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in called:
+            raise DataError(
+                f"the files of {folder} must differ in more than the case of their suffix, got "
+                f"{called[path.stem].name} and {path.name}, both for client {path.stem!r}. "
+                "Rename one."
+            )
+        called[path.stem] = path
+    client_names(called)
+    kinds = sorted({path.suffix.lower() for path in paths})
+    if len(kinds) > 1:
+        raise DataError(
+            f"the files in {folder} must be of one kind, got {' and '.join(kinds)}. "
+            "Convert them, or make a folder for each kind."
+        )
+    return paths
 
 
 def read_npz(path: Path) -> tuple[Array, Array]:
@@ -53,11 +91,11 @@ def read_npz(path: Path) -> tuple[Array, Array]:
         ) from error
 
 
-def read_table(path: Path, text_column: str | None = None) -> Any:
+def read_table(path: Path, texts: Collection[str] = ()) -> Any:
     """The table in a `.csv` or `.parquet` file, with the names of its columns checked.
 
     Args:
-        text_column: a column that a `.csv` file's numbers are not to be made numbers of.
+        texts: columns of a `.csv` file that are not made numbers or truth values.
     """
     pandas: Any = importlib.import_module("pandas")
     suffix = path.suffix.lower()
@@ -65,10 +103,19 @@ def read_table(path: Path, text_column: str | None = None) -> Any:
         raise DataError(
             f"a table must be a file that is there, got path={str(path)!r}. Name another."
         )
+    if suffix not in (".csv", ".parquet"):
+        raise DataError(
+            f"a table must be a .csv or .parquet file, got path={str(path)!r}. Save it as CSV."
+        )
     try:
-        table = pandas.read_parquet(path) if suffix == ".parquet" else read_csv(path, text_column)
+        table = pandas.read_parquet(path) if suffix == ".parquet" else read_csv(path, texts)
     except DataError:
         raise
+    except OSError as error:
+        raise DataError(
+            f"a table must be in a readable file, got path={str(path)!r} ({error.strerror}). "
+            "Name another."
+        ) from None
     # pandas and pyarrow raise many kinds, none of which a user of ours should have to know.
     except Exception as error:
         raise DataError(
@@ -76,6 +123,45 @@ def read_table(path: Path, text_column: str | None = None) -> Any:
             f"error={first_line(error)!r}. Write it anew."
         ) from error
     return named(table, str(path))
+
+
+def read_tables(
+    paths: Sequence[Path], *, categories: bool, classes: Collection[str]
+) -> dict[str, Located]:
+    """The tables of many clients, called as their files.
+
+    A column of text in one `.csv` file may look like numbers or truth values in another, as wards
+    "1" and "3A" or answers "true" and "unknown" do; it is then text in all of them.
+
+    Args:
+        categories: whether text may be a feature; otherwise it is left for a message.
+        classes: columns of labels that are classes whatever they look like.
+    """
+    tables = {path: read_table(path) for path in paths}
+    types: dict[str, set[str]] = {}
+    found: dict[Path, dict[str, str]] = {}
+    for path, table in tables.items():
+        found[path] = {name: _type_of(table[name], str(path)) for name in table.columns}
+        for name, kind in found[path].items():
+            types.setdefault(name, set()).add(kind)
+    texts = {
+        name
+        for name, kinds in types.items()
+        if "text" in kinds and (categories or name in classes or "number" not in kinds)
+    }
+    for path in paths:
+        odd = {name for name in texts if found[path].get(name) in ("number", "boolean")}
+        if odd and path.suffix.lower() == ".csv":
+            tables[path] = read_table(path, odd)
+    return {path.stem: Located(table, str(path)) for path, table in tables.items()}
+
+
+def _type_of(series: Any, where: str) -> str:
+    """Of a column; "none" where all of it is missing, also as "NA" and the like."""
+    kind, values, missing = read_column(series, where)
+    if missing.all() or (kind == "text" and all(map(is_hole, values[~missing]))):
+        return "none"
+    return kind
 
 
 def named(table: Any, where: str) -> Any:

@@ -312,6 +312,60 @@ def test_what_else_a_model_does_with_a_fused_layer_is_as_in_pytorch(make):
     assert fused.module.hidden in fused._layers.layers
 
 
+class Hyper(Net):
+    """The hidden layer's weight is made by another network, a step at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.code, self.maker = nn.Parameter(torch.ones(4)), nn.Linear(4, WIDTH * WIDTH)
+        del self.hidden.weight
+
+    def forward(self, inputs):
+        self.hidden.weight = self.maker(self.code).view(WIDTH, WIDTH) * 0.1
+        return super().forward(inputs)
+
+
+class DroppedWeights(Net):
+    """An LSTM whose recurrent weights are drawn from raw ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH)
+        self.raw = nn.Parameter(self.lstm.weight_hh_l0.detach().clone())
+        del self.lstm.weight_hh_l0
+
+    def forward(self, inputs):
+        self.lstm.weight_hh_l0 = functional.dropout(self.raw, 0.5)
+        return super().forward(self.lstm(inputs[None])[0][0])
+
+
+class MadeKernel(Net):
+    """A convolution, pooled, whose kernel and bias are made by another network."""
+
+    def __init__(self):
+        super().__init__()
+        self.maker = nn.Linear(1, 32 * 9)
+        self.convolution = nn.Conv2d(1, 32, 3, padding=1)
+        del self.convolution.weight, self.convolution.bias
+
+    def forward(self, inputs):
+        self.convolution.weight = self.maker(torch.ones(1)).view(32, 1, 3, 3)
+        self.convolution.bias = torch.zeros(32)
+        images = self.convolution(inputs[:, None, None, :]).mean((1, 2))
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("make", [Hyper, DroppedWeights, MadeKernel])
+def test_layers_whose_weights_are_made_elsewhere_are_not_fused(make, precision):
+    runtime = TorchRuntime(task_of(make), precision, one_thread=True, fused_from=EVERY)
+    whole = [type(layer) is nn.Linear and layer._parameters for layer in runtime._layers.layers]
+    assert whole
+    assert all("weight" in parameters for parameters in whole)
+    if precision == "float32":
+        check(make)
+
+
 class Reader(nn.Module):
     """An LSTM, whose compiled step may be taken before the backward pass is over."""
 

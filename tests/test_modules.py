@@ -108,3 +108,30 @@ def test_modules_and_what_makes_them_train(model):
     task = Task(model=model, data=own_data.from_clients({"a": client()}))
     first, last = rounds(FedAvg(client_lr=0.1), task, cohort=1.0, num_rounds=1)
     assert np.abs(first.weights - last.weights).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("executor", ["loop", "vmap"])
+@pytest.mark.parametrize("makes", [True, False], ids=["a factory", "a module"])
+@pytest.mark.parametrize("how", ["scripted", "traced", "a traced part"])
+def test_scripted_modules_train_as_what_they_were_made_of(how, makes, executor):
+    def script():
+        torch.manual_seed(0)
+        module, inputs = net(), torch.ones(2, 6)
+        if how == "scripted":
+            return torch.jit.script(module)
+        if how == "traced":
+            return torch.jit.trace(module, inputs)
+        return nn.Sequential(torch.jit.trace(module[0], inputs), *module[1:])
+
+    found = []
+    data = own_data.from_clients({"a": client(), "b": client()})
+    torch.manual_seed(0)
+    for model in (net(), script if makes else script()):
+        task = Task(model=model, data=data)
+        task.module()(torch.ones(2, 6))
+        run = rounds(FedAvg(client_lr=0.1), task, cohort=1.0, num_rounds=2, executor=executor)
+        *_, last = run
+        found.append((last.weights, last.metrics["loss"]))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)

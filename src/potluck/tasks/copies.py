@@ -7,7 +7,9 @@ generators in its attributes, and what the objects there hold in theirs.
 from __future__ import annotations
 
 import copy
+import io
 import random
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -30,6 +32,9 @@ def copy_of(module: nn.Module) -> nn.Module:
     computed from weights, hooks on weights, and functions that hold parts of the module."""
     memo: dict[int, Any] = {}
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule) and id(part) not in memo:
+            pairs = zip(part.modules(), _script_copied(part).modules(), strict=True)
+            memo |= {id(inner): copied for inner, copied in pairs}
         for value in _direct(vars(part)):
             if isinstance(value, torch.Generator):
                 memo[id(value)] = cast("Any", value).clone_state()
@@ -50,6 +55,17 @@ def copy_of(module: nn.Module) -> nn.Module:
         for hook in late:
             mine.register_post_accumulate_grad_hook(rebinding.of(hook))
     return copied
+
+
+def _script_copied(module: torch.jit.ScriptModule) -> Any:
+    """By its file: what PyTorch copies computes with the weights of the original."""
+    there: Any = torch.jit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the format, which stays here
+        file = io.BytesIO()
+        there.save(module, file)
+        file.seek(0)
+        return there.load(file)
 
 
 def _rebind(attributes: dict[str, Any], rebinding: Rebinding) -> None:
@@ -109,6 +125,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (np.random.Generator, np.random.RandomState)):
         bits: Any = getattr(value, "bit_generator", value)
         yield ".state", repr(bits.state if bits is not value else bits.get_state(legacy=False))
+    elif isinstance(value, torch.jit.ScriptModule):  # which has no tables of its own
+        yield from ((f".{key}", inner) for key, inner in value.state_dict(keep_vars=True).items())
     elif isinstance(value, nn.Module):
         for table in _TABLES:
             yield from ((f".{key}", inner) for key, inner in vars(value)[table].items())

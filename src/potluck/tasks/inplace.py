@@ -158,20 +158,15 @@ def _forward_of(
     layer: nn.Module, precision: Precision, compiled: bool, smallest: int
 ) -> Callable[..., Any] | None:
     """The fused forward pass of a layer, if it is of a kind that has one, and plain."""
+    own = vars(layer)["_parameters"]
     if is_plain(layer, nn.Linear):
-        layer = cast(nn.Linear, layer)
-        if layer.weight.numel() < smallest or vars(layer)["_parameters"].keys() != {
-            "weight",
-            "bias",
-        }:
+        weight = own.get("weight")  # there is none where another network makes it
+        if weight is None or weight.numel() < smallest or own.keys() != {"weight", "bias"}:
             return None
-        tiled = compiled and precision == "bf16" and linear.suits(layer)
+        tiled = compiled and precision == "bf16" and linear.suits(cast(nn.Linear, layer))
         return _tiled if tiled else _straight
     if compiled and is_plain(layer, nn.LSTM) and native.suits(layer, precision, smallest):
-        own = list(vars(layer)["_parameters"].values())
-        flat = [weight for weights in layer.all_weights for weight in weights]
-        same = len(own) == len(flat) and all(a is b for a, b in zip(own, flat, strict=True))
-        return _lstm if same else None
+        return _lstm if list(own) == native.names(layer) else None
     if compiled and is_plain(layer, nn.Conv2d) and precision == "bf16":
         return _pooled if pooled_convolution.suits(layer) else None
     return None

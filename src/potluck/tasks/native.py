@@ -60,6 +60,12 @@ def suits(
     )
 
 
+def names(layer: nn.LSTM) -> list[str]:
+    """Of the weights of a layer that suits, as PyTorch registers them."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    return [f"{kind}_l{number}" for number in range(layer.num_layers) for kind in kinds]
+
+
 def takes(inputs: object, state: object, precision: Precision = "float32") -> TypeGuard[Tensor]:
     """Whether a layer's arguments are of the kind that `in_place` is for."""
     return (

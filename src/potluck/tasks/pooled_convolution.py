@@ -53,7 +53,8 @@ def plain(layer: nn.Conv2d, images: Tensor) -> Tensor:
 
 def suits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer's pooled steps can be compiled here."""
-    if type(layer) is not nn.Conv2d or layer.bias is None:
+    own = vars(layer)["_parameters"]
+    if type(layer) is not nn.Conv2d or own.get("weight") is None or own.get("bias") is None:
         return False
     side, channels = layer.kernel_size[0], layer.in_channels
     return (

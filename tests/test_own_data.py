@@ -394,3 +394,62 @@ def test_a_table_is_a_frame_or_a_path(tmp_path: Path) -> None:
         from_table(tmp_path / "a.npz", client_column="a")
     with pytest.raises(DataError, match=r"must be a file that is there, got path=.*a\.csv"):
         from_table(tmp_path / "a.csv", client_column="a")
+
+
+def test_tables_among_arrays_go_by_the_names_of_their_columns() -> None:
+    first = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [10.0, 20.0, 30.0]})
+    other = first[["y", "x"]]
+    labels = ["a", "b", "a"]
+    data = from_clients({"1": (first, labels), "2": (other, labels)}, test=(other, labels))
+    for part in (data.train.inputs[:3], data.train.inputs[3:], data.test.inputs):
+        assert part.tolist() == first.to_numpy().tolist()
+    with pytest.raises(DataError, match=r"same columns, \['x', 'y'\], got \['x', 'z'\] in client"):
+        from_clients({"1": (first, labels), "2": (first.rename(columns={"y": "z"}), labels)})
+
+
+def test_pixels_are_divided_by_255_in_arrays_and_tables_and_never_twice() -> None:
+    pixels = np.array([[0, 255], [51, 102]] * 3, np.uint8)
+    labels = [0, 1] * 3
+    table = pd.DataFrame(pixels, columns=["p", "q"]).assign(client="a", target=labels)
+    expected = {(0.0, 1.0), (np.float32(0.2), np.float32(0.4))}
+    for data in (
+        from_clients({"a": (pixels, labels)}, scale="pixels"),
+        from_clients({"a": (pixels, labels)}, scale="pixels", missing="mean"),
+        from_table(table, client_column="client", scale="pixels"),
+    ):
+        assert set(map(tuple, data.train.inputs)) == expected
+        schema = data.schema
+        assert schema is not None
+        again = (
+            schema.apply(table.drop(columns="client"))
+            if schema.targets
+            else (schema.apply_arrays(pixels, labels))
+        )
+        assert set(map(tuple, again[0])) == expected
+    for odd in (pixels / 255, pixels - 128.0, pixels * 257.0):
+        with pytest.raises(DataError, match="from 0 to 255"):
+            from_clients({"a": (odd, labels)}, scale="pixels")
+        table[["p", "q"]] = odd
+        with pytest.raises(DataError, match=r"column '[pq]' of .* from 0 to 255"):
+            from_table(table, client_column="client", scale="pixels")
+
+
+def test_arrays_have_no_column_to_be_split_by(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", inputs=np.zeros((4, 2)), targets=[0, 1, 0, 1])
+    with pytest.raises(DataError, match="no column to be split by, got split='time:day'"):
+        from_folder(tmp_path, split="time:day")
+
+
+@pytest.mark.parametrize("split", ["group:client", "group:target"])
+def test_a_split_names_another_column(split: str) -> None:
+    table = pd.DataFrame({"client": list("ab") * 4, "x": 1.5, "target": list("uuvv") * 2})
+    with pytest.raises(DataError, match=f"got .*{split.partition(':')[2]}.*Name another"):
+        from_table(table, client_column="client", split=split)
+
+
+def test_any_tensor_and_any_number_are_taken() -> None:
+    torch = pytest.importorskip("torch")
+    inputs = torch.ones(4, 2, requires_grad=True)
+    for tensor in (inputs, inputs.bfloat16()):
+        data = from_clients({"a": (tensor, torch.tensor([0, 1, 0, 1]))}, missing=np.float32(1))
+        assert (data.train.inputs == 1).all()

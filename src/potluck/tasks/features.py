@@ -167,6 +167,20 @@ def as_float32(values: NDArray[Any], what: str) -> NDArray[np.float32]:
     return array
 
 
+def check_pixels(values: NDArray[Any], what: str) -> None:
+    """Raise a `DataError` for numbers that are not from 0 to 255, or that are scaled already."""
+    found = values[np.isfinite(values)]
+    if found.size == 0:
+        return
+    low, high = found.min(), found.max()
+    is_scaled = high <= 1 and bool((found != np.floor(found)).any())
+    if low < 0 or high > 255 or is_scaled:
+        raise DataError(
+            f'{what} must be from 0 to 255 for scale = "pixels", got values from {low:.6g} to '
+            f'{high:.6g}. Say scale = "none" for what is scaled already, or scale it yourself.'
+        )
+
+
 def _listed(names: Sequence[str]) -> str:
     return (", ".join(names[:10]) + (", …" if len(names) > 10 else "")) or "none"
 

@@ -2,7 +2,8 @@
 
     missing      "refuse" (the default), "mean", "median" or a number; a category and a truth
                  value are filled with the most frequent one, but for a number
-    scale        "none" (the default), "standard" (mean 0, deviation 1) or "minmax" (0 to 1)
+    scale        "none" (the default), "standard" (mean 0, deviation 1), "minmax" (0 to 1) or
+                 "pixels" (divided by 255)
     categories   of text: "refuse" (the default), "one-hot" or "codes"
 
 Scales and fills never see a test example. Categories do: a test set with a value that no training
@@ -11,6 +12,8 @@ row has can still be read.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 from potluck.core import DataError
 from potluck.tasks.columns import Column, place
-from potluck.tasks.features import Feature, are_numbers
+from potluck.tasks.features import Feature, are_numbers, check_pixels
 from potluck.tasks.tables import first_text
 from potluck.tasks.targets import label_texts
 
@@ -55,9 +58,9 @@ def check_rules(rules: Rules) -> None:
         "categories": ("refuse", "one-hot", "codes"),
     }
     for name, allowed in choices.items():
-        value = getattr(rules, name)
-        is_number = name == "missing" and isinstance(value, (int, float)) and np.isfinite(value)
-        if value not in allowed and (not is_number or isinstance(value, bool)):
+        value: Any = getattr(rules, name)
+        is_number = name == "missing" and isinstance(value, numbers.Real) and math.isfinite(value)
+        if value not in allowed and (not is_number or isinstance(value, (bool, np.bool_))):
             number = " or a finite number" if name == "missing" else ""
             raise ValueError(
                 f"{name} must be one of {', '.join(map(repr, allowed))}{number}, got "
@@ -81,6 +84,10 @@ def fit_feature(name: str, given: Sequence[Given], rules: Rules) -> Feature:
     if kind == "boolean":
         return Feature(name=name, type="boolean", fill=_boolean_fill(name, values, rules))
     fill = _number_fill(name, values, rules, given)
+    if rules.scale == "pixels":
+        for where, column, _ in given:
+            if column.type == "number":
+                check_pixels(column.values[~column.missing], f"column {name!r} of {where}")
     shift, scale = _scaling(values, rules.scale)
     if not np.isfinite([shift, scale, fill or 0.0]).all():
         raise DataError(
@@ -207,6 +214,8 @@ def _number_fill(
 
 def _scaling(values: NDArray[np.float64], scale: Any) -> tuple[float, float]:
     """Shift and scale; a column that never varies becomes 0."""
+    if scale == "pixels":
+        return 0.0, 255.0
     if len(values) == 0 or scale not in ("standard", "minmax"):
         return 0.0, 1.0
     with np.errstate(over="ignore", invalid="ignore"):

@@ -50,6 +50,11 @@ class HoldOut(BaseModel):
             targets: one integer an example is a class; of anything else no share is kept.
             by: the pandas `Series` that `column` names; None where it names none.
         """
+        if self.column is not None and by is None:
+            raise DataError(
+                f"arrays have no column to be split by, got split={self.split!r} for {where}. Say "
+                "'shuffled' or 'last', or give a table."
+            )
         count = num_test(len(targets), self.fraction)
         random = stream(self.seed, "hold-out")
         if self.split == "shuffled":

@@ -122,8 +122,10 @@ def from_clients(
             "table."
         )
     names = client_names(clients)
+    first = next(iter(clients.values()))
     train = {
-        names[key]: array_source(pair, f"client {names[key]!r}") for key, pair in clients.items()
+        names[key]: array_source(pair, f"client {names[key]!r}", first)
+        for key, pair in clients.items()
     }
     asked = _asked(
         name=name,
@@ -137,7 +139,7 @@ def from_clients(
     )
     asked = replace(asked, columns=True)  # the loss may be one that takes them
     if test is None or not isinstance(test, Mapping):
-        shared = None if test is None else array_source(test, "the shared test set")
+        shared = None if test is None else array_source(test, "the shared test set", first)
         return assemble(train, shared, asked)
     tests = client_names(test)
     strangers = [key for key, tested in tests.items() if tested not in train]
@@ -147,7 +149,7 @@ def from_clients(
             "Give its training examples too, or leave it out."
         )
     own = {
-        tests[key]: array_source(pair, f"the test of client {tests[key]!r}")
+        tests[key]: array_source(pair, f"the test of client {tests[key]!r}", first)
         for key, pair in test.items()
     }
     return assemble(train, own, asked)
@@ -276,6 +278,11 @@ def from_table(
         raise DataError(
             f"clients and targets must be two columns, got column {client_column!r} for both. "
             "Name another."
+        )
+    if split == f"group:{client_column}":
+        raise DataError(
+            f"test examples are held out of each client, got split={split!r}, which is the column "
+            "of the clients. Name another."
         )
     tables = split_by_client(located, client_column)
     if not tables:

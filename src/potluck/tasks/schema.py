@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from potluck.core import DataError
 from potluck.tasks.columns import Column, place, read_column
-from potluck.tasks.features import Feature, Names, Positive, as_float32, named_columns
+from potluck.tasks.features import Feature, Names, Positive, as_float32, check_pixels, named_columns
 from potluck.tasks.hold_out import HoldOut
 from potluck.tasks.symbols import Symbols
 from potluck.tasks.tables import named, read_table
@@ -193,9 +193,10 @@ class Schema(BaseModel):
                     "Convert them."
                 )
             return inputs.astype(self.input_dtype)
-        return as_float32(
-            inputs / self.divisor if self.divisor != 1 else inputs, f"the inputs of {where}"
-        )
+        if self.divisor == 1:
+            return as_float32(inputs, f"the inputs of {where}")
+        check_pixels(inputs, f"the inputs of {where}")
+        return as_float32(inputs / self.divisor, f"the inputs of {where}")
 
     def encode(self, columns: Sequence[Column], where: str) -> Array:
         """Inputs [rows, width] of the columns of all features, in their order."""

@@ -16,16 +16,36 @@ from potluck.tasks.schema import check_target
 from potluck.tasks.tables import Located, check_column, first_line, first_text
 
 
-def array_source(pair: Any, where: str) -> Source:
-    """The two arrays of one client."""
+def array_source(pair: Any, where: str, like: Any = None) -> Source:
+    """The two arrays of one client.
+
+    Args:
+        like: the pair of the first client, in the order of whose columns tables are put.
+    """
     if not isinstance(pair, (tuple, list)) or len(cast("list[Any]", pair)) != 2:
         raise DataError(
             f"{where} must be a pair (inputs, targets), got {type(cast(Any, pair)).__name__}. "
             "Give two arrays of equal length."
         )
-    values = cast("list[Any]", pair)
+    firsts = cast("list[Any]", like or pair)
+    values = [_in_order(*each, where) for each in zip(cast("list[Any]", pair), firsts, strict=True)]
     inputs = _numbers(as_array(values[0], f"the inputs of {where}"), f"the inputs of {where}")
     return Source(where, inputs, target_array(values[1], f"the targets of {where}"))
+
+
+def _in_order(values: Any, first: Any, where: str) -> Any:
+    """A table among arrays with its columns as those of the first: they go by name."""
+    if values is first or not (hasattr(values, "columns") and hasattr(first, "columns")):
+        return values
+    expected, got = list(first.columns), list(values.columns)
+    if expected == got:
+        return values
+    if sorted(map(str, expected)) != sorted(map(str, got)) or len(set(map(str, got))) < len(got):
+        raise DataError(
+            f"the tables of all clients must have the same columns, {expected}, got {got} in "
+            f"{where}. Rename or remove some."
+        )
+    return values[expected]
 
 
 def table_sources(
@@ -42,6 +62,11 @@ def table_sources(
         found = [str(name) for name in first.table.columns]
         features = [name for name in found if name not in targets and name != by]
     named = [*features, *targets, *([] if by is None else [by])]
+    if by in targets:
+        raise DataError(
+            f"the examples must be split by another column than the target, got {by!r} for both. "
+            "Name another in split."
+        )
     twice = [name for name in named if named.count(name) > 1]
     if twice:
         raise DataError(
@@ -93,6 +118,10 @@ def as_array(values: Any, what: str) -> Array:
     """Whatever NumPy makes an array of; a hole of a mask or of pandas is NaN."""
     if isinstance(values, np.ma.MaskedArray):
         values = _unmasked(values)
+    if hasattr(values, "detach") and hasattr(values, "cpu"):  # a tensor
+        values = values.detach().cpu()
+        if str(values.dtype) == "torch.bfloat16":  # NumPy has none
+            values = values.float()
     try:
         array: Array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -281,3 +281,32 @@ def test_an_unknown_executor_is_refused(data):
         make_executor("gpu", task)
     with pytest.raises(ValueError, match="num_workers=0"):
         Workers(task, 0)
+
+
+MODES = {
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("executor", ["loop", "workers", "vmap"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_modes_of_the_caller_change_nothing(task, mode, executor):
+    expected = history(task, executor)[-1]
+    with MODES[mode]():
+        found = history(task, executor)[-1]
+        assert torch.is_grad_enabled() == (mode == "autocast")
+        assert evaluate(task, found.weights) == expected.metrics
+    assert found.weights.tobytes() == expected.weights.tobytes()
+    assert found.metrics == expected.metrics
+
+
+def test_the_modes_of_the_caller_hold_between_rounds(task):
+    running = rounds(FedAvg(client_lr=0.1), task, cohort=0.2)
+    with torch.no_grad():
+        next(running)
+        assert not torch.is_grad_enabled()
+    next(running)
+    assert torch.is_grad_enabled()
+    running.close()

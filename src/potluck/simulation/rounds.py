@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,21 +25,15 @@ from potluck.core import (
 )
 from potluck.core.cohorts import cohort_size
 from potluck.core.validate import as_count, as_seed
-from potluck.simulation.auto import Auto
-from potluck.simulation.cluster import Cluster, Local
+from potluck.simulation.by_name import ExecutorName, make_executor
 from potluck.simulation.compression import compressed
-from potluck.simulation.device_workers import DeviceWorkers
-from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure, Loop
+from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure
 from potluck.simulation.handed import Kept, own_states
 from potluck.simulation.virtual import Timing, VirtualTime, timeline
-from potluck.simulation.vmap import Vmap, chunk_for
-from potluck.simulation.workers import Workers
-from potluck.tasks import Task, spec_of
-from potluck.tasks.placement import device_of, devices_of
-from potluck.tasks.precision import Precision
+from potluck.tasks import Task
+from potluck.tasks.modes import in_own_modes
 from potluck.tasks.statistics import roles
 
-ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap", "ray"]
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
 
@@ -130,18 +124,20 @@ def rounds(
                 "the same round."
             )
         resume = (*resume, {})
-    return _rounds(
-        algorithm,
-        task,
-        cohort,
-        num_rounds,
-        seed,
-        codec,
-        executor,
-        evaluate_every,
-        skip_failures,
-        resume,
-        virtual,
+    return in_own_modes(
+        _rounds(
+            algorithm,
+            task,
+            cohort,
+            num_rounds,
+            seed,
+            codec,
+            executor,
+            evaluate_every,
+            skip_failures,
+            resume,
+            virtual,
+        )
     )
 
 
@@ -157,7 +153,7 @@ def _rounds(
     skip_failures: bool,
     resume: tuple[int, Any, ClientStates] | None,
     virtual: VirtualTime | None,
-) -> Iterator[Round]:
+) -> Generator[Round]:
     started = time.perf_counter()
     own = isinstance(executor, str)
     task.begin(seed)
@@ -251,90 +247,6 @@ def handed_out(round: Round) -> Round:
         state=copy.deepcopy(round.state),
         client_states=Kept(states.own if isinstance(states, Kept) else states),
     )
-
-
-def make_executor(
-    name: str,
-    task: Task,
-    num_workers: int | None = None,
-    *,
-    address: str | None = None,
-    device: str | None = None,
-    precision: Precision = "float32",
-    local: Local = "auto",
-    gpus: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Executor:
-    """An executor by its name; the caller closes it.
-
-    Args:
-        num_workers: for "workers" and "ray"; as many as there are cores if None. For "vmap" more
-            than one are processes among which its chunks are divided, or its cohort if they share
-            the GPUs that `device` names.
-        address: for "ray": see `Cluster`.
-        device: for "vmap" and "auto": "cpu", "cuda", "cuda:1", or "auto", a GPU if there is one.
-            For "vmap" None is "cpu", for "auto" it is "auto". For "ray": "cpu" or "cuda".
-        precision: of local training: "float32"; "bf16" with "loop", "workers" and "ray"; and
-            with a GPU ("vmap", "ray") either, or "tf32".
-        local, gpus, progress: for "ray": see `Cluster`.
-    """
-    if num_workers is not None:
-        num_workers = as_count("num_workers", num_workers)
-    if name not in ("vmap", "auto") and device not in (None, "cpu"):
-        if name != "ray":
-            raise ValueError(
-                f"device must be left out with executor={name!r}, got device={device!r}. "
-                "Use executor='vmap' or 'auto'."
-            )
-        if device != "cuda":
-            raise ValueError(
-                f"device must be 'cpu' or 'cuda' with executor='ray', got device={device!r}. Ray "
-                "says which GPUs a worker has."
-            )
-    if precision != "float32" and name == "auto":
-        raise ValueError(
-            f"precision must be left out with executor='auto', got precision={precision!r}. "
-            "Name the executor."
-        )
-    if name == "loop":
-        return Loop(task, precision=precision)
-    if name == "workers":
-        return Workers(task, num_workers, precision=precision)
-    if name == "vmap":
-        return _vmap(task, num_workers, device or "cpu", precision)
-    if name == "ray":
-        return Cluster(
-            task,
-            num_workers,
-            address=address,
-            precision=precision,
-            local=local,
-            device=None if device == "cpu" else device,
-            gpus=gpus,
-            progress=progress,
-        )
-    if name == "auto":
-        return Auto(task, num_workers, device=device or "auto")
-    raise ValueError(
-        f"executor must be 'auto', 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}."
-    )
-
-
-def _vmap(task: Task, processes: int | None, device: str, precision: Precision) -> Executor:
-    where = device_of(device)
-    if where.type == "cpu":
-        if precision != "float32":
-            raise ValueError(
-                f"precision must be 'float32' with executor='vmap' and no GPU, got "
-                f"precision={precision!r} with device={device!r}. Leave it out, name a GPU, or "
-                "use executor='workers'."
-            )
-        if processes is None or processes == 1:
-            return Vmap(task)
-        return Workers(task, processes, chunk=chunk_for(spec_of(task.module()).num_bytes))
-    if processes is None or processes == 1:
-        return Vmap(task, device=where, precision=precision)
-    return DeviceWorkers(task, devices_of(device, processes), precision)
 
 
 class _Traffic(NamedTuple):

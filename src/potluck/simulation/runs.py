@@ -32,6 +32,7 @@ from potluck.core.plain_json import to_json
 from potluck.core.validate import as_seed
 from potluck.experiment import Experiment, TargetSection
 from potluck.simulation.build import build_algorithm, build_data, build_task, build_virtual_time
+from potluck.simulation.by_name import make_executor
 from potluck.simulation.directory import (
     disk_errors,
     locked,
@@ -41,7 +42,7 @@ from potluck.simulation.directory import (
 )
 from potluck.simulation.handed import own_states
 from potluck.simulation.manifest import difference, make_manifest
-from potluck.simulation.rounds import ClientStates, Round, handed_out, make_executor, rounds
+from potluck.simulation.rounds import ClientStates, Round, handed_out, rounds
 from potluck.simulation.train_loss import WithTrainLoss
 from potluck.simulation.virtual import VirtualTime
 from potluck.tasks import FederatedData, Task

@@ -20,6 +20,7 @@ from potluck.core.validate import as_count
 from potluck.tasks.contract import in_words, outputs_of, tensors
 from potluck.tasks.data import Examples, lengths, trimmed
 from potluck.tasks.metrics import defaults
+from potluck.tasks.modes import own_modes
 from potluck.tasks.pristine import Pristine
 from potluck.tasks.randomness import borrowed_randomness, seed_generators, states
 from potluck.tasks.scores import WHOLE, Score, Totals, number_in, scores_of, value_of
@@ -284,6 +285,7 @@ def means(task: Task, weights: Vector, sums: Sequence[Sums]) -> dict[str, float]
     }
 
 
+@own_modes()
 def evaluate(
     task: Task, weights: Vector, examples: Examples | None = None, *, seed: int | None = None
 ) -> dict[str, float]:
@@ -318,6 +320,7 @@ class FederatedMetric(NamedTuple):
         )
 
 
+@own_modes()
 def federated_evaluation(
     task: Task, weights: Vector, *, seed: int | None = None
 ) -> Mapping[str, FederatedMetric]:

@@ -1,0 +1,42 @@
+"""The modes of PyTorch that a caller may be in, and that a run must not take over.
+
+Whoever has switched gradients off for a notebook, or calls from within an autocast, gets the same
+numbers as anybody else: the precision is an executor's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+_Item = TypeVar("_Item")
+
+
+@contextmanager
+def own_modes() -> Generator[None]:
+    """Within it gradients are recorded and nothing is cast, whatever the caller's modes are."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def in_own_modes(items: Generator[_Item]) -> Generator[_Item]:
+    """The same items, each of them made in `own_modes`; the caller's hold in between."""
+    nothing: Any = object()
+    try:
+        while True:
+            with own_modes():
+                item = next(items, nothing)
+            if item is nothing:
+                return
+            yield item
+    finally:
+        with own_modes():
+            items.close()

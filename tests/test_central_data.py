@@ -95,9 +95,9 @@ def test_devices_with_columns_in_another_order_train_as_the_simulation_does(ward
     [
         (lambda lines: reordered(lines, [0, 2, 3]), ["pressure"]),
         (lambda lines: [f"{line},1" for line in lines], ["1"]),
-        (lambda lines: [*lines, "1,2,green,ill"], ["color", "green", "30"]),
-        (lambda lines: [*lines, "1,2,red,dead"], ["'ill'", "'well'", "dead", "30"]),
-        (lambda lines: [*lines, "1,,red,ill"], ["pressure", "30"]),
+        (lambda lines: [*lines, "1,2,green,ill"], ["color", "green", "line 32 "]),
+        (lambda lines: [*lines, "1,2,red,dead"], ["'ill'", "'well'", "dead", "line 32 "]),
+        (lambda lines: [*lines, "1,,red,ill"], ["pressure", "line 32 "]),
         (lambda lines: [*lines, "1,much,red,ill"], ["pressure", "much"]),
         (lambda lines: lines[:1], ["at least one"]),
     ],

@@ -94,10 +94,10 @@ def test_integer_inputs_stay_integers_and_float_targets_are_a_regression() -> No
 def test_num_classes_may_be_more_than_occur_but_not_less() -> None:
     assert from_clients({"a": pair(4)}, num_classes=7).num_classes == 7
     with pytest.raises(
-        DataError, match=r"from 0 to 0 \(num_classes=1\), got label=1 in client 'a'"
+        DataError, match=r"from 0 to 0 \(num_classes=1\), got label=1 in example 1 of client 'a'"
     ):
         from_clients({"a": pair(4)}, num_classes=1)
-    with pytest.raises(DataError, match=r"got label=1 in the shared test set"):
+    with pytest.raises(DataError, match=r"got label=1 in example 1 of the shared test set"):
         from_clients({"a": (np.ones((2, 2)), [0, 0])}, test=pair(4), num_classes=1)
     with pytest.raises(DataError, match=r"whole numbers or text, got 0\.5 in ex"):
         from_clients({"a": (np.ones(4), np.arange(4) / 2)}, num_classes=3)
@@ -273,10 +273,10 @@ def test_npz_files_need_two_arrays_and_no_objects(tmp_path: Path) -> None:
             r"x\.csv must have one column 'b', got columns a, target",
         ),
         ("b,target,a,c\n1,0,2,3\n", r"x\.csv .* a, b, target alone, got column 'c' too"),
-        ("a,target,b\n1,0,hello\n", r"numbers, got 'hello' in column 'b', row 0 of .*x\.csv"),
-        ("a,target,b\n1,0,2\n1,0,\n", r"finite, got nan in column 'b', row 1 of .*x\.csv"),
-        ("a,target,b\n1,0,inf\n", r"finite, got inf in column 'b', row 0 of .*x\.csv"),
-        ("a,target,b\n1,,2\n", r"must have a target, got none in column 'target', row 0 of .*x\."),
+        ("a,target,b\n1,0,hello\n", r"numbers, got 'hello' in column 'b', line 2 of .*x\.csv"),
+        ("a,target,b\n1,0,2\n1,0,\n", r"finite, got nan in column 'b', line 3 of .*x\.csv"),
+        ("a,target,b\n1,0,inf\n", r"finite, got inf in column 'b', line 2 of .*x\.csv"),
+        ("a,target,b\n1,,2\n", r"must have a target, got none in column 'target', line 2 of .*x\."),
         ("a,target,b\n1,-3,2\n", r"from -3 to 1 in 4 examples \(see .*x\.csv"),
         ("a,target,b\n1,cat,2\n", r"all numbers or all text, got 'cat' .*x\.csv"),
         ("a,target,b\n", r"x\.csv must have at least one example, got 0"),
@@ -370,12 +370,15 @@ def test_categorical_and_nullable_columns_are_read() -> None:
         (lambda f: f.assign(site=["a", None, *"bcde"]), "got none in column 'site', row 1 of the"),
         (
             lambda f: f.assign(age=[30, 40, 31, np.nan, 1, 2]),
-            "column 'age', row 1 of client '7'",
+            "column 'age', row 3 of the table .client '7'",
         ),
-        (lambda f: f.assign(when=pd.Timestamp(2024, 1, 1)), "column 'when', row 0 of client '07'"),
+        (
+            lambda f: f.assign(when=pd.Timestamp(2024, 1, 1)),
+            "'when', row 0 of the table .client '07'",
+        ),
         (
             lambda f: f.assign(ill=["no", 1, *["no"] * 4]),
-            r"text \('no'\) in column 'ill', row 1 of client '7'",
+            r"text \('no'\) in column 'ill', row 3 of the table .client '7'",
         ),
         (lambda f: f[:0], "at least one row, got none in the table"),
     ],

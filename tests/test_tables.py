@@ -236,11 +236,11 @@ WRONG: list[tuple[Callable[[pd.DataFrame], Any], str]] = [
     (lambda f: pd.concat({"g": f}, axis=1), "2 levels of names in the table, as .'g', 'client'"),
     (
         lambda f: f.assign(x=[1, np.inf, 2, 3]),
-        "got inf in column 'x', row 1 of client 'a' of the table",
+        "got inf in column 'x', row 1 of the table .client 'a'",
     ),
     (
         lambda f: f.assign(x=[1, 2, 3, NAN]),
-        r"got nan in column 'x', row 1 of client 'b' of the table",
+        r"got nan in column 'x', row 3 of the table .client 'b'",
     ),
     (lambda f: f.assign(x=[1e39, 2, 3, 4]), r"got 1e\+39 in column 'x', row 0"),
     (lambda f: f.assign(x=list("1p2q")), "got 'p' in column 'x', row 1"),
@@ -360,28 +360,28 @@ def test_a_csv_file_is_read(tmp_path: Path, name: str) -> None:
 BAD_FILES = [
     (
         "a;b\n1.234,56;1\n",
-        "no separators of thousands, got '1.234,56' in column 'a', row 0 of .*t.csv",
+        "no separators of thousands, got '1.234,56' in column 'a', line 2 of .*t.csv",
     ),
     (
         'a,b\n1,1\n"1,234,567",1\n',
-        "no separators of thousands, got '1,234,567' in column 'a', row 1",
+        "no separators of thousands, got '1,234,567' in column 'a', line 3",
     ),
     ("a;b\n1 234;1\n", "no separators of thousands, got '1 234'"),
     ("a;b\n1'234.5;1\n", "no separators of thousands"),
     ("a;b\n1,234;1\n5,678;1\n", "a comma before three digits may be either, got '1,234'"),
     (
         "a;b\n1,5;1\n2.5;1\n",
-        "all decimal points or all decimal commas, got '1,5' in column 'a', row 0",
+        "all decimal points or all decimal commas, got '1,5' in column 'a', line 2",
     ),
     (
         "a;b\n1,5;1.234\n2,5;5.678\n",
-        "a point before three digits .* got '1.234' in column 'b', row 0",
+        "a point before three digits .* got '1.234' in column 'b', line 2",
     ),
     ("a,b,a\n1,2,3\n", "column 'a' 2 times in .*t.csv"),
     ("a,b,\n1,2,x\n", "must have a name, got none for column 2"),
     (",a\nx,1\ny,2\n", "must have a name, got none for column 0"),
-    ("sep=,\na,b\n1,2\n3\n", "a field for each of the 2 columns, got 1 in row 1 of"),
-    ("a,b\n1,2\n3\n", "a field for each of the 2 columns, got 1 in row 1 of"),
+    ("sep=,\na,b\n1,2\n3\n", "a field for each of the 2 columns, got 1 in line 4 of"),
+    ("a,b\n1,2\n3\n", "a field for each of the 2 columns, got 1 in line 3 of"),
     ("a,b\n1,2,3\n", "more fields in a row than in the header"),
     ("a,b\n1,2\n1,2,3\n", "must be a whole .csv file with one table, got error="),
     ("", "got an empty one"),
@@ -434,7 +434,7 @@ def test_names_come_back_from_a_csv_file(
 def test_a_column_without_values_at_one_client_is_one_of_holes(tmp_path: Path) -> None:
     csv(tmp_path, "x,y,target\n1,1.5,0\n2,2.5,1\n", "a.csv")
     csv(tmp_path, "x,y,target\n1,NA,0\n2,NA,1\n", "b.csv")
-    with pytest.raises(DataError, match=r"got nan in column 'y', row 0 of .*b\.csv"):
+    with pytest.raises(DataError, match=r"got nan in column 'y', line 2 of .*b\.csv"):
         from_folder(tmp_path)
 
 
@@ -565,3 +565,20 @@ def test_rows_that_are_longer_than_the_header_are_refused(tmp_path: Path, text: 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="a file that is there"):
         read_table(tmp_path / name)
+
+
+def test_messages_name_the_line_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('client,note,x,target\na,"two\nlines",1,u\n\nb,p,2,v\na,p,,u\nb,p,oh,v\n')
+    rules: Any = {"client_column": "client", "categories": "one-hot"}
+    with pytest.raises(DataError, match=r"'oh' in column 'x', line 7 of .*t\.csv"):
+        from_table(path, **rules)
+    path.write_text(path.read_text().replace("oh", "3"))
+    with pytest.raises(DataError, match=r"nan in column 'x', line 6 of .*t\.csv \(client 'a'\)"):
+        from_table(path, **rules)
+    frame = pd.read_csv(path)
+    with pytest.raises(DataError, match=r"nan in column 'x', row 2 of the table \(client 'a'\)"):
+        from_table(frame, **rules)
+    path.write_text(path.read_text().replace("p,,u", "p,4,"))
+    with pytest.raises(DataError, match=r"none in column 'target', line 6 of .* \(client 'a'\)"):
+        from_table(path, **rules)

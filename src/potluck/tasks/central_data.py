@@ -12,7 +12,7 @@ from potluck.core.text_files import read_text
 from potluck.tasks.data import Examples, FederatedData
 from potluck.tasks.own_text import lines_of_file
 from potluck.tasks.schema import Schema
-from potluck.tasks.tables import read_npz
+from potluck.tasks.tables import read_npz, rows_in
 
 
 def read_schema(path: str | Path) -> Schema:
@@ -67,7 +67,7 @@ def with_test_file(data: FederatedData, path: str | Path) -> FederatedData:
     elif path.suffix.lower() == ".npz":
         inputs, targets = data.schema.apply_arrays(*read_npz(path), str(path))
     else:
-        inputs, targets = data.schema.apply(data.schema.read(path), str(path))
+        inputs, targets = data.schema.apply(data.schema.read(path), rows_in(path))
     if len(inputs) == 0:
         raise DataError(f"a test file must have at least one example, got 0 in {path}.")
     return replace(data, test=Examples(inputs, targets), test_offsets=None)

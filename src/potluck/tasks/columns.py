@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
+from potluck.tasks.places import place
 
 ColumnType: TypeAlias = Literal["number", "boolean", "text"]
 
@@ -78,11 +79,6 @@ def _of_numpy(values: Array) -> Column:
     if kind == "b":
         return Column("boolean", values, missing)
     return Column("number", values.astype(np.float64 if kind == "f" else np.int64), missing)
-
-
-def place(column: str, row: int, where: str) -> str:
-    """How messages name a value of a table; rows count from 0, without the header."""
-    return f"column {column!r}, row {row} of {where}"
 
 
 def is_hole(text: str) -> bool:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from potluck.core import DataError
 from potluck.core.text_files import encoding_of
-from potluck.tasks.columns import is_hole, place
+from potluck.tasks.columns import is_hole
+from potluck.tasks.places import Rows, place
 
 _SEPARATORS = ",;\t|"
 _LONGEST = 60  # header in a message
@@ -63,6 +64,27 @@ def read_csv(path: Path, texts: Collection[str] = ()) -> Any:
     if has_commas:
         _check_points(path, options, [name for name in table if table[name].dtype.kind == "f"])
     return table
+
+
+def rows_of(path: Path) -> Rows:
+    """The rows of a file, which messages call by their lines, as an editor counts them."""
+    return Rows.of_table(str(path), lambda row: f"line {_line_of(path, row)}")
+
+
+def _line_of(path: Path, row: int) -> int:
+    """The line at which a row begins; blank lines, and those within quotes, count."""
+    encoding = encoding_of(path)
+    with path.open(encoding=encoding) as file:
+        options = _options(file.read(1 << 16), path)
+    with path.open(encoding=encoding, newline="") as file:
+        lines = csv.reader(file, delimiter=options["sep"])
+        before, records = 0, -1 - options["skiprows"]
+        for fields in lines:
+            if fields and records == row:
+                break
+            records += bool(fields)
+            before = lines.line_num
+    return before + 1
 
 
 def _options(start: str, path: Path) -> dict[str, Any]:
@@ -130,7 +152,7 @@ def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
             if len(fields) < table.shape[1]:
                 raise DataError(
                     f"every row must have a field for each of the {table.shape[1]} columns, got "
-                    f"{len(fields)} in row {row} of {path}. Write it anew."
+                    f"{len(fields)} in {rows_of(path).at(row)}. Write it anew."
                 )
 
 
@@ -174,7 +196,7 @@ def _check_forms(texts: list[tuple[int, str]], forms: list[str], name: str, path
     def refuse(form: str, what: str) -> DataError:
         row, text = texts[forms.index(form)]
         return DataError(
-            f"{what}, got {text!r} in {place(name, row, str(path))}. Write numbers without "
+            f"{what}, got {text!r} in {place(name, row, rows_of(path))}. Write numbers without "
             "separators of thousands."
         )
 
@@ -204,7 +226,7 @@ def _check_points(path: Path, options: dict[str, Any], names: list[str]) -> None
             raise DataError(
                 "numbers must have no separators of thousands, and a point before three digits may "
                 f"be one where other columns have decimal commas, got {text!r} in "
-                f"{place(name, row, str(path))}. Write numbers without them."
+                f"{place(name, row, rows_of(path))}. Write numbers without them."
             )
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from potluck.core import DataError
-from potluck.tasks.columns import Column, alike, check_told_apart, place, read_column
+from potluck.tasks.columns import Column, alike, check_told_apart, read_column
+from potluck.tasks.places import place
 from potluck.tasks.targets import label_texts
 
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.tasks.columns import Column, place
+from potluck.tasks.columns import Column
 from potluck.tasks.features import Feature, are_numbers, check_pixels
+from potluck.tasks.places import place
 from potluck.tasks.tables import first_text
 from potluck.tasks.targets import label_texts
 
@@ -169,7 +170,7 @@ def _refuse_fill(name: str, rules: Rules, kind: str, given: Sequence[Given]) -> 
         if column.missing.any():
             raise DataError(
                 f"a missing {kind} must be filled with one, got missing = {rules.missing!r} for "
-                f"column {name!r}, row {int(column.missing.argmax())} of {where}. "
+                f"{place(name, int(column.missing.argmax()), where)}. "
                 'Say missing = "mean", which takes the most frequent one.'
             )
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from potluck.core import DataError, stream
+from potluck.tasks.places import at
 
 Rows = NDArray[np.int64]
 
@@ -141,5 +142,5 @@ def _check_whole(column: Any, where: str) -> None:
     if len(missing) > 0:
         raise DataError(
             f"every row must have a value in column {str(column.name)!r}, by which the examples "
-            f"are split, got none in row {int(missing[0])} of {where}. Fill it in."
+            f"are split, got none in {at(int(missing[0]), where)}. Fill it in."
         )

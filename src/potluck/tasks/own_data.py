@@ -48,6 +48,7 @@ from potluck.tasks.tables import (
     read_npz,
     read_table,
     read_tables,
+    rows_in,
     split_by_client,
 )
 from potluck.tasks.targets import TargetKind
@@ -265,7 +266,7 @@ def from_table(
             )
         texts = [client_column]
         frame = read_table(path, texts) if schema is None else schema.read(path, texts)
-        located = Located(frame, str(path))
+        located = Located(frame, rows_in(path))
     elif not hasattr(table, "columns") or not {"iloc", "to_pandas"} & set(dir(table)):
         raise TypeError(
             f"table must be a pandas DataFrame or a path, got {type(table).__name__}. "
@@ -306,7 +307,7 @@ def _of_files(paths: Sequence[Path], asked: Asked) -> FederatedData:
         pairs = {path.stem: array_source(read_npz(path), str(path)) for path in paths}
         return assemble(pairs, None, replace(asked, targets=()))
     if asked.schema is not None:
-        tables = {path.stem: Located(asked.schema.read(path), str(path)) for path in paths}
+        tables = {path.stem: Located(asked.schema.read(path), rows_in(path)) for path in paths}
     else:
         tables = read_tables(
             paths,

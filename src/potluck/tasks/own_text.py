@@ -15,13 +15,14 @@ import numpy as np
 from potluck.core import DataError
 from potluck.core.text_files import read_text
 from potluck.core.validate import as_count, as_real
-from potluck.tasks.columns import place, read_column
+from potluck.tasks.columns import read_column
 from potluck.tasks.data import Array, Examples, FederatedData
 from potluck.tasks.hold_out import HoldOut, check_split
 from potluck.tasks.names import client_names
+from potluck.tasks.places import place
 from potluck.tasks.schema import Schema
 from potluck.tasks.symbols import Symbols
-from potluck.tasks.tables import Located, check_column, named, read_table, split_by_client
+from potluck.tasks.tables import Located, check_column, named, read_table, rows_in, split_by_client
 from potluck.tasks.text import STEPS
 
 Level = Literal["bytes", "characters"]
@@ -96,7 +97,7 @@ def lines_of_file(path: Path, symbols: Symbols) -> list[str]:
 def _units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
     if path.suffix.lower() == ".txt":
         return _lines(text_in(path), path.stem)
-    return _column(Located(read_table(path), str(path)), symbols.column or "text")
+    return _column(Located(read_table(path), rows_in(path)), symbols.column or "text")
 
 
 def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[list[str]]]:
@@ -116,7 +117,7 @@ def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[l
                 "text must be a folder of .txt files, or a .csv or .parquet file with a column of "
                 f"text, got {path}. Name one of these."
             )
-        located = Located(read_table(path, [client_column]), str(path))
+        located = Located(read_table(path, [client_column]), rows_in(path))
     elif hasattr(source, "columns"):
         located = Located(named(source, "the table"), "the table")
     else:

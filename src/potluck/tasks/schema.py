@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potluck.core import DataError
-from potluck.tasks.columns import Column, place, read_column
+from potluck.tasks.columns import Column, read_column
 from potluck.tasks.features import Feature, Names, Positive, as_float32, check_pixels, named_columns
 from potluck.tasks.hold_out import HoldOut
+from potluck.tasks.places import place
 from potluck.tasks.symbols import Symbols
-from potluck.tasks.tables import named, read_table
+from potluck.tasks.tables import named, read_table, rows_in
 from potluck.tasks.targets import Part, TargetKind, encode_labels, understand
 
 Array = NDArray[Any]
@@ -138,7 +139,7 @@ class Schema(BaseModel):
         parsed = [
             name
             for name, names in known.items()
-            if names and name in table and read_column(table[name], str(path)).type != "text"
+            if names and name in table and read_column(table[name], rows_in(path)).type != "text"
         ]
         if parsed and path.suffix.lower() == ".csv":
             written = read_table(path, [*texts, *parsed])

@@ -10,8 +10,9 @@ import numpy as np
 
 from potluck.core import DataError
 from potluck.tasks.assembly import Source
-from potluck.tasks.columns import Array, Column, alike, place, read_column
+from potluck.tasks.columns import Array, Column, alike, read_column
 from potluck.tasks.features import named_columns
+from potluck.tasks.places import place
 from potluck.tasks.schema import check_target
 from potluck.tasks.tables import Located, check_column, first_line, first_text
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from potluck.core import DataError
-from potluck.tasks.columns import Array, Column, is_hole, place, read_column
-from potluck.tasks.csv_files import read_csv
+from potluck.tasks.columns import Array, Column, is_hole, read_column
+from potluck.tasks.csv_files import read_csv, rows_of
 from potluck.tasks.names import client_name, client_names
+from potluck.tasks.places import Rows, numbered, place, table_rows
 
 NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
 _UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
@@ -141,7 +142,7 @@ def read_tables(
     types: dict[str, set[str]] = {}
     found: dict[Path, dict[str, str]] = {}
     for path, table in tables.items():
-        found[path] = {name: _type_of(table[name], str(path)) for name in table.columns}
+        found[path] = {name: _type_of(table[name], rows_in(path)) for name in table.columns}
         for name, kind in found[path].items():
             types.setdefault(name, set()).add(kind)
     texts = {
@@ -153,7 +154,13 @@ def read_tables(
         odd = {name for name in texts if found[path].get(name) in ("number", "boolean")}
         if odd and path.suffix.lower() == ".csv":
             tables[path] = read_table(path, odd)
-    return {path.stem: Located(table, str(path)) for path, table in tables.items()}
+    return {path.stem: Located(table, rows_in(path)) for path, table in tables.items()}
+
+
+def rows_in(path: Path) -> Rows:
+    """The rows of a file, for messages."""
+    is_csv = path.suffix.lower() == ".csv"
+    return rows_of(path) if is_csv else Rows.of_table(str(path), numbered)
 
 
 def _type_of(series: Any, where: str) -> str:
@@ -224,8 +231,12 @@ def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
     keys = table[client_column].astype(object).map(client_name).to_numpy(dtype=object)
     table = table.drop(columns=[client_column])
     table.attrs = {}  # every column of every client would copy them
+    rows = table_rows(where)
     groups = table.groupby(keys, sort=False)
-    return {key: Located(part, f"client {key!r} of {where}") for key, part in groups}
+    return {
+        key: Located(part, rows.some(f"client {key!r}", groups.indices[key]))
+        for key, part in groups
+    }
 
 
 def check_column(located: Located, column: str) -> None:

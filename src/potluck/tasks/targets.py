@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
+from potluck.tasks.places import at
 
 TargetKind: TypeAlias = Literal["classes", "regression", "multilabel", "text"]
 KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
@@ -119,8 +120,8 @@ def encode_labels(values: Array, classes: Sequence[str], where: str) -> Array:
         row = int(wrong[0][0])
         shown = ", ".join(map(repr, classes[:10])) + (", …" if len(classes) > 10 else "")
         raise DataError(
-            f"a label must be one of {shown}, got {values[tuple(wrong[0])].item()!r} in example "
-            f"{row} of {where}. Mend it."
+            f"a label must be one of {shown}, got {values[tuple(wrong[0])].item()!r} in "
+            f"{at(row, where, 'example')}. Mend it."
         )
     return coded
 
@@ -278,10 +279,10 @@ def _as_float32(part: Part) -> Array:
         values = part.values.astype(np.float32)
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong) > 0:
-        at = tuple(map(int, wrong[0]))
+        spot = tuple(map(int, wrong[0]))
         raise DataError(
-            f"targets must be finite in float32, got {part.values[at].item()!r} in example {at[0]} "
-            f"of {part.where}. Use another unit."
+            f"targets must be finite in float32, got {part.values[spot].item()!r} in "
+            f"{at(spot[0], part.where, 'example')}. Use another unit."
         )
     return values
 
@@ -301,7 +302,7 @@ def _as_many_labels(parts: Sequence[Part], num_classes: int | None) -> tuple[lis
             row, label = map(int, wrong[0])
             raise DataError(
                 f"targets of kind 'multilabel' must be 0 or 1, got {part.values[row, label]!s} for "
-                f"label {label} of example {row} in {part.where}. Mend it."
+                f"label {label} in {at(row, part.where, 'example')}. Mend it."
             )
     return [part.values.astype(np.float32) for part in parts], Meaning("multilabel", num_labels)
 
@@ -350,8 +351,8 @@ def _whole(part: Part) -> Array:
         if len(wrong) > 0:
             row = tuple(map(int, wrong[0]))
             raise DataError(
-                f"classes must be whole numbers or text, got {values[row]!s} in example {row[0]} "
-                f'of {part.where}. Mend it, or say kind = "regression".'
+                f"classes must be whole numbers or text, got {values[row]!s} in "
+                f"{at(row[0], part.where, 'example')}. Mend it, or say kind = 'regression'."
             )
     return values.astype(np.int64)
 
@@ -360,9 +361,9 @@ def _check_range(part: Part, num_classes: int) -> None:
     counts = part.values != IGNORED
     wrong = np.argwhere(counts & ((part.values < 0) | (part.values >= num_classes)))
     if len(wrong) > 0:
-        at = tuple(map(int, wrong[0]))
+        spot = tuple(map(int, wrong[0]))
         raise DataError(
             f"labels must be from 0 to {num_classes - 1} (num_classes={num_classes}), got "
-            f"label={int(part.values[at])} in {part.where} (first in example {at[0]}). "
+            f"label={int(part.values[spot])} in {at(spot[0], part.where, 'example')}. "
             "Mend the label, or raise num_classes."
         )

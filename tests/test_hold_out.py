@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potluck.core import DataError
+from potluck.device import read_own
 from potluck.tasks.hold_out import HoldOut, num_test
 from potluck.tasks.own_data import from_clients, from_table
 
@@ -117,3 +118,22 @@ def test_a_column_that_cannot_split_says_why(values: Any, split: str, message: s
 def test_arrays_have_no_columns_to_split_by() -> None:
     with pytest.raises(DataError, match="arrays have no columns, got split='time:t'"):
         from_clients({"a": (np.ones((4, 1)), [0, 1, 0, 1])}, split="time:t")
+
+
+def test_few_examples_of_many_classes_are_tested_on_all_of_them() -> None:
+    random = np.random.default_rng(0)
+    clients = {
+        str(k): (random.random((20, 2)), random.permutation(np.repeat(np.arange(10), 2)))
+        for k in range(100)
+    }
+    data = from_clients(clients)
+    counts = np.bincount(data.test.targets, minlength=10)
+    assert counts.sum() == 400
+    assert (counts > 15).all()  # 40 of each are expected; the first four classes had them all
+
+
+def test_a_device_without_a_schema_keeps_of_each_class_its_share(tmp_path) -> None:
+    path = tmp_path / "mine.npz"
+    np.savez(path, inputs=np.zeros((50, 2)), targets=np.repeat([0, 1], [10, 40]))
+    data = read_own(path)
+    assert sorted(data.test.targets.tolist()) == [0.0] * 2 + [1.0] * 8

@@ -92,8 +92,8 @@ def test_real_devices_check_in_and_report_and_ask_nothing_else(tmp_path):
         for device in federation.devices:
             device.end()
             assert device.died is None
-    # An enrolment, four rounds, and the check-in that is told that the run is finished.
-    assert asked == {"/v1/enrol": 3, "/v1/check-in": 15, "/v1/report": 12}
+    # A look at the plan, an enrolment, four rounds, and the check-in that is told of the end.
+    assert asked == {"/v1/preview": 3, "/v1/enrol": 3, "/v1/check-in": 15, "/v1/report": 12}
 
 
 def test_the_old_way_and_the_new_make_the_same_model(tmp_path, places):

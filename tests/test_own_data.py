@@ -340,9 +340,9 @@ def check_visits(data: FederatedData) -> None:
     assert data.clients == ("07", "7", "12")
     assert data.sizes.tolist() == [2, 1, 1]
     assert own_test_sizes(data) == [1, 1, 0]
-    assert data.train.inputs.tolist() == [[30, 1], [31, 0], [40, 0], [50, 0]]
-    assert data.train.targets.tolist() == [0, 1, 1, 0]
-    assert data.test.inputs.tolist() == [[32, 1], [41, 1]]
+    assert data.train.inputs.tolist() == [[30, 1], [31, 0], [41, 1], [50, 0]]
+    assert data.train.targets.tolist() == [0, 1, 0, 0]
+    assert data.test.inputs.tolist() == [[32, 1], [40, 0]]
     assert data.num_classes == 2
 
 

@@ -72,8 +72,12 @@ def assemble(
     everything = [np.arange(source.num_examples) for source in sources]
     train, held = everything[: len(clients)], [rows[:0] for rows in everything[: len(clients)]]
     if tests is None:
-        pairs = zip(sources, targets, strict=True)
-        divided = [hold_out.divide(values, source.by, source.where) for source, values in pairs]
+        # A device that is told no kind may have classes.
+        is_untold = asked.schema is None and not asked.needs_test
+        divided = [
+            hold_out.divide(source.targets if is_untold else values, source.by, source.where)
+            for source, values in zip(sources, targets, strict=True)
+        ]
         train, held = [rows for rows, _ in divided], [rows for _, rows in divided]
     if not isinstance(schema, Schema):
         schema = _fitted(sources, train, schema, asked)

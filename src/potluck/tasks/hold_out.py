@@ -92,15 +92,18 @@ def _stratified(targets: NDArray[Any], count: int, random: np.random.Generator) 
     """`count` rows, of each class its share to less than one row, where rows have a class.
 
     Shares are rounded down, and what is left goes to the largest remainders, first of classes that
-    keep an example for training then.
+    keep an example for training then; of equal remainders to a class at random, and not to the
+    first, or no client with an example of each class would be tested on the last.
     """
     order = random.permutation(len(targets))
     if targets.ndim != 1 or targets.dtype.kind not in "iu":
         return order[:count]
-    labels, sizes = np.unique(targets, return_counts=True)
+    labels, first, sizes = np.unique(targets[order], return_index=True, return_counts=True)
+    at_random = np.argsort(first)
+    labels, sizes = labels[at_random], sizes[at_random]
     shares = sizes * (count / len(targets))
     taken = np.floor(shares + 1e-9).astype(np.int64)
-    by_remainder = np.argsort(-(shares - taken), kind="stable")
+    by_remainder = np.argsort(-np.round(shares - taken, 9), kind="stable")
     for most in (sizes - 1, sizes):
         for label in by_remainder:
             if taken.sum() < count and taken[label] < most[label]:

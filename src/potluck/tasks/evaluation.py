@@ -26,6 +26,7 @@ from potluck.tasks.randomness import borrowed_randomness, seed_generators, state
 from potluck.tasks.scores import WHOLE, Score, Totals, number_in, scores_of, value_of
 from potluck.tasks.task import Task, averaged_tensors, bind, spec_of
 from potluck.tasks.trees import joined, mapped
+from potluck.tasks.variables import Variables
 
 _STREAM = derive_seed(0, "evaluation")
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold
@@ -50,6 +51,7 @@ class Evaluator:
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)
         self._pristine = Pristine(self._module, dict(averaged_tensors(self._module)), self._loss)
+        self._variables = Variables.of(self._module, self._loss)
         self._draws: bool | None = None  # whether there is chance in it; unknown before a batch
         self._scores: list[Score] | None = None
         # A model that differentiates itself in its forward pass needs gradients here too.
@@ -155,13 +157,13 @@ class Evaluator:
         *others, last = self._modes
         for number, mode in enumerate(others):
             try:
-                with self._alike(), mode():
+                with self._alike(), self._variables.held(), mode():
                     found = work()
                 self._modes = self._modes[number:]
                 return found
             except Exception:  # perhaps for want of gradients
                 continue
-        with self._alike(), last():
+        with self._alike(), self._variables.held(), last():
             found = work()
         self._modes = [last]
         return found

@@ -26,6 +26,7 @@ from potluck.tasks.randomness import seed_generators
 from potluck.tasks.statistics import check_unaveraged, unaveraged
 from potluck.tasks.task import Task, averaged_tensors, bind, in_training, spec_of
 from potluck.tasks.trees import called, mapped
+from potluck.tasks.variables import Variables
 
 _NO_CORRECTION = Correction()
 
@@ -62,6 +63,8 @@ class TorchRuntime:
         self._weights: Vector = self._vector.numpy()
         self._views: dict[str, Tensor] = self.spec.unflatten(self._vector)
         self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)), self._loss)
+        self._variables = Variables.of(self.module, self._loss)
+        self._changed: str | None = None
         self._foreign = Foreign(self.module)
         self._unaveraged = unaveraged(self.module)
         self._is_checked = False
@@ -102,6 +105,8 @@ class TorchRuntime:
         self._load(order)
         self._losses.clear()
         self._pristine.restore()
+        self._variables.put_back()  # where a client failed
+        self._variables.keep()
         self._weights[...] = received
         self._is_corrected = self._corrected.begin(correction)
         seed_generators(seed)
@@ -135,6 +140,7 @@ class TorchRuntime:
         Raises:
             TypeError: the model wrote a number that is not averaged.
         """
+        self._changed = self._variables.put_back()
         self._pristine.read(self._views)
         check_unaveraged(self.module, self._unaveraged)
         if not self._losses:
@@ -144,7 +150,7 @@ class TorchRuntime:
     def changed(self) -> str | None:
         """What the model wrote since `begin` beside its weights, statistics and counters, or into
         them in another way than in place; see `Pristine.changed`."""
-        return self._pristine.changed()
+        return self._changed or self._pristine.changed()
 
     def _load(self, order: NDArray[np.int64]) -> None:
         self._lengths = None if self._known is None else self._known[order]

@@ -23,6 +23,7 @@ from potluck.tasks.modules import check_module, made_by
 from potluck.tasks.randomness import borrowed_randomness, seed_generators
 from potluck.tasks.rebinding import Pairs, twins
 from potluck.tasks.trees import called, mapped
+from potluck.tasks.variables import Variables
 
 
 class Making:
@@ -127,7 +128,7 @@ class Making:
 def _outputs(module: nn.Module, inputs: Any) -> dict[str, Any]:
     """What a module makes of a few examples, in evaluation mode; nothing where it cannot."""
     try:
-        with borrowed_randomness(), torch.no_grad():
+        with borrowed_randomness(), Variables.of(module, None).held(), torch.no_grad():
             seed_generators(0)
             return leaves(called(module.eval(), mapped(torch.tensor, inputs)))
     except Exception:  # which is told where it trains

@@ -14,6 +14,7 @@ from torch import nn
 from potluck.tasks.data import FederatedData
 from potluck.tasks.local import Judged
 from potluck.tasks.randomness import borrowed_randomness
+from potluck.tasks.variables import Variables
 
 
 def misfits(judged: Judged, data: FederatedData) -> frozenset[int]:
@@ -27,7 +28,8 @@ def misfits(judged: Judged, data: FederatedData) -> frozenset[int]:
         fitting = np.flatnonzero(~wrong)[:2]
         if len(fitting) == 0:
             return frozenset(range(data.num_clients))
-        with borrowed_randomness(), torch.no_grad():
+        held = Variables.of(judged.module, judged.loss).held()
+        with borrowed_randomness(), held, torch.no_grad():
             outputs = judged.module(torch.from_numpy(inputs[fitting]))
         if outputs.ndim == targets.ndim + 1:
             classes = outputs.shape[-1] if targets.ndim > 1 else outputs.shape[1]

@@ -31,6 +31,7 @@ from potluck.tasks.metrics import cross_entropy
 from potluck.tasks.plain import are_hooked, is_plain, is_quiet
 from potluck.tasks.task import Task
 from potluck.tasks.trees import is_one
+from potluck.tasks.variables import Variables
 
 
 class Layer(NamedTuple):
@@ -213,7 +214,8 @@ def _chain(module: nn.Module) -> list[Any] | None:
     if not all(map(is_quiet, module.modules())) or are_hooked(module.parameters()):
         return None
     try:
-        graph = fx.symbolic_trace(module).graph
+        with Variables.of(module, None).held():
+            graph = fx.symbolic_trace(module).graph
     except Exception:  # whatever a user's own Python does when it is followed
         return None
     nodes = list(graph.nodes)

@@ -24,6 +24,7 @@ from potluck.tasks.metrics import Loss
 from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.task import Task, averaged_tensors, in_training, spec_of
 from potluck.tasks.trees import called, mapped
+from potluck.tasks.variables import Variables
 
 _EXAMPLES = 4
 _STEPS = 3
@@ -57,7 +58,7 @@ def roles(task: Task) -> Spec:
     if not unknown:
         return spec
     try:
-        with borrowed_randomness():
+        with borrowed_randomness(), Variables.of(module, loss).held():
             moved = _moved(task, module, loss)
     except Exception:  # whatever fails here is told by the first client that trains
         return spec

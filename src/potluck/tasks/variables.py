@@ -1,0 +1,136 @@
+"""Numbers that functions keep in variables: what a loss counts, or a schedule of its own.
+
+    calls = 0
+    def loss(outputs, targets):
+        global calls
+        calls += 1
+        return cross_entropy(outputs, targets) + min(calls / 100, 1) * penalty(outputs)
+
+They are the caller's, and no part of the module that is copied. Each client starts from what they
+were, so that it does not matter which client came before it, nor in which process. Lists that grow
+are logs, and are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+_FOREIGN = frozenset({"torch", "numpy", "potluck", "builtins"})
+
+
+class _Place(NamedTuple):
+    """Where numbers are: named entries of a table, all those of a list or a table, or a cell."""
+
+    name: str
+    holder: Any
+    keys: tuple[str, ...] | None = None  # None for whatever is there
+
+    def numbers(self) -> dict[Any, Any]:
+        """By key."""
+        if isinstance(self.holder, CellType):
+            try:
+                pairs = [("", self.holder.cell_contents)]
+            except ValueError:  # a variable that is not set yet
+                return {}
+        elif isinstance(self.holder, list):
+            pairs = list(enumerate(cast("list[Any]", self.holder)))
+        else:
+            table = cast("dict[str, Any]", self.holder)
+            keys = list(table) if self.keys is None else self.keys
+            pairs = [(key, table[key]) for key in keys if key in table]
+        return {key: value for key, value in pairs if type(value) in (int, float, bool)}
+
+    def write(self, numbers: dict[Any, Any]) -> None:
+        """Put these numbers back."""
+        if isinstance(self.holder, CellType):
+            self.holder.cell_contents = numbers[""]
+        elif not isinstance(self.holder, list) or len(cast("Any", self.holder)) == len(numbers):
+            for key, value in numbers.items():
+                self.holder[key] = value
+
+
+class Variables:
+    """The numbers in variables that functions read, and the functions that these call."""
+
+    def __init__(self, functions: Iterable[Any]) -> None:
+        self._places: list[_Place] = []
+        self._seen: dict[int, Any] = {}
+        for function in functions:
+            self._visit("", function)
+        self._kept: list[dict[Any, Any]] = []
+
+    @classmethod
+    def of(cls, module: nn.Module, loss: Any) -> Variables:
+        """Those that a module and a loss read."""
+        kinds: dict[type, None] = dict.fromkeys(map(type, module.modules()))
+        return cls([loss, *[getattr(kind, "forward", None) for kind in kinds]])
+
+    def keep(self) -> None:
+        """Remember what they are now."""
+        self._kept = [place.numbers() for place in self._places]
+
+    def put_back(self) -> str | None:
+        """Make them what they were at `keep`: the name of one that was not, if any."""
+        changed = None
+        for place, before in zip(self._places, self._kept, strict=False):
+            now = place.numbers()
+            if any(now.get(k) is not v and now.get(k) != v for k, v in before.items()):
+                place.write(before)
+                changed = place.name
+        self._kept = []
+        return changed
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Afterwards they are what they were before."""
+        self.keep()
+        try:
+            yield
+        finally:
+            self.put_back()
+
+    def _visit(self, name: str, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, MethodType):
+            self._visit(name, value.__func__)
+        elif isinstance(value, partial):
+            self._visit(name, cast("Any", value).func)
+        elif isinstance(value, FunctionType):
+            if value.__module__.partition(".")[0] not in _FOREIGN:
+                self._visit_function(value)
+        elif type(value) in (dict, list):
+            self._places.append(_Place(name, value))
+        elif _is_own_object(value):
+            self._places.append(_Place(name, vars(value)))
+
+    def _visit_function(self, function: FunctionType) -> None:
+        self._places.append(_Place(function.__name__, function.__dict__))
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        for name, cell in cells:
+            self._places.append(_Place(name, cell))
+            try:
+                self._visit(name, cell.cell_contents)
+            except ValueError:  # a variable that is not set yet
+                continue
+        shared = function.__globals__
+        for name in function.__code__.co_names:
+            if name in shared:
+                self._places.append(_Place(name, shared, (name,)))
+                self._visit(name, shared[name])
+
+
+def _is_own_object(value: Any) -> bool:
+    """Whether a value is an object of a class of the caller's, a table of settings say."""
+    return (
+        not isinstance(value, (type, ModuleType, nn.Module))
+        and hasattr(value, "__dict__")
+        and type(value).__module__.partition(".")[0] not in _FOREIGN
+    )

@@ -173,3 +173,12 @@ def test_an_experiment_trains_a_character_model_on_a_folder_of_text(tmp_path: Pa
     content["task"] |= {"data": "folder", "model": "2nn", "hidden": None}
     with pytest.raises(ConfigError, match=r"task\.symbols must be left out unless task.data is 't"):
         build_data(check_experiment(content, "here"))
+
+
+def test_a_devices_table_of_text_may_hold_numbers_alone(tmp_path: Path) -> None:
+    table = pd.DataFrame({"client": list("aabb"), "text": ["12", "007", "see you", "at 7"]})
+    schema = from_text(table, symbols="characters", steps=5).schema
+    path = tmp_path / "mine.csv"
+    path.write_text("text\n007\n12\n007\n")
+    data = from_file(path, schema=schema)
+    assert data.train.num_examples == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -329,3 +330,9 @@ def test_a_run_that_is_older_than_a_key_is_of_the_same_experiment():
     assert len(group([measure(old), measure(new)])) == 1
     new.manifest["experiment"]["algorithm"]["clip"] = 1.0
     assert len(group([measure(old), measure(new)])) == 2
+
+
+def test_classes_are_named():
+    run = record({1: 0.5})
+    named = replace(run, manifest={**run.manifest, "classes": ["ill", "well"]})
+    assert notes([measure(named), measure(named)]) == ["classes of digits: 0 ill, 1 well"]

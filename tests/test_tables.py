@@ -582,3 +582,11 @@ def test_messages_name_the_line_of_a_file(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("p,,u", "p,4,"))
     with pytest.raises(DataError, match=r"none in column 'target', line 6 of .* \(client 'a'\)"):
         from_table(path, **rules)
+
+
+@pytest.mark.parametrize("column", ["target", "ward", "client"])
+def test_names_that_differ_in_spaces_alone_are_refused(column: str) -> None:
+    table = pd.DataFrame({name: list("aabb") * 2 for name in ("client", "ward", "target")})
+    table.loc[5, column] = "a "
+    with pytest.raises(DataError, match="more than the spaces around them, got 'a' and 'a '"):
+        from_table(table, client_column="client", categories="one-hot")

@@ -59,6 +59,7 @@ class Cost(NamedTuple):
     hours: Points | None = None  # the curve over virtual hours, with simulated devices
     virtual_to_target: float | None = None  # seconds
     virtual_seconds: float | None = None  # in all
+    classes: tuple[str, ...] = ()  # names, where labels are not their own codes
 
     def __repr__(self) -> str:
         best = f"best {self.metric} {self.best:.4f} in round {self.best_round} of {self.rounds}"
@@ -169,6 +170,7 @@ def measure(
         hours=hours,
         virtual_to_target=None if to_target is None else to_target * 3600.0,
         virtual_seconds=record.rounds[-1].get("virtual_seconds"),
+        classes=tuple(map(str, manifest.get("classes") or ())),
     )
 
 

@@ -43,6 +43,7 @@ _HELD = (
     "≈: the run ended before the next round of the paper's grid; "
     "its last score is taken to hold until there."
 )
+_SHOWN = 20  # classes
 _NO_RESULT = "no result: no evaluation of the run gave a finite number."
 
 
@@ -67,7 +68,8 @@ def table(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
 def notes(costs: Iterable[Cost]) -> list[str]:
     """What has to be said below the table."""
     costs = list(costs)
-    return [
+    named = dict.fromkeys((cost.name, cost.classes) for cost in costs if cost.classes)
+    return [_classes(name, classes) for name, classes in named] + [
         note
         for note, said in (
             (_HELD, any(cost.held for cost in costs)),
@@ -75,6 +77,11 @@ def notes(costs: Iterable[Cost]) -> list[str]:
         )
         if said
     ]
+
+
+def _classes(name: str, classes: Sequence[str]) -> str:
+    shown = ", ".join(f"{code} {label}" for code, label in enumerate(classes[:_SHOWN]))
+    return f"classes of {name}: {shown}" + (", …" if len(classes) > _SHOWN else "")
 
 
 def draw(costs: Iterable[Cost], paths: Sequence[Path], x: Axis = "rounds") -> None:

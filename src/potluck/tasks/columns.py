@@ -139,6 +139,12 @@ def _of_objects(values: Array, missing: NDArray[np.bool_], name: str, where: str
     if found == {"text"}:
         texts = np.full(len(values), "", object)
         texts[rows] = [str(value) for value in present]
+        for row, text in zip(rows, present, strict=True):
+            if "\0" in text:  # NumPy leaves it out at the end
+                raise DataError(
+                    f"text must have no null characters, got {_shown(text)} in "
+                    f"{place(name, int(row), where)}. Remove them."
+                )
         return Column("text", texts.astype(np.str_), missing)
     if found == {"truth values"}:
         truths = np.zeros(len(values), np.bool_)

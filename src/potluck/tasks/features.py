@@ -178,7 +178,7 @@ def check_pixels(values: NDArray[Any], what: str) -> None:
     if low < 0 or high > 255 or is_scaled:
         raise DataError(
             f'{what} must be from 0 to 255 for scale = "pixels", got values from {low:.6g} to '
-            f'{high:.6g}. Say scale = "none" for what is scaled already, or scale it yourself.'
+            f'{high:.6g}. Give them so; if all are scaled already, say scale = "none".'
         )
 
 

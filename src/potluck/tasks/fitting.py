@@ -25,7 +25,7 @@ from potluck.tasks.columns import Column
 from potluck.tasks.features import Feature, are_numbers, check_pixels
 from potluck.tasks.places import place
 from potluck.tasks.tables import first_text
-from potluck.tasks.targets import label_texts
+from potluck.tasks.targets import check_spaces, label_texts
 
 Missing: TypeAlias = Literal["refuse", "mean", "median"] | float
 Scale: TypeAlias = Literal["none", "standard", "minmax", "pixels"]
@@ -129,6 +129,7 @@ def _no_number(name: str, part: Given, advice: str) -> DataError:
 def _category(name: str, given: Sequence[Given], rules: Rules) -> Feature:
     texts = [label_texts(column.values)[~column.missing] for _, column, _ in given]
     names, counts = np.unique(np.concatenate(texts).astype(np.str_), return_counts=True)
+    check_spaces(names.tolist(), f"the texts of column {name!r}", given[0].where)
     column = Column("text", names, np.zeros(len(names), np.bool_))
     if len(names) > _FEW and (len(names) > counts.sum() / 2 or len(names) > _MOST):
         raise DataError(

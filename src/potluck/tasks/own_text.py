@@ -97,7 +97,8 @@ def lines_of_file(path: Path, symbols: Symbols) -> list[str]:
 def _units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
     if path.suffix.lower() == ".txt":
         return _lines(text_in(path), path.stem)
-    return _column(Located(read_table(path), rows_in(path)), symbols.column or "text")
+    column = symbols.column or "text"  # also where all of its texts are numbers here
+    return _column(Located(read_table(path, [column]), rows_in(path)), column)
 
 
 def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[list[str]]]:

@@ -21,6 +21,7 @@ from potluck.tasks.columns import Array, Column, is_hole, read_column
 from potluck.tasks.csv_files import read_csv, rows_of
 from potluck.tasks.names import client_name, client_names
 from potluck.tasks.places import Rows, numbered, place, table_rows
+from potluck.tasks.targets import check_spaces
 
 NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
 _UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
@@ -229,6 +230,7 @@ def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
             f"{place(client_column, int(missing[0]), where)}. Fill it in, or remove the row."
         )
     keys = table[client_column].astype(object).map(client_name).to_numpy(dtype=object)
+    check_spaces(list(dict.fromkeys(keys)), "clients", where)
     table = table.drop(columns=[client_column])
     table.attrs = {}  # every column of every client would copy them
     rows = table_rows(where)

@@ -126,6 +126,18 @@ def encode_labels(values: Array, classes: Sequence[str], where: str) -> Array:
     return coded
 
 
+def check_spaces(names: Sequence[str], what: str, where: str) -> None:
+    """Raise a `DataError` for two names that differ in the spaces around them alone."""
+    stripped: dict[str, str] = {}
+    for name in names:
+        other = stripped.setdefault(name.strip(), name)
+        if other != name and name.strip():
+            raise DataError(
+                f"{what} must differ in more than the spaces around them, got {other!r} and "
+                f"{name!r} (see {where}). Remove the spaces."
+            )
+
+
 def label_text(value: Any) -> str:
     """The name of a label: 1, 1.0 and "1" are one class."""
     number: Any = cast("Any", value).item() if isinstance(value, np.generic) else value
@@ -260,6 +272,7 @@ def _numbered(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Arra
             "Raise num_classes, or leave it out."
         )
     names = tuple(label_text(label) for label in labels.tolist())
+    check_spaces(names, "classes", parts[0].where)
     values = [np.searchsorted(labels, part.values).astype(np.int64) for part in parts]
     return values, Meaning("classes", num_classes or len(labels), names)
 

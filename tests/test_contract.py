@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from potluck import FedAvg, Loop, Task, Vmap, Workers, evaluate, fed_sgd, rounds
+from potluck import FedAvg, Loop, Task, Vmap, Workers, evaluate, fed_sgd, own_data, rounds
 from potluck.core import TaskError, TrainingError, stream
 from potluck.tasks import Examples, bind, mean_squared_error
 from potluck.tasks.contract import checked_loss
@@ -308,3 +308,35 @@ def test_a_loss_is_looked_at_once_and_without_a_trace():
     torch.manual_seed(0)
     torch.rand(())
     assert torch.rand(()) == after  # as if it had been called once
+
+
+def test_operations_that_bfloat16_does_not_have_are_told_in_words():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.both = nn.Linear(6, 4), nn.Bilinear(4, 4, 3)
+
+        def forward(self, inputs):
+            hidden = self.first(inputs)
+            return self.both(hidden, hidden)
+
+    task = Task(model=Both, data=made(labels(), 3))
+    assert one_round(task, "loop").failures == ()
+    reason = one_round(task, "bf16").failures[0].reason
+    assert "Leave precision='bf16' out, or give that operation tensors of one type." in reason
+
+
+def test_a_model_of_one_argument_is_told_that_dictionaries_are_given_by_name():
+    class Whole(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch["numbers"])
+
+    data = made(labels(), 3)
+    clients = {
+        name: ({"numbers": data.client(k).inputs, "more": data.client(k).inputs}, data.client(k)[1])
+        for k, name in enumerate(data.clients)
+    }
+    task = Task(model=lambda: Whole(6, 3), data=own_data.from_clients(clients, kind="classes"))
+    with pytest.raises(TaskError, match=r"by name: def forward\(self, numbers, more\)\.") as told:
+        evaluate(task, task.initial_weights(0))
+    assert "<locals>" not in str(told.value)

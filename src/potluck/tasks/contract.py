@@ -7,9 +7,11 @@ batch of every runtime and every evaluator is looked at, once.
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from potluck.tasks.metrics import Loss
 from potluck.tasks.randomness import borrowed_randomness
 from potluck.tasks.trees import called, first, is_one, leaves, mapped, shown
 
+_IN_A_FUNCTION = re.compile(r"[\w.]*<locals>\.")  # where a class is defined, in its full name
 _SAME = 1e-4  # relative, of two ways to compute the same number
 
 
@@ -102,7 +105,7 @@ class in_words:
 def _explained(
     error: Exception, what: str, inputs: Any, outputs: Any, targets: Tensor
 ) -> TaskError:
-    reason = " ".join(str(error).split()) or "no message"
+    reason = " ".join(_IN_A_FUNCTION.sub("", str(error)).split()) or "no message"
     if len(reason) > 300:
         reason = reason[:300] + "…"
     known = {"inputs": inputs, "outputs": outputs, "targets": targets}
@@ -120,7 +123,12 @@ def _hint(error: Exception, inputs: Any, outputs: Any, targets: Tensor) -> str:
         return "That is in code of your own: try it on one such batch."
     if "more than 1 value per channel" in reason:
         return "Batch norm needs two examples: change batch_size, so that no batch has one alone."
+    if "bfloat16" in reason.lower():
+        return "Leave precision='bf16' out, or give that operation tensors of one type."
     if outputs is None:
+        if isinstance(inputs, Mapping) and "argument" in reason:
+            names = ", ".join(map(str, cast("Any", inputs)))
+            return f"Inputs of a dictionary are given by name: def forward(self, {names})."
         one = first(inputs)
         if is_one(inputs) and not one.is_floating_point() and one.ndim > 2:
             return (

@@ -285,7 +285,7 @@ def test_own_data_are_one_client_from_a_file_or_a_folder_with_one(tmp_path):
         rows = np.concatenate([rows, data.client_test(0).inputs[:, 0].astype(int) // 2])
         assert sorted(rows) == list(range(10))
     np.savez(tmp_path / "other.npz", inputs=x, targets=y)
-    with pytest.raises(DataError, match=r"must hold one .npz, .csv or .parquet file, got 2"):
+    with pytest.raises(DataError, match=r"must hold one .npz, .csv, .parquet or .txt file, got 2"):
         read_own(tmp_path)
 
 

@@ -386,7 +386,10 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
             "Write one with `potluck init`."
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not a TOML file: {error}.") from None
+        raise ConfigError(
+            f"{path} is not a TOML file: {error}. Give an experiment; `potluck init` writes one, "
+            "and data are named in it (task.path)."
+        ) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for override in overrides:

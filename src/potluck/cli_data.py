@@ -40,7 +40,8 @@ def list_data(debug: Debug = False) -> None:
             for entry in catalogue()
         ],
     )
-    typer.echo("Your own data: task.data = 'folder' or 'table' in an experiment (`potluck init`).")
+    kinds = "'folder', 'table' or 'text'"
+    typer.echo(f"Your own data: task.data = {kinds} in an experiment (`potluck init`).")
 
 
 @app.command("get")

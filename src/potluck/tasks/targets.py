@@ -13,6 +13,7 @@ numbered in sorted order over all clients together, and their names are kept.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -127,14 +128,15 @@ def encode_labels(values: Array, classes: Sequence[str], where: str) -> Array:
 
 
 def check_spaces(names: Sequence[str], what: str, where: str) -> None:
-    """Raise a `DataError` for two names that differ in the spaces around them alone."""
+    """Raise a `DataError` for two names that look alike: they differ in the spaces around them
+    alone, or in how an accent is coded, as a Mac and a PC do."""
     stripped: dict[str, str] = {}
     for name in names:
-        other = stripped.setdefault(name.strip(), name)
+        other = stripped.setdefault(unicodedata.normalize("NFC", name).strip(), name)
         if other != name and name.strip():
             raise DataError(
-                f"{what} must differ in more than the spaces around them, got {other!r} and "
-                f"{name!r} (see {where}). Remove the spaces."
+                f"{what} must differ in more than the spaces around them, or how an accent is "
+                f"coded, got {other!a} and {name!a} (see {where}). Write them alike."
             )
 
 

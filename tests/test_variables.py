@@ -1,5 +1,7 @@
 """Losses and models that count in variables of functions."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 from torch import nn
@@ -10,6 +12,9 @@ from potluck.tasks.variables import Variables
 
 calls = 0
 table = {"calls": 0}
+tally = defaultdict(int)
+last = None
+words = {"last": "none"}
 
 
 def in_a_global(outputs, targets):
@@ -33,6 +38,34 @@ def in_another(outputs, targets):
 def in_a_table(outputs, targets):
     table["calls"] += 1
     return functional.cross_entropy(outputs, targets) * table["calls"]
+
+
+def made_by_the_first_call(outputs, targets):
+    tally["calls"] += 1
+    if not hasattr(made_by_the_first_call, "calls"):
+        made_by_the_first_call.calls = 0
+    made_by_the_first_call.calls += 1
+    both = made_by_the_first_call.calls + tally["calls"]
+    return functional.cross_entropy(outputs, targets) * both
+
+
+def from_none(outputs, targets):
+    global last
+    last = 1 if last is None else last + 1
+    words["last"] = len(words["last"]) if isinstance(words["last"], str) else words["last"] + 1
+    return functional.cross_entropy(outputs, targets) * last
+
+
+def of_a_mean():
+    mean = None
+
+    def loss(outputs, targets):
+        nonlocal mean
+        value = functional.cross_entropy(outputs, targets)
+        mean = value.detach() if mean is None else 0.9 * mean + 0.1 * value.detach()
+        return value / mean
+
+    return loss
 
 
 def in_a_cell():
@@ -68,6 +101,9 @@ LOSSES = {
     "a function's attribute": on_a_function,
     "a function that it calls": in_another,
     "a table": in_a_table,
+    "what the first call makes": made_by_the_first_call,
+    "what was None": from_none,
+    "a tensor that was None": of_a_mean(),
     "a closure": in_a_cell(),
     "the model's code": functional.cross_entropy,
 }
@@ -100,6 +136,7 @@ def test_a_client_starts_from_what_was_counted_before_any(where):
         assert found[-1].weights.tobytes() == expected[-1].weights.tobytes()
         assert found[-1].metrics == expected[-1].metrics
     assert evaluate(task, expected[-1].weights) == expected[-1].metrics
+    assert last is None
     assert calls == table["calls"] == on_a_function.calls == 0
 
 

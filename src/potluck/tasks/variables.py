@@ -7,8 +7,8 @@
         return cross_entropy(outputs, targets) + min(calls / 100, 1) * penalty(outputs)
 
 They are the caller's, and no part of the module that is copied. Each client starts from what they
-were, so that it does not matter which client came before it, nor in which process. Lists that grow
-are logs, and are left alone.
+were, so that it does not matter which client came before it, nor in which process. What was None,
+or was not there, is so again. Lists that grow are logs, and are left alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+_LARGEST = 1000  # entries of a list or a table that may be counters
+_NUMBERS = (int, float, bool, NoneType)
 _FOREIGN = frozenset({"torch", "numpy", "potluck", "builtins"})
 
 
@@ -33,6 +35,9 @@ class _Place(NamedTuple):
 
     def numbers(self) -> dict[Any, Any]:
         """By key."""
+        is_cell = isinstance(self.holder, CellType)
+        if self.keys is None and not is_cell and len(self.holder) > _LARGEST:  # data, or a log
+            return {}
         if isinstance(self.holder, CellType):
             try:
                 pairs = [("", self.holder.cell_contents)]
@@ -44,15 +49,24 @@ class _Place(NamedTuple):
             table = cast("dict[str, Any]", self.holder)
             keys = list(table) if self.keys is None else self.keys
             pairs = [(key, table[key]) for key in keys if key in table]
-        return {key: value for key, value in pairs if type(value) in (int, float, bool)}
+        return {key: value for key, value in pairs if type(value) in _NUMBERS}
 
-    def write(self, numbers: dict[Any, Any]) -> None:
-        """Put these numbers back."""
+    def entries(self) -> frozenset[Any]:
+        """All keys of a table."""
+        return frozenset(cast("Any", self.holder) if isinstance(self.holder, dict) else ())
+
+    def write(self, numbers: dict[Any, Any], entries: frozenset[Any]) -> None:
+        """Put these numbers back, when there were these entries."""
         if isinstance(self.holder, CellType):
             self.holder.cell_contents = numbers[""]
-        elif not isinstance(self.holder, list) or len(cast("Any", self.holder)) == len(numbers):
-            for key, value in numbers.items():
-                self.holder[key] = value
+        elif isinstance(self.holder, list):
+            if len(cast("list[Any]", self.holder)) == len(numbers):
+                self.holder[:] = numbers.values()
+        else:
+            if self.keys is None:
+                for key in self.numbers().keys() - entries:  # made by the first call
+                    del self.holder[key]
+            self.holder.update(numbers)
 
 
 class Variables:
@@ -63,7 +77,7 @@ class Variables:
         self._seen: dict[int, Any] = {}
         for function in functions:
             self._visit("", function)
-        self._kept: list[dict[Any, Any]] = []
+        self._kept: list[tuple[dict[Any, Any], frozenset[Any]]] = []
 
     @classmethod
     def of(cls, module: nn.Module, loss: Any) -> Variables:
@@ -73,15 +87,19 @@ class Variables:
 
     def keep(self) -> None:
         """Remember what they are now."""
-        self._kept = [place.numbers() for place in self._places]
+        self._kept = [
+            (place.numbers(), frozenset() if place.keys else place.entries())
+            for place in self._places
+        ]
 
     def put_back(self) -> str | None:
         """Make them what they were at `keep`: the name of one that was not, if any."""
         changed = None
-        for place, before in zip(self._places, self._kept, strict=False):
+        for place, (before, entries) in zip(self._places, self._kept, strict=False):
             now = place.numbers()
-            if any(now.get(k) is not v and now.get(k) != v for k, v in before.items()):
-                place.write(before)
+            grew = now.keys() != before.keys() and not isinstance(place.holder, (list, CellType))
+            if grew or any(_differs(now, key, value) for key, value in before.items()):
+                place.write(before, entries)
                 changed = place.name
         self._kept = []
         return changed
@@ -106,7 +124,7 @@ class Variables:
         elif isinstance(value, FunctionType):
             if value.__module__.partition(".")[0] not in _FOREIGN:
                 self._visit_function(value)
-        elif type(value) in (dict, list):
+        elif isinstance(value, (dict, list)):
             self._places.append(_Place(name, value))
         elif _is_own_object(value):
             self._places.append(_Place(name, vars(value)))
@@ -125,6 +143,10 @@ class Variables:
             if name in shared:
                 self._places.append(_Place(name, shared, (name,)))
                 self._visit(name, shared[name])
+
+
+def _differs(now: dict[Any, Any], key: Any, before: Any) -> bool:
+    return key not in now or (now[key] is not before and now[key] != before)
 
 
 def _is_own_object(value: Any) -> bool:

@@ -177,9 +177,9 @@ def _check_shapes(task: PlannedTask, data: FederatedData) -> None:
             f"{at} needs features, [examples, features], {got}. Give inputs[:, None]."
         )
     if task.model == "cnn" and len(shape) != 3:
+        gray = ", or give inputs[:, None]" if len(shape) == 2 else ""
         raise ConfigError(
-            f"{at} needs images [channels, height, width], {got}. Use '2nn' or 'logistic', or give "
-            "inputs[:, None]."
+            f"{at} needs images [channels, height, width], {got}. Use '2nn' or 'logistic'{gray}."
         )
     if task.model == "cnn" and min(shape[1:]) < 4:
         raise ConfigError(

@@ -12,9 +12,11 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -165,6 +167,7 @@ def test_a_server_goes_on_without_waiting_for_pytorch(tmp_path):
     open_server(file, [], tmp_path / "home", Listen(port=0)).close()
     code = f"""
 import sys
+import tempfile
 from pathlib import Path
 from potluck.server.serve import Listen
 from potluck.server.tables import audit
@@ -312,6 +315,7 @@ def test_data_that_are_none_are_told_before_the_invitation_is_used(tmp_path, fil
 def test_a_device_without_pytorch_is_told_so(tmp_path):
     code = """
 import sys
+import tempfile
 from importlib import metadata
 find = metadata.version
 def version(name):
@@ -543,8 +547,15 @@ def test_enroll_waits_for_a_server_that_starts(tmp_path):
     assert len(told.split()) == 2
 
 
-def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(tmp_path):
-    file, home = tmp_path / "kitchen.toml", tmp_path / "home"
+@pytest.fixture
+def short_path():
+    """A folder whose name leaves room for that of a socket."""
+    with tempfile.TemporaryDirectory(prefix="p-") as folder:
+        yield Path(folder)
+
+
+def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(short_path):
+    file, home = short_path / "kitchen.toml", short_path / "home"
     file.write_text(EXPERIMENT)
     server = open_server(file, [], home, Listen(port=0))
     service, run = server.desk.service, server.desk.run
@@ -570,7 +581,7 @@ def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(t
     with pytest.raises(RunError, match="another server is at work"):
         Home(moved).put_aside()
     old.close()
-    assert Home(tmp_path / "none").put_aside() is None
+    assert Home(short_path / "none").put_aside() is None
 
 
 def potluck_fresh(home):

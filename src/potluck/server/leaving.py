@@ -5,8 +5,8 @@ that does not pass, and ends. It is not expected any more: it is in no cohort an
 the round that is open, which so does not wait for it. That such a round is abandoned is no strike
 against the run. A device that checks in again is expected again: somebody mended its data.
 
-A goal that the operator gave as a number falls to the devices that are left, and its minimum, which
-is a part of it, falls too.
+A goal that the operator gave as a number falls by the devices that left, where no other is there to
+take their place; its minimum, which is a part of it, falls too. Devices that may still enrol count.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def goal_among(settings: RoundSettings, here: Present) -> int:
     """The goal of an open round among these devices."""
     expected = len(here.clients)
     goal = settings.goal_of(expected)
-    return min(goal, expected) if here.num_left else goal
+    return min(goal, max(expected, goal - here.num_left))
 
 
 def leave(db: Connection, found: Row[Any], reason: str, now: int) -> None:

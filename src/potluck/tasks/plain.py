@@ -37,6 +37,7 @@ class Proof:
         self._kind = type(layer)
         self._forward: Any = self._kind.forward
         self._names = set(vars(layer))
+        self._places = len(vars(layer)["_parameters"])  # also of a bias that there is not
 
     def hand_over(self, name: str, ours: Any) -> None:
         """Put something on the layer under a name."""
@@ -55,7 +56,8 @@ class Proof:
             and not any(map(own.get, _HOOKS))
             and not any(_GLOBAL_HOOKS)
             and functional.linear is _LINEAR
-            and len(present) == len(self._weights)
+            and len(present) == self._places
+            and sum(weight is not None for weight in present.values()) == len(self._weights)
             and all(
                 present.get(name) is weight
                 and weight.requires_grad

@@ -90,5 +90,7 @@ def test_a_cluster_reached_by_address_gives_the_bits_of_the_loop(cluster):
                 command, env=environment, capture_output=True, text=True, timeout=patience
             )
             break
+    else:
+        pytest.fail(f"Ray's client did not connect in {SECONDS} and in {3 * SECONDS} s")
     assert client.returncode == 0, client.stderr
     assert client.stdout.strip().endswith("same bits in round 2")

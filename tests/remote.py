@@ -29,6 +29,7 @@ from potluck.protocol import (
     Report,
     Runtime,
     Upload,
+    Wait,
     encode_message,
     new_key,
     parse_invitation,
@@ -199,8 +200,11 @@ class Caller:
         run = self.invitation.run
         return CheckIn(run=run, accepts=accepts, runtime=RUNTIME, eligibility=Eligibility())
 
-    def assigned(self) -> Assignment:
-        answer = self.check_in()
+    def assigned(self, accepts=("float32",)) -> Assignment:
+        """The next work. A round may not be open yet, or be on its way to the next attempt."""
+        end = time.monotonic() + 300
+        while isinstance(answer := self.check_in(accepts), Wait) and time.monotonic() < end:
+            time.sleep(answer.retry_after_seconds)
         assert isinstance(answer, Assignment), answer
         return answer
 

@@ -34,6 +34,7 @@ from potluck.server.database import Database
 from potluck.server.reports import drop_uploads
 from potluck.server.rounds import abandon_round, open_round, settle
 from potluck.server.tables import (
+    UNSWEPT,
     assignments,
     devices,
     evaluations,
@@ -169,7 +170,7 @@ def _go_on(db: Connection, works: Works, run: Row[Any]) -> str | None:
 
 def sweep(works: Works) -> None:
     """Remove the updates of rounds that are over: nobody may read them any more."""
-    over = select(rounds.c.id).where(rounds.c.swept.is_(False), rounds.c.state.in_(_OVER))
+    over = select(rounds.c.id).where(UNSWEPT, rounds.c.state.in_(_OVER))
     with works.database.read() as db:
         ids = db.scalars(over).all()
     for id in ids:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import Row, and_, select
 
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
@@ -29,7 +29,7 @@ from potluck.server.rounds import (
     start_training,
 )
 from potluck.server.settings import settings_of
-from potluck.server.tables import assignments, rounds, runs
+from potluck.server.tables import ACTIVE, assignments, rounds, runs
 
 
 def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool) -> None:
@@ -58,7 +58,7 @@ def _experiment(text: str) -> Experiment:
 
 def _expire(works: Works) -> None:
     now = works.now()
-    late = (assignments.c.state == "active") & (assignments.c.lease_ms <= now)
+    late = and_(ACTIVE, assignments.c.lease_ms <= now)
     with works.database.read() as db:
         if db.execute(select(assignments.c.id).where(late).limit(1)).first() is None:
             return

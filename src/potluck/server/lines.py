@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from potluck.server.overview import Overview, RoundRow, Tallies, read_mark, read_overview
+from potluck.server.overview import Overview, Past, RoundRow, read_mark, read_overview
 from potluck.server.service import Service
 
 
@@ -16,10 +16,10 @@ class Lines:
 
     def __init__(self, service: Service, run: str, *, is_evaluated: bool = True) -> None:
         self._service, self._run, self._is_evaluated = service, run, is_evaluated
-        self._tallies = Tallies()
+        self._past = Past()
         self._mark: tuple[Any, ...] | None = None
         self._state = ""
-        self._shown: set[tuple[str, int, int]] | None = None  # None before the first look
+        self._shown: int | None = None  # of the rounds that are over; None before the first look
 
     def look(self) -> list[str]:
         """The lines since the last look, or how things stand."""
@@ -27,7 +27,7 @@ class Lines:
             mark = read_mark(db, self._run)
             if mark == self._mark:
                 return []
-            seen = read_overview(db, self._run, self._service.time.now(), self._tallies)
+            seen = read_overview(db, self._run, self._service.time.now(), self._past)
         waiting = {n for n, _ in self._service.pending_evaluations(self._run)}
         is_first, self._mark = self._shown is None, mark
         told = self._rounds(seen, waiting if self._is_evaluated else set())
@@ -40,15 +40,12 @@ class Lines:
         return told
 
     def _rounds(self, seen: Overview, waiting: set[int]) -> list[str]:
-        shown = self._shown = set() if self._shown is None else self._shown
         told: list[str] = []
-        for row in sorted([*seen.history, *seen.latest], key=lambda row: row.closed_ms or 0):
-            key = (row.kind, row.number, row.attempt)
-            if row.state not in ("COMMITTED", "ABANDONED") or key in shown:
-                continue
+        self._shown = self._shown or 0
+        for row in seen.over[self._shown :]:
             if row.state == "COMMITTED" and row.kind == "train" and row.number in waiting:
                 break
-            shown.add(key)
+            self._shown += 1
             told.append(round_line(row, seen.num_rounds))
         return told
 

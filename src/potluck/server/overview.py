@@ -1,7 +1,7 @@
 """What the dashboard shows of a run, read from the database; any process of the run can.
 
-A round that is over does not change any more: its devices are counted once (`Tallies`). So a look
-costs the rounds that are new, not the history.
+A round that is over does not change any more: it is read once (`Past`). So a look costs the rounds
+that are new, not the history.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from potluck.core import higher_is_better
 from potluck.core.plain_json import read_results
 from potluck.server.database import as_dict
 from potluck.server.leader import LEASE_SECONDS
-from potluck.server.look import open_round_of
 from potluck.server.rounds import LEASE_RAN_OUT
 from potluck.server.settings import RoundSettings
 from potluck.server.tables import (
     OPEN,
+    OPEN_ROUND,
     assignments,
     audit,
     devices,
@@ -61,29 +61,11 @@ class Tally(NamedTuple):
         return Tally(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class Tallies:
-    """The tallies of rounds by device class; those of rounds that are over are kept."""
-
-    def __init__(self) -> None:
-        self._over: dict[str, dict[str, Tally]] = {}
-
-    def read(self, db: Connection, found: Sequence[Row[Any]]) -> dict[str, dict[str, Tally]]:
-        """Round id → device class → tally."""
-        new = [row.id for row in found if row.id not in self._over]
-        read: dict[str, dict[str, Tally]] = {id: {} for id in new}
-        for start in range(0, len(new), _BATCH):
-            for round, kind, what, count in _tally(db, new[start : start + _BATCH]):
-                tally = read[round].get(kind, Tally())
-                read[round][kind] = tally + Tally(**{what: count})
-        over = {row.id for row in found if row.state not in OPEN}
-        self._over |= {id: tally for id, tally in read.items() if id in over}
-        return self._over | read
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundRow:
     """One attempt at a round."""
 
+    id: str
     kind: str
     number: int
     attempt: int
@@ -100,6 +82,88 @@ class RoundRow:
     uplink_bytes: int | None
     downlink_bytes: int | None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Of a committed one, as soon as they are there."""
+
+
+class Past:
+    """The rounds of a run that are over, in order, and what was evaluated; each read once."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundRow] = []
+        self.abandoned: list[RoundRow] = []
+        self.history: list[RoundRow] = []
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
+        self.scores: dict[str, list[tuple[int, float]]] = {}
+        self.losses: dict[str, list[tuple[int, float]]] = {}
+        self.bytes = (0, 0)  # up, down
+        self._ids: set[str] = set()
+        self._metrics: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+        self._judged: dict[str, int] = {}  # kind: the last round
+
+    def read(self, db: Connection, run: str) -> tuple[RoundRow, dict[str, Tally]] | None:
+        """Read what is new. Returns the open round, with its tallies by device class."""
+        self._read_evaluations(db, run)
+        known = self.rounds[-1].number if self.rounds else 0
+        found = [row for row in _rounds_from(db, run, known) if row.id not in self._ids]
+        everything = select(func.count()).where(rounds.c.run == run)
+        if self._ids and len(self._ids) + len(found) != db.scalar(everything):
+            self.__init__()  # an earlier number again: the run went back to an older model
+            return self.read(db, run)
+        tallies = _tally(db, [row.id for row in found])
+        current = None
+        for row in found:
+            made = self._made(row, tallies[row.id])
+            if row.state in OPEN:
+                current = (made, tallies[row.id])
+            else:
+                self._keep(made, tallies[row.id])
+        return current
+
+    def _made(self, row: Row[Any], tallies: Mapping[str, Tally]) -> RoundRow:
+        names = ("id", "kind", "number", "attempt", "state", "reason", "goal", "minimum", "slots")
+        names += ("opened_ms", "closed_ms", "loss", "uplink_bytes", "downlink_bytes")
+        selecting = row.state == "SELECTING"
+        kind = "central" if row.kind == "train" else "federated"
+        return RoundRow(
+            **{name: getattr(row, name) for name in names},
+            tally=sum(tallies.values(), Tally()),
+            deadline_ms=row.selection_deadline_ms if selecting else row.report_deadline_ms,
+            metrics=self._metrics[kind, row.number] if row.state == "COMMITTED" else {},
+        )
+
+    def _keep(self, row: RoundRow, tallies: Mapping[str, Tally]) -> None:
+        self._ids.add(row.id)
+        self.rounds.append(row)
+        for name, tally in tallies.items():
+            self.tallies[name] += tally
+        self.bytes = (
+            self.bytes[0] + (row.uplink_bytes or 0),
+            self.bytes[1] + (row.downlink_bytes or 0),
+        )
+        if row.state == "ABANDONED":
+            self.abandoned.append(row)
+        elif row.kind == "train":
+            self.history.append(row)
+            if row.loss is not None:
+                self.losses.setdefault("training", []).append((row.number, row.loss))
+
+    def _read_evaluations(self, db: Connection, run: str) -> None:
+        """They are made in the order of their rounds, those of either kind."""
+        here = evaluations.c.run == run
+        for kind in ("central", "federated"):
+            new = here & (evaluations.c.kind == kind)
+            new &= evaluations.c.round > self._judged.get(kind, -1)
+            for row in db.execute(select(evaluations).where(new).order_by(evaluations.c.round)):
+                self._judged[kind] = row.round
+                self._judge(kind, row.round, read_results(row.metrics))
+
+    def _judge(self, kind: str, number: int, metrics: Mapping[str, float]) -> None:
+        self._metrics[kind, number].update(metrics)
+        where = {"central": "test", "federated": "on devices"}[kind]
+        for metric, value in metrics.items():
+            name = where if metric in ("accuracy", "loss") else f"{metric}, {where}"
+            curves = self.scores if higher_is_better(metric) else self.losses
+            curves.setdefault(name, []).append((number, float(value)))
 
 
 class ClassRow(NamedTuple):
@@ -127,6 +191,8 @@ class Overview:
     """The newest first."""
     abandoned: list[RoundRow]
     num_abandoned: int
+    over: list[RoundRow]
+    """All that are committed or abandoned, in order."""
     history: list[RoundRow]
     """The committed ones of kind train, in order."""
     scores: dict[str, list[tuple[int, float]]]
@@ -140,10 +206,11 @@ class Overview:
 
 def read_mark(db: Connection, run: str) -> tuple[Any, ...]:
     """One cheap query, whose answer differs when something on the dashboard may."""
-    current = rounds.c.run == run, rounds.c.state.in_(OPEN)
+    current = rounds.c.run == run, OPEN_ROUND
     here = select(rounds.c.id).where(*current).scalar_subquery()
     mine, done = assignments.c.round == here, reports.c.round == here
-    judged = select(func.count()).where(evaluations.c.run == run)
+    central = evaluations.c.run == run, evaluations.c.kind == "central"
+    judged = select(func.max(evaluations.c.round)).where(*central)
     query = select(
         runs.c.state,
         runs.c.round,
@@ -161,23 +228,13 @@ def read_mark(db: Connection, run: str) -> tuple[Any, ...]:
     return tuple(db.execute(query).one())
 
 
-def read_overview(db: Connection, run: str, now: int, tallies: Tallies) -> Overview:
-    """All that changes on the dashboard."""
+def read_overview(db: Connection, run: str, now: int, past: Past) -> Overview:
+    """All that changes on the dashboard; `past` is what an earlier look has read."""
     row = db.execute(select(runs).where(runs.c.id == run)).one()
-    entries = {
-        entry.round: entry for entry in db.execute(select(ledger).where(ledger.c.run == run))
-    }
-    query = select(rounds).where(rounds.c.run == run).order_by(rounds.c.opened_ms, rounds.c.attempt)
-    found = list(db.execute(query).all())
-    counted = tallies.read(db, found)
-    judged = _evaluations(db, run)
-    scored = {(kind, number): metrics for kind, number, metrics in judged}
-    every = [_round_row(round, entries.get(round.id), counted[round.id], scored) for round in found]
-    current = open_round_of(db, run)
-    given_up = [r for r in every if r.state == "ABANDONED"]
-    history = [r for r in every if r.state == "COMMITTED" and r.kind == "train"]
-    scores, losses = _curves(judged, history)
-    recent = [round.id for round in found[-SHOWN_ROUNDS:]]
+    opened = past.read(db, run)
+    current, tallies = opened or (None, {})
+    recent = past.rounds[-SHOWN_ROUNDS:] + ([] if current is None else [current])
+    latest = recent[: -SHOWN_ROUNDS - 1 : -1]
     heartbeat = db.scalar(select(func.max(leader.c.heartbeat_ms))) or 0
     return Overview(
         name=row.name,
@@ -186,22 +243,37 @@ def read_overview(db: Connection, run: str, now: int, tallies: Tallies) -> Overv
         committed=row.round,
         num_rounds=RoundSettings.model_validate_json(row.settings).num_rounds,
         is_led=now - heartbeat < 2_000 * LEASE_SECONDS,
-        current=None if current is None or not every or every[-1].state not in OPEN else every[-1],
-        latest=every[: -SHOWN_ROUNDS - 1 : -1],
-        abandoned=given_up[:-11:-1],
-        num_abandoned=len(given_up),
-        history=history,
-        scores=scores,
-        losses=losses,
-        uplink_bytes=sum(entry.uplink_bytes for entry in entries.values()),
-        downlink_bytes=sum(entry.downlink_bytes for entry in entries.values()),
-        classes=_classes(db, run, now, counted),
-        devices=_devices(db, run),
-        dropouts=_dropouts(db, recent),
+        current=current,
+        latest=latest,
+        abandoned=past.abandoned[:-11:-1],
+        num_abandoned=len(past.abandoned),
+        over=past.rounds,
+        history=past.history,
+        scores=past.scores,
+        losses=past.losses,
+        uplink_bytes=past.bytes[0],
+        downlink_bytes=past.bytes[1],
+        classes=_classes(db, run, now, past.tallies, tallies),
+        devices=_devices(db, run, None if current is None else current.id),
+        dropouts=_dropouts(db, [row.id for row in latest]),
     )
 
 
-def _tally(db: Connection, ids: Sequence[str]) -> list[tuple[str, str, str, int]]:
+def _rounds_from(db: Connection, run: str, number: int) -> list[Row[Any]]:
+    """The rounds from this number on, in the order in which they were opened."""
+    told = (ledger.c.loss, ledger.c.uplink_bytes, ledger.c.downlink_bytes)
+    kinds = rounds.c.kind.in_(("train", "evaluate"))
+    query = (
+        select(rounds, *told)
+        .outerjoin(ledger, ledger.c.round == rounds.c.id)
+        .where(rounds.c.run == run, kinds, rounds.c.number >= number)
+        .order_by(rounds.c.opened_ms, rounds.c.attempt)
+    )
+    return list(db.execute(query).all())
+
+
+def _tally(db: Connection, ids: Sequence[str]) -> dict[str, dict[str, Tally]]:
+    """Round id → device class → tally."""
     what = case(
         (_SILENT, "silent"),
         (assignments.c.state == "expired", "unneeded"),
@@ -210,65 +282,18 @@ def _tally(db: Connection, ids: Sequence[str]) -> list[tuple[str, str, str, int]
     query = (
         select(assignments.c.round, devices.c.device_class, what, func.count())
         .join(devices, devices.c.id == assignments.c.device)
-        .where(assignments.c.round.in_(ids))
         .group_by(assignments.c.round, devices.c.device_class, what)
     )
-    return [(id, name, kind, count) for id, name, kind, count in db.execute(query)]
-
-
-def _round_row(
-    round: Row[Any],
-    entry: Row[Any] | None,
-    tallies: Mapping[str, Tally],
-    scored: Mapping[tuple[str, int], dict[str, float]],
-) -> RoundRow:
-    kind = "central" if round.kind == "train" else "federated"
-    is_done = round.state == "COMMITTED"
-    deadline = (
-        round.selection_deadline_ms if round.state == "SELECTING" else round.report_deadline_ms
-    )
-    return RoundRow(
-        kind=round.kind,
-        number=round.number,
-        attempt=round.attempt,
-        state=round.state,
-        reason=round.reason,
-        goal=round.goal,
-        minimum=round.minimum,
-        slots=round.slots,
-        tally=sum(tallies.values(), Tally()),
-        opened_ms=round.opened_ms,
-        closed_ms=round.closed_ms,
-        deadline_ms=deadline,
-        loss=None if entry is None else entry.loss,
-        uplink_bytes=None if entry is None else entry.uplink_bytes,
-        downlink_bytes=None if entry is None else entry.downlink_bytes,
-        metrics=scored.get((kind, round.number), {}) if is_done else {},
-    )
-
-
-def _evaluations(db: Connection, run: str) -> list[tuple[str, int, dict[str, float]]]:
-    query = select(evaluations).where(evaluations.c.run == run).order_by(evaluations.c.round)
-    return [(row.kind, row.round, read_results(row.metrics)) for row in db.execute(query)]
-
-
-def _curves(
-    judged: Sequence[tuple[str, int, Mapping[str, float]]], history: Sequence[RoundRow]
-) -> tuple[dict[str, list[tuple[int, float]]], dict[str, list[tuple[int, float]]]]:
-    """Curves of what is better high, and of losses."""
-    names = {"central": "test", "federated": "on devices"}
-    scores: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    losses: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for kind, number, metrics in judged:
-        for metric, value in metrics.items():
-            name = names[kind] if metric in ("accuracy", "loss") else f"{metric}, {names[kind]}"
-            (scores if higher_is_better(metric) else losses)[name].append((number, float(value)))
-    trained = [(row.number, row.loss) for row in history if row.loss is not None]
-    return dict(scores), dict(losses) | ({"training": trained} if trained else {})
+    read: dict[str, dict[str, Tally]] = {id: defaultdict(Tally) for id in ids}
+    for start in range(0, len(ids), _BATCH):
+        these = assignments.c.round.in_(ids[start : start + _BATCH])
+        for id, name, kind, count in db.execute(query.where(these)):
+            read[id][name] += Tally(**{kind: count})
+    return read
 
 
 def _classes(
-    db: Connection, run: str, now: int, counted: Mapping[str, Mapping[str, Tally]]
+    db: Connection, run: str, now: int, over: Mapping[str, Tally], current: Mapping[str, Tally]
 ) -> list[ClassRow]:
     here = devices.c.revoked_ms.is_(None)
     lately = case((here & (devices.c.seen_ms > now - LATELY_MS), 1), else_=0)
@@ -283,24 +308,26 @@ def _classes(
         .group_by(devices.c.device_class)
         .order_by(devices.c.device_class)
     )
-    sums: dict[str, Tally] = defaultdict(Tally)
-    for by_class in counted.values():
-        for name, tally in by_class.items():
-            sums[name] = sums[name] + tally
     return [
-        ClassRow(name, enrolled, seen or 0, revoked, sums[name])
+        ClassRow(
+            name,
+            enrolled,
+            seen or 0,
+            revoked,
+            over.get(name, Tally()) + current.get(name, Tally()),
+        )
         for name, enrolled, seen, revoked in db.execute(query)
     ]
 
 
-def _devices(db: Connection, run: str) -> list[dict[str, Any]]:
-    """Those that were heard of last."""
+def _devices(db: Connection, run: str, round: str | None) -> list[dict[str, Any]]:
+    """Those that were heard of last; at work is who is in the open round."""
     names = ("id", "name", "device_class", "seen_ms", "revoked_ms")
     query = select(*(devices.c[name] for name in names)).where(devices.c.run == run)
     newest = query.order_by(devices.c.seen_ms.desc(), devices.c.client).limit(SHOWN_DEVICES)
     found = [as_dict(row) for row in db.execute(newest)]
     at_work = select(assignments.c.device).where(
-        assignments.c.device.in_([row["id"] for row in found]), assignments.c.state == "active"
+        assignments.c.round == round, assignments.c.state == "active"
     )
     busy = set(db.scalars(at_work))
     return [row | {"is_busy": row["id"] in busy} for row in found]

@@ -210,14 +210,7 @@ def find_report(
         RefusedError: unknown, late, conflict.
     """
     with database.read() as db:
-        row = db.execute(_UPLOAD, {"upload": upload, "device": device}).one_or_none()
-        if row is None:  # the round is over: its blobs are gone, the row of the report stays
-            find_device(db, device)
-            named = (reports.c.device == device) & reports.c.key.endswith(f"/{upload}")
-            kept = one(db, select(reports).where(named))
-            if kept is None:
-                raise _unknown_upload(upload)
-            return Accepted(kept.round, kept.sha256), kept.num_bytes
+        row = find_upload(db, device, upload)
         found = known_assignment(db, device, row.assignment)
         answer = _earlier(db, found, row.sha256)
     if answer is not None:
@@ -235,12 +228,8 @@ def find_upload(db: Connection, device: str, upload: str) -> Row[Any]:
     row = db.execute(_UPLOAD, {"upload": upload, "device": device}).one_or_none()
     if row is None:
         find_device(db, device)
-        raise _unknown_upload(upload)
+        raise RefusedError("unknown", f"got upload={upload!r}, which is none of yours.")
     return row
-
-
-def _unknown_upload(upload: str) -> RefusedError:
-    return RefusedError("unknown", f"got upload={upload!r}, which is none of yours.")
 
 
 def _offset(blobs: BlobStore, round: str, upload: str) -> int:
@@ -364,11 +353,8 @@ def enough() -> RefusedError:
 def drop_uploads(db: Connection, blobs: BlobStore, round: str) -> None:
     """Drop what was on its way to a round that is over.
 
-    An upload that became no report is remembered: what still comes for it is late, not unknown.
+    The rows stay: what is still asked of an upload is answered as before, by its id.
     """
-    mine = uploads.c.round == round
-    for id in db.scalars(select(uploads.c.id).where(mine)).all():
+    for id in db.scalars(select(uploads.c.id).where(uploads.c.round == round)).all():
         with contextlib.suppress(FileNotFoundError):
             blobs.drop(id)
-    reported = select(reports.c.assignment).where(reports.c.round == round)
-    db.execute(delete(uploads).where(mine, uploads.c.assignment.in_(reported)))

@@ -27,14 +27,14 @@ import math
 import secrets
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
 
 from potluck.core import derive_seed, sample_cohort
 from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
 from potluck.server.leaving import Present, goal_among, is_left, present
 from potluck.server.settings import RoundSettings, milliseconds, settings_of
-from potluck.server.tables import OPEN, assignments, devices, reports, rounds, runs
+from potluck.server.tables import ACTIVE, OPEN_ROUND, assignments, devices, reports, rounds, runs
 
 Step = Literal["train", "close", "abandon", "wait"]
 LEASE_RAN_OUT = "the lease ran out"
@@ -129,7 +129,7 @@ def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, n
 
 def expire_leases(db: Connection, now: int) -> None:
     """Free the slots of devices that were silent for too long."""
-    late = (assignments.c.state == "active") & (assignments.c.lease_ms <= now)
+    late = and_(ACTIVE, assignments.c.lease_ms <= now)
     theirs = rounds.c.id.in_(select(assignments.c.round).where(late))
     # The rounds first, as everybody does: reports write many assignments at once, too.
     db.execute(select(rounds.c.id).where(theirs).order_by(rounds.c.id).with_for_update()).all()
@@ -140,7 +140,8 @@ def expire_leases(db: Connection, now: int) -> None:
 def rearm(db: Connection, now: int) -> None:
     """After nobody led for a while: no deadline is further away than when it was set, and one that
     passed leaves some time for the reports that could not be sent."""
-    open_ones = select(rounds, runs.c.settings).join(runs).where(rounds.c.state.in_(OPEN))
+    theirs = select(runs.c.settings).where(runs.c.id == rounds.c.run).scalar_subquery()
+    open_ones = select(rounds, theirs.label("settings")).where(OPEN_ROUND)
     for round in db.execute(open_ones).all():
         settings = settings_of(round.settings)
         limits = {

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safetensors.numpy import save
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, and_, insert, select, update
 
 from potluck.algorithms import Algorithm, with_statistics
 from potluck.core import RefusedError, Spec, Vector
@@ -100,6 +100,7 @@ class Service:
         names = {} if life is None else {"id": life.id, "predecessor": life.before}
         self._candidate = Candidate(self.time, lease_seconds, **names)
         self._ticking = threading.Lock()
+        self._evaluated: dict[str, int] = {}  # run: up to this version nothing is to be evaluated
         self._works = commits.Works(
             database=database,
             blobs=blobs,
@@ -479,21 +480,24 @@ class Service:
 
     def pending_evaluations(self, run: str) -> list[tuple[int, int]]:
         """(round, version) of the rounds whose central evaluation is due and not done."""
+        to = self._evaluated.get(run, -1)
         with self.database.read() as db:
             row = self._run(db, run)
-            run_section = experiment_of(row).run
-            made = select(models.c.round, models.c.version).where(models.c.run == run)
-            done = select(evaluations.c.round).where(
-                evaluations.c.run == run, evaluations.c.kind == "central"
+            every, last = (
+                experiment_of(row).run.evaluate_every,
+                settings_of(row.settings).num_rounds,
             )
-            known = set(db.scalars(done))
-            last = settings_of(row.settings).num_rounds
-            every = run_section.evaluate_every
-            return [
-                (number, version)
-                for number, version in sorted(tuple(r) for r in db.execute(made))
-                if number not in known and (number % every == 0 or number == last)
-            ]
+            here, due = models.c.round == evaluations.c.round, evaluations.c.kind == "central"
+            query = (
+                select(models.c.round, models.c.version)
+                .outerjoin(evaluations, and_(here, due, evaluations.c.run == run))
+                .where(models.c.run == run, models.c.version > to, evaluations.c.round.is_(None))
+                .order_by(models.c.round)
+            )
+            made = [(number, version) for number, version in db.execute(query)]
+        pending = [pair for pair in made if pair[0] % every == 0 or pair[0] == last]
+        self._evaluated[run] = min((v - 1 for _, v in pending), default=row.version)
+        return pending
 
     def evaluate(self, run: str, evaluate: Callable[[Vector], Mapping[str, float]]) -> None:
         """Do the central evaluations that are due, with a function from weights to metrics."""

@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from potluck.core.plain_json import to_json
 from potluck.server.charts import draw
-from potluck.server.overview import Overview, Tallies, Tally, read_mark, read_overview
+from potluck.server.overview import Overview, Past, Tally, read_mark, read_overview
 from potluck.server.service import Service
 from potluck.server.stream import Snapshot
 from potluck.server.tables import runs
@@ -32,7 +32,7 @@ class Showing:
 
     def __init__(self, service: Service, run: str) -> None:
         self._service, self._run = service, run
-        self._tallies = Tallies()
+        self._past = Past()
         self._one = threading.Lock()
         self._mark: tuple[Any, ...] | None = None
         self._read = 0.0
@@ -53,7 +53,7 @@ class Showing:
             mark = read_mark(db, self._run)
             if mark == self._mark and time.monotonic() - self._read < _AGAIN_SECONDS:
                 return self._last
-            seen = read_overview(db, self._run, self._service.time.now(), self._tallies)
+            seen = read_overview(db, self._run, self._service.time.now(), self._past)
         sections = self._render(seen)
         digest = hashlib.sha256(to_json(sections, sort_keys=True).encode()).hexdigest()[:16]
         self._mark, self._read = mark, time.monotonic()

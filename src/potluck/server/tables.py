@@ -46,9 +46,10 @@ metadata = MetaData(
 )
 
 OPEN = ("SELECTING", "TRAINING", "AGGREGATING")
+# As texts, since a partial index serves a query that has its very words, and no bound value.
 OPEN_ROUND = text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')")
-_ACTIVE = text("state = 'active'")
-_UNSWEPT = text("swept = false")
+ACTIVE = text("state = 'active'")
+UNSWEPT = text("swept = false")
 
 
 def _id() -> Column[str]:
@@ -160,7 +161,7 @@ rounds = Table(
         sqlite_where=OPEN_ROUND,
         postgresql_where=OPEN_ROUND,
     ),
-    Index("ix_rounds_unswept", "id", sqlite_where=_UNSWEPT, postgresql_where=_UNSWEPT),
+    Index("ix_rounds_unswept", "id", sqlite_where=UNSWEPT, postgresql_where=UNSWEPT),
 )
 
 assignments = Table(
@@ -181,8 +182,8 @@ assignments = Table(
         "round",
         "device",
         unique=True,
-        sqlite_where=_ACTIVE,
-        postgresql_where=_ACTIVE,
+        sqlite_where=ACTIVE,
+        postgresql_where=ACTIVE,
     ),
 )
 

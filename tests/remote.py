@@ -63,6 +63,7 @@ class Served:
         codec="float32",
         places=(None, None),
         host="127.0.0.1",
+        names=(),
         **settings,
     ):
         self.places = places
@@ -76,7 +77,9 @@ class Served:
         self.experiment = check_experiment(content, "test")
         self.evaluated = []
         self.callers = []
-        self.listen = Listen(host=host, port=0, certificate=certificate, private_key=key)
+        self.listen = Listen(
+            host=host, port=0, certificate=certificate, private_key=key, names=names
+        )
 
     def __enter__(self) -> Served:
         self.desk = open_desk(
@@ -97,7 +100,7 @@ class Served:
         except BaseException:
             self.desk.service.close()
             raise
-        self.port = int(self.server.address.rsplit(":", 1)[1])
+        self.port = self.server.port
         self.listen = replace(self.listen, port=self.port)  # of the next start, too
         self.thread = threading.Thread(target=self.server.serve)
         self.thread.start()
@@ -121,7 +124,10 @@ class Served:
     def caller(self, **options) -> Caller:
         """A device that is not enrolled yet."""
         certificate = self.home.certificate.read_text()
-        self.callers.append(Caller(self.server.address, certificate, **options))
+        options = {"run_key": public_key(self.desk.key)} | options
+        named = f"https://{self.listen.host}:{self.port}"
+        address = named if self.listen.names else self.server.address
+        self.callers.append(Caller(address, certificate, **options))
         return self.callers[-1]
 
     def device(self) -> Caller:
@@ -146,8 +152,15 @@ class Served:
 class Caller:
     """A device: a key, a sequence number, and one connection."""
 
-    def __init__(self, address: str, certificate: str, *, key: bytes | None = None) -> None:
-        self.key = key or new_key()
+    def __init__(
+        self,
+        address: str,
+        certificate: str,
+        *,
+        key: bytes | None = None,
+        run_key: bytes = bytes(32),  # until there is an invitation
+    ) -> None:
+        self.key, self.run_key = key or new_key(), run_key
         self.id = key_fingerprint(public_key(self.key))
         self.sequence = 0
         context = ssl.create_default_context(cadata=certificate)
@@ -166,13 +179,15 @@ class Caller:
             "method": method,
             "path": path,
             "body": body,
+            "authority": self.authority,
+            "run_key": self.run_key,
             "sequence": self.sequence,
             "time_ms": time.time_ns() // 10**6,
         } | changes
         v = SimpleNamespace(**values)
-        return sign_request(
-            v.key, v.method, self.authority, v.path, v.body, sequence=v.sequence, time_ms=v.time_ms
-        )
+        numbers = {"sequence": v.sequence, "time_ms": v.time_ms}
+        place = (v.method, v.authority, v.path)
+        return sign_request(v.key, *place, v.body, run_key=v.run_key, **numbers)
 
     def send(self, method, path, body=b"", *, kind=None, headers=None) -> httpx.Response:
         """A request with these bytes; signed, unless other headers are given."""
@@ -188,6 +203,7 @@ class Caller:
 
     def enrol(self, invitation: str) -> Message:
         self.invitation = parse_invitation(invitation)
+        self.run_key = bytes.fromhex(self.invitation.server_key)
         key = public_key(self.key).hex()
         token = self.invitation.token
         message = Enrol(token=token, public_key=key, runtime=RUNTIME, device_class="test")

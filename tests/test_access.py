@@ -333,7 +333,7 @@ def _faulty(served, work, fault, method, path, body, newcomer):
 def test_a_signature_for_one_authority_is_none_for_another(served):
     device = served.device()
     headers = sign_request(
-        device.key, "GET", "elsewhere:8443", "/v1/uploads/" + "0" * 32,
+        device.key, "GET", "elsewhere:8443", "/v1/uploads/" + "0" * 32, run_key=device.run_key,
         sequence=10**6, time_ms=time.time_ns() // 10**6,
     )  # fmt: skip
     refused(device.send("GET", "/v1/uploads/" + "0" * 32, headers=headers), "bad_signature")

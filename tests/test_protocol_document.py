@@ -49,6 +49,7 @@ from potluck.protocol.strict_json import encode_json
 TEXT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
 DEVICE, SERVER = bytes(range(32)), bytes(range(32, 64))
 NOW = 1767225600000
+NUMBERS = {"sequence": 42, "time_ms": NOW}
 VECTORS: dict[Codec, list[float]] = {
     "float32": [1.0, -2.5, 0.0, 0.25],
     "bfloat16": [1.0, -2.5, 0.0, 0.25],
@@ -82,7 +83,8 @@ def test_every_message_has_one_example() -> None:
 def test_the_examples_of_bytes_are_true() -> None:
     check_in = encode_message(EXAMPLES[CheckIn])
     request = ("POST", "potluck.example:8443", "/v1/check-in")
-    headers = sign_request(DEVICE, *request, check_in, sequence=42, time_ms=NOW)
+    run_key = public_key(SERVER)
+    headers = sign_request(DEVICE, *request, check_in, run_key=run_key, **NUMBERS)
     claim = read_claim([(k.encode(), v.encode()) for k, v in headers.items()])
     assignment = EXAMPLES[Assignment]
     assert isinstance(assignment, Assignment)
@@ -112,7 +114,7 @@ def test_the_examples_of_bytes_are_true() -> None:
     assert blocks("text") == [
         f"private key  {DEVICE.hex()}\npublic key   {public_key(DEVICE).hex()}\n"
         f"device       {fingerprint(public_key(DEVICE))}",
-        signed_bytes(claim, *request).decode(),
+        signed_bytes(claim, run_key, *request).decode(),
         f"{encode_json(invitation.model_dump()).decode()}\n{encode_invitation(invitation)}",
         data.decode(),
         f"{(spec.names, spec.shapes)!r}\n{spec.digest()}",
@@ -156,7 +158,7 @@ def test_the_tables_of_reasons_are_those_of_the_code() -> None:
 
 
 def test_the_table_of_headers_is_that_of_the_code() -> None:
-    names = list(sign_request(DEVICE, "GET", "localhost", "/", sequence=1, time_ms=NOW))
+    names = list(sign_request(DEVICE, "GET", "localhost", "/", run_key=bytes(32), **NUMBERS))
     assert [row[0].strip("`") for row in rows("| header | form | what |")] == names
 
 

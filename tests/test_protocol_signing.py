@@ -23,6 +23,7 @@ from potluck.protocol import (
 from potluck.protocol.keys import is_signature, sign_bytes
 
 PRIVATE = bytes(range(32))
+RUN_KEY = bytes.fromhex("29acbae141bccaf0b22e1a94d34d0bc7361e526d0bfe12c89794bc9322966dd7")
 PUBLIC = bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8")
 NOW = 1767225600000
 REQUEST = ("POST", "potluck.example:8443", "/v1/check-in")
@@ -55,7 +56,7 @@ RFC_8032 = [
 
 def headers(body: bytes = b"{}", **changes: int) -> dict[str, str]:
     numbers = {"sequence": 42, "time_ms": NOW, **changes}
-    return sign_request(PRIVATE, *REQUEST, body, **numbers)
+    return sign_request(PRIVATE, *REQUEST, body, run_key=RUN_KEY, **numbers)
 
 
 def claim(fields: dict[str, str]) -> Claim:
@@ -63,11 +64,23 @@ def claim(fields: dict[str, str]) -> Claim:
 
 
 def code_of(
-    claim: Claim, *request: str, key: bytes | None = PUBLIC, now_ms: int = NOW, last: int = 41
+    claim: Claim,
+    *request: str,
+    key: bytes | None = PUBLIC,
+    run_key: bytes = RUN_KEY,
+    now_ms: int = NOW,
+    last: int = 41,
 ) -> str | None:
     """The code with which a claim is refused; None if it passes."""
     try:
-        verify_request(claim, key, *(request or REQUEST), now_ms=now_ms, last_sequence=last)
+        verify_request(
+            claim,
+            key,
+            *(request or REQUEST),
+            run_key=run_key,
+            now_ms=now_ms,
+            last_sequence=last,
+        )
     except ProtocolError as error:
         return error.code
     return None
@@ -115,8 +128,8 @@ def test_golden_headers() -> None:
         "Potluck-Time": "1767225600000",
         "Potluck-Digest": "a00c785b8494c02b2e9ee9c7019ab1aa26cf2f31681af9ef2e18680721e43207",
         "Potluck-Signature": (
-            "052a1f0d8df5bf3786fab543b5edfd67393107a605d3e651839ccebc459390bc"
-            "ee6f32d4300eded1fea5b9fa6a8075e33b23adf3f2b40606eb587c3afe657800"
+            "41ad03a6c03ff602a60610c8f1e7731807198c72e4fc966d19155587213ca1d5"
+            "4d5f8dedaaead46e684abb50664cc8795676e42d48d95ff8c854115b3a4ac70a"
         ),
     }
 
@@ -182,7 +195,14 @@ def test_the_clock_may_be_off_by_five_minutes_either_way() -> None:
     for skew in (-86_400_000, -MAX_SKEW_MS - 1, MAX_SKEW_MS + 1, 86_400_000):
         assert code_of(claim(headers(time_ms=NOW + skew))) == "clock"
     with pytest.raises(ProtocolError, match=f"within 300 s of server_time_ms={NOW}"):
-        verify_request(claim(headers(time_ms=1)), PUBLIC, *REQUEST, now_ms=NOW, last_sequence=0)
+        verify_request(
+            claim(headers(time_ms=1)),
+            PUBLIC,
+            *REQUEST,
+            run_key=RUN_KEY,
+            now_ms=NOW,
+            last_sequence=0,
+        )
 
 
 def test_who_cannot_sign_learns_nothing_of_clock_and_sequence() -> None:
@@ -236,7 +256,7 @@ def test_no_header_at_all_is_unsigned() -> None:
 )
 def test_a_line_break_cannot_enter_the_signed_bytes(request_: tuple[str, str, str]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        sign_request(PRIVATE, *request_, sequence=1, time_ms=NOW)
+        sign_request(PRIVATE, *request_, run_key=RUN_KEY, sequence=1, time_ms=NOW)
     assert code_of(claim(headers()), *request_) == "malformed"
 
 
@@ -254,7 +274,8 @@ def test_numbers_that_a_double_cannot_hold_are_not_signed() -> None:
     st.integers(1, 2**53 - 1),
 )
 def test_any_request_passes_as_signed(body: bytes, path: str, sequence: int) -> None:
-    fields = sign_request(PRIVATE, "PUT", "localhost", path, body, sequence=sequence, time_ms=NOW)
+    numbers = {"sequence": sequence, "time_ms": NOW}
+    fields = sign_request(PRIVATE, "PUT", "localhost", path, body, run_key=RUN_KEY, **numbers)
     good = claim(fields)
     assert code_of(good, "PUT", "localhost", path, last=sequence - 1) is None
     check_body(hashlib.sha256(body).hexdigest(), good)

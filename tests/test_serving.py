@@ -136,7 +136,8 @@ def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path, plac
         server = Process(file, home, where, server.port)
         for caller in callers:
             caller.http.close()
-            caller.__init__(server.told["address"], certificate, key=caller.key)
+            keys = {"key": caller.key, "run_key": caller.run_key}
+            caller.__init__(server.told["address"], certificate, **keys)
             caller.sequence = 100
         assert isinstance(callers[1].put(upload.upload, 1000, body[1000:]), Accepted)
         for caller, invitation in zip(callers, invitations, strict=True):

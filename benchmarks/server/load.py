@@ -31,7 +31,8 @@ KEY_BYTES = 32
 
 def devices_of(job: dict[str, Any]) -> list[LoadDevice]:
     """The devices of a job: those of the keys from `first` on."""
-    place = Place(job["host"], job["port"], job["run"], trusting(job["certificate"]))
+    run_key, context = bytes.fromhex(job["run_key"]), trusting(job["certificate"])
+    place = Place(job["host"], job["port"], job["run"], run_key, context)
     keys = Path(job["keys"]).read_bytes()
     numbers = range(job["first"], job["first"] + job["count"])
     return [LoadDevice(place, keys[KEY_BYTES * i : KEY_BYTES * (i + 1)]) for i in numbers]

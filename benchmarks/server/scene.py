@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from potluck.core.plain_json import to_json
-from potluck.protocol import new_key, parse_invitation
+from potluck.protocol import new_key, parse_invitation, public_key
 from potluck.server.home import Home
 from potluck.server.operator import Operator
 
@@ -217,6 +217,7 @@ class Scene:
             "host": "127.0.0.1",
             "port": self.port,
             "run": "load",
+            "run_key": public_key(self.home.run_key("load", is_new=False)).hex(),
             "certificate": self.home.certificate.read_text(),
             "keys": str(self.keys),
             "population": count,

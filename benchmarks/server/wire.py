@@ -173,6 +173,7 @@ class Place(NamedTuple):
     host: str
     port: int
     run: str
+    run_key: bytes
     context: ssl.SSLContext
 
     @property
@@ -217,6 +218,7 @@ class LoadDevice:
             self.place.authority,
             path,
             body,
+            run_key=self.place.run_key,
             sequence=self.sequence,
             time_ms=time.time_ns() // 10**6,
         )

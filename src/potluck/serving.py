@@ -45,6 +45,15 @@ def serve(
     home: HomeFolder = HOME,
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8443,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="HOST[:PORT]",
+            help="What devices call the server, where its address and certificate do not tell: "
+            "behind a proxy, say. Repeatable; the first is shown.",
+        ),
+    ] = None,
     database: Annotated[
         str | None,
         typer.Option(metavar="URL", help="postgresql://… or sqlite:///…, instead of DIR's own."),
@@ -102,6 +111,7 @@ def serve(
         plaintext=insecure_loopback,
         certificate=certificate,
         private_key=private_key,
+        names=tuple(names or ()),
     )
     is_terminal = sys.stdout.isatty()
     log_to_stderr(log_level or ("warning" if is_terminal else "info"), plain=is_terminal)

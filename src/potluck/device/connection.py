@@ -46,7 +46,7 @@ _LOG = logging.getLogger("potluck.device")
 MAX_BACKOFF_SECONDS = 300.0
 LATEST_MS = 4_102_444_800_000
 """The year 2100. Sequence numbers may start from the time: a later one could use them all up."""
-_TEMPORARY = ("overloaded", "internal", "unavailable")
+_TEMPORARY = ("misdirected", "overloaded", "internal", "unavailable")
 _DIGEST_TRIES = 2
 _TIMEOUT = httpx.Timeout(2.0 * LONG_POLL_SECONDS, connect=15.0)
 
@@ -90,6 +90,7 @@ class Connection:
         self,
         url: str,
         certificate: str | None,
+        server_key: str,
         home: Home,
         record: Record,
         clock: Clock,
@@ -99,7 +100,7 @@ class Connection:
         self._url = check_url(url, certificate)
         self._authority = self._url.netloc.decode().lower()
         self._home = home
-        self._key = home.key()
+        self._key, self._run_key = home.key(), bytes.fromhex(server_key)
         self._record = record
         self._clock = clock
         self._uniform = uniform
@@ -286,6 +287,7 @@ class Connection:
             self._authority,
             path,
             body,
+            run_key=self._run_key,
             sequence=self._home.next_sequence(first),
             time_ms=self.now_ms(),
         )

@@ -1,6 +1,7 @@
 """A device's folder: who it is, how far it has counted, what it owes, what it has sent.
 
-    device.key           its private key; never leaves this folder
+    device.key           its private key, another for each enrolment; never leaves this folder
+    invited              SHA-256 of the token that the key was made for
     enrolment.json       the server, its certificate, the run and the run's key: pinned for good
     sequence             the number of the last request, stored before the request is sent
     manifest             the highest manifest version that was accepted
@@ -16,7 +17,9 @@ last change, and no sequence number is used twice.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -63,6 +66,21 @@ class Home:
     def close(self) -> None:
         """Let another process use the folder."""
         os.close(self._lock)
+
+    def expect(self, token: str) -> None:
+        """Be somebody new for this token, unless its enrolment was only interrupted.
+
+        Two servers of one key could pass its requests on to each other. What was kept for the run
+        before goes: its updates are not for another.
+        """
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        path = self.folder / "invited"
+        if path.exists() and path.read_text() == digest:
+            return
+        shutil.rmtree(self.folder / "outbox", ignore_errors=True)
+        (self.folder / "manifest").unlink(missing_ok=True)
+        write_file(self.folder / "device.key", new_key().hex().encode())
+        write_file(path, digest.encode())
 
     def key(self) -> bytes:
         """The device's private key, made at first use.

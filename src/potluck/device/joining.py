@@ -79,14 +79,17 @@ def join(
                     "Give --token the string that `potluck enroll` printed."
                 )
             invited = parse_invitation(invitation)
-            with Connection(url, invited.certificate, home, record, clock) as connection:
+            home.expect(invited.token)
+            pins = (invited.certificate, invited.server_key)
+            with Connection(url, *pins, home, record, clock) as connection:
                 try_data(invited, home, connection, trainer)
                 enrolment = enrol(url, invited, home, connection, trainer, name)
             yield Event("enrolled", 0, f"in {enrolment.run}")
         elif invitation is not None:
             _check_same(enrolment, parse_invitation(invitation), home)
         # A server may move; its certificate, run and key may not.
-        with Connection(url, enrolment.certificate, home, record, clock) as connection:
+        pins = (enrolment.certificate, enrolment.server_key)
+        with Connection(url, *pins, home, record, clock) as connection:
             sensor = sensor or LinuxSensor()
             agent = Agent(home, enrolment, connection, record, trainer, sensor, clock, offers)
             yield from agent.work()

@@ -24,6 +24,7 @@ ErrorCode: TypeAlias = Literal[
     "too_large",
     "media",
     "range",
+    "misdirected",
     "overloaded",
     "internal",
     "unavailable",
@@ -50,6 +51,7 @@ STATUS: dict[ErrorCode, int] = {
     "too_large": 413,
     "media": 415,  # a content type or encoding that the route does not take
     "range": 416,  # a download that starts beyond the end
+    "misdirected": 421,  # the authority is none of the server's names
     "overloaded": 429,
     "internal": 500,
     "unavailable": 503,  # starting, stopping, or out of space

@@ -1,14 +1,15 @@
-"""Signed requests: who asks, for what, once.
+"""Signed requests: who asks whom, for what, once.
 
-    signed bytes = "potluck-request-v1" ⏎ METHOD ⏎ authority ⏎ path?query ⏎ SHA-256 of the body ⏎
-                   device ⏎ sequence ⏎ time
+    signed bytes = "potluck-request-v2" ⏎ fingerprint of the run's key ⏎ METHOD ⏎ authority ⏎
+                   path?query ⏎ SHA-256 of the body ⏎ device ⏎ sequence ⏎ time
 
 The five headers hold what cannot be seen from the request itself. A server reads and verifies them
 before it reads a byte of the body, and the body against its digest afterwards.
 
-Guarantee: a request that passes was made by the owner of the key, for this method, authority, path
-and body, at most `MAX_SKEW_MS` from the server's time; and it passes once, as long as the server
-keeps the last sequence number of each device through restarts.
+Guarantee: a request that passes was made by the owner of the key, for this run, method, authority,
+path and body, at most `MAX_SKEW_MS` from the server's time; and it passes once, as long as the
+server keeps the last sequence number of each device through restarts. What was signed for one run
+is refused by every other, so a second server gains nothing by passing it on.
 
 Compatibility: any change of the signed bytes changes their first line.
 """
@@ -27,7 +28,7 @@ from potluck.protocol.strict_json import MAX_INTEGER, refuse
 MAX_SKEW_MS = 300_000
 """How far a request's time may be from the server's."""
 
-_PURPOSE = "potluck-request-v1"
+_PURPOSE = "potluck-request-v2"
 _NUMBER = rb"[1-9][0-9]{0,15}"
 _HEADERS = {
     b"potluck-device": re.compile(rb"[0-9a-f]{32}"),
@@ -59,12 +60,14 @@ def sign_request(
     path: str,
     body: bytes = b"",
     *,
+    run_key: bytes,
     sequence: int,
     time_ms: int,
 ) -> dict[str, str]:
     """The headers that sign a request.
 
     Args:
+        run_key: the public key of the run that it is for, as it was pinned.
         authority: host or host:port, in lower case, as in the `Host` header.
         path: with its query, exactly as sent.
         sequence: above that of every earlier request by this key. Store it before sending.
@@ -78,7 +81,7 @@ def sign_request(
             )
     device = fingerprint(public_key(private_key))
     claim = Claim(device, sequence, time_ms, hashlib.sha256(body).hexdigest(), b"")
-    signature = sign_bytes(private_key, signed_bytes(claim, method, authority, path))
+    signature = sign_bytes(private_key, signed_bytes(claim, run_key, method, authority, path))
     return {
         "Potluck-Device": claim.device,
         "Potluck-Sequence": str(claim.sequence),
@@ -123,6 +126,7 @@ def verify_request(
     authority: str,
     path: str,
     *,
+    run_key: bytes,
     now_ms: int,
     last_sequence: int,
 ) -> None:
@@ -130,6 +134,7 @@ def verify_request(
 
     Args:
         public_key: that of the device that the claim names; None if there is none.
+        run_key: the public key of the run that is served here.
         last_sequence: of the last request that passed; 0 before the first.
 
     Raises:
@@ -141,14 +146,14 @@ def verify_request(
             "unknown", f"the device must be enrolled, got device={claim.device}. Enrol again."
         )
     try:
-        data = signed_bytes(claim, method, authority, path)
+        data = signed_bytes(claim, run_key, method, authority, path)
     except ValueError as error:
         raise ProtocolError("malformed", str(error)) from None
     if not is_signature(public_key, claim.signature, data):
         raise ProtocolError(
             "bad_signature",
-            "the signature must be over this method, authority, path and body digest, got another. "
-            "Check the signed bytes against docs/protocol.md.",
+            "the signature must be over this run, method, authority, path and body digest, got "
+            "another. Check the signed bytes against docs/protocol.md, and the device's version.",
         )
     if abs(claim.time_ms - now_ms) > MAX_SKEW_MS:
         raise ProtocolError(
@@ -178,7 +183,7 @@ def check_body(sha256: str, claim: Claim) -> None:
         )
 
 
-def signed_bytes(claim: Claim, method: str, authority: str, path: str) -> bytes:
+def signed_bytes(claim: Claim, run_key: bytes, method: str, authority: str, path: str) -> bytes:
     """What the signature is over; that of the claim itself is left out.
 
     Raises:
@@ -192,5 +197,5 @@ def signed_bytes(claim: Claim, method: str, authority: str, path: str) -> bytes:
                 f"{name} must be 1 to 2048 visible ASCII characters, got {name}={text[:80]!r}. "
                 "Escape the rest with %."
             )
-    lines = (_PURPOSE, method, authority, path, claim.digest, claim.device)
+    lines = (_PURPOSE, fingerprint(run_key), method, authority, path, claim.digest, claim.device)
     return "\n".join((*lines, str(claim.sequence), str(claim.time_ms))).encode()

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from potluck.protocol import (
     encode_message,
     parse_message,
     parse_offset,
+    public_key,
 )
 from potluck.server.batches import GATHER_SECONDS, Batches
 from potluck.server.bell import Bell
@@ -112,7 +113,13 @@ class DeviceApp:
     """The routes for devices. It needs a running event loop."""
 
     def __init__(
-        self, desk: Desk, bell: Bell, meters: Meters, *, long_poll_seconds: float = 25.0
+        self,
+        desk: Desk,
+        bell: Bell,
+        meters: Meters,
+        *,
+        names: Collection[str] = (),
+        long_poll_seconds: float = 25.0,
     ) -> None:
         self.desk = desk
         self.bell = bell
@@ -123,7 +130,7 @@ class DeviceApp:
         self.places = Places()
         self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body each, of 1 MiB; at most of 4
         self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of a blob each
-        self.gate = Gate(desk.service, desk.run)
+        self.gate = Gate(desk.service, desk.run, public_key(desk.key), names)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
         self._check_ins: Batches[Any, Message] = Batches(desk.check_ins, GATHER_SECONDS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Collection
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -31,6 +32,8 @@ from potluck.protocol import (
     verify_request,
 )
 from potluck.server.batches import Batches
+from potluck.server.desk import refusals
+from potluck.server.names import is_called
 from potluck.server.service import Service
 
 BODY_SECONDS = 120.0
@@ -48,9 +51,13 @@ _MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
 class Gate:
     """Lets signed requests of the devices of one run in, each one once."""
 
-    def __init__(self, service: Service, run: str) -> None:
+    def __init__(
+        self, service: Service, run: str, run_key: bytes, names: Collection[str] = ()
+    ) -> None:
+        """`run_key` is the run's public key, `names` are hosts by which devices call the server."""
         self._service = service
-        self._run = run
+        self._run, self._run_key = run, run_key
+        self._names = frozenset(names)
         self._keys: dict[str, bytes] = {}  # a device's id follows from its key: they stay right
         self._claims: Batches[tuple[str, int], None] = Batches(service.claim_sequences)
 
@@ -97,7 +104,15 @@ class Gate:
         message = parse_message(bytes(body), kind, limit=route.max_bytes)
         known = await run_in_threadpool(self._service.device_key, claim.device)
         last = 0 if known is None else known.sequence
-        self._verify(claim, bytes.fromhex(message.public_key), request, last)
+        key = bytes.fromhex(message.public_key)
+        try:
+            self._verify(claim, key, request, last)
+        except ProtocolError as error:
+            if error.code == "bad_signature":  # signed for the run of an old invitation, say
+                check = self._service.check_token
+                with refusals():
+                    await run_in_threadpool(check, message.token, key, into=self._run)
+            raise
         return claim, message
 
     def _verify(self, claim: Claim, key: bytes | None, request: Request, last: int) -> None:
@@ -107,9 +122,22 @@ class Gate:
             request.method,
             authority_of(request),
             path_of(request),
+            run_key=self._run_key,
             now_ms=self._service.time.now(),
             last_sequence=last,
         )
+        self._check_authority(request)
+
+    def _check_authority(self, request: Request) -> None:
+        """Refuse what was signed for another server, even if that one has the same run's key."""
+        authority = authority_of(request)
+        if not is_called(authority, request.scope["server"][0], self._names):
+            raise ProtocolError(
+                "misdirected",
+                "the server must be called by a name of its own, got "
+                f"authority={authority[:200]!r}. "
+                "Whoever runs it adds the name: potluck serve --name.",
+            )
 
     def _verify_clock(self, claim: Claim) -> None:
         now = self._service.time.now()

@@ -39,6 +39,7 @@ from potluck.server.desk import Desk
 from potluck.server.home import Home
 from potluck.server.lines import Lines
 from potluck.server.meters import Meters
+from potluck.server.names import all_names, host_of
 from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings
 from potluck.server.tls import certificate_fingerprint, check_pair, ensure_certificate
@@ -66,6 +67,8 @@ class Listen:
     plaintext: bool = False
     certificate: Path | None = None
     private_key: Path | None = None
+    names: tuple[str, ...] = ()
+    """By which devices call the server, where neither its address nor its certificate tells."""
 
 
 class Server:
@@ -97,15 +100,18 @@ class Server:
         certificate, private_key = _certificate(home, listen)
         self.certificate = None if certificate is None else certificate_fingerprint(certificate)
         pinned = None if listen.certificate is not None else self.certificate
+        names = all_names(listen.names, listen.host, listen.certificate)
         self._socket = _listen(listen)
-        scheme = "http" if listen.plaintext else "https"
-        self.address = f"{scheme}://{_authority(listen.host, self._socket.getsockname()[1])}"
+        self.port: int = self._socket.getsockname()[1]
+        self.address = _address(listen, self.port)
         try:
             self._admin_socket = _listen_unix(home.socket)
         except BaseException:
             self._socket.close()
             raise
-        devices = DeviceApp(desk, self._bell, self._meters, long_poll_seconds=long_poll_seconds)
+        devices = DeviceApp(
+            desk, self._bell, self._meters, names=names, long_poll_seconds=long_poll_seconds
+        )
         self.dashboard = Dashboard(desk, self._bell, self.address)
         admin = AdminApp(
             desk, self._bell, self._meters, home.new_credential(), pinned, self.dashboard.invite
@@ -376,6 +382,15 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _address(listen: Listen, port: int) -> str:
+    """Where devices come. A named server without TLS is behind a proxy that has it."""
+    if not listen.names:
+        return f"http{'s' * (not listen.plaintext)}://{_authority(listen.host, port)}"
+    name = listen.names[0]
+    is_whole = listen.plaintext or name != host_of(name)  # with a port
+    return f"https://{name if is_whole else _authority(name, port)}"
 
 
 def _authority(host: str, port: int) -> str:

@@ -66,6 +66,17 @@ def check_pair(certificate: Path, private_key: Path) -> None:
         ) from None
 
 
+def certificate_names(certificate: Path) -> set[str]:
+    """The hosts that a certificate is for, in lower case; `*.` stands for one label."""
+    found = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions
+    try:
+        names = found.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return set()
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return {n.lower() for n in names.get_values_for_type(x509.DNSName)} | set(map(str, addresses))
+
+
 def _no_word() -> str:
     raise ValueError("a password")  # or OpenSSL would ask for one at the terminal
 

@@ -54,7 +54,8 @@ evaluate_every = 100000
 
 
 class ServerProcess:
-    """A life of a server. `text` is the experiment; `skew` a file with its clock's error in s."""
+    """A life of a server. `text` is the experiment; `skew` a file with its clock's error in s;
+    `limit` what `ulimit` is told before the start."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class ServerProcess:
         skew: Path | None = None,
         options: tuple[object, ...] = (),
         environment: Mapping[str, str] | None = None,
+        limit: str = "",
     ) -> None:
         self.folder, self.home = folder, Home(home or folder / "home")
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,8 @@ class ServerProcess:
         program = ["-m", "potluck"] if skew is None else [_SKEWED, skew]
         words = [sys.executable, *program, "serve", file, "--home", self.home.folder]
         words += ["--port", port, *options]
+        if limit:
+            words = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *words]
         variables = os.environ | {"POTLUCK_FAULT": fault} | dict(environment or {})
         self.started = time.monotonic()
         with (folder / "log").open("a") as log:

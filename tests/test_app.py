@@ -237,6 +237,31 @@ def test_what_is_not_http_is_answered_in_json(served):
     assert b'"code":"malformed"' in raw(served, "GET / HTTP/1.1\r\nX: " + "y" * 100_000)
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("GET /health HTTP/1.0", None),
+        ("GET /health# HTTP/1.1", "malformed"),
+        ("GET /health#x?y HTTP/1.1", "malformed"),
+        ("GET /health? HTTP/1.1", "malformed"),
+        ("GET https://localhost/health HTTP/1.1", "malformed"),
+        ("OPTIONS * HTTP/1.1", "malformed"),
+        ("GET /health HTTP/0.9", "malformed"),
+        ("GET /health HTTP/2.0", "malformed"),
+        ("GET /health", "malformed"),
+        ("GET /heal%74h HTTP/1.1", "not_found"),
+        ("POST /v1/check%2Din HTTP/1.1", "not_found"),
+        ("GET /v1/../health HTTP/1.1", "not_found"),
+    ],
+)
+def test_a_path_is_written_in_one_way(served, line, code):
+    answer = raw(served, f"{line}\r\nHost: x\r\nConnection: close\r\n\r\n")
+    if code is None:
+        assert answer.endswith(b'{"status":"ok"}')
+    else:
+        assert f'"code":"{code}"'.encode() in answer
+
+
 def test_a_connection_without_headers_is_closed(served, monkeypatch):
     monkeypatch.setattr(connection, "HEADER_SECONDS", 0.2)
     assert raw(served, "") == b""

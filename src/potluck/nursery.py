@@ -145,8 +145,8 @@ class Nursery:
         return pid
 
     def _be_server(self, tell: int) -> int:
+        from potluck.server.listening import Listen
         from potluck.server.logs import log_to_stderr
-        from potluck.server.serve import Listen
         from potluck.serving import open_server
 
         log_to_stderr("info")

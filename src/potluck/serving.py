@@ -98,8 +98,8 @@ def serve(
     """
     from potluck.apart import evaluated_on
     from potluck.experiment import load_experiment
+    from potluck.server.listening import Listen
     from potluck.server.logs import log_to_stderr
-    from potluck.server.serve import Listen
     from potluck.server.settings import in_words
 
     options = {"goal": goal, "minimum": minimum, "over_selection": over_selection}

@@ -2,12 +2,14 @@
 
 Uvicorn and httptools parse HTTP; what they leave open is closed here: headers without an end; a
 client that opens a connection, or a second request on it, and does not send its headers in time;
-and bytes that are not HTTP, which are answered in JSON.
+and bytes that are not HTTP/1.0 or 1.1, which are answered in JSON. A request's target has one form:
+a path as it is routed and signed, without escapes, and with a query that has something in it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from asyncio.sslproto import SSLProtocol
 from typing import Any
 
@@ -15,6 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck.protocol import Error, encode_message
+from potluck.server.listening import Accepted, Listener
 
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 32_768
@@ -24,6 +27,7 @@ BUFFER_BYTES = 1 << 16
 _GOODBYE_SECONDS = 0.5
 _BUFFER = bytearray(1 << 16)
 _VIEW = memoryview(_BUFFER)
+_TARGET = re.compile(rb'/[!-"$->@-~]*(\?[!-"$-~]+)?')
 
 
 def _share_buffer(transport: Any) -> Any:
@@ -47,6 +51,12 @@ class Connection(HttpToolsProtocol):
     _head_bytes = 0
     _is_over = False  # answered for good: what still comes is not looked at
     _below: Any = None  # what TLS reads from
+    _accepted: Accepted | None = None
+    _fault = "the request must be HTTP/1.1, got another."
+
+    def __init__(self, *, listener: Listener | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._listener = listener
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -54,6 +64,10 @@ class Connection(HttpToolsProtocol):
         if self.scheme == "https":  # what TLS has read and nobody has asked for
             transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
             self._below = _share_buffer(transport)
+        if self._listener is not None:
+            self._accepted = self._listener.find(transport.get_extra_info("socket").fileno())
+        if self._accepted is not None:
+            self._accepted.transport = self._below or transport
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -81,14 +95,25 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["accepted"] = self._accepted  # type: ignore[typeddict-unknown-key]
         self._start_timer()
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        assert self.parser is not None
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise httptools.HttpParserError(self._fault)
+        if _TARGET.fullmatch(self.url) is None:
+            self._fault = (
+                "the target must be a path with at most a query, of visible ASCII without '#', "
+                f"got {self.url[:100]!r}. Send it as docs/protocol.md has it."
+            )
+            raise httptools.HttpParserError(self._fault)
         length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if length > MAX_HEADER_BYTES:
             raise httptools.HttpParserError("the headers are too long")
         super().on_headers_complete()
+        self.scope["path"] = self.scope["raw_path"].decode()  # an escape is no part of any path
         if self._get_upgrade() is not None:  # to nothing that we speak: what follows is not read
             self.cycle.keep_alive = False
 
@@ -110,7 +135,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if is_silent:
-            error = Error(code="malformed", message="the request must be HTTP/1.1, got another.")
+            error = Error(code="malformed", message=self._fault)
             body = encode_message(error)
             head = (
                 "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"

@@ -30,6 +30,7 @@ from potluck.core import ProtocolError
 from potluck.server.app import error_response
 from potluck.server.bell import Bell
 from potluck.server.desk import Desk
+from potluck.server.listening import prove
 from potluck.server.showing import Showing
 from potluck.server.sign_in import (
     SESSION_SECONDS,
@@ -147,7 +148,11 @@ class Dashboard:
 
     async def _knows(self, request: Request) -> bool:
         session, now = request.cookies.get(self.cookie, ""), self._service.time.now()
-        return await run_in_threadpool(is_session, self._service.database, self._run, session, now)
+        database = self._service.database
+        is_known = await run_in_threadpool(is_session, database, self._run, session, now)
+        if is_known:
+            prove(request.scope, "session " + hashlib.sha256(session.encode()).hexdigest()[:16])
+        return is_known
 
     def _kind(self) -> dict[str, Any]:
         return {"path": "/", "secure": self._is_secure, "httponly": True, "samesite": "strict"}

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import os
 import signal
 import socket
 import sys
 import threading
 import time
+from asyncio import constants
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from potluck.algorithms import Algorithm
-from potluck.core import ConfigError, RunError, Spec, StorageError, Vector
+from potluck.core import ConfigError, Spec, StorageError, Vector
 from potluck.experiment import Experiment
 from potluck.memory import Looker, Trimmer, no_long_looks, share_heaps
 from potluck.server.admin import AdminApp
@@ -38,6 +37,15 @@ from potluck.server.dashboard import Dashboard
 from potluck.server.desk import Desk
 from potluck.server.home import Home
 from potluck.server.lines import Lines
+from potluck.server.listening import (
+    BACKLOG,
+    Listen,
+    Listener,
+    authority,
+    is_loopback,
+    listen_unix,
+    open_listener,
+)
 from potluck.server.meters import Meters
 from potluck.server.names import all_names, host_of
 from potluck.server.service import Begun, Service
@@ -48,27 +56,13 @@ TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
-_BACKLOG = 4096
-"""Connections that wait to be accepted. Who finds no room is not told: its system tries again after
-1, 2 and 4 seconds, and thousands together."""
+_HANDSHAKE_SECONDS = 15.0
+"""For TLS's, from accept on; asyncio would wait for a minute."""
 _TLS_BYTES = 1 << 14
 """What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
 _LOG = logging.getLogger("potluck.server")
 
 Evaluate = Callable[[Vector], Mapping[str, float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listen:
-    """Where devices come, and with which certificate; None: one of our own."""
-
-    host: str = "127.0.0.1"
-    port: int = 8443
-    plaintext: bool = False
-    certificate: Path | None = None
-    private_key: Path | None = None
-    names: tuple[str, ...] = ()
-    """By which devices call the server, where neither its address nor its certificate tells."""
 
 
 class Server:
@@ -101,11 +95,11 @@ class Server:
         self.certificate = None if certificate is None else certificate_fingerprint(certificate)
         pinned = None if listen.certificate is not None else self.certificate
         names = all_names(listen.names, listen.host, listen.certificate)
-        self._socket = _listen(listen)
+        self._socket = open_listener(listen)
         self.port: int = self._socket.getsockname()[1]
         self.address = _address(listen, self.port)
         try:
-            self._admin_socket = _listen_unix(home.socket)
+            self._admin_socket = listen_unix(home.socket)
         except BaseException:
             self._socket.close()
             raise
@@ -117,14 +111,15 @@ class Server:
             desk, self._bell, self._meters, home.new_credential(), pinned, self.dashboard.invite
         )
         self._servers = [
-            _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
-            _uvicorn(admin.asgi(), None, None),
+            _uvicorn(devices.asgi(self.dashboard.paths()), self._socket, certificate, private_key),
+            _uvicorn(admin.asgi(), self._admin_socket, None, None),
         ]
 
     def serve(self) -> None:
         """`run`, in an event loop of its own."""
         share_heaps()
         SSLProtocol.max_size = _TLS_BYTES
+        constants.SSL_HANDSHAKE_TIMEOUT = _HANDSHAKE_SECONDS  # pyright: ignore
         sys.setswitchinterval(0.0005)
         with no_long_looks() if _owns_process() else contextlib.nullcontext():
             asyncio.run(self.run())
@@ -135,7 +130,7 @@ class Server:
         self.desk.service.on_goal = lambda: self._soon(self._bell.wake)
         self.desk.service.on_open = lambda id: self._soon(lambda: self._ring_for(id))
         with _signals(self._loop, self._stop):
-            sockets = [[self._socket], [self._admin_socket]]
+            sockets: list[list[socket.socket]] = [[self._socket], [self._admin_socket]]
             tasks = [
                 asyncio.create_task(server.serve(sockets=bound))
                 for server, bound in zip(self._servers, sockets, strict=True)
@@ -357,7 +352,7 @@ def _told(status: dict[str, Any]) -> dict[str, Any]:
 
 def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
     if listen.plaintext:
-        if not _is_loopback(listen.host):
+        if not is_loopback(listen.host):
             raise ValueError(
                 "plain HTTP is for loopback alone, "
                 f"got host={listen.host}. Leave out --insecure-loopback."
@@ -375,72 +370,21 @@ def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
     return listen.certificate, listen.private_key
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _address(listen: Listen, port: int) -> str:
     """Where devices come. A named server without TLS is behind a proxy that has it."""
     if not listen.names:
-        return f"http{'s' * (not listen.plaintext)}://{_authority(listen.host, port)}"
+        return f"http{'s' * (not listen.plaintext)}://{authority(listen.host, port)}"
     name = listen.names[0]
     is_whole = listen.plaintext or name != host_of(name)  # with a port
-    return f"https://{name if is_whole else _authority(name, port)}"
+    return f"https://{name if is_whole else authority(name, port)}"
 
 
-def _authority(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _listen(listen: Listen) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
-        is_both = listen.host == "::" and socket.has_dualstack_ipv6()  # IPv4 comes there too
-        place = (listen.host, listen.port)
-        made = socket.create_server(place, family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
-        # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
-        # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return made
-    except OSError as error:
-        raise RunError(
-            f"the address must be free and ours, got {_reason(error)!r} for "
-            f"{_authority(listen.host, listen.port)}. Choose another --port or --host."
-        ) from None
-
-
-def _reason(error: OSError) -> str:
-    """Without what Python adds to it."""
-    return (error.strerror or str(error)).partition(" (while")[0]
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)  # of the life before: the folder is held by us alone
-    made = socket.socket(socket.AF_UNIX)
-    old = os.umask(0o177)
-    try:
-        made.bind(str(path))
-    except OSError as error:
-        made.close()
-        raise RunError(
-            f"the admin socket must be at a path of at most about 100 bytes, got {str(path)!r} "
-            f"({error}). Name another --home."
-        ) from None
-    finally:
-        os.umask(old)
-    made.listen(16)
-    return made
-
-
-def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicorn.Server:
+def _uvicorn(
+    app: ASGIApp, listener: Listener, certificate: Path | None, key: Path | None
+) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=partial(Connection, listener=listener),  # pyright: ignore[reportArgumentType]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -451,7 +395,7 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
         ssl_keyfile=key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from starlette.types import Scope
 
 from potluck.core import ProtocolError
+from potluck.server.listening import prove
 
 DEVICE_REQUESTS = 6
 """Of one device at once. It should have one; what broke off may not have been noticed yet."""
@@ -107,6 +108,7 @@ class Shares:
             )
         self._count[device] += 1
         scope["device"] = device
+        prove(scope, device)
 
     def leave(self, scope: Scope) -> None:
         """The request of this scope is over, however it ended; it may have been nobody's."""

@@ -1,0 +1,291 @@
+"""Listening sockets whose connections are limited, so that descriptors never run out.
+
+A connection counts for its address until a request on it proves whose it is; from then on for that
+device or session. Where there are as many as may be, one is closed: of the address, device or
+session that has most, the one that has proven nothing for longest. So whoever opens many closes its
+own, and a connection that is new has time to prove itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import resource
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.types import Scope
+
+from potluck.core import RunError
+
+BACKLOG = 4096
+"""Connections that wait to be accepted. Who finds no room is not told: its system tries again after
+1, 2 and 4 seconds, and thousands together."""
+OPERATORS = 32
+"""Connections at once at the operators' socket, which only the server's own user can open."""
+MOST_DESCRIPTORS = 65_536
+"""That are of use: more connections would need more memory than most servers have."""
+_RESERVED = 256
+"""Descriptors for database, blobs and operators."""
+_CLOSING = 64
+"""Connections above the limit, given up but not closed yet."""
+_TELL_SECONDS = 1.0
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_LOG = logging.getLogger("potluck.server")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """Where devices come, and with which certificate; None: one of our own."""
+
+    host: str = "127.0.0.1"
+    port: int = 8443
+    plaintext: bool = False
+    certificate: Path | None = None
+    private_key: Path | None = None
+    names: tuple[str, ...] = ()
+    """By which devices call the server, where neither its address nor its certificate tells."""
+
+
+def open_listener(listen: Listen) -> Listener:
+    """The socket that devices come to.
+
+    Raises:
+        RunError: the address is taken, or not ours.
+    """
+    try:
+        family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
+        is_both = listen.host == "::" and socket.has_dualstack_ipv6()  # IPv4 comes there too
+        made = socket.create_server(
+            (listen.host, listen.port), family=family, backlog=BACKLOG, dualstack_ipv6=is_both
+        )
+        # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
+        # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        raise RunError(
+            f"the address must be free and ours, got {_reason(error)!r} for "
+            f"{authority(listen.host, listen.port)}. Choose another --port or --host."
+        ) from None
+    descriptors = raise_descriptors()
+    return Listener(made, descriptors - min(_RESERVED, descriptors // 4))
+
+
+def listen_unix(path: Path) -> Listener:
+    """The socket that operators come to.
+
+    Raises:
+        RunError: the path is too long.
+    """
+    path.unlink(missing_ok=True)  # of the life before: the folder is held by us alone
+    made = socket.socket(socket.AF_UNIX)
+    old = os.umask(0o177)
+    try:
+        made.bind(str(path))
+    except OSError as error:
+        made.close()
+        raise RunError(
+            f"the admin socket must be at a path of at most about 100 bytes, got {str(path)!r} "
+            f"({error}). Name another --home."
+        ) from None
+    finally:
+        os.umask(old)
+    made.listen(16)
+    return Listener(made, OPERATORS)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def authority(host: str, port: int) -> str:
+    """Host and port as in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def raise_descriptors() -> int:
+    """Raise the soft limit on open descriptors as far as may be and is of use. Returns it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _of_use(hard)
+    if _of_use(soft) < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return _of_use(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _of_use(limit: int) -> int:
+    return MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, MOST_DESCRIPTORS)
+
+
+class _Owner(NamedTuple):
+    """Whom a connection counts for: who proved to be its device or session, or its address."""
+
+    is_address: bool
+    name: str
+
+
+class Accepted(socket.socket):
+    """A connection, until it is closed."""
+
+    def __init__(self, listener: Listener, made: socket.socket, owner: _Owner) -> None:
+        super().__init__(made.family, made.type, made.proto, fileno=made.detach())
+        self._listener = listener
+        self.owner = owner
+        self.transport: Any = None
+        """asyncio's, that reads from here; None until there is one that is known."""
+
+    def give_up(self) -> None:
+        """Have it closed, whatever it is doing."""
+        if self.transport is not None:
+            self.transport.abort()
+        else:  # in the handshake, where asyncio is always reading and sees the end
+            with contextlib.suppress(OSError):
+                self.shutdown(socket.SHUT_RDWR)
+
+    def prove(self, name: str) -> None:
+        """A request has proven whose the connection is."""
+        self._listener.change(self, _Owner(False, name))
+
+    def close(self) -> None:
+        """Close, and count no more."""
+        self.transport = None
+        self._listener.forget(self)
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket of at most `limit` connections. Belongs to one event loop."""
+
+    def __init__(self, bound: socket.socket, limit: int) -> None:
+        super().__init__(fileno=bound.detach())
+        self.limit = limit
+        self._of_an_address = limit * 3 // 4
+        self._open: dict[int, Accepted] = {}  # by descriptor, also those that are given up
+        self._owned: dict[_Owner, dict[Accepted, None]] = {}  # what has proven least recently first
+        self._by_rank: dict[int, dict[_Owner, None]] = {}
+        self._count = 0  # that are not given up
+        self._given_up = 0  # since it was told
+        self._told = -_TELL_SECONDS
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection that waits; BlockingIOError: none, or those given up close first."""
+        if len(self._open) >= self.limit + _CLOSING:
+            raise BlockingIOError
+        try:
+            made, address = super().accept()
+        except OSError as error:
+            if error.errno not in _SCARCE:
+                raise
+            if self._count:
+                self._give_up(max(self._by_rank), str(error))
+            else:
+                time.sleep(0.05)  # others use all there are: asyncio would log thousands of lines
+            raise BlockingIOError from None
+        accepted = Accepted(self, made, _Owner(True, _network(address)))
+        self._open[accepted.fileno()] = accepted
+        self._put(accepted)
+        num_alike = len(self._owned[accepted.owner])
+        if num_alike > self._of_an_address:
+            self._give_up(_rank(accepted.owner, num_alike), "too many of one address")
+        elif self._count > self.limit:
+            self._give_up(max(self._by_rank), "too many")
+        return accepted, address
+
+    def find(self, descriptor: int) -> Accepted | None:
+        """The open connection of this descriptor."""
+        return self._open.get(descriptor)
+
+    def change(self, accepted: Accepted, owner: _Owner) -> None:
+        """It counts for this owner from now on, as what has proven last."""
+        if self._take(accepted):
+            accepted.owner = owner
+            self._put(accepted)
+
+    def forget(self, accepted: Accepted) -> None:
+        """It is about to be closed."""
+        self._take(accepted)
+        self._open.pop(accepted.fileno(), None)
+
+    def _give_up(self, rank: int, reason: str) -> None:
+        """Close the oldest of an owner of this rank, and tell of it at most once a second."""
+        owner = next(iter(self._by_rank[rank]))
+        victim = next(iter(self._owned[owner]))
+        self._take(victim)
+        victim.give_up()
+        self._given_up += 1
+        now = time.monotonic()
+        if now - self._told >= _TELL_SECONDS:
+            told = f"at most {self.limit} at once ({reason}): closed {self._given_up} since"
+            kind = "the address" if owner.is_address else "the device or session"
+            told += f" the last such line, the last one of {kind} {owner.name}. See `ulimit -n`."
+            _LOG.warning("connections", extra={"reason": told})
+            self._given_up, self._told = 0, now
+
+    def _put(self, accepted: Accepted) -> None:
+        owned = self._owned.setdefault(accepted.owner, {})
+        self._unrank(accepted.owner, len(owned))
+        owned[accepted] = None
+        self._by_rank.setdefault(_rank(accepted.owner, len(owned)), {})[accepted.owner] = None
+        self._count += 1
+
+    def _take(self, accepted: Accepted) -> bool:
+        """Count it no more; False: it was not counted."""
+        owner = accepted.owner
+        owned = self._owned.get(owner, {})
+        if accepted not in owned:
+            return False
+        self._unrank(owner, len(owned))
+        del owned[accepted]
+        if owned:
+            self._by_rank.setdefault(_rank(owner, len(owned)), {})[owner] = None
+        else:
+            del self._owned[owner]
+        self._count -= 1
+        return True
+
+    def _unrank(self, owner: _Owner, num_owned: int) -> None:
+        rank = _rank(owner, num_owned)
+        alike = self._by_rank.get(rank, {})
+        alike.pop(owner, None)
+        if not alike:
+            self._by_rank.pop(rank, None)
+
+
+def prove(scope: Scope, name: str) -> None:
+    """The request of this scope has proven whose its connection is."""
+    accepted = scope.get("accepted")
+    if accepted is not None:
+        accepted.prove(name)
+
+
+def _rank(owner: _Owner, num_owned: int) -> int:
+    """Of the highest, one is closed first: who has most; of equals, who has proven nothing."""
+    return 2 * num_owned + owner.is_address
+
+
+def _network(address: Any) -> str:
+    """An IPv4 address, or the half of an IPv6 address that a provider gives to one customer."""
+    if not isinstance(address, tuple):
+        return ""
+    host = str(address[0])  # pyright: ignore[reportUnknownArgumentType]
+    if ":" not in host:
+        return host
+    full = ipaddress.IPv6Address(host.partition("%")[0])
+    return str(full.ipv4_mapped or ipaddress.IPv6Address(int(full) >> 64 << 64))
+
+
+def _reason(error: OSError) -> str:
+    """Without what Python adds to it."""
+    return (error.strerror or str(error)).partition(" (while")[0]

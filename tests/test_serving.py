@@ -130,6 +130,7 @@ def test_a_server_that_is_killed_goes_on_in_the_middle_of_a_round(tmp_path, plac
             callers.append(Caller(server.told["address"], certificate))
             callers[-1].enrol(invitation)
             assert callers[-1].invitation.certificate == server.told["certificate"]
+        assert "#" not in server.told["dashboard"]  # a link is printed by command alone
         take_part(callers[0])
         upload, body = take_part(callers[1], finish=False)
         assert server.end(signal.SIGKILL) == -signal.SIGKILL

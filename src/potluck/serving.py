@@ -125,7 +125,7 @@ def serve(
         ("certificate", server.certificate or "none: plain HTTP"),
         *in_words(server.desk.settings),
         ("evaluation", evaluated_on(load_experiment(file, given))),
-        ("dashboard", server.dashboard.invite()),
+        ("dashboard", f"{server.address}/dashboard (a link that signs in: potluck dashboard)"),
         ("admin", home / "admin.sock"),
     ):
         typer.echo(f"{name:12} {value}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from importlib.resources import files
 from typing import Any
@@ -37,11 +38,12 @@ from potluck.server.sign_in import (
     Throttle,
     is_session,
     issue_key,
+    sessions_of,
     sign_in,
     sign_out,
 )
 from potluck.server.slots import Slots
-from potluck.server.stream import Watch
+from potluck.server.stream import Snapshot, Watch
 
 MAX_STREAMS = 200
 HEADERS = {
@@ -72,7 +74,9 @@ class Dashboard:
         name = f"potluck-{hashlib.sha256(desk.run.encode()).hexdigest()[:8]}"
         self.cookie = f"__Host-{name}" if self._is_secure else name
         self._showing = Showing(desk.service, desk.run)
-        self._watch = Watch(self._showing.look, bell)
+        self._watch = Watch(self._look, bell)
+        self._viewers: Counter[str] = Counter()  # streams, by session
+        self._over: set[str] = set()
         self._throttle = Throttle(time.monotonic)
         self._slots = Slots(8, waiting=64, seconds=10.0)
         self.num_streams = 0
@@ -106,15 +110,24 @@ class Dashboard:
         if self.num_streams >= MAX_STREAMS:
             raise ProtocolError("overloaded", "too many look at the dashboard. Come back later.")
         seen = request.headers.get("last-event-id") or request.query_params.get("seen", "")
-        return StreamingResponse(self._stream(seen), media_type="text/event-stream")
+        session = request.cookies[self.cookie]
+        return StreamingResponse(self._stream(seen, session), media_type="text/event-stream")
 
-    async def _stream(self, seen: str) -> AsyncGenerator[bytes]:
+    async def _stream(self, seen: str, session: str) -> AsyncGenerator[bytes]:
         self.num_streams += 1
+        self._viewers[session] += 1
         try:
-            async for piece in self._watch.events(seen):
+            async for piece in self._watch.events(seen, lambda: session not in self._over):
                 yield piece
         finally:
             self.num_streams -= 1
+            self._viewers -= Counter([session])
+
+    def _look(self) -> Snapshot:
+        """A look at the database: at the run, and at who may still see it."""
+        viewers, now = set(self._viewers), self._service.time.now()
+        self._over = viewers - sessions_of(self._service.database, self._run, viewers, now)
+        return self._showing.look()
 
     async def _form(self, request: Request) -> Response:
         return HTMLResponse(self._showing.sign_in())
@@ -122,13 +135,13 @@ class Dashboard:
     async def _sign_in(self, request: Request) -> Response:
         _check_origin(request)
         address = request.client.host if request.client else ""
-        if not self._throttle.left(address):
-            told = "Too many wrong keys. Wait a minute."
-            return HTMLResponse(self._showing.sign_in(told), 429, {"Retry-After": "60"})
+        key = await _key(request)
         async with self._slots:
-            key = await _key(request)
             now = self._service.time.now()
             session = await run_in_threadpool(sign_in, self._service.database, self._run, key, now)
+        if session is None and not self._throttle.left(address):
+            told = "Too many wrong keys. Wait a minute."
+            return HTMLResponse(self._showing.sign_in(told), 429, {"Retry-After": "60"})
         if session is None:
             self._throttle.wrong(address)
             told = "This key is unknown, used or too old. Ask for a link with: potluck dashboard"

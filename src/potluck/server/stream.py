@@ -2,7 +2,8 @@
 
 A process looks at the database at most once in `LOOK_SECONDS`, however many look at the process,
 and while nobody does, never. A stream holds no thread. It ends after `STREAM_SECONDS`, when the
-browser comes again and shows its session anew; and at once when the server stops.
+browser comes again and shows its session anew; with the look that finds the session over; and at
+once when the server stops.
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ class Watch:
                 self._looked = time.monotonic()
             return self._snapshot
 
-    async def events(self, seen: str) -> AsyncGenerator[bytes]:
-        """The sections that changed since the snapshot `seen`, as they change."""
+    async def events(
+        self, seen: str, may_see: Callable[[], bool] = lambda: True
+    ) -> AsyncGenerator[bytes]:
+        """The sections that changed since the snapshot `seen`, as they change, as long as the
+        viewer `may_see` them when they were looked for."""
         sent: Mapping[str, str] = {}
         end = time.monotonic() + STREAM_SECONDS
         spoke = time.monotonic()
@@ -63,6 +67,8 @@ class Watch:
             except StorageError:  # the database is away: what was shown stays
                 await self._pause()
                 continue
+            if not may_see():
+                return
             if snapshot.id != seen:
                 news = {n: s for n, s in snapshot.sections.items() if sent.get(n) != s}
                 yield b"".join(event(name, section) for name, section in news.items())

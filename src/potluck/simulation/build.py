@@ -62,7 +62,7 @@ def build_data(experiment: Experiment) -> FederatedData:
     if task.data == "devices":
         raise ConfigError(
             "task.data = 'devices' is trained on devices alone, with `potluck serve`, got another "
-            "command. Give task.data = 'folder' or 'table' and their path to simulate."
+            "command. Give task.data = 'folder', 'table' or 'text' and their path to simulate."
         )
     if task.data in _DIVIDED:
         return _own_data(experiment)

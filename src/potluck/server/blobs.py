@@ -2,14 +2,15 @@
 
 A blob is there as a whole or not at all. In a folder that is a temporary file, fsync, rename, and
 fsync of the directory; `put` returns after the last of them. An upload grows as a part, which any
-kill leaves as long as it got: its length is the offset at which the device goes on. A sealed part
-becomes a blob by a rename.
+kill leaves as long as it got: its length is the offset at which the device goes on. A whole part is
+sealed under a key that nothing had before: in a folder by a hard link, so nothing is copied.
 
 A full disk, a read-only one and a failing one are all `StorageError`, which a server answers with
-503; what was half-written then is removed, or overwritten by the next try.
+503; what was half-written then is removed, or overwritten by the next try. A blob that is missing
+or too short, in a store that is itself in order, is a `LostError`: to wait for it would be in vain.
 
-Keys are made by the server, never taken from a request: `models/<sha256>`,
-`reports/<round>/<device>`.
+Keys are made by the server, never taken from a request: `models/<sha256>`, `optimizers/<sha256>`,
+`reports/<round>/<upload>-<random>`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,10 @@ PIECE_BYTES = 1 << 17
 _STALE_SECONDS = 3600
 
 
+class LostError(StorageError):
+    """What was stored is missing, short or damaged, in a store that can be read."""
+
+
 class BlobStore(Protocol):
     """What the server needs of a place for blobs."""
 
@@ -40,7 +45,11 @@ class BlobStore(Protocol):
         ...
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes [start, stop) in pieces of at most a megabyte."""
+        """The bytes [start, stop) in pieces of at most a megabyte.
+
+        Raises:
+            LostError: there is no such blob, or it ends before `stop`.
+        """
         ...
 
     def size(self, key: str) -> int | None:
@@ -59,12 +68,12 @@ class BlobStore(Protocol):
         """Bytes of a part; 0 if there is none."""
         ...
 
-    def read_part(self, part: str) -> Iterator[bytes]:
-        """The bytes of a part, in pieces."""
-        ...
-
     def seal(self, part: str, key: str) -> None:
-        """Make a part a blob; the part is gone then."""
+        """Make a blob of a part, under a key that nothing has; the part stays until it is dropped.
+
+        Raises:
+            LostError: some of the part was dropped meanwhile.
+        """
         ...
 
     def drop(self, part: str) -> None:
@@ -107,7 +116,7 @@ class FolderStore:
                     file.flush()
                     os.fsync(file.fileno())
                 faults.reach("blob.synced")
-                _rename(temporary, path)
+                _place(path, temporary.replace)
             except OSError:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
@@ -115,7 +124,7 @@ class FolderStore:
         faults.reach("blob.done")
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        return _read(self._folder / key, start, stop)
+        return self._read(self._folder / key, start, stop)
 
     def size(self, key: str) -> int | None:
         with _disk_errors():
@@ -167,16 +176,50 @@ class FolderStore:
             except FileNotFoundError:
                 return 0
 
-    def read_part(self, part: str) -> Iterator[bytes]:
-        return _read(self._parts / part, 0, None)
-
     def seal(self, part: str, key: str) -> None:
+        source, path = self._parts / part, self._folder / key
         with _disk_errors():
-            _rename(self._parts / part, self._folder / key)
+            try:
+                _place(path, path.hardlink_to, source)
+            except FileNotFoundError:
+                raise LostError(f"the part {part} must be there, got none.") from None
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                self.put(key, self._read(source, 0, None))
 
     def drop(self, part: str) -> None:
         with _disk_errors():
             (self._parts / part).unlink(missing_ok=True)
+
+    def _read(self, path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+        with _disk_errors():
+            try:
+                with path.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if stop is not None and stop > size:
+                        raise LostError(f"{path} must have {stop} bytes, got {size}.")
+                    file.seek(start)
+                    left = (size if stop is None else stop) - start
+                    while left > 0 and (piece := file.read(min(PIECE_BYTES, left))):
+                        left -= len(piece)
+                        yield piece
+            except OSError as error:
+                if self._is_well():
+                    told = f"{path} must be readable, got {error.strerror!r}."
+                    raise LostError(told) from error
+                raise
+
+    def _is_well(self) -> bool:
+        """Whether the folder is there and keeps what is written: one blob may still be lost."""
+        probe = self._temporary / secrets.token_hex(16)
+        try:
+            probe.write_bytes(b"probe")
+            is_well = probe.read_bytes() == b"probe"
+            probe.unlink()
+        except OSError:
+            return False
+        return is_well
 
     def _sweep(self) -> None:
         """Remove what killed processes left half-written."""
@@ -186,14 +229,15 @@ class FolderStore:
                     path.unlink()
 
 
-def _rename(source: Path, target: Path) -> None:
-    if not target.parent.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (target.parent.parent, target.parent.parent.parent):
+def _place(path: Path, move: Callable[[Path], object], source: Path | None = None) -> None:
+    """Give a file its place, durably, in a folder that is made for it."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent.parent, path.parent.parent.parent):
             _sync_folder(folder)
-    source.replace(target)
+    move(source or path)
     faults.reach("blob.renamed")
-    _sync_folder(target.parent)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:
@@ -202,19 +246,6 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _read(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    with _disk_errors(), path.open("rb") as file:
-        file.seek(start)
-        left = None if stop is None else max(stop - start, 0)
-        while left is None or left > 0:
-            piece = file.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left))
-            if not piece:
-                return
-            if left is not None:
-                left -= len(piece)
-            yield piece
 
 
 @contextlib.contextmanager

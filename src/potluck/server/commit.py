@@ -31,7 +31,7 @@ from potluck.server import audit, faults
 from potluck.server.aggregation import DamagedError, Stored, aggregate
 from potluck.server.blobs import PIECE_BYTES, BlobStore
 from potluck.server.database import Database
-from potluck.server.reports import drop_uploads
+from potluck.server.reports import drop_parts
 from potluck.server.rounds import abandon_round, open_round, settle
 from potluck.server.tables import (
     UNSWEPT,
@@ -176,10 +176,10 @@ def sweep(works: Works) -> None:
     for id in ids:
         faults.reach("sweep.before")
         works.blobs.delete(f"reports/{id}")
+        drop_parts(works.database, works.blobs, id)
         faults.reach("sweep.deleted")
         with works.database.write() as db:
             works.check(db)
-            drop_uploads(db, works.blobs, id)
             db.execute(update(reports).where(reports.c.round == id).values(content=None))
             db.execute(update(rounds).where(rounds.c.id == id).values(swept=True))
         faults.reach("sweep.after")

@@ -2,7 +2,7 @@
 
 An object store writes an object as a whole or not at all, which is what a blob needs. It cannot
 append; so each chunk of an upload is an object of its own, `parts/<part>/<offset>`, and sealing
-streams them into one. Any server process can take any chunk.
+streams them into another. Any server process can take any chunk.
 
 Credentials and endpoint come from the environment, by the usual names (`AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`).
@@ -25,6 +25,7 @@ from obstore.store import from_url
 
 from potluck.core import StorageError
 from potluck.server import faults
+from potluck.server.blobs import LostError
 
 _RANGE_BYTES = 1 << 20  # of a blob in one request
 _OFFSET_DIGITS = 15
@@ -57,13 +58,16 @@ class ObjectStore:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         size = self.size(key)
-        if size is None:
-            raise StorageError(f"the object store must hold {key}, got none. Restore it.")
-        stop = size if stop is None else min(stop, size)
+        stop = size if stop is None else stop
+        if size is None or stop is None or stop > size:
+            raise LostError(f"the object store must hold {stop or ''} bytes of {key}, got {size}.")
         for first in range(start, stop, _RANGE_BYTES):
             last = min(first + _RANGE_BYTES, stop)
             with _store_errors():
-                piece = bytes(obstore.get_range(self._store, key, start=first, end=last))
+                try:
+                    piece = bytes(obstore.get_range(self._store, key, start=first, end=last))
+                except FileNotFoundError:
+                    raise LostError(f"{key} was deleted while it was read.") from None
             yield piece
 
     def size(self, key: str) -> int | None:
@@ -94,13 +98,8 @@ class ObjectStore:
     def part_size(self, part: str) -> int:
         return sum(size for _, size in self._chunks(part))
 
-    def read_part(self, part: str) -> Iterator[bytes]:
-        for path, _ in self._chunks(part):
-            yield from self.read(path)
-
     def seal(self, part: str, key: str) -> None:
-        self.put(key, self.read_part(part))
-        self.drop(part)
+        self.put(key, (piece for path, _ in self._chunks(part) for piece in self.read(path)))
 
     def drop(self, part: str) -> None:
         self.delete(f"parts/{part}")
@@ -110,10 +109,12 @@ class ObjectStore:
         chunks: list[tuple[str, int]] = []
         end = 0
         for path, size in sorted(self._list(f"parts/{part}")):
-            if int(path.rsplit("/", 1)[1]) != end:
+            start = int(path.rsplit("/", 1)[1])
+            if start > end:
                 break
-            chunks.append((path, size))
-            end += size
+            if start == end:  # another one is the rest of a chunk that was replaced by a longer one
+                chunks.append((path, size))
+                end += size
         return chunks
 
     def _list(self, prefix: str) -> list[tuple[str, int]]:

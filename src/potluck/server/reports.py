@@ -2,13 +2,20 @@
 
     begin   what is coming, with its SHA-256 → an upload and the offset to go on from
     append  a chunk, on the disk when it is answered → the new offset
-    finish  digest, values, norm; the blob is sealed; then one row, and the report is accepted
+    finish  the part is sealed under a key of this try's own, and what was sealed is checked:
+            digest, values, norm; then one row, and the report is accepted
 
 Everything may be repeated. A report is identified by device and round (an attempt has an id of its
 own): the same digest again is answered as the first time, also when the round is over; another
 digest is a conflict. Until it is accepted a device may begin again with another digest; what it had
 sent is dropped. An appended chunk that starts elsewhere than at the upload's end changes nothing:
 the answer is the offset to go on from.
+
+Guarantee: what was accepted is not changed or removed before its round is over. Requests that
+complete one upload at once, at one server or several, each seal a blob of their own. The first to
+write the report's row names its blob there; the others find the row, remove theirs and give the
+same answer. An upload begins again in a part of another name. So a blob or part that is removed is
+one that no row names.
 """
 
 from __future__ import annotations
@@ -29,8 +36,9 @@ from potluck.protocol import CODECS, Codec
 from potluck.protocol.routes import CHUNK_BYTES as MAX_CHUNK_BYTES
 from potluck.server import audit, faults
 from potluck.server.aggregation import check_claims, check_update
-from potluck.server.blobs import BlobStore
+from potluck.server.blobs import BlobStore, LostError
 from potluck.server.database import Database, one
+from potluck.server.look import TAKING
 from potluck.server.rounds import ENOUGH, close_round
 from potluck.server.selection import (
     check_not_over,
@@ -40,7 +48,7 @@ from potluck.server.selection import (
     known_assignment,
 )
 from potluck.server.settings import settings_of
-from potluck.server.tables import assignments, reports, uploads
+from potluck.server.tables import assignments, reports, rounds, uploads
 from potluck.server.vectors import read_spec
 
 CHUNK_BYTES = 1 << 20
@@ -92,19 +100,20 @@ def begin_report(
         check_claimed(found, claims)
         old = one(db, select(uploads).where(uploads.c.assignment == assignment))
         if old is not None and all(getattr(old, k) == v for k, v in asdict(claims).items()):
-            id = old.id
+            id, part = old.id, _part(old)
         else:
             if old is not None:
-                dropped = old.id
+                dropped = _part(old)
                 db.execute(delete(uploads).where(uploads.c.id == old.id))
             id = secrets.token_hex(16)
             place = {"id": id, "assignment": assignment, "round": found.round, "device": device}
             db.execute(insert(uploads).values(place | asdict(claims)))
+            part = id
         faults.reach("upload.inside")
     faults.reach("upload.after")
     if dropped is not None:
         blobs.drop(dropped)
-    return Upload(id, _offset(blobs, found.round, id))
+    return Upload(id, blobs.part_size(part))
 
 
 def append_chunk(
@@ -132,9 +141,14 @@ def append_chunk(
         )
     if found.state == "reported":
         return Upload(upload, row.num_bytes)
-    end = _offset(blobs, row.round, upload)
+    part = _part(row)
+    end = blobs.part_size(part)
     if end == offset and data:
-        end = blobs.append(upload, offset, data)
+        end = blobs.append(part, offset, data)
+        with database.read() as db:
+            wanted = one(db, _WANTED.where(uploads.c.id == upload, _in_part == part))
+        if wanted is None:  # it came after all else of its upload was removed
+            blobs.drop(part)
     settings = settings_of(found.settings)
     if found.lease_ms - now < settings.lease_ms // 2:
         extend_lease(database, device, row.assignment, now)
@@ -157,19 +171,31 @@ def finish_report(
     if answer is not None:
         return answer
     faults.reach("finish.before-check")
-    key = f"reports/{row.round}/{upload}"
-    _check_bytes(database, blobs, row, found, key, now)
-    faults.reach("finish.before-row")
+    key = f"reports/{row.round}/{upload}-{secrets.token_hex(8)}"
     try:
+        try:
+            _seal(blobs, row, found, key)
+        except LostError as error:  # another request, or the end of the round, was faster
+            raise RefusedError("incomplete", f"some of the upload is gone: {error}") from error
+        faults.reach("finish.before-row")
         with database.write() as db:
-            answer = _accept(db, device, upload, key, now)
+            answer, is_new = _accept(db, device, row, key, now)
             faults.reach("finish.inside")
-    except RefusedError:
+    except RefusedError as error:
         blobs.delete(key)
-        raise
+        with database.read() as db:  # or was it completed by another request meanwhile?
+            answer = _earlier(db, known_assignment(db, device, row.assignment), row.sha256)
+        if answer is None:
+            _reject(database, blobs, row, found, error, now)
+            raise
+        return answer
     faults.reach("finish.after")
     if answer.is_goal:
         faults.reach("close.after")
+    if is_new:
+        blobs.drop(_part(row))
+    else:
+        blobs.delete(key)
     return answer
 
 
@@ -215,11 +241,17 @@ def find_report(
         answer = _earlier(db, found, row.sha256)
     if answer is not None:
         return answer, row.num_bytes
-    return Upload(upload, _offset(blobs, row.round, upload)), row.num_bytes
+    return Upload(upload, blobs.part_size(_part(row))), row.num_bytes
 
 
 _UPLOAD = select(uploads).where(
     uploads.c.id == bindparam("upload"), uploads.c.device == bindparam("device")
+)
+_in_part = func.coalesce(uploads.c.part, uploads.c.id)
+_WANTED = (
+    select(uploads.c.id)
+    .join(rounds, rounds.c.id == uploads.c.round)
+    .where(rounds.c.state.in_(TAKING))
 )
 
 
@@ -232,8 +264,9 @@ def find_upload(db: Connection, device: str, upload: str) -> Row[Any]:
     return row
 
 
-def _offset(blobs: BlobStore, round: str, upload: str) -> int:
-    return blobs.part_size(upload) or blobs.size(f"reports/{round}/{upload}") or 0
+def _part(row: Row[Any]) -> str:
+    """The name of the part that an upload grows in."""
+    return row.part or row.id
 
 
 _EARLIER = select(reports.c.sha256).where(
@@ -275,35 +308,42 @@ def check_claimed(found: Row[Any], claims: Claims) -> None:
     check_claims(settings, weight=claims.weight, loss=claims.loss, num_steps=claims.num_steps)
 
 
-def _check_bytes(
-    database: Database, blobs: BlobStore, row: Row[Any], found: Row[Any], key: str, now: int
-) -> None:
-    """Check an upload and seal it; one that was sealed before a restart is checked again."""
-    is_part = blobs.part_size(row.id) > 0 or blobs.size(key) is None
-    offset = blobs.part_size(row.id) if is_part else blobs.size(key)
-    if offset != row.num_bytes:
-        raise RefusedError("incomplete", f"{row.num_bytes} bytes were announced, got {offset}.")
-    try:
-        check_update(
-            blobs.read_part(row.id) if is_part else blobs.read(key),
-            row.codec,
-            read_spec(found.spec),
-            row.sha256,
-            weight=row.weight,
-            slots=found.slots,
-            settings=settings_of(found.settings),
-        )
-    except RefusedError as error:
-        blobs.drop(row.id)
-        blobs.delete(key)
-        if error.code != "digest":
-            with database.write() as db:
-                if end_part(db, found, str(error)):
-                    note_bad(db, found, str(error), now)
-        raise
+def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> None:
+    """Seal an upload under a new key, and check what is there then."""
+    size = blobs.part_size(_part(row))
+    if size != row.num_bytes:
+        raise RefusedError("incomplete", f"{row.num_bytes} bytes were announced, got {size}.")
+    blobs.seal(_part(row), key)
+    check_update(
+        blobs.read(key, 0, row.num_bytes),
+        row.codec,
+        read_spec(found.spec),
+        row.sha256,
+        weight=row.weight,
+        slots=found.slots,
+        settings=settings_of(found.settings),
+    )
     faults.reach("finish.after-check")
-    if is_part:
-        blobs.seal(row.id, key)
+
+
+def _reject(
+    database: Database,
+    blobs: BlobStore,
+    row: Row[Any],
+    found: Row[Any],
+    error: RefusedError,
+    now: int,
+) -> None:
+    """What follows for an upload that was complete and is not accepted."""
+    if error.code in ("incomplete", "late", "conflict", "unknown", "revoked"):
+        return
+    with database.write() as db:
+        if error.code == "digest":  # it begins again, where no request for this part reaches it
+            again = update(uploads).where(uploads.c.id == row.id, _in_part == _part(row))
+            db.execute(again.values(part=secrets.token_hex(16)))
+        elif end_part(db, found, str(error)):
+            note_bad(db, found, str(error), now)
+    blobs.drop(_part(row))
 
 
 def end_part(db: Connection, found: Row[Any], reason: str) -> bool:
@@ -319,14 +359,18 @@ def note_bad(db: Connection, found: Row[Any], reason: str, now: int) -> None:
     audit.append(db, now, actor, "bad update", round=found.round, reason=reason)
 
 
-def _accept(db: Connection, device: str, upload: str, key: str, now: int) -> Accepted:
-    row = find_upload(db, device, upload)
+def _accept(
+    db: Connection, device: str, row: Row[Any], key: str, now: int
+) -> tuple[Accepted, bool]:
+    """The answer, and whether it is this try's blob that the report names."""
     found = known_assignment(db, device, row.assignment, lock=True)
     answer = _earlier(db, found, row.sha256)
     if answer is not None:
-        return answer
+        return answer, False
+    find_upload(db, device, row.id)  # or the device began with another one
     names = ("sha256", "num_bytes", "codec", "weight", "loss", "num_steps")
-    return _insert(db, found, {name: getattr(row, name) for name in names} | {"key": key}, now)
+    values = {name: getattr(row, name) for name in names} | {"key": key}
+    return _insert(db, found, values, now), True
 
 
 def _insert(db: Connection, found: Row[Any], values: dict[str, Any], now: int) -> Accepted:
@@ -350,11 +394,13 @@ def enough() -> RefusedError:
     return RefusedError("late", f"{ENOUGH}. Check in again.")
 
 
-def drop_uploads(db: Connection, blobs: BlobStore, round: str) -> None:
+def drop_parts(database: Database, blobs: BlobStore, round: str) -> None:
     """Drop what was on its way to a round that is over.
 
-    The rows stay: what is still asked of an upload is answered as before, by its id.
+    The rows stay: what still comes for an upload is answered as it was, or late, and not unknown.
     """
-    for id in db.scalars(select(uploads.c.id).where(uploads.c.round == round)).all():
+    with database.read() as db:
+        parts = db.scalars(select(_in_part).where(uploads.c.round == round)).all()
+    for part in parts:
         with contextlib.suppress(FileNotFoundError):
-            blobs.drop(id)
+            blobs.drop(part)

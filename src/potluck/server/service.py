@@ -20,6 +20,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from safetensors.numpy import save
 from sqlalchemy import Row, and_, insert, select, update
@@ -99,8 +100,9 @@ class Service:
         self._life = life
         names = {} if life is None else {"id": life.id, "predecessor": life.before}
         self._candidate = Candidate(self.time, lease_seconds, **names)
-        self._ticking = threading.Lock()
         self._evaluated: dict[str, int] = {}  # run: up to this version nothing is to be evaluated
+        self._ticking, self._guard = threading.Lock(), threading.Lock()
+        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         self._works = commits.Works(
             database=database,
             blobs=blobs,
@@ -396,9 +398,12 @@ class Service:
         )
 
     def finish_report(self, device: str, upload: str) -> reports.Accepted:
-        """Have it checked and accepted."""
-        now = self.time.now()
-        answer = reports.finish_report(self.database, self.blobs, device, upload, now)
+        """Have it checked and accepted; who repeats a request waits for the one that is at it."""
+        with self._guard:
+            turn = self._turns.setdefault(upload, threading.Lock())
+        with turn:
+            now = self.time.now()
+            answer = reports.finish_report(self.database, self.blobs, device, upload, now)
         return self._accepted(answer)
 
     def take_in(self, arrived: Sequence[arrivals.Arrival]) -> list[arrivals.Outcome]:

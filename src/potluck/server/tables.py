@@ -200,6 +200,7 @@ uploads = Table(
     Column("weight", Float, nullable=False),
     Column("loss", Float, nullable=False),
     Column("num_steps", BigInteger, nullable=False),
+    Column("part", String(32)),  # where its bytes are, since it began again; NULL: by its id
 )
 
 reports = Table(

@@ -124,6 +124,7 @@ def serve(
         ("address", server.address),
         ("certificate", server.certificate or "none: plain HTTP"),
         *in_words(server.desk.settings),
+        *(("kept", told) for told in server.desk.kept),
         ("evaluation", evaluated_on(load_experiment(file, given))),
         ("dashboard", f"{server.address}/dashboard (a link that signs in: potluck dashboard)"),
         ("admin", home / "admin.sock"),
@@ -352,9 +353,9 @@ def open_server(
     except ValidationError as error:
         raise ConfigError(f"{file}: server.{explain(error, RoundSettings)}") from None
     home = Home(home_folder)
-    judge = judge_of(experiment)
     places: dict[str, Any] = {"database": database, "blobs": blobs, "build": _algorithm}
     desk = resume_desk(experiment, home, settings=settings, **places)
+    judge = judge_of(experiment if desk is None else desk.experiment)
     if desk is None:
         every: tuple[Need, ...] = ("charging", "idle", "unmetered")
         needs: tuple[Need, ...] = tuple(n for n in every if getattr(settings, f"needs_{n}"))

@@ -22,6 +22,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, Executable, Row, create_engine, event, text
 from sqlalchemy.engine import make_url
@@ -73,16 +75,22 @@ class Database:
             raise
         return db
 
-    def upgrade(self) -> None:
-        """Bring the schema to the newest version; several processes may do so at once."""
-        config = Config()
-        folder = Path(__file__).parent / "migrations"
-        config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    @contextlib.contextmanager
+    def snapshot(self) -> Generator[Connection]:
+        """Everything as it was at one moment, on PostgreSQL too."""
+        options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        place = self.engine.connect().execution_options(**options)
+        with _storage_errors(), place as db, db.begin():
+            yield db
+
+    def upgrade(self, revision: str = "head") -> None:
+        """Bring the schema to a version, the newest; several processes may do so at once."""
+        config = _migrations()
         with self.write() as db:
             lock(db)
             config.attributes["connection"] = db
             try:
-                command.upgrade(config, "head")
+                command.upgrade(config, revision)
             except CommandError as error:
                 raise StorageError(
                     f"the database must have a schema that this version knows, got {error}. "
@@ -92,6 +100,23 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def revision_of(db: Connection) -> str | None:
+    """The version of a database's schema; None: it is empty."""
+    return MigrationContext.configure(db).get_current_revision()
+
+
+def newest_revision() -> str | None:
+    """The version of the schema that this version of Potluck has."""
+    return ScriptDirectory.from_config(_migrations()).get_current_head()
+
+
+def _migrations() -> Config:
+    config = Config()
+    folder = Path(__file__).parent / "migrations"
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    return config
 
 
 def lock(db: Connection) -> None:

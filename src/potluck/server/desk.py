@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potluck.core import ProtocolError, RefusedError, Spec, update_bytes
+from potluck.experiment import Experiment
 from potluck.protocol import (
     INLINE,
     Accepted,
@@ -46,7 +47,7 @@ from potluck.server import look, reports, selection
 from potluck.server.arrivals import Arrival, Outcome
 from potluck.server.look import Asked, Assigned, Attributes
 from potluck.server.service import Service
-from potluck.server.settings import RoundSettings, milliseconds
+from potluck.server.settings import RoundSettings
 
 _CODES: dict[str, ErrorCode] = {
     "unknown": "not_found",
@@ -72,13 +73,23 @@ class Desk:
 
     service: Service
     run: str
-    name: str
     key: bytes
     """Signs manifests."""
     spec: Spec
     plan: dict[str, Any]
+    experiment: Experiment
     settings: RoundSettings
-    codec: Codec
+    """As they were when this process began to serve the run."""
+    kept: list[str]
+    """Keys of which the run has other values than its file: each one in words."""
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def codec(self) -> Codec:
+        return self.experiment.run.codec or "float32"
 
     def preview(self, message: Preview) -> Previewed:
         """The run as it stands, for the holder of a token that could be used now."""
@@ -308,9 +319,7 @@ class Desk:
     def _assignment(
         self, given: Assigned, signed: dict[str, tuple[bytes, bytes]], inside: bool
     ) -> Assignment:
-        now = self.service.time.now()
-        latest = self.settings.selection_seconds + self.settings.report_seconds
-        deadline = given.deadline_ms or now + milliseconds(latest)
+        now, deadline = self.service.time.now(), given.deadline_ms
         if given.round not in signed:
             place = (given.number, given.version, given.model_sha256)
             signed[given.round] = self._signed(*place, now, deadline)

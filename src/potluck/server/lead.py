@@ -8,10 +8,8 @@ it, alone with the round, by a leader that still leads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
-from sqlalchemy import Row, and_, select
+from sqlalchemy import and_, select
 
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
@@ -29,6 +27,7 @@ from potluck.server.rounds import (
     start_training,
 )
 from potluck.server.settings import settings_of
+from potluck.server.stored import experiment_of
 from potluck.server.tables import ACTIVE, assignments, rounds, runs
 
 
@@ -44,16 +43,6 @@ def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool)
     for id in ids:
         while _step(works, id, build):
             pass
-
-
-def experiment_of(run: Row[Any]) -> Experiment:
-    """The experiment that a run was begun with."""
-    return _experiment(run.experiment)
-
-
-@lru_cache(maxsize=8)
-def _experiment(text: str) -> Experiment:
-    return Experiment.model_validate_json(text)
 
 
 def _expire(works: Works) -> None:

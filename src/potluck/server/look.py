@@ -49,7 +49,7 @@ class Assigned(NamedTuple):
     version: int  # of the model to start from
     model_sha256: str
     lease_seconds: float
-    deadline_ms: int | None
+    deadline_ms: int
     model: bytes | None = None  # if it is small
 
 
@@ -245,6 +245,8 @@ class Look:
         return start, max(min(self._settings.pace_seconds, self._length), least)
 
     def _describe(self, round: Row[Any], slot: Slot) -> Assigned:
+        rules = self._settings
+        latest = self._now + milliseconds(rules.selection_seconds + rules.report_seconds)
         return Assigned(
             assignment=slot.id,
             round=round.id,
@@ -256,7 +258,7 @@ class Look:
             version=round.version,
             model_sha256=self._model.sha256,
             lease_seconds=max(slot.lease_ms - self._now, 0) / 1000,
-            deadline_ms=round.report_deadline_ms,
+            deadline_ms=round.report_deadline_ms or latest,
             model=self._model.content,
         )
 

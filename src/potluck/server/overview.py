@@ -18,7 +18,7 @@ from potluck.core.plain_json import read_results
 from potluck.server.database import as_dict
 from potluck.server.leader import LEASE_SECONDS
 from potluck.server.rounds import LEASE_RAN_OUT
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import settings_of
 from potluck.server.tables import (
     OPEN,
     OPEN_ROUND,
@@ -241,7 +241,7 @@ def read_overview(db: Connection, run: str, now: int, past: Past) -> Overview:
         state=row.state,
         reason=row.reason,
         committed=row.round,
-        num_rounds=RoundSettings.model_validate_json(row.settings).num_rounds,
+        num_rounds=settings_of(row.settings).num_rounds,
         is_led=now - heartbeat < 2_000 * LEASE_SECONDS,
         current=current,
         latest=latest,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from sqlalchemy import Connection as Transaction
 from starlette.types import ASGIApp
 
 from potluck.algorithms import Algorithm
@@ -50,6 +51,7 @@ from potluck.server.meters import Meters
 from potluck.server.names import all_names, host_of
 from potluck.server.service import Begun, Service
 from potluck.server.settings import RoundSettings
+from potluck.server.stored import find, kept
 from potluck.server.tls import certificate_fingerprint, check_pair, ensure_certificate
 
 TICK_SECONDS = 0.2
@@ -272,7 +274,7 @@ def open_desk(
     except BaseException:
         service.close()
         raise
-    return _desk(service, experiment, key, Begun(run, spec, plan), settings)
+    return _desk(service, key, Begun(run, spec, plan, experiment, settings, []))
 
 
 def resume_desk(
@@ -285,12 +287,19 @@ def resume_desk(
     settings: RoundSettings,
 ) -> Desk | None:
     """Go on with the run of an experiment, if it was begun: without its data, and so at once."""
-    service = _open_service(experiment, home, database, blobs, build)
+
+    def look(db: Transaction) -> None:
+        """Refuse what cannot go on, while the database is as it was."""
+        run = find(db, experiment.name)
+        if run is not None:
+            kept(run, experiment, settings)
+            home.run_key(experiment.name, is_new=False)
+
+    service = _open_service(experiment, home, database, blobs, build, look)
     try:
         begun = service.resume_run(experiment, settings)
         if begun is not None:
-            key = home.run_key(experiment.name, is_new=False)
-            return _desk(service, experiment, key, begun, settings)
+            return _desk(service, home.run_key(experiment.name, is_new=False), begun)
     except BaseException:
         service.close()
         raise
@@ -304,6 +313,7 @@ def _open_service(
     database: str | None,
     blobs: str | None,
     build: Callable[[Experiment], Algorithm],
+    look: Callable[[Transaction], object] = lambda _: None,
 ) -> Service:
     algorithm = build(experiment)
     if algorithm.vectors != 1 or algorithm.client_vectors != 0:
@@ -315,24 +325,29 @@ def _open_service(
         raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
     life = home.begin()
     try:
-        return Service.open(database or home.database, blobs or home.blobs, build=build, life=life)
+        return Service.open(
+            database or home.database,
+            blobs or home.blobs,
+            build=build,
+            life=life,
+            look=look,
+            aside=home.folder,
+        )
     except BaseException:
         life.close()
         raise
 
 
-def _desk(
-    service: Service, experiment: Experiment, key: bytes, begun: Begun, settings: RoundSettings
-) -> Desk:
+def _desk(service: Service, key: bytes, begun: Begun) -> Desk:
     return Desk(
         service=service,
         run=begun.id,
-        name=experiment.name,
         key=key,
         spec=begun.spec,
         plan=begun.plan,
-        settings=settings,
-        codec=experiment.run.codec or "float32",
+        experiment=begun.experiment,
+        settings=begun.settings,
+        kept=begun.kept,
     )
 
 

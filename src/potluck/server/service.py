@@ -19,11 +19,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from safetensors.numpy import save
-from sqlalchemy import Row, and_, insert, select, update
+from sqlalchemy import Connection, Row, and_, insert, select, update
 
 from potluck.algorithms import Algorithm, with_statistics
 from potluck.core import RefusedError, Spec, Vector
@@ -43,9 +44,8 @@ from potluck.server import commit as commits
 from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
-from potluck.server.differing import differences, in_words
 from potluck.server.home import Life
-from potluck.server.lead import experiment_of, lead
+from potluck.server.lead import lead
 from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
 from potluck.server.look import (
     Asked,
@@ -58,6 +58,7 @@ from potluck.server.look import (
     open_round_of,
 )
 from potluck.server.settings import RoundSettings, settings_of
+from potluck.server.stored import experiment_of, find, given_of, kept
 from potluck.server.tables import (
     devices,
     evaluations,
@@ -66,6 +67,7 @@ from potluck.server.tables import (
     runs,
 )
 from potluck.server.tables import rounds as all_rounds
+from potluck.server.transfer import upgrade
 from potluck.server.vectors import read_spec, read_vector, write_spec
 
 
@@ -75,6 +77,10 @@ class Begun(NamedTuple):
     id: str
     spec: Spec
     plan: dict[str, Any]
+    experiment: Experiment
+    settings: RoundSettings
+    kept: list[str]
+    """Keys of which the run has other values than the file: each one in words."""
 
 
 class Service:
@@ -121,6 +127,8 @@ class Service:
         clock: Clock | None = None,
         lease_seconds: float = LEASE_SECONDS,
         life: Life | None = None,
+        look: Callable[[Connection], object] = lambda _: None,
+        aside: Path | None = None,
     ) -> Service:
         """Open, or begin, a server's state; older databases are brought up to date.
 
@@ -130,10 +138,18 @@ class Service:
             build: from an experiment to its algorithm (`potluck.simulation.build_algorithm`).
             life: this process's hold on its folder, given up by `close`; what the life before it
                 led is taken over at once.
+            look: is shown the database as it is; what it raises leaves it so.
+            aside: the folder for a copy of a database that is brought up to date.
         """
         faults.arm()
         database = Database(url)
-        database.upgrade()
+        try:
+            with database.read() as db:
+                look(db)
+            upgrade(database, aside)
+        except BaseException:
+            database.close()
+            raise
         clock = clock or SystemClock()
         service = cls(database, open_blobs(blobs), build, clock, lease_seconds, life)
         follow(database, service.time)
@@ -178,11 +194,13 @@ class Service:
             "settings": settings.model_dump_json(),
             "spec": write_spec(spec),
             "plan": to_json(plan or {}),
+            "begun": to_json(given_of(experiment, settings)),
         }
         with self.database.read() as db:
-            old = one(db, select(runs).where(runs.c.name == experiment.name))
+            old = find(db, experiment.name)
         if old is not None:
-            return _same_run(old, experiment, settings, write_spec(spec))
+            kept(old, experiment, settings, spec)
+            return str(old.id)
         faults.reach("run.before-model")
         state = with_statistics(self._build(experiment), spec).server_init(weights)
         made = commits.store_version(self.blobs, state)
@@ -207,11 +225,11 @@ class Service:
             RefusedError: conflict: it has another experiment or other settings.
         """
         with self.database.read() as db:
-            old = one(db, select(runs).where(runs.c.name == experiment.name))
+            old = find(db, experiment.name)
         if old is None:
             return None
-        id = _same_run(old, experiment, settings)
-        return Begun(id, read_spec(old.spec), json.loads(old.plan))
+        found = kept(old, experiment, settings)
+        return Begun(str(old.id), read_spec(old.spec), json.loads(old.plan), *found)
 
     def issue_token(self, run: str, *, valid_seconds: float = 7 * 86400, actor: str) -> str:
         """A token with which one device can enrol."""
@@ -554,32 +572,3 @@ class Service:
         if row is None:
             raise RefusedError("unknown", f"no such run: {run!r}.")
         return row
-
-
-_FROM_COHORT = ("goal", "goal_part", "population")
-
-
-def _same_run(
-    old: Row[Any], experiment: Experiment, settings: RoundSettings, spec: str | None = None
-) -> str:
-    """The id of a run that goes on.
-
-    Raises:
-        RefusedError: conflict: with the keys that it was begun with other values of.
-    """
-    found = differences(old.experiment, experiment, skipped=("task.path",))  # wherever it is
-    follow: tuple[str, ...] = ()
-    # Of an older version, which counted otherwise; or it follows from what differs anyway.
-    if found or "goal_part" not in json.loads(old.settings):
-        follow = _FROM_COHORT
-    found += differences(old.settings, settings, "server.", skipped=("num_rounds", *follow))
-    told = in_words(found)
-    if not found and spec is not None and spec != old.spec:
-        told = "a model of other shapes"
-    if told:
-        raise RefusedError(
-            "conflict",
-            f"the run {old.name!r} in this folder was begun with {told}. Go on with the old "
-            "values, give the experiment another name, or begin anew with --fresh.",
-        )
-    return str(old.id)

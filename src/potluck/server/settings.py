@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from potluck.core import RefusedError
 from potluck.core.cohorts import cohort_size
+from potluck.core.plain_json import to_json
 from potluck.core.validate import plain
 from potluck.experiment import Experiment
+
+M = TypeVar("M", bound=BaseModel)
 
 Seconds = Annotated[float, Field(gt=0, le=10**7)]
 DIVIDED = ("iid", "shards", "dirichlet", "unbalanced")
@@ -79,16 +84,20 @@ class RoundSettings(BaseModel):
         section = experiment.server
         given = section.model_dump(exclude_none=True, exclude={"long_poll_seconds", "test"})
         if section.selection == "sampled" and experiment.partition.kind in DIVIDED:
-            return cls.sampled(experiment, **given)
+            return cls.sampled(experiment, **given).given_as(section.model_fields_set)
         given = {"num_rounds": experiment.run.rounds} | given
         if "goal" not in given:
             cohort = experiment.run.cohort
             given["goal_part" if isinstance(cohort, float) else "goal"] = cohort
         settings = cls.model_validate(given)
-        if section.population is not None or settings.goal_part is not None:
-            return settings
-        needed = settings.minimum_of(settings.goal)
-        return settings.model_copy(update={"population": needed})
+        if section.population is None and settings.goal_part is None:
+            needed = settings.minimum_of(settings.goal)
+            settings = settings.model_copy(update={"population": needed})
+        return settings.given_as(section.model_fields_set)
+
+    def given_as(self, names: set[str]) -> RoundSettings:
+        """The same, of which these were given, and the others follow or are at their defaults."""
+        return self.model_construct(names & set(dict(self)), **dict(self))
 
     def goal_of(self, num_devices: int) -> int:
         """The goal of a round that opens with so many devices."""
@@ -140,8 +149,45 @@ def _devices(number: int) -> str:
 
 @lru_cache(maxsize=64)
 def settings_of(text: str) -> RoundSettings:
-    """Those that a run was begun with, from the JSON in its row."""
-    return RoundSettings.model_validate_json(text)
+    """Those of a run, from the JSON in its row."""
+    return read_stored(RoundSettings, text)
+
+
+def read_stored(model: type[M], text: str) -> M:
+    """What an object was stored as, by this version or another.
+
+    A key that this version does not know is left out where it decides no numbers of a model: where
+    it has no value, and in settings.
+
+    Raises:
+        RefusedError: conflict: there is something else that this version does not have.
+    """
+    content = json.loads(text)
+    while True:
+        try:
+            return model.model_validate_json(to_json(content))
+        except ValidationError as error:
+            if any(_drop(model, content, detail) for detail in error.errors()):
+                continue
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise RefusedError(
+                "conflict",
+                "the run must have been begun by a version that this one knows, got "
+                f"{place} = {first['input']!r:.80} ({first['msg']}). Serve it with that version.",
+            ) from None
+
+
+def _drop(model: type[BaseModel], content: Any, detail: Any) -> bool:
+    """Remove a key that this version does not know, if it decides nothing."""
+    if detail["type"] != "extra_forbidden" or (
+        detail["input"] is not None and model is not RoundSettings
+    ):
+        return False
+    *path, last = detail["loc"]
+    for part in path:
+        content = content.get(part, content)  # the name of a section stands in the path, too
+    return content.pop(last, content) is not content
 
 
 def milliseconds(seconds: float) -> int:

@@ -79,6 +79,7 @@ runs = Table(
     Column("attempt", Integer, nullable=False),  # at the next round
     Column("strikes", Integer, nullable=False),  # abandoned since the last success or resume
     Column("created_ms", BigInteger, nullable=False),
+    Column("begun", Text),  # JSON, the keys that its file gave at first; NULL: an older version's
 )
 
 models = Table(

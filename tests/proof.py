@@ -37,11 +37,15 @@ class Proof(NamedTuple):
 
 
 def prove(
-    url: str, blobs: str, acknowledged: Mapping[str, list[tuple[int, int]]], folder: Path
+    url: str,
+    blobs: str,
+    acknowledged: Mapping[str, list[tuple[int, int]]],
+    folder: Path,
+    sent: Mapping[int, tuple[np.ndarray, float]] | None = None,
 ) -> Proof:
     """Compare what devices were told with what is stored, and the models with a run in `folder`.
 
-    Nobody serves the database any more.
+    Nobody serves the database any more. `sent` has vector and weight of clients that send others.
     """
     service = Service.open(url, blobs, build=build_algorithm)
     with service.database.read() as db:
@@ -70,11 +74,11 @@ def prove(
         lost=len(told - set(stored)),
         double=len(stored) - len(set(stored)),
         foreign=len(set(stored) - told),
-        differing=_replayed(run, base.weights, committed, count, folder),
+        differing=_replayed(run, base.weights, committed, count, folder, sent or {}),
     )
 
 
-def _replayed(run, weights, committed, count: int, folder: Path) -> int:
+def _replayed(run, weights, committed, count: int, folder: Path, sent) -> int:
     """Do the run again without disturbance; how many of its models are others."""
     experiment = Experiment.model_validate_json(run.experiment)
     settings = RoundSettings.model_validate_json(run.settings)
@@ -94,7 +98,8 @@ def _replayed(run, weights, committed, count: int, folder: Path) -> int:
     for number in sorted(committed):
         service.tick()
         for client in sorted(committed[number][2]):
-            _take_part(service, names[client], client, spec.dim)
+            vector, weight = sent.get(client) or (fingerprint(client, spec.dim), 1.0)
+            _take_part(service, names[client], vector, weight)
         for seconds in (0, settings.selection_seconds, settings.report_seconds):
             clock.pass_(seconds)  # where fewer than the goal reported, until the deadline
             service.tick()
@@ -108,10 +113,9 @@ def _replayed(run, weights, committed, count: int, folder: Path) -> int:
     return differing
 
 
-def _take_part(service: Service, device: str, client: int, dim: int) -> None:
+def _take_part(service: Service, device: str, vector: np.ndarray, weight: float) -> None:
     work = service.check_in(device)
     assert isinstance(work, Assigned), work
-    vector = fingerprint(client, dim)
-    upload = service.begin_report(device, work.assignment, claims(vector))
+    upload = service.begin_report(device, work.assignment, claims(vector, weight=weight))
     service.append_chunk(device, upload.upload, 0, np.asarray(vector, "<f4").tobytes())
     service.finish_report(device, upload.upload)

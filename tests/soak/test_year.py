@@ -1,0 +1,132 @@
+"""A year of a server in an hour, with all that happens in it. `make soak`, or one: -k year."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+from record import record
+
+from attackers import ATTACKERS
+from swarm import until
+from year import Upgrade, Year, live
+
+pytestmark = pytest.mark.soak
+SEED = int(os.environ.get("POTLUCK_SEED", "20261201"))
+ROUNDS = int(os.environ.get("POTLUCK_YEAR_ROUNDS", "300"))
+VERSIONS = ("e19dde6", "b984864")
+"""The commits that the run is begun with and is first upgraded to."""
+
+
+def kill(year: Year) -> None:
+    """kill -9 of the server at any moment."""
+    time.sleep(year.dice.uniform(0.0, 2.0))
+    year.server.kill()
+    year.server = year.serve()
+
+
+def revoke(year: Year) -> None:
+    """A device is thrown out, and another comes."""
+    device = year.dice.choice(year.at_work)
+    year.ended.add(device)
+    id = device.id if hasattr(device, "id") else _id(device)
+    year.server.operator.post("revoke", device=id)
+    until(lambda: device.died is not None)
+    year.swarm.join(year.line.address, year.server.invite())
+
+
+def _id(device) -> str:
+    from swarm import name_of
+
+    return name_of(device.folder)
+
+
+def pause(year: Year) -> None:
+    """An operator pauses the run, and resumes it."""
+    year.server.operator.post("pause", reason="for a while")
+    time.sleep(year.dice.uniform(0.0, 2.0))
+    year.server.operator.post("resume")
+
+
+def restart_devices(year: Year) -> None:
+    """A fifth of the devices is switched off and on again."""
+    for device in year.dice.sample(year.at_work, len(year.at_work) // 5):
+        year.ended.add(device)
+        year.swarm.again(device, year.line.address)
+
+
+def wrong_certificate(year: Year) -> None:
+    """For some seconds another server answers in the place of ours: a captive portal."""
+    with _other_server(year.folder / f"portal{year.counts['wrong_certificate']}") as port:
+        year.line.lead_to(port)
+        time.sleep(15.0)
+        year.line.lead_to(year.server.port)
+
+
+@contextlib.contextmanager
+def _other_server(folder: Path):
+    from remote import Served
+
+    folder.mkdir()
+    with Served(folder, name="portal") as served:
+        yield served.port
+
+
+def clock_ahead(year: Year) -> None:
+    """The server's clock is a year ahead for a while, over restarts, and then right again."""
+    for seconds in (365 * 86_400, 0):
+        year.skew.write_text(str(seconds))
+        year.server.kill()
+        year.server = year.serve()
+        year.pass_rounds(2)
+
+
+def lose_an_update(year: Year) -> None:
+    """The bytes of an update that was accepted are gone before its round is committed."""
+    slow = year.dice.sample(year.swarm.trainers, len(year.swarm.trainers) // 2)
+    for trainer in slow:
+        trainer.seconds = 3.0
+    folder, end = Path(year.server.home.blobs) / "reports", time.monotonic() + 60
+    while time.monotonic() < end:
+        current = year.server.status()["open"] or {}
+        found = [path for path in (folder / str(current.get("id"))).glob("*") if path.is_file()]
+        if found:
+            with contextlib.suppress(FileNotFoundError):
+                found[0].unlink()
+                year.lost += 1
+                break
+        time.sleep(0.05)
+    for trainer in slow:
+        trainer.seconds = 0.0
+
+
+EVENTS = {kill: 5, revoke: 3, pause: 3, restart_devices: 4}
+"""What happens, and how often. What is mended is added here with the commit that mends it."""
+SOON = {wrong_certificate: 2, clock_ahead: 2, lose_an_update: 3}
+"""What ends a run until it is mended."""
+
+
+def test_a_year_in_an_hour(tmp_path):
+    names = os.environ.get("POTLUCK_YEAR_EVENTS", "").split()
+    chosen = {e: n for e, n in (EVENTS | SOON).items() if e.__name__ in names} or EVENTS
+    attackers = [] if os.environ.get("POTLUCK_YEAR_PEACE") else ATTACKERS
+    versions = os.environ.get("POTLUCK_YEAR_VERSIONS", " ".join(VERSIONS)).split()
+    started = time.monotonic()
+    found = live(
+        tmp_path,
+        devices=int(os.environ.get("POTLUCK_YEAR_DEVICES", "50")),
+        rounds=ROUNDS,
+        events=chosen,
+        attackers=attackers,
+        seed=SEED,
+        upgrade=Upgrade(versions, max(ROUNDS // 30, 2)) if versions else None,
+    )
+    holds = found.pop("holds")
+    found |= {"seed": SEED, "rounds": ROUNDS, "seconds": round(time.monotonic() - started)}
+    print(found)
+    if not names:
+        record("year", "a year in an hour", found, passed=holds)
+    assert holds, found

@@ -18,7 +18,6 @@ from potluck.device.connection import Backoff
 from potluck.device.data import one_client, read_own
 from potluck.device.home import write_file
 from potluck.device.outbox import Outbox
-from potluck.device.proxies import unused_proxy
 from potluck.device.record import seconds_to_tomorrow
 from potluck.device.watch import NotEligibleError
 from potluck.protocol import fingerprint, public_key
@@ -312,24 +311,3 @@ def test_one_client_of_divided_data_keeps_its_examples_and_the_runs_classes():
 
 def test_leaving_the_condition_is_an_error_of_ours():
     assert issubclass(NotEligibleError, PotluckError)
-
-
-@pytest.mark.parametrize(
-    ("variables", "url", "found"),
-    [
-        ({}, "https://a.example:8443", None),
-        ({"HTTPS_PROXY": "http://proxy:3128"}, "https://a.example:8443", "HTTPS_PROXY"),
-        ({"https_proxy": "http://proxy:3128"}, "HTTPS://A.example", "https_proxy"),
-        ({"ALL_PROXY": "socks5://proxy"}, "https://a.example", "ALL_PROXY"),
-        ({"HTTP_PROXY": "http://proxy"}, "https://a.example", None),
-        ({"HTTPS_PROXY": "http://proxy", "NO_PROXY": "a.example"}, "https://a.example:1", None),
-        ({"HTTPS_PROXY": "http://proxy", "no_proxy": "*"}, "https://a.example", None),
-        ({"HTTPS_PROXY": "http://proxy"}, "nonsense", None),
-    ],
-)
-def test_a_proxy_that_is_not_used_is_named(monkeypatch, variables, url, found):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert unused_proxy(url) == found

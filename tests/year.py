@@ -192,7 +192,8 @@ def _begun_by(folder: Path, devices: int, seed: int, sources: Sequence[Path]) ->
 
 
 def _upgrade(year: Year, devices: int, sources: Sequence[Path], rounds: int) -> None:
-    """Old devices under servers newer and newer, and new devices in the end."""
+    """Old devices under servers newer and newer; the last comes with new devices, whose signatures
+    older servers do not know, nor this one theirs."""
     for k in range(devices):
         folder = year.swarm.folder / str(k)
         folder.mkdir(parents=True)
@@ -204,21 +205,25 @@ def _upgrade(year: Year, devices: int, sources: Sequence[Path], rounds: int) -> 
             [*words, str(devices)], env=os.environ | {"PYTHONPATH": paths}, stdout=log, stderr=log
         )
     try:
-        for source in [*sources[1:], None]:
+        for source in sources[1:]:
             year.pass_rounds(rounds)
-            assert year.server.end() == 0
-            year.environment = {} if source is None else {"PYTHONPATH": str(source)}
-            year.server = year.serve()
-            year.counts["upgrade"] += 1
+            _serve_by(year, {"PYTHONPATH": str(source)})
         year.pass_rounds(rounds)
     finally:
         old.terminate()
         old.wait(120)
+    _serve_by(year, {})
     for k in range(devices):
         told = (year.swarm.folder / str(k) / "events").read_text().split("\n")
         places = [tuple(map(int, line.split()[1:])) for line in told if line.startswith("accepted")]
         year.told[name_of(year.swarm.folder / str(k))] = [(r, a) for r, a in places]
         year.swarm.join(year.line.address, None)
+
+
+def _serve_by(year: Year, environment: dict[str, str]) -> None:
+    assert year.server.end() == 0
+    year.environment = environment
+    year.server = year.serve()
 
 
 def _source(folder: Path, commit: str) -> Path:

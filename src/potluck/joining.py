@@ -60,6 +60,13 @@ def join(
     daily_limit: Annotated[
         int | None, typer.Option(metavar="BYTES", min=1, help="Send at most so much in a day.")
     ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="http://host:port of an HTTP proxy; else HTTPS_PROXY and NO_PROXY say it.",
+        ),
+    ] = None,
     threads: Annotated[
         int,
         typer.Option(metavar="N", min=1, help="Of PyTorch's kernels."),
@@ -73,7 +80,7 @@ def join(
     """
     from potluck.core import ConfigError
     from potluck.device import TorchTrainer, check_own, one_client, read_own, run_until_stopped
-    from potluck.device.proxies import unused_proxy
+    from potluck.device.proxies import proxy_of
 
     if (data is None) == (experiment is None):
         raise ValueError("either --data or --experiment must be given. Name where the data are.")
@@ -91,9 +98,7 @@ def join(
         assert experiment is not None
         return one_client(build_data(load_experiment(experiment)), client)
 
-    proxy = unused_proxy(url)
-    if proxy is not None:
-        typer.echo(f"{proxy} is not used: a device connects to its server directly", err=True)
+    way = proxy_of(url, proxy)
     where = str(data or f"client {client} of {experiment}")
     trainer = TorchTrainer(load, threads, where=where)
     if trainer.runtime().name == "none":
@@ -113,6 +118,7 @@ def join(
         trainer,
         name=name,
         limit_bytes=daily_limit,
+        proxy=way,
         show=lambda event: typer.echo(printable(_told(event))),
     )
     if not whole:

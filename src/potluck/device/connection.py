@@ -9,7 +9,6 @@ jump of the machine's clock moves no deadline in the middle of the work.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import random
 import ssl
@@ -23,6 +22,7 @@ import httpx
 from potluck.core import ConfigError, ProtocolError, RefusedError
 from potluck.device.clock import Clock
 from potluck.device.home import Home
+from potluck.device.proxies import is_loopback
 from potluck.device.record import Record
 from potluck.device.tls import client_context
 from potluck.protocol import (
@@ -95,6 +95,7 @@ class Connection:
         record: Record,
         clock: Clock,
         *,
+        proxy: str | None = None,
         uniform: Callable[[float, float], float] = _CHANCE.uniform,
     ) -> None:
         self._url = check_url(url, certificate)
@@ -105,9 +106,8 @@ class Connection:
         self._clock = clock
         self._uniform = uniform
         self._offset_ms = clock.now_ms() - _elapsed_ms(clock)  # of the server's time, as known
-        # Neither proxies nor .netrc from the environment: the pin is on this very connection.
-        self._client = httpx.Client(
-            verify=client_context(certificate), timeout=_TIMEOUT, trust_env=False
+        self._client = httpx.Client(  # nothing else of the environment: no .netrc
+            verify=client_context(certificate), timeout=_TIMEOUT, trust_env=False, proxy=proxy
         )
 
     def __enter__(self) -> Connection:
@@ -312,20 +312,13 @@ def check_url(url: str, certificate: str | None) -> httpx.URL:
             f"the server's address must look like https://host:port, got url={url!r}. "
             "Copy it from what `potluck serve` printed."
         )
-    if found.scheme == "http" and not _is_loopback(found.host):
+    if found.scheme == "http" and not is_loopback(found.host):
         raise ConfigError(f"plain http is for this machine alone, got url={url!r}. Use https://.")
     if found.scheme == "http" and certificate is not None:
         raise ConfigError(
             f"the invitation names a certificate, got url={url!r} without TLS. Use https://."
         )
     return found
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_answer(response: httpx.Response) -> bytes:

@@ -47,6 +47,7 @@ def join(
     clock: Clock | None = None,
     limit_bytes: int | None = None,
     offers: tuple[str, ...] = OFFERS,
+    proxy: str | None = None,
 ) -> Generator[Event]:
     """Take part in the run of an invitation until it is over.
 
@@ -55,6 +56,7 @@ def join(
         folder: the device's own; see `Home`.
         limit_bytes: the most that it sends in a day.
         offers: what it accepts: codecs, and `inline` for small vectors inside messages.
+        proxy: the http://host:port of an HTTP proxy that leads to the server.
 
     Raises:
         ConfigError: no invitation and not enrolled, or enrolled elsewhere; or the data do not fit
@@ -81,7 +83,7 @@ def join(
             invited = parse_invitation(invitation)
             home.expect(invited.token)
             pins = (invited.certificate, invited.server_key)
-            with Connection(url, *pins, home, record, clock) as connection:
+            with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
                 try_data(invited, home, connection, trainer)
                 enrolment = enrol(url, invited, home, connection, trainer, name)
             yield Event("enrolled", 0, f"in {enrolment.run}")
@@ -89,7 +91,7 @@ def join(
             _check_same(enrolment, parse_invitation(invitation), home)
         # A server may move; its certificate, run and key may not.
         pins = (enrolment.certificate, enrolment.server_key)
-        with Connection(url, *pins, home, record, clock) as connection:
+        with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
             sensor = sensor or LinuxSensor()
             agent = Agent(home, enrolment, connection, record, trainer, sensor, clock, offers)
             yield from agent.work()
@@ -105,6 +107,7 @@ def run_until_stopped(
     *,
     name: str | None,
     limit_bytes: int | None,
+    proxy: str | None,
     show: Callable[[Event], None],
 ) -> bool:
     """Take part until the run is over, or SIGTERM or Ctrl-C comes; whether it is over.
@@ -119,7 +122,14 @@ def run_until_stopped(
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         events = join(
-            url, invitation, folder, trainer, name=name, clock=clock, limit_bytes=limit_bytes
+            url,
+            invitation,
+            folder,
+            trainer,
+            name=name,
+            clock=clock,
+            limit_bytes=limit_bytes,
+            proxy=proxy,
         )
         with closing(events):
             for event in events:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fleet import Fleet
+from potluck.core import sample_cohort
 from potluck.server import Wait
 
 
@@ -36,6 +38,111 @@ def test_the_round_goes_on_at_once_without_a_device_that_cannot_train(places, se
     fleet.round(others)
     assert committed(fleet) == [3, 3]
     assert fleet.service.status(fleet.run)["state"] == "running"
+    fleet.service.close()
+
+
+@pytest.mark.parametrize("selection", ["open", "sampled"])
+@pytest.mark.parametrize("works", [False, True])
+def test_the_round_goes_on_at_once_without_a_device_that_was_revoked(places, selection, works):
+    settings = {"selection": selection, "minimum": 1.0, "population": 4, "attempts": 1}
+    fleet = Fleet(*places(), count=4, **settings)
+    fleet.service.tick()
+    if works:
+        fleet.assign(fleet.devices[2])
+    fleet.service.revoke(fleet.devices[2], actor="test")
+    others = [device for device in fleet.devices if device != fleet.devices[2]]
+    fleet.round(others)  # no time has passed
+    fleet.round(others)
+    assert committed(fleet) == [3, 3]
+    assert fleet.service.status(fleet.run)["state"] == "running"
+    fleet.service.close()
+
+
+def test_what_a_revoked_device_had_reported_counts(tmp_path):
+    fleet = Fleet(*local(tmp_path), count=3, selection="sampled", minimum=1.0, population=3)
+    fleet.service.tick()
+    fleet.take_part(fleet.devices[0])
+    fleet.service.revoke(fleet.devices[0], actor="test")
+    fleet.round(fleet.devices[1:])
+    assert committed(fleet) == [3]
+    fleet.service.close()
+
+
+def lapse(fleet: Fleet) -> None:
+    """Let the round that is open run out of time."""
+    id = (fleet.status()["open"] or {}).get("id")
+    for _ in range(2):  # the selection, the reports
+        if (fleet.status()["open"] or {}).get("id") == id:
+            fleet.clock.pass_(650)
+            fleet.service.tick()
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_drawn_device_that_is_silent_twice_is_drawn_no_more_until_it_is_back(places, begins):
+    settings = {"selection": "sampled", "minimum": 1.0, "population": 3, "attempts": 2}
+    fleet = Fleet(*places(), count=3, **settings)
+    fleet.service.tick()
+    if begins:
+        fleet.assign(fleet.devices[0])  # and is switched off
+    for _ in range(2):
+        for device in fleet.devices[1:]:
+            fleet.take_part(device)
+        lapse(fleet)
+    for _ in range(2):
+        fleet.round(fleet.devices[1:])
+    assert committed(fleet) == [2, 2]
+    status = fleet.service.status(fleet.run)
+    assert (status["state"], status["left"]) == ("running", 1)
+    assert isinstance(fleet.service.check_in(fleet.devices[0]), Wait)  # not in this round
+    fleet.round(fleet.devices[1:])
+    fleet.round()
+    assert committed(fleet) == [2, 2, 2, 3]
+    fleet.service.close()
+
+
+def test_where_nobody_is_there_a_sampled_run_waits_and_is_not_paused(tmp_path):
+    fleet = Fleet(*local(tmp_path), count=4, selection="sampled", goal=2, attempts=1)
+    fleet.service.tick()
+    for _ in range(9):
+        lapse(fleet)
+    status = fleet.service.status(fleet.run)
+    assert (status["state"], status["open"], status["left"]) == ("running", None, 4)
+    for device in fleet.devices:
+        assert isinstance(fleet.service.check_in(device), Wait)
+    fleet.service.tick()
+    cohort = json.loads(fleet.service.status(fleet.run)["open"]["cohort"])
+    fleet.round([fleet.devices[client] for client in cohort])
+    assert committed(fleet) == [2]
+    fleet.service.close()
+
+
+def test_another_attempt_draws_anew(tmp_path):
+    fleet = Fleet(*local(tmp_path), count=40, selection="sampled", goal=20, attempts=10)
+    drawn = []
+    for _ in range(3):
+        fleet.service.tick()
+        drawn.append(json.loads(fleet.service.status(fleet.run)["open"]["cohort"]))
+        for client in drawn[-1]:
+            fleet.service.check_in(fleet.devices[client])
+        lapse(fleet)
+    assert drawn[0] == sample_cohort(40, 20, seed=0, round=1).tolist()  # of the simulation
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    fleet.service.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_round_whose_slots_were_taken_ends_at_its_report_deadline(tmp_path, waits):
+    fleet = Fleet(*local(tmp_path), count=4, minimum=0.5, report_seconds=4.0)
+    fleet.service.tick()
+    works = [fleet.assign(device) for device in fleet.devices]
+    if waits:  # the server looks before they fail, or only afterwards
+        fleet.service.tick()
+    for device, work in zip(fleet.devices[1:], works[1:], strict=True):
+        fleet.service.fail(device, work.assignment, "error")
+    fleet.service.tick()
+    fleet.clock.pass_(5)
+    fleet.service.tick()
+    assert fleet.status()["open"]["attempt"] == 2
     fleet.service.close()
 
 

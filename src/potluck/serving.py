@@ -34,6 +34,7 @@ _WAITS = "waiting for a server in {} to start, at most {:g} s (Ctrl-C ends this)
 _WHY_LEFT = {
     "unsupported": "cannot train: its data do not fit",
     "no_data": "cannot train: it has no data",
+    "silent": "silent in two rounds: left out until it is back",
 }
 
 
@@ -426,7 +427,7 @@ def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _counted(told: dict[str, Any]) -> str:
     left, needed = told["left"], told["population"]
-    counted = str(told["devices"]) + (f", {left} of them cannot train" if left else "")
+    counted = str(told["devices"]) + (f", {left} of them silent or unable to train" if left else "")
     waits = told["state"] == "running" and told["devices"] < needed
     return counted + (f"; the first round waits for {needed}" if waits else "")
 

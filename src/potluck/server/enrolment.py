@@ -18,9 +18,9 @@ from typing import NamedTuple
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from potluck.core import RefusedError
-from potluck.server import audit, faults
+from potluck.server import audit, faults, leaving
 from potluck.server.database import Database, one
-from potluck.server.tables import assignments, devices, runs, tokens
+from potluck.server.tables import devices, runs, tokens
 
 
 class Enrolled(NamedTuple):
@@ -143,9 +143,7 @@ def revoke(database: Database, device: str, now: int, *, actor: str) -> None:
                     "unknown", f"no such device: {device!r}. `potluck devices` lists them."
                 )
             return
-        active = (assignments.c.device == device) & (assignments.c.state == "active")
-        values = {"state": "failed", "reason": "the device was revoked"}
-        db.execute(update(assignments).where(active).values(values))
+        leaving.revoked(db, device, now)
         audit.append(db, now, actor, "revoke", device=device)
 
 

@@ -15,6 +15,7 @@ from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
 from potluck.server import faults
 from potluck.server.commit import Works, commit_round
+from potluck.server.leaving import note_silent
 from potluck.server.look import open_round_of
 from potluck.server.rounds import (
     abandon_round,
@@ -96,11 +97,12 @@ def _move(works: Works, id: str, round_id: str) -> None:
         round = db.execute(here.with_for_update()).one()
         step, reason = due(round, count(db, round), now)
         settings = settings_of(run.settings)
+        silent = step in ("close", "abandon") and note_silent(db, round)
         if step == "train":
             start_training(db, round, settings, now)
         elif step == "close":
             close_round(db, round.id, "the round closed")
         elif step == "abandon":
-            abandon_round(db, run, round, reason, now)
+            abandon_round(db, run, round, reason, now, excused=silent)
     if step != "wait":
         faults.reach(f"{step}.after")

@@ -18,12 +18,20 @@ from sqlalchemy import BindParameter, Connection, Row, bindparam, func, insert, 
 
 from potluck.core import RefusedError, derive_seed
 from potluck.server.settings import RoundSettings, milliseconds, settings_of
-from potluck.server.tables import OPEN_ROUND, assignments, devices, models, reports, rounds, runs
+from potluck.server.tables import (
+    OPEN_ROUND,
+    TAKING,
+    assignments,
+    devices,
+    models,
+    reports,
+    rounds,
+    runs,
+)
 
 WaitReason = Literal[
     "no round", "slots taken", "not selected", "reported", "not eligible", "paused", "failed"
 ]
-TAKING = ("SELECTING", "TRAINING")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +125,7 @@ class Look:
         self._round = open_round_of(db, run)
         cohort = None if self._round is None else self._round.cohort
         self._cohort = None if cohort is None else set(json.loads(cohort))
-        self._length = _usual_seconds(db, run) if before is None else before._length
+        self._length = usual_seconds(db, run) if before is None else before._length
         self._start, self._window = self._pace()
 
     def lock(self) -> None:
@@ -127,11 +135,11 @@ class Look:
             self._has_seen = False
 
     def left(self, names: Sequence[str]) -> list[str]:
-        """Those that had said that they cannot train."""
+        """Those that were not counted on: they could not train, or were silent."""
         return [name for name in names if name in self._members and self._members[name].left]
 
     def expect(self, names: Sequence[str]) -> None:
-        """Count on these again, where they had said that they cannot train: they ask for work."""
+        """Count on these again: they ask for work."""
         back = self.left(names)
         if back:
             self._db.execute(update(devices).where(devices.c.id.in_(back)).values(left=None))
@@ -191,7 +199,7 @@ class Look:
         round = self._round
         if not self._new or round is None:
             return
-        if round.selection_deadline_ms is None:  # the first device starts the clock
+        if round.started_ms is None:  # the first device starts the clock
             deadline = self._now + milliseconds(self._settings.selection_seconds)
             self._db.execute(_START, {"round": round.id, "deadline": deadline, "now": self._now})
         self._db.execute(_ASSIGN, self._new)
@@ -287,7 +295,7 @@ def revoked() -> RefusedError:
     return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
 
 
-def _usual_seconds(db: Connection, run: str) -> float:
+def usual_seconds(db: Connection, run: str) -> float:
     """The median length of the last five committed rounds; 0 before the second.
 
     A round begins with its first device: that nobody came says nothing. The first round is left
@@ -352,6 +360,6 @@ _MODEL = select(models.c.sha256, models.c.content).where(
 _ASSIGN = insert(assignments)
 _START = (
     update(rounds)
-    .where(rounds.c.id == bindparam("round"), rounds.c.selection_deadline_ms.is_(None))
+    .where(rounds.c.id == bindparam("round"), rounds.c.started_ms.is_(None))
     .values(selection_deadline_ms=bindparam("deadline"), started_ms=bindparam("now"))
 )

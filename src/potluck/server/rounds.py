@@ -3,8 +3,9 @@
     SELECTING ──→ TRAINING ──→ AGGREGATING ──→ COMMITTED
         └─────────────┴──────→ ABANDONED(reason)
 
-    SELECTING    devices that check in get a slot and start at once. It ends when the slots are
-                 taken, or `selection_seconds` after the first device.
+    SELECTING    devices that check in get a slot and start at once. It ends when the slots were
+                 taken, or `selection_seconds` after the first device. A drawn cohort of which none
+                 comes has as long as devices may have been told to wait, and `selection_seconds`.
     TRAINING     ends `report_seconds` later. A slot whose lease ran out, or whose device failed,
                  goes to the next device that checks in.
     AGGREGATING  the accepted set is frozen; the model is made from it (`commit`).
@@ -32,7 +33,8 @@ from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, u
 from potluck.core import derive_seed, sample_cohort
 from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
-from potluck.server.leaving import Present, goal_among, is_left, present
+from potluck.server.leaving import Present, goal_among, is_excused, present
+from potluck.server.look import usual_seconds
 from potluck.server.settings import RoundSettings, milliseconds, settings_of
 from potluck.server.tables import ACTIVE, OPEN_ROUND, assignments, devices, reports, rounds, runs
 
@@ -49,6 +51,7 @@ class Counts(NamedTuple):
 
     active: int
     reported: int
+    taken: int  # slots that were given, also to devices that failed or were silent
     absent: int  # invited by name, and not to come any more; 0 where anybody may come
 
 
@@ -69,6 +72,8 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
         return None
     slots = math.ceil(goal * settings.over_selection - 1e-9) if cohort is None else goal
     id = secrets.token_hex(16)
+    away = max(settings.pace_seconds, population / 100) + usual_seconds(db, run.id)
+    patience = milliseconds(settings.selection_seconds + away)
     values = {
         "id": id,
         "run": run.id,
@@ -82,6 +87,7 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
         "slots": slots,
         "version": run.version,
         "cohort": None if cohort is None else to_json(cohort),
+        "selection_deadline_ms": None if cohort is None else now + patience,
         "opened_ms": now,
         "swept": False,
     }
@@ -105,14 +111,17 @@ def close_round(db: Connection, round: str, why: str = ENOUGH) -> None:
     faults.reach("close.inside")
 
 
-def abandon_round(db: Connection, run: Row[Any], round: Row[Any], reason: str, now: int) -> None:
+def abandon_round(
+    db: Connection, run: Row[Any], round: Row[Any], reason: str, now: int, *, excused: bool = False
+) -> None:
     """SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
     if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
         return
     _end_assignments(db, round.id, "the round was abandoned")
     settings = settings_of(run.settings)
-    # A pause is not the devices' fault, and who left fails no further round.
-    strikes = run.strikes + (run.state == "running" and not is_left(db, round.id))
+    # A pause is not the devices' fault, and who is gone fails no further round.
+    excused = excused or run.state != "running" or is_excused(db, round.id)
+    strikes = run.strikes + (not excused)
     changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
     if strikes >= settings.attempts and round.kind == "evaluate":
         changes = {"attempt": 1, "strikes": 0, "evaluated": round.number}
@@ -174,8 +183,8 @@ def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
         return "abandon", f"{why}: {counts.reported} reports of at least {round.minimum}"
     if round.state == "SELECTING":
         selected = counts.active + counts.reported
-        if selected + counts.absent >= round.slots:
-            return "train", "all slots are taken"
+        if max(counts.taken, selected + counts.absent) >= round.slots:
+            return "train", "all slots were taken"
         if round.selection_deadline_ms is not None and now >= round.selection_deadline_ms:
             if selected >= round.minimum:
                 return "train", "the selection deadline passed"
@@ -186,16 +195,15 @@ def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
 
 def count(db: Connection, round: Row[Any]) -> Counts:
     """Count the devices of a round."""
-    active, reported = db.execute(_COUNTS, {"round": round.id}).one()
+    active, reported, taken = db.execute(_COUNTS, {"round": round.id}).one()
     absent = len(_absent(db, round)) if round.cohort is not None else 0
-    return Counts(active, reported, absent)
+    return Counts(active, reported, taken, absent)
 
 
-_ACTIVE = select(func.count()).where(
-    assignments.c.round == bindparam("round"), assignments.c.state == "active"
-)
+_TAKEN = select(func.count()).where(assignments.c.round == bindparam("round"))
+_ACTIVE = _TAKEN.where(assignments.c.state == "active")
 _REPORTED = select(func.count()).where(reports.c.round == bindparam("round"))
-_COUNTS = select(_ACTIVE.scalar_subquery(), _REPORTED.scalar_subquery())
+_COUNTS = select(_ACTIVE.scalar_subquery(), _REPORTED.scalar_subquery(), _TAKEN.scalar_subquery())
 
 
 def settle(db: Connection, run: Row[Any], round: Row[Any], *, version: int) -> None:
@@ -217,7 +225,7 @@ def _cohort(
 ) -> list[int] | None:
     """The client indices of a sampled round: for training, those of the simulation.
 
-    They are drawn among the devices that are expected; without any, there is no cohort.
+    They are drawn among the devices that are expected, and anew for another attempt.
     """
     if settings.selection == "open":
         return None
@@ -226,21 +234,19 @@ def _cohort(
     size = min(settings.goal_of(expected), expected)
     if size == 0:
         return []
+    if run.attempt > 1:
+        seed = derive_seed(seed, "attempt", run.attempt)
     drawn = sample_cohort(expected, size, seed=seed, round=number)
     return [here.clients[place] for place in drawn]
 
 
 def _absent(db: Connection, round: Row[Any]) -> list[int]:
-    """The invited clients that failed in this round or were revoked, without a report."""
+    """The drawn clients that failed in this round, without a report."""
     failed = select(assignments.c.client).where(
         assignments.c.round == round.id, assignments.c.state == "failed"
     )
-    revoked = select(devices.c.client).where(
-        devices.c.run == round.run, devices.c.revoked_ms.is_not(None)
-    )
-    gone = {*db.scalars(failed), *db.scalars(revoked)} & set(json.loads(round.cohort))
     done = select(reports.c.client).where(reports.c.round == round.id)
-    return sorted(gone - {*db.scalars(done)})
+    return sorted({*db.scalars(failed)} & {*json.loads(round.cohort)} - {*db.scalars(done)})
 
 
 def _move(db: Connection, round: Row[Any], state: str, **changes: Any) -> bool:

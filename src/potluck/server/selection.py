@@ -20,7 +20,6 @@ from potluck.server.database import Database, one
 from potluck.server.enrolment import note_sequences
 from potluck.server.leaving import REASONS, leave
 from potluck.server.look import (
-    TAKING,
     Asked,
     Assigned,
     Attributes,
@@ -32,7 +31,7 @@ from potluck.server.look import (
     unknown_device,
 )
 from potluck.server.settings import settings_of
-from potluck.server.tables import assignments, devices, rounds, runs
+from potluck.server.tables import TAKING, assignments, devices, rounds, runs
 
 
 def check_in(

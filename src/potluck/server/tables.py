@@ -46,6 +46,7 @@ metadata = MetaData(
 )
 
 OPEN = ("SELECTING", "TRAINING", "AGGREGATING")
+TAKING = ("SELECTING", "TRAINING")
 # As texts, since a partial index serves a query that has its very words, and no bound value.
 OPEN_ROUND = text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')")
 ACTIVE = text("state = 'active'")
@@ -129,7 +130,7 @@ devices = Table(
     Column("enrolled_ms", BigInteger, nullable=False),
     Column("seen_ms", BigInteger, nullable=False),  # of its last signed request
     Column("revoked_ms", BigInteger),
-    Column("left", String(32)),  # why it said that it cannot train; NULL: it is expected
+    Column("left", String(32)),  # why it is not expected (`leaving`); NULL: it is
     Index("uq_devices_client", "run", "client", unique=True),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,6 +83,7 @@ def join(
     from potluck.device import TorchTrainer, check_own, one_client, read_own, run_until_stopped
     from potluck.device.proxies import proxy_of
 
+    os.umask(0o077)
     if (data is None) == (experiment is None):
         raise ValueError("either --data or --experiment must be given. Name where the data are.")
 

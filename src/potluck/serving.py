@@ -5,6 +5,7 @@ All but `serve` are thin clients of the admin socket in the server's folder.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def serve(
     from potluck.server.logs import log_to_stderr
     from potluck.server.settings import in_words
 
+    os.umask(0o077)  # updates and keys are the server's alone, wherever they are
     options = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
     changes = [f"server.{name}={value}" for name, value in options.items() if value is not None]
     given = [*(overrides or []), *changes]

@@ -31,6 +31,7 @@ from potluck.server import faults
 PIECE_BYTES = 1 << 17
 """Of a blob at once in memory: for each of the devices that download, and twice more with TLS."""
 _STALE_SECONDS = 3600
+_KINDS = {"models", "optimizers", "parts", "reports", "temporary"}
 
 
 class LostError(StorageError):
@@ -102,6 +103,7 @@ class FolderStore:
         with _disk_errors():
             for path in (self._folder, self._parts, self._temporary):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)  # updates are private
+            self._close()
             self._sweep()
 
     def put(self, key: str, pieces: Iterable[bytes]) -> None:
@@ -220,6 +222,15 @@ class FolderStore:
         except OSError:
             return False
         return is_well
+
+    def _close(self) -> None:
+        """Keep others out of what they could read; of the folder too, if nothing else is in it."""
+        inside = {path.name for path in self._folder.iterdir()}
+        folders = [self._folder / name for name in inside & _KINDS]
+        for folder in folders + [self._folder] * (inside <= _KINDS):
+            found = folder.stat()
+            if found.st_mode & 0o077 and found.st_uid == os.getuid():
+                folder.chmod(0o700)
 
     def _sweep(self) -> None:
         """Remove what killed processes left half-written."""

@@ -163,6 +163,11 @@ def _engine(url: str) -> Engine:
 def _configure(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself: `_begin` does
     cursor = connection.cursor()
+    file = Path(cursor.execute("PRAGMA database_list").fetchone()[2])
+    for path in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
+        with contextlib.suppress(OSError):  # another user's, or not there: SQLite says so
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
     settings = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
     for setting in (*settings, f"cache_size = -{_CACHE_KIB}"):
         cursor.execute(f"PRAGMA {setting}")

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def library(what: str, sources: tuple[Path, ...]) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_made(sources)))
     except (OSError, subprocess.SubprocessError) as error:
-        _LOG.info("%s are not compiled: %s", what, str(error).splitlines()[0])
+        level = logging.WARNING if isinstance(error, PermissionError) else logging.INFO
+        _LOG.log(level, "%s are not compiled: %s", what, str(error).splitlines()[0])
         return None
 
 
@@ -78,6 +80,21 @@ def call(function: Any, *arguments: Any) -> None:
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
+def compiled_folder() -> Path:
+    """Where compiled code is kept, which runs with this user's rights: nobody else may write there.
+
+    Raises:
+        OSError: somebody else might have, or it cannot be made.
+    """
+    folder = cache_folder() / "compiled"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_ours(folder.parent, stat.S_ISVTX)  # whoever may rename there could put another in place
+    _check_ours(folder)
+    if os.name == "posix" and folder.stat().st_uid == os.getuid():
+        folder.chmod(0o700)
+    return folder
+
+
 def warn(what: str) -> None:
     """Say that a library is left out, for it does not do what PyTorch does."""
     _LOG.warning(
@@ -99,10 +116,11 @@ def _made(sources: tuple[Path, ...]) -> Path:
     texts = [path.read_text(encoding="utf-8") for path in sources]
     about = "\n".join([*texts, compiler, *FLAGS, _processor()])
     digest = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
-    folder = cache_folder() / "compiled"
+    folder = compiled_folder()
     path = folder / f"{sources[0].stem}-{digest}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        _check_ours(path)
+    else:
         with tempfile.TemporaryDirectory(dir=folder) as made:
             target = Path(made) / path.name
             subprocess.run(
@@ -113,6 +131,20 @@ def _made(sources: tuple[Path, ...]) -> Path:
             )
             target.replace(path)  # at once: others may be looking for it
     return path
+
+
+def _check_ours(path: Path, enough: int = 0) -> None:
+    """Refuse what another user than root owns, or all users may change, unless a bit of its mode is
+    `enough` to keep them from it."""
+    if os.name != "posix":
+        return
+    found = path.stat()
+    is_open = found.st_mode & 0o002 and not found.st_mode & enough
+    if found.st_uid not in (0, os.getuid()) or is_open:
+        raise PermissionError(
+            f"{path} must be this user's, and no other's to write to, got uid={found.st_uid} and "
+            f"mode={found.st_mode & 0o7777:o}. Remove it, or name another folder in POTLUCK_CACHE"
+        )
 
 
 def _processor() -> str:

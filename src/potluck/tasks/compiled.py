@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from potluck.tasks.files import cache_folder
+from potluck.tasks.building import compiled_folder
 
 AFTER_SECONDS = 30.0
 _LOG = logging.getLogger("potluck")
@@ -89,7 +89,7 @@ class CompiledLater:
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # In a folder of the user's that outlives the run; without processes that outlive the call.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     import torch._inductor.config as settings  # slow to import
 
     settings.compile_threads = 1

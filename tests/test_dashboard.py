@@ -261,7 +261,9 @@ def test_sections_tell_the_rounds_of_the_database(fleet):
     told = showing.look().sections
     assert "the selection deadline passed: 1 devices of at least 3" in told["abandoned"]
     assert "<svg" in told["charts"]
-    assert 'aria-label="Loss, after round 1: training: 0.5"' in told["charts"]
+    assert (
+        'aria-label="Loss, after round 1: training: 0.5; training, median: 0.5"' in told["charts"]
+    )
 
 
 def test_reports_are_divided_among_device_classes(fleet):

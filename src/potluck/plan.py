@@ -139,6 +139,13 @@ def read_plan(content: Any) -> Plan:
         ) from None
 
 
+def metrics_of(task: PlannedTask) -> frozenset[str]:
+    """The names of what a device measures of a plan's task: the means over its examples."""
+    if task.padding is not None:
+        return frozenset(("loss", "accuracy", "accuracy_after_first"))
+    return frozenset(("loss", "accuracy" if task.num_classes else "mae"))
+
+
 def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
     """The task of a plan over data, which may be one device's. Imports PyTorch.
 

@@ -179,7 +179,8 @@ def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
             str(row["number"]),
             str(row["attempt"]),
             str(row["accepted"]),
-            f"{row['loss']:.4f}",
+            _score("loss", row["loss"]),
+            _score("loss", row["median_loss"]),
             _score(metric, metrics.get(row["number"], {}).get(metric)),
         )
         for row in told["rounds"]
@@ -187,7 +188,7 @@ def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
     ]
     if rows:
         typer.echo()
-        show_table(("round", "attempt", "reports", "loss", f"test {metric}"), rows)
+        show_table(("round", "attempt", "reports", "loss", "median loss", f"test {metric}"), rows)
 
 
 @app.command()
@@ -437,8 +438,13 @@ def _counted(told: dict[str, Any]) -> str:
 def _score(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4f}"
+    if metric == "accuracy":
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _moment(milliseconds: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(milliseconds / 1000))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(milliseconds / 1000))
+    except (ValueError, OverflowError, OSError):
+        return "-"

@@ -5,7 +5,7 @@ A score that is not a finite number is no result: it reaches no target and is ne
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
@@ -15,7 +15,7 @@ from potluck.core.direction import higher_is_better
 
 def is_result(score: Any) -> TypeGuard[float]:
     """Whether a score is a finite number."""
-    return isinstance(score, int | float) and math.isfinite(score)
+    return isinstance(score, int | float) and abs(score) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from starlette.routing import Route as Path
 from starlette.types import ASGIApp
 
 from potluck.core import ProtocolError
+from potluck.core.plain_json import plain
 from potluck.protocol import Invitation, encode_invitation, public_key
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
 from potluck.server.app import error_handlers
@@ -195,4 +196,4 @@ def _word(asked: dict[str, Any], name: str, default: str) -> str:
 
 
 def _json(value: Any) -> Response:
-    return Response(encode_json(value), media_type="application/json")
+    return Response(encode_json(plain(value)), media_type="application/json")

@@ -22,6 +22,7 @@ from potluck.core import FixedPointMean, ProtocolError, RefusedError, Spec, Stor
 from potluck.core.averaging import RANGE, WIDE_RANGE
 from potluck.protocol import Codec, decode_blocks
 from potluck.server import faults
+from potluck.server.scoring import MAX_SCORE
 from potluck.server.settings import RoundSettings
 
 BLOCK = 1 << 18  # entries
@@ -52,10 +53,10 @@ def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_ste
             "bad_update",
             f"weight must be above 0 and at most {settings.max_weight:g}, got weight={weight!r}.",
         )
-    if not math.isfinite(loss) or num_steps < 0:
+    if not abs(loss) <= MAX_SCORE or num_steps < 0:
         raise RefusedError(
             "bad_update",
-            f"loss must be finite and num_steps not negative, got loss={loss!r}, "
+            f"loss must be within ±{MAX_SCORE:g} and num_steps not negative, got loss={loss!r}, "
             f"num_steps={num_steps!r}.",
         )
 

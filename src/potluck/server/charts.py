@@ -6,6 +6,7 @@ Leather draws them; its attributes give way to the stylesheet, so one drawing se
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ Points = Sequence[tuple[int, float]]
 
 WIDTH, HEIGHT = 440, 260
 MAX_POINTS = 240
-_COLORS = ("#2563eb", "#d97706", "#059669", "#db2777")
-_DASHES = ("none", "6,3", "2,3", "8,3,2,3")
+_FARTHEST = 1e15  # Leather counts in decimals of 28 digits
+_COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b")
+_DASHES = ("none", "6,3", "2,3", "8,3,2,3", "4,2", "1,2")
 _DIGITS = re.compile(r"(\d+\.\d\d)\d+")
 
 
@@ -34,7 +36,8 @@ def draw(
         top: of the vertical axis; None: of the highest point.
         label: a number of the vertical axis in words.
     """
-    shown = {name: thin(points) for name, points in curves.items() if points}
+    shown = {name: thin(_drawable(points)) for name, points in curves.items()}
+    shown = {name: points for name, points in shown.items() if points}
     if not shown:
         return ""
     everything = [point for points in shown.values() for point in points]
@@ -70,10 +73,15 @@ def thin(points: Points) -> Points:
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
+def _drawable(points: Points) -> Points:
+    """Those that have a place: finite ones, as far as numbers have digits for an axis."""
+    return [(n, min(max(v, -_FARTHEST), _FARTHEST)) for n, v in points if math.isfinite(v)]
+
+
 def _ticks(last: int) -> list[int]:
     step = next(
         step
-        for power in range(10)
+        for power in range(20)
         for step in (10**power, 2 * 10**power, 5 * 10**power)
         if last / step <= 5
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from potluck.server.blobs import PIECE_BYTES, BlobStore
 from potluck.server.database import Database
 from potluck.server.reports import drop_parts
 from potluck.server.rounds import abandon_round, open_round, settle
+from potluck.server.scoring import measured
 from potluck.server.tables import (
     UNSWEPT,
     assignments,
@@ -198,8 +200,9 @@ def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
         if not _settle(db, works, run, round, version=run.version):
             return
         opened = _go_on(db, works, run)
-        metrics = _metrics([json.loads(row.metrics) for row in accepted])
-        insert_evaluation(db, run.id, round.number, "federated", metrics, works.now(), accepted)
+        found = measured([json.loads(row.metrics) for row in accepted])
+        place = (run.id, round.number, "federated", found.means, works.now())
+        insert_evaluation(db, *place, num_devices=len(accepted), medians=found.medians)
         here = (models.c.run == run.id) & (models.c.version == round.version)
         base = db.execute(select(models).where(here)).one()
         _enter(db, works, run, round, accepted, run.version, base.sha256, base.num_bytes)
@@ -216,22 +219,15 @@ def insert_evaluation(
     kind: str,
     metrics: Mapping[str, float],
     now: int,
-    accepted: list[Any] | None = None,
+    *,
+    num_devices: int = 0,
+    medians: Mapping[str, float] | None = None,
 ) -> None:
     """The row of an evaluation, central or federated."""
-    values = {"run": run, "round": round, "kind": kind, "created_ms": now}
-    values |= {"metrics": to_json(metrics), "num_devices": len(accepted or [])}
+    values: dict[str, Any] = {"run": run, "round": round, "kind": kind, "created_ms": now}
+    values |= {"metrics": to_json(metrics), "num_devices": num_devices}
+    values["medians"] = None if medians is None else to_json(medians)
     db.execute(insert(evaluations).values(values))
-
-
-def _metrics(reported: list[dict[str, list[float]]]) -> dict[str, float]:
-    """The mean over all examples of all devices that reported a metric, in any order the same."""
-    names = sorted({name for metrics in reported for name in metrics})
-    means: dict[str, float] = {}
-    for name in names:
-        pairs = [metrics[name] for metrics in reported if name in metrics]
-        means[name] = math.fsum(p[0] for p in pairs) / math.fsum(p[1] for p in pairs)
-    return means
 
 
 def _accepted(db: Connection, round: Row[Any]) -> list[Row[Any]]:
@@ -265,7 +261,7 @@ def _enter(
     sent = select(func.count()).where(assignments.c.round == round.id)
     downlink = (db.scalar(sent) or 0) * model_bytes
     place = {"round": round.id, "run": run.id, "kind": round.kind, "number": round.number}
-    digest = accepted_digest(accepted)
+    digest, is_train = accepted_digest(accepted), round.kind == "train"
     values = place | {
         "attempt": round.attempt,
         "version": version,
@@ -273,7 +269,8 @@ def _enter(
         "accepted": len(accepted),
         "accepted_sha256": digest,
         "weight": weight,
-        "loss": loss if round.kind == "train" else None,
+        "loss": loss if is_train else None,
+        "median_loss": statistics.median(row.loss for row in accepted) if is_train else None,
         "uplink_bytes": sum(row.num_bytes for row in accepted),
         "downlink_bytes": downlink,
         "committed_ms": works.now(),

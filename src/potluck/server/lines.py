@@ -61,9 +61,13 @@ def round_line(row: RoundRow, num_rounds: int) -> str:
     devices = f"{row.tally.reported} of {row.goal} device{'s' * (row.goal != 1)}"
     values = {} if row.loss is None else {"train loss": row.loss}
     values |= row.metrics
-    scores = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+    scores = "  ".join(f"{metric} {_said(value)}" for metric, value in values.items())
     seconds = ((row.closed_ms or row.opened_ms) - row.opened_ms) / 1000
     return f"{name}  {devices}  {scores}  {seconds:.1f} s"
+
+
+def _said(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _run_line(seen: Overview, is_first: bool) -> list[str]:

@@ -79,6 +79,7 @@ class RoundRow:
     closed_ms: int | None
     deadline_ms: int | None
     loss: float | None
+    median_loss: float | None
     uplink_bytes: int | None
     downlink_bytes: int | None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -121,7 +122,8 @@ class Past:
 
     def _made(self, row: Row[Any], tallies: Mapping[str, Tally]) -> RoundRow:
         names = ("id", "kind", "number", "attempt", "state", "reason", "goal", "minimum", "slots")
-        names += ("opened_ms", "closed_ms", "loss", "uplink_bytes", "downlink_bytes")
+        names += ("opened_ms", "closed_ms", "loss", "median_loss")
+        names += ("uplink_bytes", "downlink_bytes")
         selecting = row.state == "SELECTING"
         kind = "central" if row.kind == "train" else "federated"
         return RoundRow(
@@ -144,8 +146,9 @@ class Past:
             self.abandoned.append(row)
         elif row.kind == "train":
             self.history.append(row)
-            if row.loss is not None:
-                self.losses.setdefault("training", []).append((row.number, row.loss))
+            for name, loss in (("training", row.loss), ("training, median", row.median_loss)):
+                if loss is not None:
+                    self.losses.setdefault(name, []).append((row.number, loss))
 
     def _read_evaluations(self, db: Connection, run: str) -> None:
         """They are made in the order of their rounds, those of either kind."""
@@ -155,11 +158,13 @@ class Past:
             new &= evaluations.c.round > self._judged.get(kind, -1)
             for row in db.execute(select(evaluations).where(new).order_by(evaluations.c.round)):
                 self._judged[kind] = row.round
-                self._judge(kind, row.round, read_results(row.metrics))
+                metrics = read_results(row.metrics)
+                self._metrics[kind, row.round].update(metrics)
+                where = {"central": "test", "federated": "on devices"}[kind]
+                self._judge(where, row.round, metrics)
+                self._judge(f"{where}, median", row.round, read_results(row.medians or "{}"))
 
-    def _judge(self, kind: str, number: int, metrics: Mapping[str, float]) -> None:
-        self._metrics[kind, number].update(metrics)
-        where = {"central": "test", "federated": "on devices"}[kind]
+    def _judge(self, where: str, number: int, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
             name = where if metric in ("accuracy", "loss") else f"{metric}, {where}"
             curves = self.scores if higher_is_better(metric) else self.losses
@@ -261,7 +266,7 @@ def read_overview(db: Connection, run: str, now: int, past: Past) -> Overview:
 
 def _rounds_from(db: Connection, run: str, number: int) -> list[Row[Any]]:
     """The rounds from this number on, in the order in which they were opened."""
-    told = (ledger.c.loss, ledger.c.uplink_bytes, ledger.c.downlink_bytes)
+    told = (ledger.c.loss, ledger.c.median_loss, ledger.c.uplink_bytes, ledger.c.downlink_bytes)
     kinds = rounds.c.kind.in_(("train", "evaluate"))
     query = (
         select(rounds, *told)

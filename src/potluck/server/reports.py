@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from potluck.server.blobs import BlobStore, LostError
 from potluck.server.database import Database, one
 from potluck.server.look import TAKING
 from potluck.server.rounds import ENOUGH, close_round
+from potluck.server.scoring import checked_sums
 from potluck.server.selection import (
     check_not_over,
     extend_lease,
@@ -48,7 +48,7 @@ from potluck.server.selection import (
     known_assignment,
 )
 from potluck.server.settings import settings_of
-from potluck.server.tables import assignments, reports, rounds, uploads
+from potluck.server.tables import assignments, reports, rounds, runs, uploads
 from potluck.server.vectors import read_spec
 
 CHUNK_BYTES = 1 << 20
@@ -211,9 +211,6 @@ def report_metrics(
     Raises:
         RefusedError: unknown, late, conflict, bad_update.
     """
-    ok = all(math.isfinite(s) and math.isfinite(c) and c > 0 for s, c in metrics.values())
-    if not metrics or not ok:
-        raise RefusedError("bad_update", "metrics must be finite sums with counts above 0.")
     text = to_json({k: [float(v) for v in metrics[k]] for k in sorted(metrics)})
     digest = hashlib.sha256(text.encode()).hexdigest()
     with database.write() as db:
@@ -223,6 +220,9 @@ def report_metrics(
             return answer
         if found.kind != "evaluate":
             raise RefusedError("malformed", "this assignment asks for an update.")
+        plan = db.execute(select(runs.c.plan).where(runs.c.id == found.run)).scalar_one()
+        kept = checked_sums(metrics, plan)
+        text = to_json({name: list(kept[name]) for name in sorted(kept)})
         values = {"sha256": digest, "num_bytes": len(text), "codec": "json", "metrics": text}
         return _insert(db, found, values | {"weight": 1.0, "loss": 0.0, "num_steps": 0}, now)
 

@@ -539,7 +539,11 @@ class Service:
         query = select(evaluations).where(evaluations.c.run == run).order_by(evaluations.c.round)
         with self.database.read() as db:
             rows = db.execute(query.order_by(evaluations.c.kind)).all()
-        return [as_dict(row) | {"metrics": read_results(row.metrics)} for row in rows]
+        told = ("metrics", "medians")
+        return [
+            as_dict(row) | {name: read_results(getattr(row, name) or "{}") for name in told}
+            for row in rows
+        ]
 
     def _accepted(self, answer: reports.Accepted) -> reports.Accepted:
         if answer.is_goal:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from sqlalchemy import select
 
 from potluck.core.plain_json import to_json
+from potluck.core.target import is_result
 from potluck.server.charts import draw
 from potluck.server.overview import Overview, Past, Tally, read_mark, read_overview
 from potluck.server.service import Service
@@ -45,7 +46,8 @@ class Showing:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._pages.filters |= {"moment": moment, "size": size, "percent": percent, "span": span}
+        self._pages.filters |= {"moment": moment, "size": size, "percent": percent}
+        self._pages.filters |= {"span": span, "score": score}
 
     def look(self) -> Snapshot:
         """What to show now: one query where nothing has changed."""
@@ -87,8 +89,18 @@ class Showing:
 
 
 def moment(milliseconds: int) -> str:
-    """A time, in UTC."""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    """A time, in UTC; – for one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "–"
+
+
+def score(value: float | None) -> str:
+    """A loss with as many digits as are worth a look; – for none."""
+    if not is_result(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def size(num_bytes: float) -> str:

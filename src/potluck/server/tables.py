@@ -239,6 +239,7 @@ ledger = Table(
     Column("accepted_sha256", String(64), nullable=False),
     Column("weight", Float, nullable=False),
     Column("loss", Float),
+    Column("median_loss", Float),  # over the reports; NULL before there were any
     Column("uplink_bytes", BigInteger, nullable=False),
     Column("downlink_bytes", BigInteger, nullable=False),
     Column("committed_ms", BigInteger, nullable=False),
@@ -251,6 +252,7 @@ evaluations = Table(
     Column("round", Integer, primary_key=True, autoincrement=False),
     Column("kind", String(16), primary_key=True),  # central, federated
     Column("metrics", Text, nullable=False),  # JSON, name: value
+    Column("medians", Text),  # the same over devices, of a federated one
     Column("num_devices", Integer, nullable=False),
     Column("created_ms", BigInteger, nullable=False),
 )

@@ -32,17 +32,24 @@ class Tunnel(socketserver.BaseRequestHandler):
             return
         there = socket.create_connection(("127.0.0.1", self.server.to or int(words[1][-5:])))
         self.request.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        while True:
-            for source in select.select([self.request, there], [], [])[0]:
-                try:
-                    data = source.recv(65536)
-                except OSError:
-                    data = b""
-                if not data:
-                    there.close()
-                    return
-                self.server.seen.append(data)
-                (there if source is self.request else self.request).sendall(data)
+        with there:
+            pass_on(self.request, there, self.server.seen)
+
+
+def pass_on(one, other, seen=None):
+    """Hand bytes on both ways until either side has done."""
+    while True:
+        ready = getattr(one, "pending", int)() and [one]
+        for source in ready or select.select([one, other], [], [])[0]:
+            try:
+                data = source.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                return
+            if seen is not None:
+                seen.append(data)
+            (other if source is one else one).sendall(data)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

@@ -55,9 +55,9 @@ def description() -> dict[str, Any]:
     paths["/health"] = {
         "get": {
             "operationId": "GET /health",
-            "summary": "Whether the server can reach its database. Needs no signature.",
-            "responses": {"200": _answer("It can.", {"application/json": {"schema": health}})}
-            | _errors(("method", "overloaded", "internal", "unavailable")),
+            "summary": "Whether the server answers at all. Needs no signature.",
+            "responses": {"200": _answer("It does.", {"application/json": {"schema": health}})}
+            | _errors(("malformed", "method", "internal")),
         }
     }
     return {

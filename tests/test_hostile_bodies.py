@@ -22,7 +22,6 @@ import torch
 
 from hostile import written
 from potluck.protocol import ROUTES, STATUS, Error, Upload, encode_vector, parse_message
-from potluck.server.gate import BODY_SECONDS, STRANGER_SECONDS
 from remote import Served
 
 SOURCE = Path(__file__).parents[1] / "src" / "potluck"
@@ -234,36 +233,6 @@ def test_a_report_with_a_hostile_number_is_refused(served, change, codes):
     }  # fmt: skip
     answer = device.send("POST", "/v1/report", json.dumps(content | change).encode())
     assert refused(answer) in codes
-
-
-def test_a_stranger_who_is_slow_keeps_nobody_waiting(served):
-    """More slow newcomers than there are slots for devices; each is given up after its seconds."""
-    assert STRANGER_SECONDS < 5.0 < BODY_SECONDS
-    device, stranger = served.device(), served.caller()
-    sockets = []
-    try:
-        for _ in range(60):
-            signed = stranger.signed("POST", "/v1/enrol", b"x")
-            data = written("POST", "/v1/enrol", {"Host": stranger.authority} | signed, b"x")
-            data = data.replace(b"Content-Length: 1\r\n", b"Content-Length: 9\r\n")
-            context = ssl.create_default_context(cadata=served.home.certificate.read_text())
-            context.check_hostname = False
-            plain = socket.create_connection(("127.0.0.1", served.port), timeout=20)
-            sockets.append(context.wrap_socket(plain))
-            sockets[-1].sendall(
-                data.replace(b"\r\n\r\n", b"\r\nContent-Type: application/json\r\n\r\n", 1)
-            )
-        started = time.monotonic()
-        for _ in range(10):
-            device.check_in()
-        assert time.monotonic() - started < STRANGER_SECONDS
-        answer = b""
-        while piece := sockets[0].recv(65_536):  # it is closed after that
-            answer += piece
-        assert b'"code":"malformed"' in answer
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def test_one_device_cannot_hold_more_than_its_share(served):

@@ -1,7 +1,8 @@
 """The application that devices talk to: the protocol's routes over the desk of one run.
 
-Thin: the gate lets a request in, its message is parsed, the desk answers in a thread. Check-ins
-wait for work (long poll) outside of the slots, until a transition rings or their time is over.
+Thin: a small body is read, the gate lets the request in, its message is parsed, the desk answers in
+a thread. No slot is held while a client is waited for: check-ins wait for work (long poll) outside
+of them, until a transition rings or their time is over, and large bodies have places of their own.
 Every error, on every path, is one message of the protocol.
 """
 
@@ -13,7 +14,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,26 +41,24 @@ from potluck.protocol import (
     Route,
     Wait,
     encode_message,
-    parse_message,
     parse_offset,
     public_key,
 )
 from potluck.server.batches import GATHER_SECONDS, Batches
 from potluck.server.bell import Bell
+from potluck.server.bodies import check_digest, check_form, message_in, read_large, read_small
 from potluck.server.desk import Desk, answer, refusals
 from potluck.server.direct import Place, direct
-from potluck.server.gate import Gate, check_form, read_body
+from potluck.server.download import LARGE_BYTES, hung_up, model_answer
+from potluck.server.gate import Gate, claim_of
 from potluck.server.measured import measured
 from potluck.server.meters import Meters
-from potluck.server.places import Places
+from potluck.server.places import PLACES, Places
 from potluck.server.pressure import LEAST_SECONDS, Pressure
 from potluck.server.slots import Shares, Slots
-from potluck.server.vectors import read_vector
+from potluck.server.transfers import Transfers
 
 HEALTH = "/health"
-LARGE_BYTES = 1 << 20
-"""Of a model: above, a connection that has carried it is closed."""
-
 _LOG = logging.getLogger("potluck.server")
 _MAX_POLLS = 20_000
 _RETRY_SECONDS: dict[ErrorCode, float] = {
@@ -69,7 +68,6 @@ _RETRY_SECONDS: dict[ErrorCode, float] = {
 }
 _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
 """Said to a device that is known, of a body whose length was right: the connection goes on."""
-_RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 _HEX = re.compile(r"[0-9a-f]{32,64}")
 
 
@@ -80,33 +78,6 @@ class Waiting(NamedTuple):
     answer: Message
     rings: int
     """Of the bell, before the answer was looked for."""
-
-
-class Download(Response):
-    """A model, a piece at a time, from the moment on when there is a slot for it."""
-
-    def __init__(
-        self, pieces: Iterator[bytes], slots: Slots, status: int, headers: dict[str, str]
-    ) -> None:
-        super().__init__(None, status, headers)
-        self._pieces, self._slots = pieces, slots
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._slots:
-            gone = asyncio.create_task(_hung_up(receive))
-            try:
-                piece = await self._next()  # a disk that fails is told by a 503
-                start = {"type": "http.response.start", "status": self.status_code}
-                await send(start | {"headers": self.raw_headers})
-                while piece and not gone.done():
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    piece = await self._next()
-            finally:
-                gone.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _next(self) -> bytes:
-        return await run_in_threadpool(next, self._pieces, b"")
 
 
 class DeviceApp:
@@ -128,8 +99,9 @@ class DeviceApp:
         self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
         self.shares = Shares()
         self.places = Places()
-        self.uploads = Slots(48, waiting=4000, seconds=60.0)  # a body each, of 1 MiB; at most of 4
-        self.downloads = Slots(64, waiting=4000, seconds=60.0)  # a piece of a blob each
+        # A chunk of 1 MiB each, at most of 4, so that no device with a place has to wait.
+        self.uploads = Transfers(Slots(PLACES, waiting=4000, seconds=60.0))
+        self.downloads = Transfers(Slots(64, waiting=4000, seconds=60.0))  # a piece of a blob each
         self.gate = Gate(desk.service, desk.run, public_key(desk.key), names)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
@@ -165,35 +137,47 @@ class DeviceApp:
         return [*paths, _path(HEALTH, self._health, ["GET"])]
 
     async def _endpoint(self, request: Request, route: Route) -> Response:
+        claim = claim_of(request)
+        body = await read_small(request, route)
         if route.caller == "newcomer":
-            return await self._enrol(request, route)
+            return await self._enrol(request, route, claim, body)
         if route.request is CheckIn or route.request is Report:
-            return await self._with_claim(request, route, route.request)
-        slots = self.uploads if route.request == "bytes" else self.slots
-        async with slots:
-            claim = await self.gate.admit(request)
+            return await self._with_claim(request, route, route.request, claim, body)
+        async with self.slots:
+            await self.gate.admit(request, claim)
             self.shares.enter(request.scope, claim.device)
-            return await self._answer(request, route, claim)
+            if route.request != "bytes":
+                return await self._answer(request, route, claim, body)
+            upload = _upload(request)
+            offset = parse_offset(request.scope["query_string"])
+            length = check_form(request, route)
+            # 409 and 404 before the body.
+            before = await run_in_threadpool(self.desk.stands, claim.device, upload)
+            put = partial(self._put, claim, upload, offset, before)
+            if body is not None:
+                return await put(body)
+        async with self.uploads.of(claim.device, claim.sequence) as transfer:
+            return await put(await read_large(request, length, transfer))
 
-    async def _answer(self, request: Request, route: Route, claim: Claim) -> Response:
-        """The answer, or what may have to wait for one without a slot."""
+    async def _answer(
+        self, request: Request, route: Route, claim: Claim, body: bytearray | None
+    ) -> Response:
         device = claim.device
-        if route.request == "bytes":
-            return await self._chunk(request, route, claim)
         _no_query(request)
-        if route.request is None:
-            check_form(request, route)
-            if "sha256" in request.path_params:
-                return await self._model(request, request.path_params["sha256"])
-            return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
-        body = await read_body(request, route, claim)
-        message: Message = parse_message(bytes(body), route.request, limit=route.max_bytes)
-        return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
+        if isinstance(route.request, type):
+            message = message_in(request, route, route.request, claim, body)
+            return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
+        check_form(request, route)
+        if "sha256" in request.path_params:
+            return await self._model(request, claim, request.path_params["sha256"])
+        return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
 
-    async def _enrol(self, request: Request, route: Route) -> Response:
+    async def _enrol(
+        self, request: Request, route: Route, claim: Claim, body: bytearray | None
+    ) -> Response:
         async with self.strangers:
             _no_query(request)
-            claim, message = await self.gate.admit_newcomer(request, route)
+            message = await self.gate.admit_newcomer(request, route, claim, body)
             if isinstance(message, Preview):  # nothing is noted: it changes nothing
                 return _json(await run_in_threadpool(self.desk.preview, message))
             enrolled = await run_in_threadpool(self.desk.enrol, message)
@@ -203,16 +187,20 @@ class DeviceApp:
         return _json(enrolled)
 
     async def _with_claim(
-        self, request: Request, route: Route, kind: type[CheckIn] | type[Report]
+        self,
+        request: Request,
+        route: Route,
+        kind: type[CheckIn] | type[Report],
+        claim: Claim,
+        body: bytearray | None,
     ) -> Response:
         """A message whose request is noted in the transaction that does what it asks for."""
         async with self.slots:
-            claim = await self.gate.verify(request)
+            await self.gate.verify(request, claim)
             self.shares.enter(request.scope, claim.device)
             try:
                 _no_query(request)
-                body = await read_body(request, route, claim)
-                message = parse_message(bytes(body), kind, limit=route.max_bytes)
+                message = message_in(request, route, kind, claim, body)
             except ProtocolError:
                 await self.gate.note(claim)  # a replay is told that it is one, whatever it holds
                 raise
@@ -233,12 +221,8 @@ class DeviceApp:
         return _json(given)
 
     async def _noted(self, claim: Claim, batches: Batches[Any, Message], item: Any) -> Message:
-        try:
+        with self.gate.noting(claim):
             return await batches.do(item)
-        except ProtocolError as error:
-            if error.code == "unknown":
-                self.gate.forget(claim.device)
-            raise
 
     async def _announce(self, claim: Claim, message: Report) -> Response:
         """What is announced is not sent before there is a place."""
@@ -268,13 +252,11 @@ class DeviceApp:
             response.headers["Connection"] = "close"
         return response
 
-    async def _chunk(self, request: Request, route: Route, claim: Claim) -> Response:
-        upload = _upload(request)
-        offset = parse_offset(request.scope["query_string"])
-        check_form(request, route)
-        # 409 and 404 before the body.
-        before = await run_in_threadpool(self.desk.stands, claim.device, upload)
-        data = await read_body(request, route, claim)
+    async def _put(
+        self, claim: Claim, upload: str, offset: int, before: Any, data: bytearray
+    ) -> Response:
+        """Append a chunk to an upload that stood so `before` its body was read."""
+        check_digest(data, claim)
         self.meters.received(len(data))
         chunk = self.desk.chunk
         with self._leaving(claim.device):
@@ -290,7 +272,7 @@ class DeviceApp:
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
         self.meters.polls(self._polls)
-        gone = asyncio.create_task(_hung_up(request.receive))
+        gone = asyncio.create_task(hung_up(request.receive))
         message, given, rings = waiting
         try:
             while self._may_poll(given) and not self.bell.closed:
@@ -309,34 +291,18 @@ class DeviceApp:
             self._polls -= 1
             self.meters.polls(self._polls)
 
-    async def _model(self, request: Request, sha256: str) -> Response:
+    async def _model(self, request: Request, claim: Claim, sha256: str) -> Response:
         if len(sha256) != 64 or _HEX.fullmatch(sha256) is None:
             raise ProtocolError("not_found", "no such model. Take its name from the manifest.")
         service = self.desk.service
         with refusals():
             model = await run_in_threadpool(service.find_model, self.desk.run, sha256)
-        size, tag = int(model.num_bytes), f'"{sha256}"'
-        part = None
-        if request.headers.get("if-range", tag) == tag:
-            part = _range(request.headers.get("range", ""), size)
-        start, stop = part or (0, size)
-        headers = {
-            "ETag": tag,
-            "Accept-Ranges": "bytes",
-            "Content-Length": str(stop - start),
-            "Content-Type": "application/octet-stream",
-        }
-        if part is not None:
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
-            headers["Connection"] = "close"
-        self.meters.sent(stop - start)
-        pieces = read_vector(service.blobs, model, start, stop)
-        return Download(pieces, self.downloads, 200 if part is None else 206, headers)
+        answer = model_answer(request, claim, service.blobs, model, self.downloads)
+        self.meters.sent(int(answer.headers["Content-Length"]))
+        return answer
 
     async def _health(self, request: Request, _: str) -> Response:
-        async with self.strangers:
-            await run_in_threadpool(self.desk.service.device_key, "")
+        _no_query(request)
         return Response('{"status":"ok"}', media_type="application/json")
 
 
@@ -415,12 +381,6 @@ def _is_small(request: Request) -> bool:
     return length.isdecimal() and int(length) <= 4096 and "transfer-encoding" not in request.headers
 
 
-async def _hung_up(receive: Receive) -> None:
-    """Until the client has gone; of the body, nothing is wanted any more."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _json(message: Message) -> Response:
     return Response(encode_message(message), media_type="application/json")
 
@@ -435,20 +395,3 @@ def _upload(request: Request) -> str:
 def _no_query(request: Request) -> None:
     if request.scope["query_string"]:
         raise ProtocolError("malformed", "this path has no query, got one. Leave it out.")
-
-
-def _range(text: str, size: int) -> tuple[int, int] | None:
-    """[start, stop) of one range; None: all of it.
-
-    Raises:
-        ProtocolError: range.
-    """
-    match = _RANGE.fullmatch(text)
-    if match is None or match[1] == match[2] == "":
-        return None
-    start, stop = max(size - int(match[2] or 0), 0), size
-    if match[1] != "":
-        start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
-    if start >= size or start >= stop:
-        raise ProtocolError("range", f"the range must begin before {size}, got {text[:60]}.")
-    return start, stop

@@ -37,7 +37,7 @@ class Process:
     def __init__(self, federation, address, *, invited=False):
         words = [sys.executable, "-m", "potluck", "join", address, "--threads", 1]
         words += ["--experiment", federation.file, "--home", federation.folder / "device"]
-        words += ["--token", federation.invite()] if invited else []
+        words += ["--token", federation.invite(), "--yes"] if invited else []
         self.lines, self._said = [], threading.Condition()
         self.process = subprocess.Popen(
             [*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -167,7 +167,6 @@ def test_a_stop_is_a_stop_though_cleaning_up_after_it_fails(tmp_path):
             tmp_path / secrets.token_hex(4),
             TorchTrainer(lambda _: one_client(federation.data, 0), 1),
             name=None,
-            limit_bytes=None,
             show=show,
         )
 

@@ -22,7 +22,10 @@ from potluck.core import derive_seed, stream
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
-TESTED = ["by_writer.py", "centralized.py", "federated.py", "own_data.py", "own_model.py"]
+TESTED = [
+    *("by_writer.py", "centralized.py", "federated.py", "hostile_model.py", "own_data.py"),
+    "own_model.py",
+]
 NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there: no download can succeed
 
 
@@ -78,6 +81,17 @@ def test_federated(tmp_path):
     lines = run("federated.py", tmp_path).splitlines()
     assert [line.split(":")[0] for line in lines] == [f"round {n:2}" for n in range(0, 31, 10)]
     assert accuracies(lines[-1])[0] >= 0.88
+
+
+def test_hostile_model(tmp_path):
+    """Its numbers are those of docs/what-leaves.md, but for how a processor rounds."""
+    lines = run("hostile_model.py", tmp_path).splitlines()
+    step, bounded, ordinary, clipped, noisy = (line.split(": ")[1] for line in lines)
+    assert int(step.split()[0]) == pytest.approx(53, abs=3)
+    assert bounded == "refused"
+    assert int(ordinary.split()[0]) == pytest.approx(47, abs=12)
+    assert clipped == step
+    assert noisy == "0 of 80 rows read"
 
 
 def test_own_data(tmp_path):

@@ -151,7 +151,7 @@ def _join(*words: str, address: str = "", token: str | None = None) -> Callable[
             named += ["--experiment", str(experiment(folder))]
         where = ["--home", folder / "device"] if "--home" not in named else []
         tokens = ["--token", given] if given else []
-        potluck("join", address or _server().address, *tokens, *named, *where)
+        potluck("join", address or _server().address, "--yes", *tokens, *named, *where)
 
     return run
 
@@ -189,7 +189,7 @@ for _what, _make in {
 def _(folder: Path) -> None:
     invitation = _invitation()
     words = ["--token", invitation, "--experiment", str(experiment(folder))]
-    words += ["--home", str(folder / "other")]
+    words += ["--home", str(folder / "other"), "--yes"]
     with subprocess.Popen(
         [sys.executable, "-m", "potluck", "join", _server().address, *words],
         stdout=subprocess.PIPE,
@@ -197,7 +197,7 @@ def _(folder: Path) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     ) as other:
         assert other.stdout is not None
-        assert other.stdout.readline().startswith("enrolled")
+        assert any(line.startswith("enrolled") for line in other.stdout)
         other.kill()
     _join(token=invitation)(folder)
 

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
@@ -19,6 +19,8 @@ from potluck.core import Codec, ConfigError
 from potluck.core.text_files import read_text
 from potluck.core.validate import plain
 from potluck.explain import explain
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -378,20 +380,8 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
         ConfigError: the file cannot be read, or a key or value in it is wrong.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(read_text(path))
-    except OSError as error:
-        raise ConfigError(
-            f"an experiment must be a readable file, got path={str(path)!r} ({error.strerror}). "
-            "Write one with `potluck init`."
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"{path} is not a TOML file: {error}. Give an experiment; `potluck init` writes one, "
-            "and data are named in it (task.path)."
-        ) from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    advice = "Give an experiment; `potluck init` writes one, and data are named in it (task.path)."
+    content = read_toml(path, "an experiment", "Write one with `potluck init`.", advice)
     for override in overrides:
         _override(content, override)
     experiment = check_experiment(content, str(path))
@@ -400,15 +390,43 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 
 def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
     """Validate the content of an experiment file; `origin` names it in errors."""
-    try:
-        experiment = Experiment.model_validate(plain(content))
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {explain(error, Experiment)}") from None
+    experiment = validated(Experiment, content, origin)
     _check_target(experiment.run.target, origin)
     _check_device(experiment.run, origin)
     if experiment.devices is not None:
         _check_devices(experiment.devices, origin)
     return experiment
+
+
+def read_toml(path: Path, what: str, if_missing: str, if_other: str) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, with what to do.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(
+            f"{what} must be a readable file, got path={str(path)!r} ({error.strerror}). "
+            f"{if_missing}"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}. {if_other}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def validated(model: type[M], content: dict[str, Any], origin: str) -> M:
+    """The content of a file as a `model`.
+
+    Raises:
+        ConfigError: all that is wrong with it, in words.
+    """
+    try:
+        return model.model_validate(plain(content))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, model)}") from None
 
 
 def _check_target(target: float | TargetSection | None, origin: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,6 +60,18 @@ def join(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="How the operator sees this device.")
     ] = None,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Agree to what the run is to do, as it is when this starts."),
+    ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What a run may do here (docs/what-leaves.md). Where no terminal is, what keeps "
+            "to it is agreed to, also later.",
+        ),
+    ] = None,
     daily_limit: Annotated[
         int | None, typer.Option(metavar="BYTES", min=1, help="Send at most so much in a day.")
     ] = None,
@@ -76,11 +90,19 @@ def join(
 ) -> None:
     """Take part in a run with this machine's own data, until the run is over.
 
-    The data stay here; DIR/sent holds what was sent. A device that was stopped goes on when the
-    same command is given again, without --token.
+    What the run is to do is shown first: at a terminal you are asked, elsewhere --yes or --policy
+    answers. The data stay here; DIR/sent holds what was sent. A device that was stopped goes on
+    when the same command is given again, without --token.
     """
     from potluck.core import ConfigError
-    from potluck.device import TorchTrainer, check_own, one_client, read_own, run_until_stopped
+    from potluck.device import (
+        TorchTrainer,
+        check_own,
+        load_policy,
+        one_client,
+        read_own,
+        run_until_stopped,
+    )
     from potluck.device.proxies import proxy_of
 
     os.umask(0o077)
@@ -100,6 +122,7 @@ def join(
         assert experiment is not None
         return one_client(build_data(load_experiment(experiment)), client)
 
+    limits = None if policy is None else load_policy(policy)
     way = proxy_of(url, proxy)
     where = str(data or f"client {client} of {experiment}")
     trainer = TorchTrainer(load, threads, where=where)
@@ -122,10 +145,37 @@ def join(
         limit_bytes=daily_limit,
         proxy=way,
         show=lambda event: typer.echo(printable(_told(event))),
+        policy=limits,
+        ask=asking(yes, policy is not None),
     )
     if not whole:
         typer.echo("stopped; what is finished is kept. Give the command again to go on.", err=True)
         raise typer.Exit(143)
+
+
+def asking(yes: bool, has_policy: bool) -> Callable[[str], bool]:
+    """How the owner is asked; `--yes` answers once, so that a change needs another."""
+    from potluck.device import DeclinedError
+
+    answers = [True] * yes
+
+    def ask(told: str) -> bool:
+        typer.echo("\n".join(map(printable, told.splitlines())))
+        if answers:
+            return answers.pop()
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            try:
+                return typer.confirm("Take part?")
+            except typer.Abort:
+                return False
+        if not has_policy:
+            raise DeclinedError(
+                "the owner of the data must agree to this, got no terminal to ask at. Give --yes, "
+                "or --policy with a file of what a run may do here."
+            )
+        return True
+
+    return ask
 
 
 def _told(event: Event) -> str:

@@ -175,7 +175,6 @@ class Nursery:
             self._folder / _name(device),
             trainer if dies is None else Mortal(trainer, *dies),
             name=f"device {device}",
-            limit_bytes=None,
             show=show,
         )
         return 0 if whole else 143
@@ -212,7 +211,7 @@ class Mortal:
     def __init__(self, inner: TorchTrainer, round: int, step: int) -> None:
         self._inner, self._round, self._left = inner, round, step
         self.runtime: Callable[[], Runtime] = inner.runtime
-        self.fit: Callable[..., None] = inner.fit
+        self.fit: Callable[..., int | None] = inner.fit
         self.evaluate: Callable[..., Sums] = inner.evaluate
 
     def train(

@@ -31,11 +31,13 @@ from potluck.core import (
 )
 from potluck.device.clock import Clock, Stopped
 from potluck.device.connection import Connection, Unanswered
+from potluck.device.consent import Consent, DeclinedError
 from potluck.device.download import receive_model
 from potluck.device.eligibility import Sensor
 from potluck.device.home import Enrolment, Home
 from potluck.device.outbox import Outbox, Owed
-from potluck.device.record import DailyLimitError, Record, seconds_to_tomorrow
+from potluck.device.policy import Policy
+from potluck.device.record import DailyLimitError, Record
 from potluck.device.training import Trainer
 from potluck.device.upload import send_update
 from potluck.device.watch import NotEligibleError, Watch
@@ -101,6 +103,8 @@ class Agent:
         trainer: Trainer,
         sensor: Sensor,
         clock: Clock,
+        consent: Consent,
+        policy: Policy,
         offers: tuple[str, ...] = OFFERS,
     ) -> None:
         self._home = home
@@ -111,6 +115,7 @@ class Agent:
         self._trainer = trainer
         self._sensor = sensor
         self._clock = clock
+        self._consent, self._policy = consent, policy
         self._outbox = Outbox(home.folder / "outbox")
 
     def work(self) -> Generator[Event]:
@@ -127,7 +132,7 @@ class Agent:
                     return
             except DailyLimitError as error:
                 yield Event("waiting", 0, str(error))
-                self._clock.wait(seconds_to_tomorrow(self._clock.now_ms()))
+                self._clock.wait(error.seconds)
 
     def _turn(self) -> Generator[Event, None, bool]:
         """One check-in and what comes of it; whether the run is over."""
@@ -135,7 +140,7 @@ class Agent:
         if owed is not None:
             yield from self._send(owed)
             return False
-        self._record.check(self._clock.now_ms(), 1)
+        self._check_now()
         message = CheckIn(
             run=self._enrolment.run,
             accepts=self._offers,
@@ -154,8 +159,17 @@ class Agent:
                 yield from self._work(answer)
         return False
 
+    def _check_now(self) -> None:
+        """Whether the owner lets this device take on work now."""
+        now = self._clock.now_ms()
+        seconds = self._policy.seconds_to_hours(now)
+        if seconds:
+            raise DailyLimitError(f"outside of hours = {self._policy.hours}", seconds)
+        self._record.check_rounds(now)
+        self._record.check(now, 1)
+
     def _work(self, assignment: Assignment) -> Generator[Event]:
-        watch = Watch(assignment, self._connection, self._clock, self._sensor)
+        watch = Watch(assignment, self._connection, self._clock, self._sensor, self._policy)
         try:
             yield from self._fulfil(assignment, watch)
         except (RefusedError, DailyLimitError) as error:
@@ -171,7 +185,8 @@ class Agent:
             raise
         except (ProtocolError, *_UNFIT, DivergedError, NotEligibleError) as error:
             yield Event("failed", assignment.round, str(error))
-            if assignment.kind == "train" and isinstance(error, _UNFIT):
+            is_unfit = assignment.kind == "train" and isinstance(error, _UNFIT)
+            if is_unfit or isinstance(error, DeclinedError):
                 self._leave(assignment, _reason(error))
                 raise  # another assignment would end in the same way
             yield from self._give_back(assignment, _reason(error))
@@ -183,6 +198,7 @@ class Agent:
         manifest = self._manifest(assignment)
         plan = read_plan(manifest.plan)
         watch.needs = plan.needs
+        self._consent.require(manifest, plan)
         if assignment.kind == "train":
             length = update_bytes(assignment.codec, manifest.spec.spec())
             self._record.check(self._clock.now_ms(), length)
@@ -206,7 +222,7 @@ class Agent:
             client=assignment.client,
             check=watch.check,
         )
-        report = self._keep(assignment, update, spec)
+        report = self._keep(assignment, self._policy.bound(update), spec)
         yield Event("trained", assignment.round, f"loss {report.loss:.4f}")
 
     def _manifest(self, assignment: Assignment) -> Manifest:
@@ -225,6 +241,7 @@ class Agent:
                 f"the assignment says, got run={manifest.run} and round={manifest.round}.",
             )
         self._home.accept_manifest(manifest.version)
+        self._record.add_manifest(self._clock.now_ms(), assignment.manifest, assignment.signature)
         return manifest
 
     def _keep(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
@@ -256,6 +273,7 @@ class Agent:
             metrics={},
             update=encode_inline(encoded.body) if is_inside else None,
         )
+        self._record.keep_update(report.sha256, encoded.body)
         self._outbox.put(report, encoded.body, encoded.residual)
         return report
 

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import platform
 import re
+import resource
 import signal
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from potluck.core import ConfigError, RefusedError
 from potluck.device.agent import OFFERS, Agent, Event
 from potluck.device.clock import Clock, Stopped, SystemClock
 from potluck.device.connection import Connection
+from potluck.device.consent import Ask, Consent
 from potluck.device.eligibility import LinuxSensor, Sensor
 from potluck.device.home import Enrolment, Home
+from potluck.device.policy import Policy
 from potluck.device.record import Record
 from potluck.device.training import Trainer
 from potluck.plan import read_plan
@@ -46,6 +50,8 @@ def join(
     sensor: Sensor | None = None,
     clock: Clock | None = None,
     limit_bytes: int | None = None,
+    policy: Policy | None = None,
+    ask: Ask = lambda told: True,
     offers: tuple[str, ...] = OFFERS,
     proxy: str | None = None,
 ) -> Generator[Event]:
@@ -55,12 +61,16 @@ def join(
         invitation: what `potluck enroll` printed; not needed by a device that is enrolled.
         folder: the device's own; see `Home`.
         limit_bytes: the most that it sends in a day.
+        policy: what the owner lets a run do.
+        ask: shows the owner what the run is to do, before this device enrols and whenever that
+            changes, and brings the answer; without it the caller's word counts as a yes.
         offers: what it accepts: codecs, and `inline` for small vectors inside messages.
         proxy: the http://host:port of an HTTP proxy that leads to the server.
 
     Raises:
         ConfigError: no invitation and not enrolled, or enrolled elsewhere; or the data do not fit
-            the run: a newcomer's invitation is as good as before.
+            the run, the policy forbids it, or the owner does not agree: a newcomer's invitation is
+            as good as before.
         DataError: the same, of the data alone.
         RefusedError: the server does not take the device.
     """
@@ -72,7 +82,8 @@ def join(
     clock = clock or SystemClock()
     home = Home(folder)
     try:
-        record = Record(home.folder / "sent", limit_bytes)
+        policy = policy or Policy()
+        record = Record(home.folder / "sent", limit_bytes, policy)
         enrolment = home.enrolment()
         if enrolment is None:
             if invitation is None:
@@ -82,18 +93,23 @@ def join(
                 )
             invited = parse_invitation(invitation)
             home.expect(invited.token)
+            consent = Consent(home, policy, trainer, invited.server_key, ask)
             pins = (invited.certificate, invited.server_key)
             with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
-                try_data(invited, home, connection, trainer)
+                preview(invited, home, connection, record, consent)
                 enrolment = enrol(url, invited, home, connection, trainer, name)
             yield Event("enrolled", 0, f"in {enrolment.run}")
-        elif invitation is not None:
-            _check_same(enrolment, parse_invitation(invitation), home)
+        else:
+            consent = Consent(home, policy, trainer, enrolment.server_key, ask)
+            if invitation is not None:
+                _check_same(enrolment, parse_invitation(invitation), home)
         # A server may move; its certificate, run and key may not.
         pins = (enrolment.certificate, enrolment.server_key)
         with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
             sensor = sensor or LinuxSensor()
-            agent = Agent(home, enrolment, connection, record, trainer, sensor, clock, offers)
+            agent = Agent(
+                home, enrolment, connection, record, trainer, sensor, clock, consent, policy, offers
+            )
             yield from agent.work()
     finally:
         home.close()
@@ -105,14 +121,14 @@ def run_until_stopped(
     folder: Path,
     trainer: Trainer,
     *,
-    name: str | None,
-    limit_bytes: int | None,
-    proxy: str | None,
     show: Callable[[Event], None],
+    policy: Policy | None = None,
+    **options: Any,
 ) -> bool:
     """Take part until the run is over, or SIGTERM or Ctrl-C comes; whether it is over.
 
-    Call it in the main thread: the signals end it at once, whatever it does.
+    Call it in the main thread: the signals end it at once, whatever it does. `options` are those
+    of `join`.
     """
     clock = SystemClock()
 
@@ -121,17 +137,8 @@ def run_until_stopped(
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        events = join(
-            url,
-            invitation,
-            folder,
-            trainer,
-            name=name,
-            clock=clock,
-            limit_bytes=limit_bytes,
-            proxy=proxy,
-        )
-        with closing(events):
+        events = join(url, invitation, folder, trainer, clock=clock, policy=policy, **options)
+        with closing(events), bounded_memory(policy):
             for event in events:
                 show(event)
     except BaseException as error:
@@ -151,11 +158,30 @@ def _is_of_a_stop(error: BaseException | None) -> bool:
     return error is not None
 
 
-def try_data(invited: Invitation, home: Home, connection: Connection, trainer: Trainer) -> None:
-    """Try this device's data on what the run asks for, before its invitation is used up.
+@contextmanager
+def bounded_memory(policy: Policy | None) -> Generator[None]:
+    """Let the system hold this process to the owner's bound: beyond it an allocation fails."""
+    if policy is None or policy.max_memory_bytes is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    hard = before[1]
+    most = policy.max_memory_bytes if hard < 0 else min(policy.max_memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def preview(
+    invited: Invitation, home: Home, connection: Connection, record: Record, consent: Consent
+) -> None:
+    """Get the owner's word, and try the data on what the run asks for, before the invitation is
+    used up.
 
     Raises:
-        ConfigError, DataError: they do not fit.
+        ConfigError, DataError: they do not fit, or the owner or the policy says no.
         RefusedError: the token could not be used.
     """
     message = Preview(token=invited.token, public_key=public_key(home.key()).hex())
@@ -169,7 +195,8 @@ def try_data(invited: Invitation, home: Home, connection: Connection, trainer: T
         now_ms=connection.now_ms(),
         last_seen_version=0,
     )
-    trainer.fit(read_plan(manifest.plan), manifest.spec.spec())
+    record.add_manifest(connection.now_ms(), answer.manifest, answer.signature)
+    consent.require(manifest, read_plan(manifest.plan))
 
 
 def enrol(

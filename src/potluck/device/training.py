@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -46,8 +46,11 @@ class Trainer(Protocol):
         """Its name and version, for the server."""
         ...
 
-    def fit(self, plan: Plan, spec: Spec) -> None:
+    def fit(self, plan: Plan, spec: Spec) -> int | None:
         """Check that this device's data fit the plan, as far as that can be told beforehand.
+
+        Returns:
+            The number of examples, where it is known.
 
         Raises:
             ConfigError, DataError: as `train` would.
@@ -119,7 +122,7 @@ class TorchTrainer:
             return Runtime(name="none", version="0")
         return Runtime(name="torch", version=version)
 
-    def fit(self, plan: Plan, spec: Spec) -> None:
+    def fit(self, plan: Plan, spec: Spec) -> int | None:
         """Take one local step from a model of this device's own, and forget it; see `Trainer`."""
         task, model, _ = self._prepare(plan, spec)
         examples = task.data.client(0)
@@ -142,6 +145,7 @@ class TorchTrainer:
                 f"{examples.targets.shape[1:]}, dtype={examples.targets.dtype}: {told}. Give data "
                 "like those of the run."
             ) from error
+        return examples.num_examples
 
     def train(
         self,
@@ -216,6 +220,7 @@ class TorchTrainer:
             import torch
 
             from potluck.tasks import TorchRuntime
+            from potluck.tasks.task import spec_of
 
             torch.set_num_threads(self._num_threads)
             if self._data is None or self._plan is None or plan.data != self._plan.data:
@@ -230,12 +235,20 @@ class TorchTrainer:
                 self._task = self._build(plan.task, self._data)
             except (ConfigError, DataError) as error:
                 raise type(error)(f"{self._where}: {error}") from None
+            if self._build is build_planned_task:  # models of ours can be measured without memory
+                with torch.device("meta"):
+                    self._whole(spec, spec_of(cast("Any", self._task.model)()))
             self._model = TorchRuntime(self._task)
             self._plan = plan
-        whole = _with_roles_of(spec, self._model.spec)
-        if whole.packed().digest() != spec.digest():
-            raise ConfigError(_misfit(self._where, self._task.data, self._model.spec, spec))
-        return self._task, self._model, whole
+        return self._task, self._model, self._whole(spec, self._model.spec)
+
+    def _whole(self, run: Spec, own: Spec) -> Spec:
+        """The spec of this device's model with the roles of the run's, which must be the same."""
+        assert self._task is not None
+        whole = _with_roles_of(run, own)
+        if whole.packed().digest() != run.digest():
+            raise ConfigError(_misfit(self._where, self._task.data, own, run))
+        return whole
 
 
 class Watched:

@@ -14,6 +14,7 @@ from potluck.core import PotluckError, RefusedError
 from potluck.device.clock import Clock
 from potluck.device.connection import Connection
 from potluck.device.eligibility import Sensor
+from potluck.device.policy import Policy
 from potluck.plan import Need
 from potluck.protocol import VERSION, Assignment, Lease, Progress
 
@@ -29,7 +30,12 @@ class Watch:
     """Looks after one assignment."""
 
     def __init__(
-        self, assignment: Assignment, connection: Connection, clock: Clock, sensor: Sensor
+        self,
+        assignment: Assignment,
+        connection: Connection,
+        clock: Clock,
+        sensor: Sensor,
+        policy: Policy,
     ) -> None:
         self._assignment = assignment
         self._connection = connection
@@ -41,6 +47,7 @@ class Watch:
         self.needs: tuple[Need, ...] = ()
         self._next_word = clock.monotonic() + assignment.lease_seconds / 3
         self._next_look = clock.monotonic() + SENSE_SECONDS
+        self._policy, self._end = policy, clock.monotonic() + policy.max_seconds
 
     def enter(self, phase: Literal["train", "evaluate"]) -> None:
         """The next phase of the work begins."""
@@ -54,10 +61,15 @@ class Watch:
         Raises:
             Stopped: the device is to stop.
             RefusedError: the slot is lost.
-            NotEligibleError: the condition of the device has changed.
+            NotEligibleError: the condition of the device has changed, or its owner's time is over.
         """
         self._clock.wait(0)
         now = self._clock.monotonic()
+        if now >= self._end:
+            raise NotEligibleError(
+                f"the work on an assignment must end after max_seconds = "
+                f"{self._policy.max_seconds}, got more to do. Raise it in the policy, or leave it."
+            )
         if now >= self._next_look:
             self._next_look = now + SENSE_SECONDS
             self._look()
@@ -67,6 +79,8 @@ class Watch:
     def _look(self) -> None:
         if self._connection.now_ms() >= self._assignment.deadline_ms:
             raise RefusedError("late", "the deadline of the round has passed. Check in again.")
+        if self._policy.seconds_to_hours(self._clock.now_ms()):
+            raise NotEligibleError(f"hours = {self._policy.hours} are over. Come back in them.")
         state = self._sensor()
         shown = {"charging": state.charging, "unmetered": state.unmetered}
         for need in self.needs:

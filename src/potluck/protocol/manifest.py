@@ -79,6 +79,8 @@ class Manifest(Message):
     """Of the model: `length_bytes` of little-endian float32."""
     plan: dict[str, JsonValue]
     """The algorithm's settings and the task, for the device's runtime."""
+    rounds: Count = 0
+    """Of the whole run; 0: the server does not say."""
     created_ms: Milliseconds
     expires_ms: Milliseconds
 

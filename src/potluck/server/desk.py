@@ -352,6 +352,7 @@ class Desk:
             length_bytes=self.spec.num_bytes,
             sha256=sha256,
             plan=self.plan,
+            rounds=self.settings.num_rounds,
             created_ms=now,
             expires_ms=max(deadline, now) + _SKEW_MS,
         )

@@ -1,0 +1,163 @@
+"""The owner's word: what a run is to do with this device's data is shown first, and agreed to.
+
+    agreed.json     in the device's folder: the terms that the owner said yes to
+
+Terms are all of a signed manifest that stays the same from round to round: the run, the model's
+names and shapes, the plan and the number of rounds. Others than those agreed to (but for fewer
+rounds) need the owner's word again, whoever signed them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, cast
+
+from potluck.core import ConfigError
+from potluck.device.home import Home, write_file
+from potluck.device.policy import Policy, num_steps
+from potluck.device.training import Trainer
+from potluck.experiment import AlgorithmSection
+from potluck.plan import Plan
+from potluck.protocol import Manifest
+from potluck.protocol.strict_json import encode_json
+
+Ask: TypeAlias = Callable[[str], bool]
+"""Shows the owner what a run is to do, and brings the answer."""
+
+
+class DeclinedError(ConfigError):
+    """The owner does not agree to what the run does."""
+
+
+class Consent:
+    """What the owner of one device agreed to, and how to ask.
+
+    Args:
+        key: that signs the run's manifests, in hexadecimal.
+        ask: called with the terms in words where they were not agreed to yet.
+    """
+
+    def __init__(self, home: Home, policy: Policy, trainer: Trainer, key: str, ask: Ask) -> None:
+        self._home, self._policy, self._trainer = home, policy, trainer
+        self._key, self._ask = key, ask
+        self._file = home.folder / "agreed.json"
+        self._checked: dict[str, Any] | None = None
+
+    def require(self, manifest: Manifest, plan: Plan) -> None:
+        """Go on only with terms that fit the policy and the data, and that the owner agreed to.
+
+        A device that enrolled before terms were kept has agreed to the first that it sees.
+
+        Raises:
+            ConfigError, DataError: the policy forbids them, or the data do not fit.
+            DeclinedError: the owner says no.
+        """
+        terms = terms_of(manifest)
+        if terms == self._checked:
+            return
+        self._policy.check_model(manifest)
+        self._policy.check_work(plan, None)
+        num_examples = self._trainer.fit(plan, manifest.spec.spec())
+        self._policy.check_work(plan, num_examples)
+        agreed = self._agreed()
+        if agreed is None and self._home.enrolment() is not None:
+            agreed = terms
+        changes = [] if agreed is None else differences(agreed, terms)
+        if agreed is None or changes:
+            told = in_words(manifest, plan, self._key, num_examples, changes)
+            if not self._ask(told):
+                raise DeclinedError(_declined(changes))
+        write_file(self._file, encode_json(terms))
+        self._checked = terms
+
+    def _agreed(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def terms_of(manifest: Manifest) -> dict[str, Any]:
+    """What stays the same from round to round."""
+    return {
+        "run": manifest.run,
+        "rounds": manifest.rounds,
+        "model": {"bytes": manifest.length_bytes, "spec": manifest.spec.digest},
+        "plan": manifest.plan,
+    }
+
+
+def differences(agreed: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
+    """What the owner did not agree to: the keys, with both values."""
+    before, now = dict(_flat(agreed)), dict(_flat(terms))
+    return [
+        f"{key}: {before.get(key)} → {now.get(key)}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key)
+        and not (key == "rounds" and 0 < now[key] <= (before.get(key) or now[key]))
+    ]
+
+
+def in_words(
+    manifest: Manifest, plan: Plan, key: str, num_examples: int | None, changes: list[str]
+) -> str:
+    """The terms for a person, a line each."""
+    task, algorithm, spec = plan.task, plan.algorithm, manifest.spec.spec()
+    size = f"{manifest.length_bytes:,} bytes"
+    steps = num_steps(plan, num_examples)
+    lines = {
+        "run": f"{manifest.run}; what follows is signed by its key {key[:16]}…",
+        "task": f"{_targets(plan)} from {_inputs(plan)}",
+        "model": f"{task.model}, {spec.num_parameters:,} parameters: {size} to here in a round, "
+        "and as much back, or less if encoded",
+        "training": f"{algorithm.name}: {algorithm.local_epochs} local epochs (E) in batches of "
+        f"{algorithm.batch_size} (B), {_rates(algorithm)}",
+        "rounds": f"{manifest.rounds or 'not said'}",
+        "here": f"{_known(num_examples)} examples, {_known(steps)} local steps a round",
+        "only while": ", ".join(plan.needs),
+        "leaves": "updates, number of examples, loss, metrics of an evaluation, and the state of "
+        "this machine; an update can show single examples: docs/what-leaves.md",
+        "changed": "; ".join(changes),
+    }
+    return "\n".join(f"{name:<10}  {text}" for name, text in lines.items() if text)
+
+
+def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(content, dict):
+        yield path, content
+        return
+    for key, value in cast("dict[str, Any]", content).items():
+        yield from _flat(value, f"{path}.{key}" if path else key)
+
+
+def _targets(plan: Plan) -> str:
+    names = ", ".join(map(str, cast("list[Any]", (plan.data or {}).get("targets") or [])))
+    kind = plan.task.kind or (
+        f"{plan.task.num_classes} classes" if plan.task.num_classes else "a quantity"
+    )
+    return f"{names} ({kind})" if names else kind
+
+
+def _inputs(plan: Plan) -> str:
+    features = cast("list[Any]", (plan.data or {}).get("features") or [])
+    names = [str(feature["name"]) for feature in features if "name" in feature]
+    return f"the columns {', '.join(names)}" if names else "the inputs of this device's file"
+
+
+def _rates(algorithm: AlgorithmSection) -> str:
+    """Rates, and what changes the gradient, as the plan names them."""
+    told = algorithm.model_dump(exclude={"name", "local_epochs", "batch_size"}, exclude_none=True)
+    return ", ".join(f"{key} {value}" for key, value in _flat(told))
+
+
+def _known(number: int | None) -> str:
+    return "an unknown number of" if number is None else f"{number:,}"
+
+
+def _declined(changes: list[str]) -> str:
+    what = f"what changed ({'; '.join(changes)})" if changes else "what the run does"
+    return (
+        f"the owner of the data must agree to {what}, got no. "
+        "Nothing was sent. Give the command again to be asked again."
+    )

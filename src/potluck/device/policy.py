@@ -1,0 +1,157 @@
+"""What the owner of a device lets a run do with it: a TOML file, checked as strictly as a plan.
+
+A plan that asks for more is refused before anything is downloaded, whoever signed it. What is left
+out is not limited, but for the time that one assignment may take.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from potluck.core import ConfigError, Update
+from potluck.experiment import read_toml, validated
+from potluck.plan import Plan
+from potluck.protocol import Manifest
+
+MEMORY_COPIES = 4
+"""Vectors of a model's length that local training holds: received, weights, gradient, update."""
+_Count: TypeAlias = Annotated[int, Field(ge=1, le=2**53 - 1)]
+_Hour: TypeAlias = Annotated[int, Field(ge=0, le=24)]
+
+
+class Policy(BaseModel):
+    """The keys of the file; all of them are optional."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    min_batch_size: _Count | None = None
+    """Examples in a local step; the last, shorter batch of an epoch is not looked at."""
+    min_steps: _Count | None = None
+    """Local steps of a round."""
+    max_epochs: _Count | None = None
+    """Local epochs of a round."""
+    max_seconds: Annotated[int, Field(ge=1, le=604_800)] = 86_400
+    """Download and local training of a round; after that the assignment is given back."""
+    max_rounds: _Count | None = None
+    """Of the whole run, as the plan says them."""
+    max_rounds_a_day: _Count | None = None
+    """Assignments, evaluations among them, whatever became of them; a day is one of UTC."""
+    hours: Annotated[list[_Hour], Field(min_length=2, max_length=2)] | None = None
+    """[from, to] of the day by this machine's clock; [22, 6] is the night."""
+    max_memory_bytes: Annotated[int, Field(ge=2**29, le=2**53 - 1)] | None = None
+    """Of the process; the system enforces it (Linux)."""
+    max_model_bytes: _Count | None = None
+    """Of one download."""
+    max_sent_bytes_a_day: _Count | None = None
+    """As --daily-limit."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """The largest L2 norm of an update, which is scaled down to it."""
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Gaussian noise on every number of an update, of a standard deviation of so many clip_norm."""
+    keep_updates: bool = False
+    """Keep every update in sent/updates, as it is sent."""
+
+    def check_model(self, manifest: Manifest) -> None:
+        """Refuse a model that is too large, or too long a run.
+
+        Raises:
+            ConfigError: with the key.
+        """
+        size = manifest.length_bytes
+        if self.max_model_bytes is not None and size > self.max_model_bytes:
+            _refuse("max_model_bytes", self.max_model_bytes, f"a model of {size} bytes")
+        if self.max_memory_bytes is not None and MEMORY_COPIES * size > self.max_memory_bytes:
+            got = f"a model that needs {MEMORY_COPIES} × {size} bytes"
+            _refuse("max_memory_bytes", self.max_memory_bytes, got)
+        if self.max_rounds is not None and not 0 < manifest.rounds <= self.max_rounds:
+            _refuse("max_rounds", self.max_rounds, f"rounds = {manifest.rounds or 'not said'}")
+
+    def check_work(self, plan: Plan, num_examples: int | None) -> None:
+        """Refuse local training that is too much, or so little that it shows single examples.
+
+        Raises:
+            ConfigError: with the key.
+        """
+        epochs, size = plan.algorithm.local_epochs, plan.algorithm.batch_size
+        if self.max_epochs is not None and epochs > self.max_epochs:
+            _refuse("max_epochs", self.max_epochs, f"local_epochs = {epochs}")
+        batch = min(num_examples or 2**53, 2**53 if size == "full" else size)
+        if self.min_batch_size is not None and batch < self.min_batch_size:
+            _refuse("min_batch_size", self.min_batch_size, f"batches of {batch}")
+        steps = num_steps(plan, num_examples)
+        if self.min_steps is not None and steps is not None and steps < self.min_steps:
+            _refuse("min_steps", self.min_steps, f"{steps} local steps a round")
+
+    def seconds_to_hours(self, now_ms: int) -> float:
+        """Until the hours of the day begin in which the device may work; 0: it may now."""
+        if self.hours is None:
+            return 0.0
+        local = time.localtime(now_ms / 1000)
+        now = local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec
+        start, end = (hour * 3600 for hour in self.hours)
+        inside = start <= now < end if start < end else now >= start or now < end
+        return 0.0 if inside else float((start - now) % 86_400)
+
+    def bound(self, update: Update) -> Update:
+        """The update as it may leave: clipped, with noise.
+
+        Guarantee: with both, one update is differentially private for the whole of the device's
+        data: the Gaussian mechanism with a sensitivity of 2 clip_norm. Updates of several rounds
+        compose. The noise comes from the system's randomness, which no server knows.
+
+        Raises:
+            ConfigError: it is of fewer local steps than it may be.
+        """
+        if self.min_steps is not None and update.num_steps < self.min_steps:
+            _refuse("min_steps", self.min_steps, f"an update of {update.num_steps} local steps")
+        if self.clip_norm is None:
+            return update
+        norm = float(np.linalg.norm(update.delta.astype(np.float64)))
+        delta = update.delta * np.float32(min(1.0, self.clip_norm / max(norm, 1e-300)))
+        if self.noise_multiplier is not None:
+            noise = np.random.default_rng(secrets.randbits(256)).standard_normal(delta.size)
+            delta += (self.noise_multiplier * self.clip_norm * noise).astype(np.float32)
+        return update._replace(delta=delta)
+
+
+def load_policy(path: Path | str) -> Policy:
+    """Read a policy file.
+
+    Raises:
+        ConfigError: it cannot be read, or a key or a value in it is wrong.
+    """
+    example = "docs/what-leaves.md has an example."
+    content = read_toml(Path(path), "a policy", example, example)
+    policy = validated(Policy, content, str(path))
+    if policy.hours is not None and policy.hours[0] == policy.hours[1]:
+        raise ConfigError(
+            f"{path}: hours must be two hours that differ, got hours = {policy.hours}. "
+            "Leave it out for the whole day."
+        )
+    if policy.noise_multiplier is not None and policy.clip_norm is None:
+        raise ConfigError(
+            f"{path}: noise_multiplier must go with clip_norm, got none: the noise is a multiple "
+            "of it. Give clip_norm."
+        )
+    return policy
+
+
+def num_steps(plan: Plan, num_examples: int | None) -> int | None:
+    """Local steps of a round, where the number of examples is known."""
+    size = plan.algorithm.batch_size
+    if size == "full":
+        return plan.algorithm.local_epochs
+    return None if num_examples is None else plan.algorithm.local_epochs * -(-num_examples // size)
+
+
+def _refuse(key: str, limit: object, got: str) -> NoReturn:
+    raise ConfigError(
+        f"the run must keep to this device's policy, {key} = {limit}, got {got}. "
+        "Do not take part, or change the policy."
+    )

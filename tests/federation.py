@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 
@@ -115,6 +116,8 @@ class Device:
 class Federation:
     """A server in a thread until the end of the block; and what it takes to join it."""
 
+    options: ClassVar[dict[str, bool]] = {}  # of `open_server`
+
     def __init__(
         self,
         folder,
@@ -154,7 +157,7 @@ class Federation:
 
     def __enter__(self):
         home = self.folder / "server"
-        self.server = open_server(self.file, [], home, self.listen, *self.places)
+        self.server = open_server(self.file, [], home, self.listen, *self.places, **self.options)
         self._thread = threading.Thread(target=self.server.serve)
         self._thread.start()
         self.operator = Operator(Home(home))

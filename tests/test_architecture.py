@@ -59,6 +59,7 @@ TOP = {  # may import everything
     "demo_story",
     "template",
     "terminal",
+    "upkeep",
 }
 
 

@@ -110,10 +110,10 @@ def test_each_enrolment_has_a_key_of_its_own(tmp_path):
     (home.folder / "outbox").mkdir()
     (home.folder / "outbox" / "residual").write_bytes(b"of the run before")
     home.expect("first")
-    assert (home.key(), home.manifest_version) == (key, 7)
+    assert (home.key(), home.manifest) == (key, (0, 7))
     home.expect("second")
     assert home.key() != key
-    assert home.manifest_version == 0
+    assert home.manifest == (0, 0)
     assert not (home.folder / "outbox").exists()
     home.close()
 

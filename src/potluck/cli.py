@@ -22,6 +22,7 @@ from potluck.command import Debug, ExperimentFile, Overrides, command
 from potluck.demo_serve import demo_serve
 from potluck.joining import app as joining_app
 from potluck.serving import app as serving_app
+from potluck.upkeep import app as upkeep_app
 
 if TYPE_CHECKING:
     from potluck.experiment import Experiment
@@ -43,6 +44,7 @@ demo_app.command("serve")(demo_serve)
 app.add_typer(demo_app, name="demo")
 app.add_typer(serving_app)
 app.add_typer(joining_app)
+app.add_typer(upkeep_app)
 
 
 def main() -> None:

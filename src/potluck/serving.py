@@ -87,6 +87,13 @@ def serve(
             "--fresh", help="Begin anew: what is in DIR is moved into a folder there, and kept."
         ),
     ] = False,
+    restored: Annotated[
+        bool,
+        typer.Option(
+            "--restored",
+            help="Once, after the state was restored from a backup: devices take its older models.",
+        ),
+    ] = False,
     log_level: Annotated[
         LogLevel | None,
         typer.Option(help="info if left out, or warning on a terminal.", show_default=False),
@@ -121,7 +128,7 @@ def serve(
     if fresh:
         _begin_anew(home, database, blobs)
     show = typer.echo if is_terminal else None
-    server = open_server(file, given, home, listen, database, blobs, show)
+    server = open_server(file, given, home, listen, database, blobs, show, restored=restored)
     for name, value in (
         ("run", server.desk.name),
         ("address", server.address),
@@ -339,6 +346,8 @@ def open_server(
     database: str | None = None,
     blobs: str | None = None,
     show: Callable[[str], None] | None = None,
+    *,
+    restored: bool = False,
 ) -> Server:
     """A server for an experiment file, bound to its sockets."""
     from pydantic import ValidationError
@@ -361,10 +370,17 @@ def open_server(
     desk = resume_desk(experiment, home, settings=settings, **places)
     judge = judge_of(experiment if desk is None else desk.experiment)
     if desk is None:
+        if restored:
+            raise ConfigError(
+                f"--restored goes on with a run that was begun, got none named {experiment.name!r} "
+                "there. Restore it first, or leave out --restored."
+            )
         every: tuple[Need, ...] = ("charging", "idle", "unmetered")
         needs: tuple[Need, ...] = tuple(n for n in every if getattr(settings, f"needs_{n}"))
         begun = judge.begin(needs)._asdict()
         desk = open_desk(experiment, home, settings=settings, **begun, **places)
+    elif restored:
+        desk.service.begin_epoch(desk.run, actor="admin")
     seconds = experiment.server.long_poll_seconds
     try:
         evaluate = judge.evaluate if is_evaluated(experiment) else None

@@ -226,13 +226,15 @@ class Agent:
         yield Event("trained", assignment.round, f"loss {report.loss:.4f}")
 
     def _manifest(self, assignment: Assignment) -> Manifest:
+        epoch, version = self._home.manifest
         manifest = verify_manifest(
             assignment.manifest.encode(),
             bytes.fromhex(assignment.signature),
             bytes.fromhex(self._enrolment.server_key),
             run=self._enrolment.run,
             now_ms=self._connection.now_ms(),
-            last_seen_version=self._home.manifest_version,
+            last_seen_version=version,
+            last_seen_epoch=epoch,
         )
         if (manifest.run, manifest.round) != (assignment.run, assignment.round):
             raise ProtocolError(
@@ -240,7 +242,7 @@ class Agent:
                 f"the manifest must be of run={assignment.run} and round={assignment.round}, as "
                 f"the assignment says, got run={manifest.run} and round={manifest.round}.",
             )
-        self._home.accept_manifest(manifest.version)
+        self._home.accept_manifest(manifest.version, manifest.epoch)
         self._record.add_manifest(self._clock.now_ms(), assignment.manifest, assignment.signature)
         return manifest
 

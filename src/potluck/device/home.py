@@ -1,10 +1,10 @@
 """A device's folder: who it is, how far it has counted, what it owes, what it has sent.
 
     device.key           its private key, another for each enrolment; never leaves this folder
-    invited              SHA-256 of the token that the key was made for
+    invited              the token that the key was made for
     enrolment.json       the server, its certificate, the run and the run's key: pinned for good
     sequence             the number of the last request, stored before the request is sent
-    manifest             the highest manifest version that was accepted
+    manifest             the highest manifest version that was accepted, and its epoch
     outbox/, models/     an update that is not accepted yet; the model that is being trained on
     sent/                what was sent, a file for each day
 
@@ -73,14 +73,19 @@ class Home:
         Two servers of one key could pass its requests on to each other. What was kept for the run
         before goes: its updates are not for another.
         """
-        digest = hashlib.sha256(token.encode()).hexdigest()
         path = self.folder / "invited"
-        if path.exists() and path.read_text() == digest:
+        digest = hashlib.sha256(token.encode()).hexdigest()  # what an older version kept
+        if path.exists() and path.read_text() in (token, digest):
             return
         shutil.rmtree(self.folder / "outbox", ignore_errors=True)
         (self.folder / "manifest").unlink(missing_ok=True)
         write_file(self.folder / "device.key", new_key().hex().encode())
-        write_file(path, digest.encode())
+        write_file(path, token.encode())
+
+    def token(self) -> str | None:
+        """The token that this device enrolled with, or tried to."""
+        path = self.folder / "invited"
+        return path.read_text() if path.exists() else None
 
     def key(self) -> bytes:
         """The device's private key, made at first use.
@@ -145,14 +150,19 @@ class Home:
         return _read_number(self.folder / "sequence") is not None
 
     @property
-    def manifest_version(self) -> int:
-        """The highest manifest version that was accepted; 0 before the first."""
-        return _read_number(self.folder / "manifest") or 0
+    def manifest(self) -> tuple[int, int]:
+        """The highest epoch and manifest version that were accepted; 0, 0 before the first."""
+        try:
+            version, *epoch = map(int, (self.folder / "manifest").read_text().split())
+        except (FileNotFoundError, ValueError):
+            return 0, 0
+        return (epoch[0] if epoch else 0), version
 
-    def accept_manifest(self, version: int) -> None:
-        """Refuse lower versions from now on."""
-        if version > self.manifest_version:
-            write_file(self.folder / "manifest", str(version).encode())
+    def accept_manifest(self, version: int, epoch: int = 0) -> None:
+        """Refuse what is older from now on."""
+        if (epoch, version) > self.manifest:
+            text = f"{version} {epoch}" if epoch else str(version)
+            write_file(self.folder / "manifest", text.encode())
 
 
 def write_file(path: Path, content: bytes) -> None:

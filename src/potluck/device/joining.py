@@ -103,14 +103,23 @@ def join(
             consent = Consent(home, policy, trainer, enrolment.server_key, ask)
             if invitation is not None:
                 _check_same(enrolment, parse_invitation(invitation), home)
-        # A server may move; its certificate, run and key may not.
-        pins = (enrolment.certificate, enrolment.server_key)
-        with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
-            sensor = sensor or LinuxSensor()
-            agent = Agent(
-                home, enrolment, connection, record, trainer, sensor, clock, consent, policy, offers
-            )
-            yield from agent.work()
+        sensor = sensor or LinuxSensor()
+        while True:
+            # A server may move; its certificate, run and key may not.
+            pins = (enrolment.certificate, enrolment.server_key)
+            try:
+                with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
+                    told = (record, trainer, sensor, clock, consent, policy, offers)
+                    yield from Agent(home, enrolment, connection, *told).work()
+                return
+            except RefusedError as error:
+                if error.code != "unknown":
+                    raise
+                invited = _invited_again(enrolment, invitation, home, error)
+            home.expect(invited.token)
+            with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
+                enrolment = enrol_again(url, invited, home, connection, trainer, name)
+            yield Event("enrolled", 0, f"in {enrolment.run} again, whose server was restored")
     finally:
         home.close()
 
@@ -238,6 +247,50 @@ def enrol(
     )
     home.keep_enrolment(enrolment)
     return enrolment
+
+
+def _invited_again(
+    enrolment: Enrolment, invitation: str | None, home: Home, error: RefusedError
+) -> Invitation:
+    """What a device tries to enrol with again that its server does not know any more."""
+    if invitation is not None:
+        return parse_invitation(invitation)
+    token = home.token()
+    if token is None:
+        raise error
+    return Invitation(
+        token=token,
+        run=enrolment.run,
+        server_key=enrolment.server_key,
+        certificate=enrolment.certificate,
+    )
+
+
+def enrol_again(
+    url: str,
+    invited: Invitation,
+    home: Home,
+    connection: Connection,
+    trainer: Trainer,
+    name: str | None,
+) -> Enrolment:
+    """Enrol at a server that was restored from a backup of before this device came.
+
+    Raises:
+        RefusedError: unknown: it does not know the invitation either, or has revoked the device.
+    """
+    try:
+        return enrol(url, invited, home, connection, trainer, name)
+    except RefusedError as error:
+        if error.code not in ("unknown", "token"):
+            raise
+        raise RefusedError(
+            "unknown",
+            f"the server of run={invited.run!r} must know this device or its invitation, got "
+            f"neither: the device was revoked, or the server was restored from a backup of before "
+            "it came. Ask whoever runs the server for a new invitation, and give it with --token; "
+            "the folder stays.",
+        ) from None
 
 
 def _check_same(enrolment: Enrolment, invited: Invitation, home: Home) -> None:

@@ -68,7 +68,7 @@ class Manifest(Message):
     """A model, and what to do with it."""
 
     version: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
-    """Counts the manifests of a run; it never falls."""
+    """Counts the manifests of a run; it never falls within an epoch."""
     previous: Count
     """The version before; 0 before the first."""
     run: Name
@@ -83,6 +83,8 @@ class Manifest(Message):
     """Of the whole run; 0: the server does not say."""
     created_ms: Milliseconds
     expires_ms: Milliseconds
+    epoch: Count = 0
+    """Raised by an operator alone, where a server was restored: versions count from there anew."""
 
 
 def sign_manifest(private_key: bytes, manifest: Manifest) -> tuple[bytes, bytes]:
@@ -107,14 +109,17 @@ def verify_manifest(
     run: str,
     now_ms: int,
     last_seen_version: int,
+    last_seen_epoch: int = 0,
 ) -> Manifest:
     """The manifest in signed bytes, if it may be used.
 
     Args:
         server_key: pinned at enrolment, as `run` is.
         now_ms: Unix time as the server counts it.
-        last_seen_version: the highest version that was ever accepted; 0 before the first. The same
-            version is accepted again: a round may be tried again with the same model.
+        last_seen_version: the highest version that was accepted of the last epoch; 0 before the
+            first. The same version is accepted again: a round may be tried again with the same
+            model.
+        last_seen_epoch: the highest epoch that was ever accepted.
 
     Raises:
         ProtocolError: "manifest_signature", "manifest_malformed", "manifest_foreign",
@@ -130,8 +135,9 @@ def verify_manifest(
         _refuse("foreign", f"of the run {run}", f"run={manifest.run}")
     if now_ms >= manifest.expires_ms:
         _refuse("expired", f"valid at now_ms={now_ms}", f"expires_ms={manifest.expires_ms}")
-    if manifest.version < last_seen_version:
-        _refuse("rollback", f"at least version {last_seen_version}", f"version={manifest.version}")
+    if (manifest.epoch, manifest.version) < (last_seen_epoch, last_seen_version):
+        least = f"at least version {last_seen_version} of epoch {last_seen_epoch}"
+        _refuse("rollback", least, f"version={manifest.version} of epoch={manifest.epoch}")
     return manifest
 
 

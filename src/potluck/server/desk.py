@@ -96,9 +96,10 @@ class Desk:
         with refusals():
             key = bytes.fromhex(message.public_key)
             self.service.check_token(message.token, key, into=self.run)
-            number, model = self.service.newest(self.run)
+            run, model = self.service.newest(self.run)
         now = self.service.time.now()
-        manifest, signature = self._signed(number, model.version, model.sha256, now, now)
+        place = (run.epoch, run.round, model.version, model.sha256)
+        manifest, signature = self._signed(*place, now, now)
         return Previewed(manifest=manifest.decode(), signature=signature.hex(), server_time_ms=now)
 
     def enrol(self, message: Enrol) -> Enrolled:
@@ -321,7 +322,7 @@ class Desk:
     ) -> Assignment:
         now, deadline = self.service.time.now(), given.deadline_ms
         if given.round not in signed:
-            place = (given.number, given.version, given.model_sha256)
+            place = (given.epoch, given.number, given.version, given.model_sha256)
             signed[given.round] = self._signed(*place, now, deadline)
         manifest, signature = signed[given.round]
         return Assignment(
@@ -341,7 +342,7 @@ class Desk:
         )
 
     def _signed(
-        self, round: int, version: int, sha256: str, now: int, deadline: int
+        self, epoch: int, round: int, version: int, sha256: str, now: int, deadline: int
     ) -> tuple[bytes, bytes]:
         manifest = Manifest(
             version=version + 1,  # the initial model is version 0 here, and 1 on the wire
@@ -355,6 +356,7 @@ class Desk:
             rounds=self.settings.num_rounds,
             created_ms=now,
             expires_ms=max(deadline, now) + _SKEW_MS,
+            epoch=epoch,
         )
         return sign_manifest(self.key, manifest)
 

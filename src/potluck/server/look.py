@@ -58,6 +58,7 @@ class Assigned(NamedTuple):
     model_sha256: str
     lease_seconds: float
     deadline_ms: int
+    epoch: int
     model: bytes | None = None  # if it is small
 
 
@@ -267,6 +268,7 @@ class Look:
             model_sha256=self._model.sha256,
             lease_seconds=max(slot.lease_ms - self._now, 0) / 1000,
             deadline_ms=round.report_deadline_ms or latest,
+            epoch=self._run.epoch,
             model=self._model.content,
         )
 
@@ -321,6 +323,7 @@ _RUN = select(
     runs.c.state,
     runs.c.version,
     runs.c.seed,
+    runs.c.epoch,
     runs.c.settings,
     _LAST.scalar_subquery().label("last_client"),
 ).where(runs.c.id == bindparam("run"))

@@ -17,6 +17,7 @@ Methods raise `RefusedError` where a device or an operator must do something els
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ from potluck.server.tables import (
 from potluck.server.tables import rounds as all_rounds
 from potluck.server.transfer import upgrade
 from potluck.server.vectors import read_spec, read_vector, write_spec
+
+_LOG = logging.getLogger("potluck.server")
 
 
 class Begun(NamedTuple):
@@ -257,6 +260,23 @@ class Service:
         """Go on with a paused run."""
         self._turn(run, "paused", "running", "", actor, "resume")
 
+    def begin_epoch(self, run: str, *, actor: str) -> None:
+        """Go on after a restore: devices take older models than they have seen, from here on.
+
+        The number follows the clock, so that it is a new one however often a backup is restored.
+        The open round is given up: its devices are at work on what is not known here.
+        """
+        now = self.time.now()
+        with self.database.write() as db:
+            row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+            current = open_round_of(db, run, lock=True)
+            if current is not None:
+                rounds.abandon_round(db, row, current, "the server was restored", now)
+            epoch = max(row.epoch + 1, now // 1000)
+            values = {"epoch": epoch, "strikes": row.strikes, "state": row.state}
+            db.execute(update(runs).where(runs.c.id == run).values(values | {"reason": row.reason}))
+            audit.append(db, now, actor, "restored", run=run, epoch=epoch)
+
     def status(self, run: str) -> dict[str, Any]:
         """A run in numbers, for people and for a dashboard."""
         with self.database.read() as db:
@@ -321,11 +341,11 @@ class Service:
         """Refuse what this key could not enrol in a run with."""
         enrolment.check_token(self.database, token, public_key, self.time.now(), into=into)
 
-    def newest(self, run: str) -> tuple[int, Row[Any]]:
-        """The last committed round of a run, and the model version after it."""
+    def newest(self, run: str) -> tuple[Row[Any], Row[Any]]:
+        """A run, and the model version after its last committed round."""
         with self.database.read() as db:
             row = self._run(db, run)
-        return row.round, self._version(run, row.version)
+        return row, self._version(run, row.version)
 
     def enrol(
         self,
@@ -393,6 +413,12 @@ class Service:
 
     def fail(self, device: str, assignment: str, reason: str) -> None:
         """A device cannot do its work."""
+        if reason == "manifest_rollback":
+            _LOG.warning(
+                "a device has seen a newer model than this server has. If the server was restored "
+                "from a backup, start it with --restored",
+                extra={"device": device},
+            )
         selection.fail(self.database, device, assignment, reason, self.time.now())
 
     def begin_report(

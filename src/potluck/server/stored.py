@@ -75,8 +75,8 @@ def find(db: Connection, name: str) -> Row[Any] | None:
     if not found.has_table("runs"):
         return None
     there = {column["name"] for column in found.get_columns("runs")}
-    columns = [column for column in runs.c if column.name in there or not column.nullable]
-    if not {column.name for column in columns} <= there:
+    columns = [column for column in runs.c if column.name in there]
+    if "plan" not in there:
         raise RefusedError(
             "conflict",
             "the database must be of a version that this one goes on with, got an older one, "

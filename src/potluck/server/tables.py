@@ -81,6 +81,7 @@ runs = Table(
     Column("strikes", Integer, nullable=False),  # abandoned since the last success or resume
     Column("created_ms", BigInteger, nullable=False),
     Column("begun", Text),  # JSON, the keys that its file gave at first; NULL: an older version's
+    Column("epoch", BigInteger, nullable=False, server_default="0"),  # of its manifests
 )
 
 models = Table(

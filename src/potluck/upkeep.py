@@ -1,0 +1,67 @@
+"""The commands that keep a served run: `potluck backup`, `potluck restore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from potluck.command import Debug, command
+from potluck.serving import HOME, HomeFolder
+
+if TYPE_CHECKING:
+    from potluck.server.backup import Copied
+
+app = typer.Typer(rich_markup_mode=None)
+
+Place = Annotated[
+    str | None, typer.Option(metavar="URL", help="As for `potluck serve`, instead of DIR's own.")
+]
+
+
+@app.command()
+@command
+def backup(
+    to: Annotated[Path, typer.Argument(metavar="BACKUP", help="A folder, new or of a backup.")],
+    home: HomeFolder = HOME,
+    database: Place = None,
+    blobs: Place = None,
+    debug: Debug = False,
+) -> None:
+    """Copy a run: database, models and keys. Servers may be at work meanwhile.
+
+    The copy holds the run's secrets. Given the same folder again, only new models are copied.
+    """
+    from potluck.server.backup import back_up
+    from potluck.server.home import Home
+
+    _tell("backed up", back_up(Home(home), database, blobs, to))
+
+
+@app.command()
+@command
+def restore(
+    backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="`potluck backup` made it.")],
+    home: HomeFolder = HOME,
+    database: Place = None,
+    blobs: Place = None,
+    debug: Debug = False,
+) -> None:
+    """Put a copy back into an empty folder, or an empty database.
+
+    Then start the server once with `potluck serve --restored`: devices have seen newer models, and
+    take the older ones from a server that says so.
+    """
+    from potluck.server.backup import restore
+    from potluck.server.home import Home
+
+    _tell("restored", restore(backup, Home(home), database, blobs))
+    typer.echo("Start the server once with --restored: potluck serve … --restored")
+
+
+def _tell(what: str, copied: Copied) -> None:
+    for name, rounds in copied.runs:
+        typer.echo(f"{what}: the run {name!r} after {rounds} rounds, {copied.models} files")
+    for key in copied.missing:
+        typer.echo(f"left out, since it is missing or damaged: {key}", err=True)

@@ -16,6 +16,7 @@ from potluck.core import Spec
 from potluck.experiment import Experiment
 from potluck.server import Assigned, RoundSettings, Service
 from potluck.server.commit import load_version
+from potluck.server.database import Database
 from potluck.server.tables import devices, ledger, models, reports, rounds, runs
 from potluck.simulation.build import build_algorithm
 
@@ -76,6 +77,17 @@ def prove(
         foreign=len(set(stored) - told),
         differing=_replayed(run, base.weights, committed, count, folder, sent or {}),
     )
+
+
+def stored_reports(url: str) -> set[tuple[str, tuple[int, int]]]:
+    """(device, (round, attempt)) of the reports of training that a database has."""
+    database = Database(url)
+    columns = (reports.c.device, rounds.c.number, rounds.c.attempt)
+    joined = select(*columns).join(rounds, rounds.c.id == reports.c.round)
+    with database.read() as db:
+        found = {(d, (n, a)) for d, n, a in db.execute(joined.where(rounds.c.kind == "train"))}
+    database.close()
+    return found
 
 
 def _replayed(run, weights, committed, count: int, folder: Path, sent) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 
 from bad_line import BadLine, Weather
 from federation import Device
-from proof import prove
+from proof import prove, stored_reports
 from serve_process import ServerProcess, experiment
 from server_kills import drain
 from swarm import Swarm, accepted, name_of, until
@@ -50,7 +50,7 @@ class Year:
         """Devices that a person ended: revoked, or stopped."""
         self.lost = 0
         """Reports that were acknowledged, and whose bytes an event took away."""
-        self.undone: set[tuple[str, tuple[int, int]]] = set()
+        self.undone = Counter[tuple[str, tuple[int, int]]]()
         """Reports that were acknowledged after the backup that was restored."""
         self.sent: dict[int, tuple[np.ndarray, float]] = {}
         """Vector and weight of the clients that send others than their unit vector, with 1."""
@@ -83,10 +83,22 @@ class Year:
         told = {name: list(places) for name, places in self.told.items()}
         for device in self.swarm.devices:
             told.setdefault(name_of(device.folder), []).extend(accepted(device))
-        return {
-            name: [place for place in places if (name, place) not in self.undone]
-            for name, places in told.items()
-        }
+        for (name, place), times in self.undone.items():
+            for _ in range(times):
+                told[name].remove(place)
+        return told
+
+    def undo(self, url: str) -> None:
+        """Forget what devices were told and this database does not have: it was restored."""
+        kept = stored_reports(url)
+        told = [(name, place) for name, places in self.acknowledged().items() for place in places]
+        self.undone.update(one for one in told if one not in kept)
+
+    def command(self, *words: object) -> None:
+        """An operator's command."""
+        whole = [sys.executable, "-m", "potluck", *map(str, words)]
+        done = subprocess.run(whole, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 Event: TypeAlias = Callable[[Year], None]

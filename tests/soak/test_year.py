@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from record import record
 
 from attackers import ATTACKERS
-from swarm import until
+from fleet import fingerprint
+from potluck.protocol import STATUS, Accepted, Assignment, Error
+from remote import Caller, Served
+from swarm import name_of, until
 from year import Upgrade, Year, live
 
 pytestmark = pytest.mark.soak
@@ -32,16 +36,9 @@ def revoke(year: Year) -> None:
     """A device is thrown out, and another comes."""
     device = year.dice.choice(year.at_work)
     year.ended.add(device)
-    id = device.id if hasattr(device, "id") else _id(device)
-    year.server.operator.post("revoke", device=id)
+    year.server.operator.post("revoke", device=name_of(device.folder))
     until(lambda: device.died is not None)
     year.swarm.join(year.line.address, year.server.invite())
-
-
-def _id(device) -> str:
-    from swarm import name_of
-
-    return name_of(device.folder)
 
 
 def pause(year: Year) -> None:
@@ -68,8 +65,6 @@ def wrong_certificate(year: Year) -> None:
 
 @contextlib.contextmanager
 def _other_server(folder: Path):
-    from remote import Served
-
     folder.mkdir()
     with Served(folder, name="portal") as served:
         yield served.port
@@ -103,7 +98,40 @@ def lose_an_update(year: Year) -> None:
         trainer.seconds = 0.0
 
 
-EVENTS = {kill: 5, revoke: 3, pause: 3, restart_devices: 4}
+def overlap(year: Year) -> None:
+    """A device sends the last chunk of an update twice at the same time."""
+    callers = [Caller(year.line.address, year.server.certificate) for _ in range(2)]
+    callers[0].enrol(year.server.invite())
+    callers[1].key, callers[1].id = callers[0].key, callers[0].id
+    while not isinstance(given := callers[0].check_in(), Assignment):
+        time.sleep(0.2)
+    body = fingerprint(given.client, 650).astype("<f4").tobytes()
+    upload = callers[0].report(given, body).upload
+    callers[1].sequence = callers[0].sequence + 1  # of the two, either may come first
+    callers[1].invitation = callers[0].invitation
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda one: one.put(upload, 0, body), callers))
+    for one in callers:
+        one.close()
+    codes = [answer.code for answer in answers if isinstance(answer, Error)]
+    assert all(STATUS[code] < 500 for code in codes), codes
+    if any(isinstance(answer, Accepted) for answer in answers):
+        year.told[callers[0].id] = [(given.round, given.attempt)]
+
+
+def restore(year: Year) -> None:
+    """The server's folder is lost, and comes back from a backup that is some rounds old."""
+    home, backup = year.server.home.folder, year.folder / "backup"
+    year.command("backup", backup, "--home", home)
+    year.pass_rounds(3)
+    year.server.kill()
+    home.rename(home.with_name(f"lost{year.counts['restore']}"))
+    year.command("restore", backup, "--home", home)
+    year.undo(year.server.home.database)
+    year.server = year.serve("--restored")
+
+
+EVENTS = {kill: 5, overlap: 3, revoke: 3, pause: 3, restart_devices: 4, restore: 2}
 """What happens, and how often. What is mended is added here with the commit that mends it."""
 SOON = {wrong_certificate: 2, clock_ahead: 2, lose_an_update: 3}
 """What ends a run until it is mended."""

@@ -69,10 +69,10 @@ def test_an_address_with_many_connections_loses_its_own_oldest(crowd):
     more = crowd.come("127.0.0.4")
     assert crowd.open(few) == [True] * 2
     assert crowd.open(more) == [True]
-    assert crowd.open(many) == [False] * 7 + [True] * 5
+    assert crowd.open(many) == [False] * 9 + [True] * 3
 
 
-def test_no_address_takes_all_room_though_there_is_some(crowd):
+def test_strangers_take_three_quarters_though_there_is_room(crowd):
     many = crowd.come("127.0.0.3", 8)
     assert crowd.open(many) == [False] * 2 + [True] * 6
 
@@ -96,6 +96,16 @@ def test_a_device_with_many_connections_loses_the_one_it_used_longest_ago(crowd)
     few = crowd.come("127.0.0.2", 3)
     assert crowd.open(few) == [True] * 3
     assert crowd.open(many) == [True, False, True, True, True, True]
+
+
+def test_a_device_has_at_most_32_connections():
+    with Listener(socket.create_server(("127.0.0.1", 0)), 100) as listener, ExitStack() as stack:
+        crowd = Crowd(listener, stack)
+        many = []
+        for _ in range(34):
+            many += crowd.come("127.0.0.1")
+            many[-1][1].prove("device")
+        assert crowd.open(many) == [False] * 2 + [True] * 32
 
 
 def test_what_is_closed_counts_no_more(crowd, listener):
@@ -159,7 +169,8 @@ def crowd_out(folder, descriptors, sockets):
         seconds = time.monotonic() - started
     told = [line for line in server.log() if line["event"] == "connections"]
     assert 1 <= len(told) <= seconds + 2
-    assert f"at most {descriptors - min(256, descriptors // 4)} at once" in told[0]["reason"]
+    strangers = (descriptors - min(256, descriptors // 4)) * 3 // 4
+    assert f"at most {strangers} before their first request" in told[0]["reason"]
     others = [line for line in server.log() if line["level"] in ("warning", "error")]
     assert others == told
 

@@ -186,9 +186,11 @@ def s4(bench: Bench) -> list[dict[str, Any]]:
 
 
 def s5(bench: Bench) -> list[dict[str, Any]]:
-    """The same rounds without and with many sockets that are held open."""
+    """The same rounds without and with many sockets that are held open, or opened again: more than
+    the server has descriptors."""
     devices, sockets, rounds = bench.pick((100, 2000, 8), (20, 300, 6))
-    with bench.scene(model_bytes=MB, devices=devices, rounds=2 * rounds, pace=0.1) as scene:
+    values = {"devices": devices, "rounds": 2 * rounds, "descriptors": bench.pick(1024, 256)}
+    with bench.scene(model_bytes=MB, pace=0.1, **values) as scene:
         scene.enrol()
         # The run's first half is undisturbed; sockets open when it has got so far.
         rest = scene.begin("rounds", longest_wait=0.0)
@@ -210,7 +212,10 @@ def s5(bench: Bench) -> list[dict[str, Any]]:
         "quiet_seconds": quiet,
         "disturbed_seconds": disturbed,
     }
-    return [_row("S5", f"{sockets} slow or idle sockets, a round of {devices}", "≤ 1.2 ×",
+    what = (
+        f"{sockets} slow or idle sockets, a round of {devices}, `ulimit -n {values['descriptors']}`"
+    )
+    return [_row("S5", what, "≤ 1.2 ×",
                  f"{ratio:.2f} ×", ratio <= 1.2, told)]  # fmt: skip
 
 

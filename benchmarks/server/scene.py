@@ -74,9 +74,10 @@ class Scene:
         long_poll: float = 25.0,
         pace: float = 10.0,
         core: int | None = None,
+        descriptors: int | None = None,
     ) -> None:
         self.folder, self.home, self.devices = folder, Home(folder / "home"), devices
-        self._core = core
+        self._core, self._descriptors = core, descriptors
         self._process: subprocess.Popen[bytes] | None = None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -113,6 +114,8 @@ class Scene:
         """Start the server, and wait until it answers."""
         begin = time.perf_counter()
         pin = [] if self._core is None else ["taskset", "-c", str(self._core)]
+        if self._descriptors is not None:
+            pin = ["sh", "-c", f'ulimit -n {self._descriptors} && exec "$@"', "sh", *pin]
         command = [sys.executable, "-m", "potluck", "serve", "load.toml", "--home", "home"]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(

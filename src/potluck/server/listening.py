@@ -1,9 +1,9 @@
 """Listening sockets whose connections are limited, so that descriptors never run out.
 
 A connection counts for its address until a request on it proves whose it is; from then on for that
-device or session. Where there are as many as may be, one is closed: of the address, device or
-session that has most, the one that has proven nothing for longest. So whoever opens many closes its
-own, and a connection that is new has time to prove itself.
+device or session. Where there are as many as may be, in all or of those that have proven nothing,
+one is closed: of the address, device or session that has most, the one that has proven nothing for
+longest. So whoever opens many closes its own, and a new connection has time to prove itself.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from starlette.types import Scope
 
 from potluck.core import RunError
 
-BACKLOG = 4096
+ACCEPTS = 128
+"""Connections that are accepted at once, before handshakes go on, which cost four times as much."""
+_BACKLOG = 4096
 """Connections that wait to be accepted. Who finds no room is not told: its system tries again after
 1, 2 and 4 seconds, and thousands together."""
 OPERATORS = 32
 """Connections at once at the operators' socket, which only the server's own user can open."""
 MOST_DESCRIPTORS = 65_536
-"""That are of use: more connections would need more memory than most servers have."""
+"""That are of use to one process."""
+_STRANGERS = 4_096
+"""Connections that have proven nothing: in a handshake each takes 70 KB."""
+_OF_ONE = 32
+"""Connections of a device or session. It needs one; a proxy between may keep more for it."""
 _RESERVED = 256
 """Descriptors for database, blobs and operators."""
 _CLOSING = 64
@@ -63,7 +69,7 @@ def open_listener(listen: Listen) -> Listener:
         family = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0][0]
         is_both = listen.host == "::" and socket.has_dualstack_ipv6()  # IPv4 comes there too
         made = socket.create_server(
-            (listen.host, listen.port), family=family, backlog=BACKLOG, dualstack_ipv6=is_both
+            (listen.host, listen.port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_both
         )
         # Connections inherit it. asyncio sets it where a socket says that it is TCP, which these do
         # not; and an answer in two pieces would wait 40 ms for the other side's acknowledgement.
@@ -171,11 +177,11 @@ class Listener(socket.socket):
     def __init__(self, bound: socket.socket, limit: int) -> None:
         super().__init__(fileno=bound.detach())
         self.limit = limit
-        self._of_an_address = limit * 3 // 4
+        self._most_strangers = min(limit * 3 // 4, _STRANGERS)
         self._open: dict[int, Accepted] = {}  # by descriptor, also those that are given up
         self._owned: dict[_Owner, dict[Accepted, None]] = {}  # what has proven least recently first
         self._by_rank: dict[int, dict[_Owner, None]] = {}
-        self._count = 0  # that are not given up
+        self._count = {True: 0, False: 0}  # not given up: of addresses, of others
         self._given_up = 0  # since it was told
         self._told = -_TELL_SECONDS
 
@@ -188,20 +194,25 @@ class Listener(socket.socket):
         except OSError as error:
             if error.errno not in _SCARCE:
                 raise
-            if self._count:
-                self._give_up(max(self._by_rank), str(error))
+            if self._by_rank:
+                self._give_up(self._worst(), str(error))
             else:
                 time.sleep(0.05)  # others use all there are: asyncio would log thousands of lines
             raise BlockingIOError from None
         accepted = Accepted(self, made, _Owner(True, _network(address)))
         self._open[accepted.fileno()] = accepted
         self._put(accepted)
-        num_alike = len(self._owned[accepted.owner])
-        if num_alike > self._of_an_address:
-            self._give_up(_rank(accepted.owner, num_alike), "too many of one address")
-        elif self._count > self.limit:
-            self._give_up(max(self._by_rank), "too many")
+        if self._count[True] > self._most_strangers:
+            self._give_up(
+                self._worst(is_address=True), f"{self._most_strangers} before their first request"
+            )
+        elif sum(self._count.values()) > self.limit:
+            self._give_up(self._worst(), f"{self.limit}")
         return accepted, address
+
+    def listen(self, _: int = 0) -> None:
+        """Listen; how many wait is not what asyncio says, which is how many it accepts at once."""
+        super().listen(_BACKLOG)
 
     def find(self, descriptor: int) -> Accepted | None:
         """The open connection of this descriptor."""
@@ -212,24 +223,30 @@ class Listener(socket.socket):
         if self._take(accepted):
             accepted.owner = owner
             self._put(accepted)
+            if len(self._owned[owner]) > _OF_ONE:
+                self._give_up(owner, f"{_OF_ONE} of one device or session")
 
     def forget(self, accepted: Accepted) -> None:
         """It is about to be closed."""
         self._take(accepted)
         self._open.pop(accepted.fileno(), None)
 
-    def _give_up(self, rank: int, reason: str) -> None:
-        """Close the oldest of an owner of this rank, and tell of it at most once a second."""
-        owner = next(iter(self._by_rank[rank]))
+    def _worst(self, *, is_address: bool = False) -> _Owner:
+        """Whose connection is closed first, of all owners or of the addresses."""
+        rank = max(rank for rank in self._by_rank if rank % 2 >= is_address)
+        return next(iter(self._by_rank[rank]))
+
+    def _give_up(self, owner: _Owner, limit: str) -> None:
+        """Close an owner's oldest, and tell of it at most once a second."""
         victim = next(iter(self._owned[owner]))
         self._take(victim)
         victim.give_up()
         self._given_up += 1
         now = time.monotonic()
         if now - self._told >= _TELL_SECONDS:
-            told = f"at most {self.limit} at once ({reason}): closed {self._given_up} since"
-            kind = "the address" if owner.is_address else "the device or session"
-            told += f" the last such line, the last one of {kind} {owner.name}. See `ulimit -n`."
+            kind = "address" if owner.is_address else "device or session"
+            told = f"at most {limit}, got more: {self._given_up} were closed since the last such "
+            told += f"line, the last one of the {kind} {owner.name}. See docs/operating.md."
             _LOG.warning("connections", extra={"reason": told})
             self._given_up, self._told = 0, now
 
@@ -238,7 +255,7 @@ class Listener(socket.socket):
         self._unrank(accepted.owner, len(owned))
         owned[accepted] = None
         self._by_rank.setdefault(_rank(accepted.owner, len(owned)), {})[accepted.owner] = None
-        self._count += 1
+        self._count[accepted.owner.is_address] += 1
 
     def _take(self, accepted: Accepted) -> bool:
         """Count it no more; False: it was not counted."""
@@ -252,7 +269,7 @@ class Listener(socket.socket):
             self._by_rank.setdefault(_rank(owner, len(owned)), {})[owner] = None
         else:
             del self._owned[owner]
-        self._count -= 1
+        self._count[owner.is_address] -= 1
         return True
 
     def _unrank(self, owner: _Owner, num_owned: int) -> None:

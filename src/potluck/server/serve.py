@@ -39,7 +39,7 @@ from potluck.server.desk import Desk
 from potluck.server.home import Home
 from potluck.server.lines import Lines
 from potluck.server.listening import (
-    BACKLOG,
+    ACCEPTS,
     Listen,
     Listener,
     authority,
@@ -410,7 +410,7 @@ def _uvicorn(
         ssl_keyfile=key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        backlog=BACKLOG,
+        backlog=ACCEPTS,
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]

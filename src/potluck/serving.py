@@ -35,6 +35,7 @@ _WAITS = "waiting for a server in {} to start, at most {:g} s (Ctrl-C ends this)
 _WHY_LEFT = {
     "unsupported": "cannot train: its data do not fit",
     "no_data": "cannot train: it has no data",
+    "declined": "its owner, or the owner's policy, does not agree to the run",
     "silent": "silent in two rounds: left out until it is back",
 }
 

@@ -31,12 +31,12 @@ from potluck.core import (
 )
 from potluck.device.clock import Clock, Stopped
 from potluck.device.connection import Connection, Unanswered
-from potluck.device.consent import Consent, DeclinedError
+from potluck.device.consent import Consent
 from potluck.device.download import receive_model
 from potluck.device.eligibility import Sensor
 from potluck.device.home import Enrolment, Home
 from potluck.device.outbox import Outbox, Owed
-from potluck.device.policy import Policy
+from potluck.device.policy import DeclinedError, Policy
 from potluck.device.record import DailyLimitError, Record
 from potluck.device.training import Trainer
 from potluck.device.upload import send_update
@@ -243,7 +243,8 @@ class Agent:
                 f"the assignment says, got run={manifest.run} and round={manifest.round}.",
             )
         self._home.accept_manifest(manifest.version, manifest.epoch)
-        self._record.add_manifest(self._clock.now_ms(), assignment.manifest, assignment.signature)
+        signed = (assignment.manifest, assignment.signature)
+        self._record.add_manifest(self._clock.now_ms(), *signed, assignment.assignment)
         return manifest
 
     def _keep(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
@@ -356,6 +357,8 @@ def _reason(error: BaseException) -> FailureReason:
             return "diverged" if error.code == "not_finite" else "error"
         case NotEligibleError():
             return "ineligible"
+        case DeclinedError():
+            return "declined"
         case ConfigError() | TaskError():
             return "unsupported"
         case DataError():

@@ -13,9 +13,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
-from potluck.core import ConfigError
 from potluck.device.home import Home, write_file
-from potluck.device.policy import Policy, num_steps
+from potluck.device.policy import DeclinedError, Policy, num_steps
 from potluck.device.training import Trainer
 from potluck.experiment import AlgorithmSection
 from potluck.plan import Plan
@@ -24,10 +23,6 @@ from potluck.protocol.strict_json import encode_json
 
 Ask: TypeAlias = Callable[[str], bool]
 """Shows the owner what a run is to do, and brings the answer."""
-
-
-class DeclinedError(ConfigError):
-    """The owner does not agree to what the run does."""
 
 
 class Consent:
@@ -50,8 +45,8 @@ class Consent:
         A device that enrolled before terms were kept has agreed to the first that it sees.
 
         Raises:
-            ConfigError, DataError: the policy forbids them, or the data do not fit.
-            DeclinedError: the owner says no.
+            ConfigError, DataError: the data do not fit.
+            DeclinedError: the policy forbids them, or the owner says no.
         """
         terms = terms_of(manifest)
         if terms == self._checked:

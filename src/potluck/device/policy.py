@@ -25,6 +25,10 @@ _Count: TypeAlias = Annotated[int, Field(ge=1, le=2**53 - 1)]
 _Hour: TypeAlias = Annotated[int, Field(ge=0, le=24)]
 
 
+class DeclinedError(ConfigError):
+    """The owner of a device, or their policy, does not agree to what a run is to do."""
+
+
 class Policy(BaseModel):
     """The keys of the file; all of them are optional."""
 
@@ -61,7 +65,7 @@ class Policy(BaseModel):
         """Refuse a model that is too large, or too long a run.
 
         Raises:
-            ConfigError: with the key.
+            DeclinedError: with the key.
         """
         size = manifest.length_bytes
         if self.max_model_bytes is not None and size > self.max_model_bytes:
@@ -76,7 +80,7 @@ class Policy(BaseModel):
         """Refuse local training that is too much, or so little that it shows single examples.
 
         Raises:
-            ConfigError: with the key.
+            DeclinedError: with the key.
         """
         epochs, size = plan.algorithm.local_epochs, plan.algorithm.batch_size
         if self.max_epochs is not None and epochs > self.max_epochs:
@@ -106,7 +110,7 @@ class Policy(BaseModel):
         compose. The noise comes from the system's randomness, which no server knows.
 
         Raises:
-            ConfigError: it is of fewer local steps than it may be.
+            DeclinedError: it is of fewer local steps than it may be.
         """
         if self.min_steps is not None and update.num_steps < self.min_steps:
             _refuse("min_steps", self.min_steps, f"an update of {update.num_steps} local steps")
@@ -151,7 +155,7 @@ def num_steps(plan: Plan, num_examples: int | None) -> int | None:
 
 
 def _refuse(key: str, limit: object, got: str) -> NoReturn:
-    raise ConfigError(
+    raise DeclinedError(
         f"the run must keep to this device's policy, {key} = {limit}, got {got}. "
         "Do not take part, or change the policy."
     )

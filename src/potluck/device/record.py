@@ -76,7 +76,6 @@ class Record:
         if is_message:
             message = json.loads(body)
             line["message"] = message | {key: "…" for key in _HIDDEN if key in message}
-            self._assignments |= _assignments_of(line)
         self._append(line)
         self._sent += len(body)
 
@@ -88,10 +87,16 @@ class Record:
         finally:
             os.close(file)
 
-    def add_manifest(self, now_ms: int, manifest: str, signature: str) -> None:
+    def add_manifest(
+        self, now_ms: int, manifest: str, signature: str, assignment: str | None = None
+    ) -> None:
         """Note what the device is about to work for: the signed bytes, and their signature."""
         self.sent(now_ms)
-        self._append({"time_ms": now_ms, "bytes": 0, "manifest": manifest, "signature": signature})
+        line = {"time_ms": now_ms, "bytes": 0, "manifest": manifest, "signature": signature}
+        if assignment is not None:
+            self._assignments.add(assignment)
+            line["assignment"] = assignment
+        self._append(line)
 
     def keep_update(self, sha256: str, body: bytes) -> None:
         """Keep an update that is about to be sent, if the owner asks for that."""
@@ -138,7 +143,7 @@ class Record:
                 for text in self._path().read_text(encoding="utf-8").split("\n"):
                     line = _line_of(text)
                     self._sent += int(line.get("bytes", 0))
-                    self._assignments |= _assignments_of(line)
+                    self._assignments |= {line["assignment"]} if "assignment" in line else set()
         return self._sent
 
     def _path(self) -> Path:
@@ -155,9 +160,3 @@ def _line_of(text: str) -> dict[str, Any]:
         return json.loads(text)
     except ValueError:  # empty, or the last line of a machine that lost its power
         return {}
-
-
-def _assignments_of(line: dict[str, Any]) -> set[str]:
-    """The assignment that a message is about."""
-    found = line.get("message", {}).get("assignment")
-    return set() if found is None else {found}

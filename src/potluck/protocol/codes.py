@@ -66,6 +66,7 @@ FailureReason: TypeAlias = Literal[
     "model_digest",
     "unsupported",
     "no_data",
+    "declined",
     "ineligible",
     "diverged",
     "out_of_memory",

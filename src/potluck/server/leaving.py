@@ -28,8 +28,8 @@ from potluck.server import audit
 from potluck.server.settings import RoundSettings, settings_of
 from potluck.server.tables import OPEN_ROUND, TAKING, assignments, devices, reports, rounds, runs
 
-REASONS: tuple[FailureReason, ...] = ("unsupported", "no_data")
-"""Why a device cannot train, now and later."""
+REASONS: tuple[FailureReason, ...] = ("unsupported", "no_data", "declined")
+"""Why a device does not train, now and later."""
 REVOKED = "the device was revoked"
 """Why its assignment failed."""
 MISSED, SILENT = "missed", "silent"

@@ -109,8 +109,8 @@ def test_a_run_keeps_what_was_a_default_when_it_was_begun(tmp_path):
     desk = opened(folder)
     assert (desk.settings.max_norm, desk.settings.attempts) == (123.0, 9)
     assert desk.kept == [
-        "server.attempts = 9 as when it was begun, and not 3",
-        "server.max_norm = 123.0 as when it was begun, and not 10000.0",
+        "server.attempts = 9 in the run, and not 3",
+        "server.max_norm = 123.0 in the run, and not 10000.0",
     ]
     with pytest.raises(RefusedError, match=r"begun with server.attempts = 9 and not 4\."):
         opened(folder, "server.attempts=4")

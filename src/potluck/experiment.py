@@ -382,8 +382,8 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     path = Path(path)
     advice = "Give an experiment; `potluck init` writes one, and data are named in it (task.path)."
     content = read_toml(path, "an experiment", "Write one with `potluck init`.", advice)
-    for override in overrides:
-        _override(content, override)
+    for change in overrides:
+        override(content, change)
     experiment = check_experiment(content, str(path))
     return _with_absolute_paths(experiment, path.parent)
 
@@ -519,11 +519,16 @@ def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
     return experiment.model_copy(update={"task": task.model_copy(update={"path": absolute})})
 
 
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(content: dict[str, Any], change: str) -> None:
+    """Change a value ("run.rounds=20") in the content of an experiment file.
+
+    Raises:
+        ConfigError: it does not look like that.
+    """
+    key, equals, text = change.partition("=")
     if not equals or not key.strip():
         raise ConfigError(
-            f"an override must look like run.rounds=20, got {override!r}. Put = between the two."
+            f"an override must look like run.rounds=20, got {change!r}. Put = between the two."
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -534,6 +539,6 @@ def _override(content: dict[str, Any], override: str) -> None:
     for part in path:
         inner: Any = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{part} must be a table, got override={override!r}.")
+            raise ConfigError(f"{part} must be a table, got override={change!r}.")
         table = cast("dict[str, Any]", inner)
     table[last] = value

@@ -1,9 +1,9 @@
-"""The commands that keep a served run: `potluck backup`, `potluck restore`."""
+"""The commands that keep a served run: `potluck set`, `potluck backup`, `potluck restore`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,33 @@ app = typer.Typer(rich_markup_mode=None)
 Place = Annotated[
     str | None, typer.Option(metavar="URL", help="As for `potluck serve`, instead of DIR's own.")
 ]
+
+
+@app.command("set")
+@command
+def set_keys(
+    changes: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE", help="report_seconds=60, run.rounds=9"),
+    ],
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Change what decides no numbers of the model, while the run goes on.
+
+    These are the keys of [server] but for selection and needs_*, run.rounds and
+    run.evaluate_every. The experiment file may stay as it is.
+    """
+    from potluck.core.plain_json import to_json
+    from potluck.experiment import override
+    from potluck.server.home import Home
+    from potluck.server.operator import Operator
+
+    asked: dict[str, Any] = {}
+    for change in changes:
+        override(asked, change)
+    for key, (old, new) in Operator(Home(home)).post("set", **asked).items():
+        typer.echo(f"{key} = {to_json(new)}, and was {to_json(old)}")
 
 
 @app.command()

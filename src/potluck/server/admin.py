@@ -26,6 +26,7 @@ from potluck.server.bell import Bell
 from potluck.server.desk import Desk, refusals
 from potluck.server.measured import measured
 from potluck.server.meters import Meters
+from potluck.server.stored import flat
 
 MAX_BYTES = 4096
 _TOKENS = 10_000  # at once
@@ -69,6 +70,7 @@ class AdminApp:
             "pause": self._pause,
             "resume": self._resume,
             "revoke": self._revoke,
+            "set": self._set,
             "dashboard": lambda _: {"link": self._invite()},
         }
         paths = [
@@ -152,6 +154,9 @@ class AdminApp:
     def _revoke(self, asked: dict[str, Any]) -> dict[str, Any]:
         self._desk.service.revoke(_word(asked, "device", ""), actor="admin")
         return {}
+
+    def _set(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return self._desk.service.change(self._desk.run, flat(asked), actor="admin")
 
     async def _export(self, request: Request) -> Response:
         self._check(request)

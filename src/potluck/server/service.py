@@ -41,6 +41,7 @@ from potluck.server import (
     rounds,
     selection,
 )
+from potluck.server import changes as changing
 from potluck.server import commit as commits
 from potluck.server.blobs import BlobStore, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
@@ -261,21 +262,12 @@ class Service:
         self._turn(run, "paused", "running", "", actor, "resume")
 
     def begin_epoch(self, run: str, *, actor: str) -> None:
-        """Go on after a restore: devices take older models than they have seen, from here on.
+        """Go on after a restore from a backup."""
+        changing.begin_epoch(self.database, run, self.time.now(), actor=actor)
 
-        The number follows the clock, so that it is a new one however often a backup is restored.
-        The open round is given up: its devices are at work on what is not known here.
-        """
-        now = self.time.now()
-        with self.database.write() as db:
-            row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
-            current = open_round_of(db, run, lock=True)
-            if current is not None:
-                rounds.abandon_round(db, row, current, "the server was restored", now)
-            epoch = max(row.epoch + 1, now // 1000)
-            values = {"epoch": epoch, "strikes": row.strikes, "state": row.state}
-            db.execute(update(runs).where(runs.c.id == run).values(values | {"reason": row.reason}))
-            audit.append(db, now, actor, "restored", run=run, epoch=epoch)
+    def change(self, run: str, changes: Mapping[str, Any], *, actor: str) -> dict[str, list[Any]]:
+        """Change what decides no numbers; for each key its old and its new value."""
+        return changing.change(self.database, run, changes, self.time.now(), actor=actor)
 
     def status(self, run: str) -> dict[str, Any]:
         """A run in numbers, for people and for a dashboard."""

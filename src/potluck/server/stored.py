@@ -28,12 +28,12 @@ from potluck.server.vectors import read_spec
 _SHOWN = 3
 _FOLLOW = ("task.path", "server.num_rounds")
 """Of no weight: the data may move, and the number of rounds is `run.rounds`."""
-CHANGEABLE = {f"server.{name}" for name in RoundSettings.model_fields} - {
-    "server.selection",
-    "server.goal_part",
-    "server.num_rounds",
-} | {"run.rounds", "run.evaluate_every"}
-"""The keys that decide no numbers of a model: `potluck set` changes them in a run."""
+_FIXED = ("selection", "goal_part", "num_rounds", "needs_charging", "needs_idle", "needs_unmetered")
+CHANGEABLE = {"run.rounds", "run.evaluate_every"} | {
+    f"server.{name}" for name in RoundSettings.model_fields if name not in _FIXED
+}
+"""The keys that decide no numbers of a model, and are not in its signed plan: `potluck set` changes
+them in a run."""
 
 
 class Kept(NamedTuple):
@@ -100,10 +100,9 @@ def kept(
     told: list[str] = []
     for key in [key for key in {**was, **now} if was.get(key) != now.get(key)]:
         here, there = _told(was.get(key)), _told(now.get(key))
-        if key not in given and key not in begun:
-            told.append(f"{key} = {here} as when it was begun, and not {there}")
-        elif key in begun and begun[key] == now.get(key):
-            told.append(f"{key} = {here} as it was set in the run, and not {there}")
+        is_left_out = key not in given and (key not in begun or key in CHANGEABLE)
+        if is_left_out or (key in begun and begun[key] == now.get(key)):
+            told.append(f"{key} = {here} in the run, and not {there}")
         else:
             different[key] = f"{key} = {here} and not {there}"
     if spec is not None and spec != read_spec(run.spec):

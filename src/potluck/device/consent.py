@@ -115,7 +115,10 @@ def in_words(
         "this machine; an update can show single examples: docs/what-leaves.md",
         "changed": "; ".join(changes),
     }
-    return "\n".join(f"{name:<10}  {text}" for name, text in lines.items() if text)
+    # A line stays one, whatever the names of a signed schema hold.
+    return "\n".join(
+        f"{name:<10}  {' '.join(text.split())}" for name, text in lines.items() if text
+    )
 
 
 def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,5 +157,5 @@ def _declined(changes: list[str]) -> str:
     what = f"what changed ({'; '.join(changes)})" if changes else "what the run does"
     return (
         f"the owner of the data must agree to {what}, got no. "
-        "Nothing was sent. Give the command again to be asked again."
+        "Nothing was trained for it. Give the command again to be asked again."
     )

@@ -6,10 +6,11 @@ out is not limited, but for the time that one assignment may take.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeAlias
+from typing import Annotated, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -68,13 +69,8 @@ class Policy(BaseModel):
             DeclinedError: with the key.
         """
         size = manifest.length_bytes
-        if self.max_model_bytes is not None and size > self.max_model_bytes:
-            _refuse("max_model_bytes", self.max_model_bytes, f"a model of {size} bytes")
-        if self.max_memory_bytes is not None and MEMORY_COPIES * size > self.max_memory_bytes:
-            got = f"a model that needs {MEMORY_COPIES} × {size} bytes"
-            _refuse("max_memory_bytes", self.max_memory_bytes, got)
-        if self.max_rounds is not None and not 0 < manifest.rounds <= self.max_rounds:
-            _refuse("max_rounds", self.max_rounds, f"rounds = {manifest.rounds or 'not said'}")
+        self._hold(max_model_bytes=size, max_memory_bytes=MEMORY_COPIES * size)
+        self._hold(max_rounds=manifest.rounds or math.inf)  # which the server does not say
 
     def check_work(self, plan: Plan, num_examples: int | None) -> None:
         """Refuse local training that is too much, or so little that it shows single examples.
@@ -82,15 +78,22 @@ class Policy(BaseModel):
         Raises:
             DeclinedError: with the key.
         """
-        epochs, size = plan.algorithm.local_epochs, plan.algorithm.batch_size
-        if self.max_epochs is not None and epochs > self.max_epochs:
-            _refuse("max_epochs", self.max_epochs, f"local_epochs = {epochs}")
-        batch = min(num_examples or 2**53, 2**53 if size == "full" else size)
-        if self.min_batch_size is not None and batch < self.min_batch_size:
-            _refuse("min_batch_size", self.min_batch_size, f"batches of {batch}")
-        steps = num_steps(plan, num_examples)
-        if self.min_steps is not None and steps is not None and steps < self.min_steps:
-            _refuse("min_steps", self.min_steps, f"{steps} local steps a round")
+        size = plan.algorithm.batch_size
+        batch = min(num_examples or math.inf, math.inf if size == "full" else size)
+        self._hold(max_epochs=plan.algorithm.local_epochs, min_batch_size=batch)
+        self._hold(min_steps=num_steps(plan, num_examples))
+
+    def _hold(self, **asked: float | None) -> None:
+        """Refuse what is beyond the key of its name."""
+        for key, value in asked.items():
+            limit = getattr(self, key)
+            if limit is None or value is None:
+                continue
+            if value > limit if key.startswith("max") else value < limit:
+                raise DeclinedError(
+                    f"the run must keep to this device's policy, {key} = {limit}, got {value}. "
+                    "Do not take part, or change the policy."
+                )
 
     def seconds_to_hours(self, now_ms: int) -> float:
         """Until the hours of the day begin in which the device may work; 0: it may now."""
@@ -112,8 +115,7 @@ class Policy(BaseModel):
         Raises:
             DeclinedError: it is of fewer local steps than it may be.
         """
-        if self.min_steps is not None and update.num_steps < self.min_steps:
-            _refuse("min_steps", self.min_steps, f"an update of {update.num_steps} local steps")
+        self._hold(min_steps=update.num_steps)
         if self.clip_norm is None:
             return update
         norm = float(np.linalg.norm(update.delta.astype(np.float64)))
@@ -152,10 +154,3 @@ def num_steps(plan: Plan, num_examples: int | None) -> int | None:
     if size == "full":
         return plan.algorithm.local_epochs
     return None if num_examples is None else plan.algorithm.local_epochs * -(-num_examples // size)
-
-
-def _refuse(key: str, limit: object, got: str) -> NoReturn:
-    raise DeclinedError(
-        f"the run must keep to this device's policy, {key} = {limit}, got {got}. "
-        "Do not take part, or change the policy."
-    )

@@ -60,13 +60,17 @@ def claims(vector: np.ndarray, **changes) -> Claims:
 class Fleet:
     """A service with one run and `count` enrolled devices."""
 
-    def __init__(self, url, blobs, *, count=4, dim=None, clock=None, run=None, **settings) -> None:
+    def __init__(
+        self, url, blobs, *, count=4, dim=None, clock=None, run=None, algorithm=None, **settings
+    ) -> None:
         self.url, self.blobs, self.clock = url, str(blobs), clock or Clock()
         self.dim = dim or count
         self.spec = Spec(("w",), ((self.dim,),))
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 1000} | settings
         self.settings = RoundSettings(**values)
-        self.experiment = check_experiment(CONTENT | {"run": CONTENT["run"] | (run or {})}, "test")
+        given = {"run": run or {}, "algorithm": algorithm or {}}
+        content = CONTENT | {name: CONTENT[name] | values for name, values in given.items()}
+        self.experiment = check_experiment(content, "test")
         self.service = self.open()
         self.run = self.service.create_run(
             self.experiment, np.zeros(self.dim, np.float32), self.spec, self.settings

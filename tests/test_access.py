@@ -61,6 +61,8 @@ OPERATORS = {
     "POST /admin/dashboard": _OPERATOR,
     "POST /admin/pause": _OPERATOR,
     "POST /admin/resume": _OPERATOR,
+    "POST /admin/abandon": _OPERATOR,
+    "POST /admin/fall-back": _OPERATOR,
     "POST /admin/revoke": _OPERATOR,
     "POST /admin/export": _OPERATOR,
 }
@@ -214,7 +216,8 @@ def test_each_caller_at_the_operators_socket(served, name):
     with httpx.Client(transport=transport, base_url="http://server") as client:
         for headers, expected in (({}, row.anonymous), (wrong, row.anonymous), (signed, row.other)):
             answered(client.request(method, path, headers=headers), expected)
-        if path.endswith(("pause", "resume", "revoke")):  # they would change what others test
+        # These would change what others test.
+        if path.endswith(("pause", "resume", "abandon", "fall-back", "revoke")):
             answer = client.post(path, headers=right, content=b"[]")
             refused(answer, "malformed")  # let in, and read
         else:

@@ -251,6 +251,38 @@ def resume(home: HomeFolder = HOME, debug: Debug = False) -> None:
 
 @app.command()
 @command
+def abandon(
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="For the log.")] = "",
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """End the open attempt at a round without a model; the same round is tried again."""
+    _operator(home).post("abandon", reason=reason or "an operator abandoned it")
+    typer.echo("abandoned. The round is tried again, unless the run is paused")
+
+
+@app.command("fall-back")
+@command
+def fall_back(
+    version: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Else the newest that can be read."),
+    ] = None,
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Go on with an older model, where the newest is lost.
+
+    Rounds go on counting. What was learnt since that model is not learnt again.
+    """
+    asked = {} if version is None else {"version": version}
+    told = _operator(home).post("fall-back", **asked)
+    typer.echo(f"the model of version {told['version']} is now version {told['now']}")
+    typer.echo("If the run is paused, go on with: potluck resume")
+
+
+@app.command()
+@command
 def revoke(
     device: Annotated[str, typer.Argument(metavar="DEVICE", help="See `potluck devices`.")],
     home: HomeFolder = HOME,

@@ -69,6 +69,8 @@ class AdminApp:
             "enroll": self._enroll,
             "pause": self._pause,
             "resume": self._resume,
+            "abandon": self._abandon,
+            "fall-back": self._fall_back,
             "revoke": self._revoke,
             "set": self._set,
             "dashboard": lambda _: {"link": self._invite()},
@@ -151,6 +153,16 @@ class AdminApp:
         self._desk.service.resume(self._desk.run, actor="admin")
         return {}
 
+    def _abandon(self, asked: dict[str, Any]) -> dict[str, Any]:
+        reason = _word(asked, "reason", "an operator abandoned it")
+        self._desk.service.abandon(self._desk.run, reason, actor="admin")
+        return {}
+
+    def _fall_back(self, asked: dict[str, Any]) -> dict[str, Any]:
+        version = _version(asked)
+        found, now = self._desk.service.fall_back(self._desk.run, version, actor="admin")
+        return {"version": found, "now": now}
+
     def _revoke(self, asked: dict[str, Any]) -> dict[str, Any]:
         self._desk.service.revoke(_word(asked, "device", ""), actor="admin")
         return {}
@@ -160,9 +172,7 @@ class AdminApp:
 
     async def _export(self, request: Request) -> Response:
         self._check(request)
-        version = (await _content(request)).get("version")
-        if version is not None and (type(version) is not int or version < 0):
-            refuse(f"version must be a number from 0 on, got version={version!r:.40}")
+        version = _version(await _content(request))
 
         def export() -> bytes:
             return self._desk.service.export(self._desk.run, version, actor="admin")
@@ -198,6 +208,13 @@ def _word(asked: dict[str, Any], name: str, default: str) -> str:
     if not isinstance(value, str) or len(value) > 500 or "\0" in value:  # no database keeps it
         refuse(f"{name} must be a text of at most 500 characters, got {value!r:.40}")
     return value
+
+
+def _version(asked: dict[str, Any]) -> int | None:
+    version = asked.get("version")
+    if version is not None and (type(version) is not int or version < 0):
+        refuse(f"version must be a number from 0 on, got version={version!r:.40}")
+    return version
 
 
 def _json(value: Any) -> Response:

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from potluck.core import FixedPointMean, ProtocolError, RefusedError, Spec, StorageError, Vector
+from potluck.core import DivergedError, FixedPointMean, ProtocolError, RefusedError, Spec, Vector
 from potluck.core.averaging import RANGE, WIDE_RANGE
 from potluck.protocol import Codec, decode_blocks
 from potluck.server import faults
+from potluck.server.blobs import LostError
 from potluck.server.scoring import MAX_SCORE
 from potluck.server.settings import RoundSettings
 
@@ -36,10 +37,6 @@ class Stored(NamedTuple):
     weight: float
     codec: Codec
     pieces: Callable[[], Iterator[bytes]]
-
-
-class DamagedError(StorageError):
-    """A stored update has another digest than when it was accepted."""
 
 
 def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_steps: int) -> None:
@@ -125,7 +122,7 @@ def aggregate(updates: Iterable[Stored], spec: Spec) -> Vector:
         spec: of what travels.
 
     Raises:
-        DamagedError: a blob is not what was accepted.
+        LostError: one of them is missing, or is not what was accepted.
     """
     trained, statistics = spec.num_parameters, spec.dim - spec.num_parameters
     sums = [FixedPointMean(min(BLOCK, trained - start)) for start in range(0, trained, BLOCK)]
@@ -135,10 +132,13 @@ def aggregate(updates: Iterable[Stored], spec: Spec) -> Vector:
     for update in sorted(updates):  # the order matters to the total of the weights alone
         digest = hashlib.sha256()
         blocks = _decoded(_hashed(update.pieces(), digest), update.codec, spec)
-        for total, block in zip(sums, _recut(blocks, [s.dim for s in sums]), strict=True):
-            total.add(block, update.weight)
+        try:
+            for total, block in zip(sums, _recut(blocks, [s.dim for s in sums]), strict=True):
+                total.add(block, update.weight)
+        except (ProtocolError, DivergedError) as error:  # of accepted bytes none is raised
+            raise LostError(f"the stored update of client {update.client}: {error}") from error
         if digest.hexdigest() != update.sha256:
-            raise DamagedError(f"the stored update of client {update.client} was damaged")
+            raise LostError(f"the stored update of client {update.client} was damaged")
         faults.reach("aggregate.report")
     return np.concatenate([total.mean() for total in sums])
 

@@ -297,7 +297,8 @@ class DeviceApp:
         service = self.desk.service
         with refusals():
             model = await run_in_threadpool(service.find_model, self.desk.run, sha256)
-        answer = model_answer(request, claim, service.blobs, model, self.downloads)
+        read = partial(service.pieces, self.desk.run)
+        answer = model_answer(request, claim, read, model, self.downloads)
         self.meters.sent(int(answer.headers["Content-Length"]))
         return answer
 

@@ -8,6 +8,10 @@
 A process that dies before the transaction leaves the round in AGGREGATING: the next leader makes
 the same bytes from the same accepted set and goes on. One that dies after it leaves a committed
 round. There is nothing in between. `sweep` removes the updates once they are of no more use.
+
+What was stored and cannot be read any more (`LostError`) ends no run. Without a lost update the
+round is committed, if its minimum holds; otherwise, or without the model that it began with, it is
+abandoned. No round is opened with a model that is lost: the run is paused, and says what to do.
 """
 
 from __future__ import annotations
@@ -17,23 +21,23 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load, save
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from potluck.algorithms import Algorithm, ServerState, with_statistics
-from potluck.core import Vector
+from potluck.core import Spec, Vector
 from potluck.core.plain_json import to_json
 from potluck.server import audit, faults
-from potluck.server.aggregation import DamagedError, Stored, aggregate
-from potluck.server.blobs import PIECE_BYTES, BlobStore
+from potluck.server.aggregation import Stored, aggregate
+from potluck.server.blobs import PIECE_BYTES, BlobStore, LostError
 from potluck.server.database import Database
 from potluck.server.reports import drop_parts
-from potluck.server.rounds import abandon_round, open_round, settle
+from potluck.server.rounds import abandon_round, lock_run, open_round, settle
 from potluck.server.scoring import measured
 from potluck.server.tables import (
     UNSWEPT,
@@ -44,9 +48,8 @@ from potluck.server.tables import (
     models,
     reports,
     rounds,
-    runs,
 )
-from potluck.server.vectors import ROW_BYTES, Updates, read_spec, read_vector
+from potluck.server.vectors import ROW_BYTES, Updates, read_spec, read_vector, read_whole, tries
 
 _OVER = ("COMMITTED", "ABANDONED")
 
@@ -70,6 +73,11 @@ class Works:
     check: Callable[[Connection], None]  # that we still lead
     now: Callable[[], int]
     opened: Callable[[str], None] = lambda _: None  # tells of a round that devices may come to
+    lost: Callable[[], None] = lambda: None  # tells that something stored cannot be read any more
+    suspects: set[str] = field(default_factory=set[str])
+    """The runs whose newest model some device could not receive."""
+    looked: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+    """Runs, and the occasions on which their model was read and found not to be lost."""
 
 
 def store_version(blobs: BlobStore, state: ServerState) -> Version:
@@ -90,21 +98,33 @@ def store_version(blobs: BlobStore, state: ServerState) -> Version:
 
 
 def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
-    """Read a server state, and check that the weights are those that were stored.
+    """Read a server state, and check that it is the one that was stored.
 
     Raises:
-        DamagedError: they are not.
+        LostError: it is not.
     """
-    weights = b"".join(read_vector(blobs, version))
-    if hashlib.sha256(weights).hexdigest() != version.sha256:
-        raise DamagedError(
-            f"the stored model of version {version.version} was damaged: "
-            f"{version.key or 'its row'}. Restore it."
-        )
-    optimizer: Mapping[str, Vector] = {}
+    weights, optimizer = load_weights(blobs, version), {}
     if version.optimizer_key is not None:
-        optimizer = load(b"".join(blobs.read(version.optimizer_key)))
-    return ServerState(np.frombuffer(weights, "<f4").astype(np.float32), optimizer)
+        sha256 = version.optimizer_key.rpartition("/")[2]
+        try:
+            optimizer = load(read_whole(lambda: blobs.read(version.optimizer_key), sha256))
+        except LostError as error:
+            told = f"the optimizer state of version {version.version} is lost: {error}"
+            raise LostError(told) from error
+    return ServerState(weights, optimizer)
+
+
+def load_weights(blobs: BlobStore, version: Row[Any]) -> Vector:
+    """The weights alone of a model version.
+
+    Raises:
+        LostError: they are not those that were stored.
+    """
+    try:
+        weights = read_whole(lambda: read_vector(blobs, version), version.sha256)
+    except LostError as error:
+        raise LostError(f"the model of version {version.version} is lost: {error}") from error
+    return np.frombuffer(weights, "<f4").astype(np.float32)
 
 
 def insert_version(
@@ -126,46 +146,92 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
         here = (models.c.run == run.id) & (models.c.version == round.version)
         base = db.execute(select(models).where(here)).one()
         population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 1
+    spec = read_spec(run.spec)
     try:
-        kept = Updates(works.database, works.blobs, accepted)
-        updates = [
-            Stored(r.client, r.sha256, r.weight, r.codec, partial(kept.read, r)) for r in accepted
-        ]
-        spec = read_spec(run.spec)
-        mean = aggregate(updates, spec)
+        mean, kept = _mean(works, round, accepted, spec)
         faults.reach("aggregate.end")
+        state = tries(lambda: load_version(works.blobs, base))
         with np.errstate(over="ignore", invalid="ignore"):
             state = with_statistics(algorithm, spec).server_update(
-                load_version(works.blobs, base),
-                mean,
-                round=round.number,
-                participation=len(accepted) / population,
+                state, mean, round=round.number, participation=len(kept) / population
             )
-    except DamagedError as error:
-        _abandon(works, run, round, str(error))
+    except LostError as error:
+        abandon(works, run, round, str(error), is_lost=True)
         return
     if not np.isfinite(state.weights).all():
-        _abandon(works, run, round, "the new model is not finite")
+        abandon(works, run, round, "the new model is not finite")
         return
     faults.reach("commit.before-model")
     made = store_version(works.blobs, state)
     faults.reach("commit.before-row")
-    opened = None
+    opened, names = None, {row.device for row in kept}
+    lost = [row for row in accepted if row.device not in names]
     with works.database.write() as db:
         works.check(db)
+        lock_run(db, run.id)
         if _settle(db, works, run, round, version=run.version + 1):
             insert_version(db, run.id, run.version + 1, round.number, made, works.now())
             opened = _go_on(db, works, run)
-            _enter(db, works, run, round, accepted, run.version + 1, made.sha256, made.num_bytes)
+            _leave_out(db, round, lost)
+            _enter(db, works, run, round, kept, run.version + 1, made.sha256, made.num_bytes)
+            for row in lost:
+                told = {"round": round.number, "attempt": round.attempt, "client": row.client}
+                audit.append(
+                    db, works.now(), "leader", "lost", run=run.id, update=row.sha256, **told
+                )
         faults.reach("commit.inside")
     faults.reach("commit.after")
+    for _ in lost:
+        works.lost()
     if opened is not None:
         works.opened(opened)
 
 
+def _mean(
+    works: Works, round: Row[Any], accepted: list[Row[Any]], spec: Spec
+) -> tuple[Vector, list[Row[Any]]]:
+    """The mean of the updates that are not lost, and their rows.
+
+    Raises:
+        LostError: they are fewer than the round's minimum.
+    """
+
+    def mean(rows: list[Row[Any]]) -> Vector:
+        kept = Updates(works.database, works.blobs, rows)
+        every = [Stored(r.client, r.sha256, r.weight, r.codec, partial(kept.read, r)) for r in rows]
+        return aggregate(every, spec)
+
+    try:
+        return tries(lambda: mean(accepted)), accepted
+    except LostError as error:
+        kept = Updates(works.database, works.blobs, accepted)
+        whole = [row for row in accepted if _is_whole(kept, row)]
+        if len(whole) < round.minimum:
+            told = f"{len(whole)} of {len(accepted)} updates are left, of at least {round.minimum}"
+            raise LostError(f"{error}; {told}") from error
+        return mean(whole), whole
+
+
+def _is_whole(kept: Updates, row: Row[Any]) -> bool:
+    try:
+        read_whole(partial(kept.read, row), row.sha256)
+    except LostError:
+        return False
+    return True
+
+
+def _leave_out(db: Connection, round: Row[Any], lost: list[Row[Any]]) -> None:
+    """Take lost updates out of the accepted set: their devices have not reported."""
+    here = (reports.c.round == round.id) & reports.c.device.in_([row.device for row in lost])
+    db.execute(delete(reports).where(here))
+    theirs = assignments.c.id.in_([row.assignment for row in lost])
+    values = {"state": "failed", "reason": "the server lost its update"}
+    db.execute(update(assignments).where(theirs).values(values))
+
+
 def _go_on(db: Connection, works: Works, run: Row[Any]) -> str | None:
     """Open the next round in the transaction that commits one: devices wait for it."""
-    current = db.execute(select(runs).where(runs.c.id == run.id).with_for_update()).one()
+    current = lock_run(db, run.id)
     is_next = current.state == "running"
     return open_round(db, current, works.now()) if is_next else None
 
@@ -196,6 +262,7 @@ def accepted_digest(accepted: list[Any]) -> str:
 def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
     with works.database.write() as db:
         works.check(db)
+        lock_run(db, run.id)
         accepted = _accepted(db, round)
         if not _settle(db, works, run, round, version=run.version):
             return
@@ -280,11 +347,15 @@ def _enter(
     audit.append(db, works.now(), "leader", "commit", run=run.id, accepted=digest, **told)
 
 
-def _abandon(works: Works, run: Row[Any], round: Row[Any], reason: str) -> None:
+def abandon(
+    works: Works, run: Row[Any], round: Row[Any], reason: str, *, is_lost: bool = False
+) -> None:
+    """Abandon an attempt of which no model can be made; `is_lost`: as something stored is lost."""
     with works.database.write() as db:
         works.check(db)
-        current = db.execute(select(runs).where(runs.c.id == run.id)).one()
-        abandon_round(db, current, round, reason, works.now())
+        abandon_round(db, lock_run(db, run.id), round, reason, works.now())
+    if is_lost:
+        works.lost()
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:

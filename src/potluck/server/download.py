@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import Row
 from starlette.concurrency import run_in_threadpool
@@ -16,21 +16,20 @@ from starlette.types import Receive, Scope, Send
 
 from potluck.core import ProtocolError
 from potluck.protocol import Claim
-from potluck.server.blobs import BlobStore
 from potluck.server.transfers import Transfer, Transfers
-from potluck.server.vectors import read_vector
 
 LARGE_BYTES = 1 << 20
 """Of a model: above, a connection that has carried it is closed."""
 _PART_BYTES = 1 << 16
 """That are counted at once when they have left."""
+Read: TypeAlias = Callable[[Row[Any], int, int], Iterator[bytes]]
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 
 def model_answer(
-    request: Request, claim: Claim, blobs: BlobStore, model: Row[Any], transfers: Transfers
+    request: Request, claim: Claim, read: Read, model: Row[Any], transfers: Transfers
 ) -> Download:
-    """A model, or the part of it that a request's headers ask for.
+    """A model, or the part of it that a request's headers ask for; `read` gives [start, stop).
 
     Raises:
         ProtocolError: range.
@@ -50,7 +49,7 @@ def model_answer(
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
         headers["Connection"] = "close"
-    pieces = read_vector(blobs, model, start, stop)
+    pieces = read(model, start, stop)
     place = transfers.of(claim.device, claim.sequence)
     return Download(pieces, place, 200 if part is None else 206, headers)
 

@@ -8,13 +8,15 @@ it, alone with the round, by a leader that still leads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from sqlalchemy import and_, select
+from sqlalchemy import Row, and_, select
 
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
 from potluck.server import faults
-from potluck.server.commit import Works, commit_round
+from potluck.server.blobs import LostError
+from potluck.server.commit import Works, abandon, commit_round, load_version
 from potluck.server.leaving import note_silent
 from potluck.server.look import open_round_of
 from potluck.server.rounds import (
@@ -23,13 +25,16 @@ from potluck.server.rounds import (
     count,
     due,
     expire_leases,
+    lock_run,
     open_round,
+    pause_run,
     rearm,
     start_training,
 )
 from potluck.server.settings import settings_of
 from potluck.server.stored import experiment_of
-from potluck.server.tables import ACTIVE, assignments, rounds, runs
+from potluck.server.tables import ACTIVE, assignments, models, rounds, runs
+from potluck.server.vectors import tries
 
 
 def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool) -> None:
@@ -64,7 +69,9 @@ def _step(works: Works, id: str, build: Callable[[Experiment], Algorithm]) -> bo
         round = open_round_of(db, id)
         counts = None if round is None else count(db, round)
     if round is None or counts is None:
-        return run.state == "running" and _open(works, id)
+        return run.state == "running" and _open(works, run)
+    if _is_lost(works, run, round):
+        return True
     if round.state == "AGGREGATING":
         commit_round(works, run, round, build(experiment_of(run)))
         return True
@@ -74,17 +81,51 @@ def _step(works: Works, id: str, build: Callable[[Experiment], Algorithm]) -> bo
     return True
 
 
-def _open(works: Works, id: str) -> bool:
+def _open(works: Works, run: Row[Any]) -> bool:
+    lost = _lost_model(works, run.id, run.version, f"{run.version}, attempt {run.attempt}")
     with works.database.write() as db:
         works.check(db)
-        run = db.execute(select(runs).where(runs.c.id == id).with_for_update()).one()
-        if run.state != "running":
+        current = lock_run(db, run.id)
+        if (current.state, current.version) != ("running", run.version):
             return False
-        opened = open_round(db, run, works.now())
+        if lost:
+            pause_run(db, run.id, lost, works.now())
+        opened = None if lost else open_round(db, current, works.now())
+    if lost:
+        works.lost()
     if opened is not None:
         faults.reach("open.after")
         works.opened(opened)
     return opened is not None
+
+
+def _lost_model(works: Works, run: str, version: int, occasion: str) -> str:
+    """What to do about a model, if it is lost; on each occasion it is read once.
+
+    A round that follows a commit begins with what was just written, and is opened there.
+    """
+    if (run, occasion) in works.looked:
+        return ""
+    with works.database.read() as db:
+        here = (models.c.run == run) & (models.c.version == version)
+        row = db.execute(select(models).where(here)).one()
+    try:
+        tries(lambda: load_version(works.blobs, row))
+    except LostError as error:
+        return f"{error} Put it back, or take an older model (potluck fall-back)"
+    works.looked.add((run, occasion))
+    return ""
+
+
+def _is_lost(works: Works, run: Row[Any], round: Row[Any]) -> bool:
+    """Abandon an attempt whose devices cannot receive their model, as it is lost."""
+    if run.id not in works.suspects:
+        return False
+    works.suspects.discard(run.id)
+    lost = _lost_model(works, run.id, round.version, round.id)
+    if lost:
+        abandon(works, run, round, lost)
+    return lost != ""
 
 
 def _move(works: Works, id: str, round_id: str) -> None:
@@ -92,7 +133,7 @@ def _move(works: Works, id: str, round_id: str) -> None:
     now = works.now()
     with works.database.write() as db:
         works.check(db)
-        run = db.execute(select(runs).where(runs.c.id == id).with_for_update()).one()
+        run = lock_run(db, id)
         here = select(rounds).where(rounds.c.id == round_id)
         round = db.execute(here.with_for_update()).one()
         step, reason = due(round, count(db, round), now)

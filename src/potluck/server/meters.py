@@ -24,6 +24,9 @@ class Meters:
         self._sent = Counter("potluck_download_bytes", "Bytes of models.", **shared)
         self._polls = Gauge("potluck_waiting_check_ins", "Check-ins held open.", **shared)
         self._errors = Counter("potluck_leader_errors", "Ticks that failed.", **shared)
+        self._lost = Counter(
+            "potluck_lost", "Stored updates and models that could not be read any more.", **shared
+        )
         self._state = {
             name: Gauge(f"potluck_{name}", text, **shared)
             for name, text in (
@@ -52,6 +55,9 @@ class Meters:
 
     def error(self) -> None:
         self._errors.inc()
+
+    def lost(self) -> None:
+        self._lost.inc()
 
     def state(self, status: dict[str, Any]) -> None:
         """What a run's status says."""

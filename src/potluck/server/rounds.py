@@ -112,15 +112,22 @@ def close_round(db: Connection, round: str, why: str = ENOUGH) -> None:
 
 
 def abandon_round(
-    db: Connection, run: Row[Any], round: Row[Any], reason: str, now: int, *, excused: bool = False
+    db: Connection,
+    run: Row[Any],
+    round: Row[Any],
+    reason: str,
+    now: int,
+    *,
+    excused: bool = False,
+    actor: str = "leader",
 ) -> None:
     """SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
     if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
         return
     _end_assignments(db, round.id, "the round was abandoned")
     settings = settings_of(run.settings)
-    # A pause is not the devices' fault, and who is gone fails no further round.
-    excused = excused or run.state != "running" or is_excused(db, round.id)
+    # A pause or an operator is not the devices' fault, and who is gone fails no further round.
+    excused = excused or actor != "leader" or run.state != "running" or is_excused(db, round.id)
     strikes = run.strikes + (not excused)
     changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
     if strikes >= settings.attempts and round.kind == "evaluate":
@@ -130,10 +137,21 @@ def abandon_round(
         changes |= {"state": "paused", "reason": told + reason}
     db.execute(update(runs).where(runs.c.id == run.id).values(changes))
     name = {"round": round.number, "attempt": round.attempt, "kind": round.kind}
-    audit.append(db, now, "leader", "abandon", run=run.id, reason=reason, **name)
+    audit.append(db, now, actor, "abandon", run=run.id, reason=reason, **name)
     if "state" in changes:
         audit.append(db, now, "leader", "pause", run=run.id, reason=changes["reason"])
     faults.reach("abandon.inside")
+
+
+def lock_run(db: Connection, run: str) -> Row[Any]:
+    """A run as it stays until the end of the transaction; its round is locked after it."""
+    return db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+
+
+def pause_run(db: Connection, run: str, reason: str, now: int) -> None:
+    """The leader finds that no round can be opened before a person does something."""
+    db.execute(update(runs).where(runs.c.id == run).values(state="paused", reason=reason))
+    audit.append(db, now, "leader", "pause", run=run, reason=reason)
 
 
 def expire_leases(db: Connection, now: int) -> None:

@@ -131,6 +131,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self.desk.service.on_goal = lambda: self._soon(self._bell.wake)
         self.desk.service.on_open = lambda id: self._soon(lambda: self._ring_for(id))
+        self.desk.service.on_lost = self._meters.lost
         with _signals(self._loop, self._stop):
             sockets: list[list[socket.socket]] = [[self._socket], [self._admin_socket]]
             tasks = [

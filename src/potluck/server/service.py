@@ -20,6 +20,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -37,13 +38,14 @@ from potluck.server import (
     enrolment,
     faults,
     leaving,
+    mending,
     reports,
     rounds,
     selection,
 )
 from potluck.server import changes as changing
 from potluck.server import commit as commits
-from potluck.server.blobs import BlobStore, open_blobs
+from potluck.server.blobs import BlobStore, LostError, open_blobs
 from potluck.server.clock import Clock, CommonTime, SystemClock
 from potluck.server.database import Database, as_dict, one
 from potluck.server.home import Life
@@ -70,7 +72,7 @@ from potluck.server.tables import (
 )
 from potluck.server.tables import rounds as all_rounds
 from potluck.server.transfer import upgrade
-from potluck.server.vectors import read_spec, read_vector, write_spec
+from potluck.server.vectors import read_spec, read_vector, tries, write_spec
 
 _LOG = logging.getLogger("potluck.server")
 
@@ -103,13 +105,16 @@ class Service:
         self.blobs = blobs
         self.time = CommonTime(clock)
         self.on_goal: Callable[[], None] = lambda: None
-        """Called, in any thread, when a round has the last report that it waited for: `tick`."""
+        """Called, in any thread, when the leader has something to do: `tick`."""
         self.on_open: Callable[[str], None] = lambda _: None
         """Called, in any thread, with the id of a round as soon as devices may come to it."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called, in any thread, when something that was stored cannot be read any more."""
         self._build = build
         self._life = life
         names = {} if life is None else {"id": life.id, "predecessor": life.before}
         self._candidate = Candidate(self.time, lease_seconds, **names)
+        self._lost: dict[str, set[int]] = {}  # run: versions that cannot be read
         self._evaluated: dict[str, int] = {}  # run: up to this version nothing is to be evaluated
         self._ticking, self._guard = threading.Lock(), threading.Lock()
         self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
@@ -119,6 +124,7 @@ class Service:
             check=self._candidate.check,
             now=self.time.now,
             opened=lambda id: self.on_open(id),
+            lost=lambda: self.on_lost(),
         )
 
     @classmethod
@@ -257,6 +263,15 @@ class Service:
         """Begin no round and select no device until `resume`; devices at work may finish."""
         self._turn(run, "running", "paused", reason, actor, "pause")
 
+    def abandon(self, run: str, reason: str, *, actor: str) -> None:
+        """End the open attempt; the same round is tried again."""
+        mending.abandon(self.database, run, reason, self.time.now(), actor=actor)
+
+    def fall_back(self, run: str, version: int | None = None, *, actor: str) -> tuple[int, int]:
+        """Go on with an older model, where the newest is lost: which, and its new version."""
+        now = self.time.now()
+        return mending.fall_back(self.database, self.blobs, run, now, version=version, actor=actor)
+
     def resume(self, run: str, *, actor: str) -> None:
         """Go on with a paused run."""
         self._turn(run, "paused", "running", "", actor, "resume")
@@ -313,9 +328,12 @@ class Service:
             row = self._run(db, run)
             number = row.version if version is None else version
             audit.append(db, self.time.now(), actor, "export", run=run, version=number)
-        state = commits.load_version(self.blobs, self._version(run, number))
+        try:
+            weights = commits.load_weights(self.blobs, self._version(run, number))
+        except LostError as error:
+            raise RefusedError("unknown", f"{error} Name another one with --version.") from error
         told = {"run": run, "name": row.name, "version": str(number)}
-        return save(read_spec(row.spec).unflatten(state.weights), told)
+        return save(read_spec(row.spec).unflatten(weights), told)
 
     def verify_audit(self) -> audit.Break | None:
         """Read the audit log; None when nothing in it was changed."""
@@ -412,6 +430,8 @@ class Service:
                 extra={"device": device},
             )
         selection.fail(self.database, device, assignment, reason, self.time.now())
+        if reason == "model_digest":
+            self._suspect(self.device(device).run)
 
     def begin_report(
         self, device: str, assignment: str, claims: reports.Claims
@@ -483,7 +503,21 @@ class Service:
         self, run: str, version: int, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]:
         """The bytes [start, stop) of a version's weights, little-endian float32, in pieces."""
-        return read_vector(self.blobs, self._version(run, version), start, stop)
+        return self.pieces(run, self._version(run, version), start, stop)
+
+    def pieces(
+        self, run: str, model: Row[Any], start: int = 0, stop: int | None = None
+    ) -> Iterator[bytes]:
+        """The same, of a model that was found; where it is lost, the leader looks at it, too."""
+        try:
+            yield from read_vector(self.blobs, model, start, stop)
+        except LostError:
+            self._suspect(run)
+            raise
+
+    def _suspect(self, run: str) -> None:
+        self._works.suspects.add(run)
+        self.on_goal()
 
     # What the server does by itself.
 
@@ -533,18 +567,27 @@ class Service:
                 select(models.c.round, models.c.version)
                 .outerjoin(evaluations, and_(here, due, evaluations.c.run == run))
                 .where(models.c.run == run, models.c.version > to, evaluations.c.round.is_(None))
-                .order_by(models.c.round)
+                .order_by(models.c.round, models.c.version)
             )
-            made = [(number, version) for number, version in db.execute(query)]
-        pending = [pair for pair in made if pair[0] % every == 0 or pair[0] == last]
+            made = {row.round: row.version for row in db.execute(query)}  # the newest of each
+        pending = [
+            (number, version)
+            for number, version in made.items()
+            if (number % every == 0 or number == last) and version not in self._lost.get(run, ())
+        ]
         self._evaluated[run] = min((v - 1 for _, v in pending), default=row.version)
         return pending
 
     def evaluate(self, run: str, evaluate: Callable[[Vector], Mapping[str, float]]) -> None:
         """Do the central evaluations that are due, with a function from weights to metrics."""
         for number, version in self.pending_evaluations(run):
-            state = commits.load_version(self.blobs, self._version(run, version))
-            metrics = evaluate(state.weights)
+            row = self._version(run, version)
+            try:
+                weights = tries(partial(commits.load_weights, self.blobs, row))
+            except LostError as error:
+                self._note_lost(run, version, str(error))
+                continue
+            metrics = evaluate(weights)
             with self.database.write() as db:
                 place = (evaluations.c.run == run) & (evaluations.c.round == number)
                 central = evaluations.c.kind == "central"
@@ -562,6 +605,14 @@ class Service:
             as_dict(row) | {name: read_results(getattr(row, name) or "{}") for name in told}
             for row in rows
         ]
+
+    def _note_lost(self, run: str, version: int, reason: str) -> None:
+        """A model that cannot be read is not evaluated, until the server is started again."""
+        self._lost.setdefault(run, set()).add(version)
+        with self.database.write() as db:
+            told = {"version": version, "reason": reason}
+            audit.append(db, self.time.now(), "leader", "lost", run=run, **told)
+        self.on_lost()
 
     def _accepted(self, answer: reports.Accepted) -> reports.Accepted:
         if answer.is_goal:

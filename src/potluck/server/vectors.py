@@ -6,17 +6,19 @@ its own. And the spec of a run, which says what is in its vectors.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, select
 
-from potluck.core import Spec, StorageError
+from potluck.core import Spec
 from potluck.core.plain_json import to_json
 from potluck.protocol import INLINE_BYTES
-from potluck.server.blobs import BlobStore
+from potluck.server.blobs import BlobStore, LostError
 from potluck.server.database import Database
 from potluck.server.tables import reports
 
@@ -24,15 +26,50 @@ ROW_BYTES = INLINE_BYTES
 """Of the longest vector that is kept in a row."""
 _AT_ONCE = 64
 """Updates from rows that are in memory at a time."""
+_PAUSES = (0.05, 0.2)
+"""Seconds, between tries to read what seems to be lost; a leader leads on meanwhile."""
+T = TypeVar("T")
 
 
 def read_vector(
     blobs: BlobStore, row: Row[Any], start: int = 0, stop: int | None = None
 ) -> Iterator[bytes]:
-    """The bytes [start, stop) of a model's or a report's vector, in pieces."""
-    if row.content is None:
+    """The bytes [start, stop) of a model's vector, in pieces.
+
+    Raises:
+        LostError: they are missing, or too few.
+    """
+    stop = row.num_bytes if stop is None else stop
+    if row.key:
         return blobs.read(row.key, start, stop)
-    return iter((bytes(row.content[start:stop]),))
+    content = row.content or b""
+    if len(content) != row.num_bytes:
+        raise LostError(f"a row must have {row.num_bytes} bytes of a model, got {len(content)}.")
+    return iter((bytes(content[start:stop]),))
+
+
+def read_whole(pieces: Callable[[], Iterator[bytes]], sha256: str) -> bytes:
+    """All bytes of what was stored with this digest.
+
+    Raises:
+        LostError: they are not there, or others.
+    """
+    content = b"".join(pieces())
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        told = f"got {found[:16]}… of {len(content)} bytes"
+        raise LostError(f"what was stored must have the SHA-256 {sha256[:16]}…, {told}.")
+    return content
+
+
+def tries(do: Callable[[], T]) -> T:
+    """Do something again, after a moment, where something that was stored seems to be lost."""
+    for seconds in _PAUSES:
+        try:
+            return do()
+        except LostError:
+            time.sleep(seconds)
+    return do()
 
 
 class Updates:
@@ -53,9 +90,7 @@ class Updates:
             with self._database.read() as db:
                 self._contents = _contents(db, report.round, names)
         if report.device not in self._contents:
-            raise StorageError(
-                f"the update of client {report.client} must be in its row, got none. Restore it."
-            )
+            raise LostError(f"the update of client {report.client} must be in its row, got none.")
         return iter((self._contents[report.device],))
 
 

@@ -28,7 +28,7 @@ from potluck.device import (
     load_policy,
     one_client,
 )
-from potluck.device.consent import Consent, differences
+from potluck.device.consent import Consent, differences, in_words
 from potluck.device.joining import bounded_memory
 from potluck.joining import asking
 from potluck.plan import read_plan
@@ -197,6 +197,15 @@ def test_fewer_rounds_need_no_word_and_more_do():
     assert differences(terms | {"rounds": 0}, terms) == []  # a server that says more than it did
     other = terms | {"plan": {"algorithm": {}, "needs": [], "data": None}}
     assert differences(terms, other) == ["plan.algorithm.client_lr: 0.1 → None"]
+
+
+def test_no_name_of_a_plan_can_forge_a_line_of_what_is_shown():
+    names = ["age\nrounds      1\u2028here", "weight"]
+    plan = PLAN | {"data": {"features": [{"name": n} for n in names], "targets": ["ill\r\n"]}}
+    manifest = manifest_of(bytes(12)).model_copy(update={"plan": plan, "rounds": 900})
+    told = in_words(manifest, read_plan(plan), "ab" * 32, 7, [])
+    assert [line.split()[1] for line in told.splitlines() if line.startswith("rounds")] == ["900"]
+    assert "ill (2 classes) from the columns age rounds 1 here, weight" in told
 
 
 def test_a_device_of_before_agreements_were_kept_goes_on_and_keeps_one(tmp_path):

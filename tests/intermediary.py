@@ -31,11 +31,15 @@ class Intermediary:
     """Listens in a thread until the end of the block.
 
     Args:
-        change: from the server's answer to the one that the device gets.
+        change: from the server's answer to the content, or the status and the content, that the
+            device gets.
     """
 
     def __init__(
-        self, port: int, home: Home, change: Callable[[Answer], bytes] = lambda a: a.content
+        self,
+        port: int,
+        home: Home,
+        change: Callable[[Answer], bytes | tuple[int, bytes]] = lambda a: a.content,
     ) -> None:
         self.upstream = httpx.Client(
             base_url=f"https://127.0.0.1:{port}",
@@ -123,8 +127,10 @@ class _Hop(BaseHTTPRequestHandler):
             content=body if self.command != "GET" else None,
         )
         seen = Answer(self.command, self.path, body, answer.status_code, answer.content)
-        content = between.change(seen)
-        self.send_response(answer.status_code)
+        changed = between.change(seen)
+        is_whole = isinstance(changed, tuple)
+        status, content = changed if is_whole else (answer.status_code, changed)
+        self.send_response(status)
         for name, value in answer.headers.items():
             if name not in ("content-length", "connection", "date", "server"):
                 self.send_header(name, value)

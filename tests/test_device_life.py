@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import subprocess
@@ -34,13 +35,17 @@ ENDLESS = 100_000  # local epochs: minutes of training, if nobody ends it
 class Process:
     """`potluck join` as a process of its own, playing the first client of an experiment."""
 
-    def __init__(self, federation, address, *, invited=False):
+    def __init__(self, federation, address, *, invited=False, environment=None):
         words = [sys.executable, "-m", "potluck", "join", address, "--threads", 1]
         words += ["--experiment", federation.file, "--home", federation.folder / "device"]
         words += ["--token", federation.invite(), "--yes"] if invited else []
         self.lines, self._said = [], threading.Condition()
         self.process = subprocess.Popen(
-            [*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | (environment or {}),
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -39,6 +39,7 @@ from potluck.device.outbox import Outbox, Owed
 from potluck.device.policy import DeclinedError, Policy
 from potluck.device.record import DailyLimitError, Record
 from potluck.device.training import Trainer
+from potluck.device.trouble import Trouble
 from potluck.device.upload import send_update
 from potluck.device.watch import NotEligibleError, Watch
 from potluck.plan import read_plan
@@ -65,12 +66,12 @@ from potluck.protocol import (
 
 OFFERS = (*CODECS, INLINE)
 """What a device accepts."""
-_FATAL = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "token", "method", "media")
+_OF_THE_DEVICE = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "method", "media")
+"""Refusals that say nothing about its work, which is kept."""
 _UNFIT = (ConfigError, DataError, TaskError)
 """What another assignment would end with, too."""
 _OVER = ("late", "conflict")
 _CHECK_IN = f"/v{VERSION}/check-in"
-_AFTER_A_FAULT_SECONDS = 10.0
 
 
 class Event(NamedTuple):
@@ -117,12 +118,13 @@ class Agent:
         self._clock = clock
         self._consent, self._policy = consent, policy
         self._outbox = Outbox(home.folder / "outbox")
+        self._trouble = Trouble(connection.backoff())
 
     def work(self) -> Generator[Event]:
         """Take part until the run is over.
 
         Raises:
-            RefusedError: the server does not know this device, or does not take what it says.
+            RefusedError, OSError, …: what passes (`trouble.PASSES`); begin again later.
             ConfigError, DataError: this device cannot train in this run.
             Stopped: the clock says so.
         """
@@ -174,12 +176,12 @@ class Agent:
             yield from self._fulfil(assignment, watch)
         except (RefusedError, DailyLimitError) as error:
             if isinstance(error, RefusedError):
-                _raise_fatal(error)
+                _raise_if_of_the_device(error)
             yield Event("refused", assignment.round, str(error))
-            reason = None if isinstance(error, RefusedError) else "ineligible"
-            if isinstance(error, RefusedError) and error.code not in _OVER:
-                self._clock.wait(_AFTER_A_FAULT_SECONDS)  # or the next check-in brings it again
-            yield from self._give_back(assignment, reason)
+            if isinstance(error, DailyLimitError):
+                yield from self._give_back(assignment, "ineligible")
+            elif error.code not in _OVER:
+                self._trouble.wait(error)  # or the next check-in brings it again
         except (Stopped, GeneratorExit):  # here, or in whoever is shown the events
             self._say_stopped(assignment)
             raise
@@ -189,10 +191,13 @@ class Agent:
             if is_unfit or isinstance(error, DeclinedError):
                 self._leave(assignment, _reason(error))
                 raise  # another assignment would end in the same way
-            yield from self._give_back(assignment, _reason(error))
+            passes = isinstance(error, ProtocolError)
+            yield from self._give_back(assignment, _reason(error), error if passes else None)
         except (RuntimeError, OSError, MemoryError, ValueError) as error:  # of PyTorch, of a disk
             yield Event("failed", assignment.round, f"{type(error).__name__}: {error}")
-            yield from self._give_back(assignment, _reason(error))
+            yield from self._give_back(assignment, _reason(error), error)
+        else:
+            self._trouble.over()
 
     def _fulfil(self, assignment: Assignment, watch: Watch) -> Generator[Event]:
         manifest = self._manifest(assignment)
@@ -248,9 +253,16 @@ class Agent:
         return manifest
 
     def _keep(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
-        """Put an update into the outbox; what was trained is not lost to a stop."""
-        with self._clock.hold():
-            return self._put(assignment, update, spec)
+        """Put an update into the outbox; what was trained is lost neither to a stop nor to a disk
+        that is full for a while."""
+        while True:
+            try:
+                with self._clock.hold():
+                    return self._put(assignment, update, spec)
+            except OSError as error:
+                if self._connection.now_ms() >= assignment.deadline_ms:
+                    raise
+                self._trouble.wait(error)
 
     def _put(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
         encoded = encode_update(
@@ -286,7 +298,7 @@ class Agent:
         try:
             answer = send_update(self._connection, owed, lambda: self._clock.wait(0))
         except RefusedError as error:
-            _raise_fatal(error)
+            _raise_if_of_the_device(error)
             self._outbox.drop()
             yield Event("refused", round, str(error))
             return
@@ -309,19 +321,25 @@ class Agent:
         yield Event("accepted", assignment.round)
         self._clock.wait(answer.retry_after_seconds)
 
-    def _give_back(self, assignment: Assignment, reason: FailureReason | None) -> Generator[Event]:
-        """Tell the server why this device cannot, and wait as long as it says."""
-        if reason is None:
-            return
+    def _give_back(
+        self, assignment: Assignment, reason: FailureReason, error: Exception | None = None
+    ) -> Generator[Event]:
+        """Tell the server why this device cannot, and wait as long as it says; with an error that
+        may come again, longer each time."""
         message = Failed(assignment=assignment.assignment, reason=reason)
         try:
             until = assignment.deadline_ms
             answer = self._connection.ask(f"/v{VERSION}/failure", message, Wait, until_ms=until)
-            self._clock.wait(max(answer.retry_after_seconds, 1.0))
-        except RefusedError as error:
-            _raise_fatal(error)
-            yield Event("refused", assignment.round, str(error))
-            self._clock.wait(_AFTER_A_FAULT_SECONDS)
+        except RefusedError as refused:
+            _raise_if_of_the_device(refused)
+            yield Event("refused", assignment.round, str(refused))
+            self._trouble.wait(error or refused)
+            return
+        seconds = max(answer.retry_after_seconds, 1.0)
+        if error is None:
+            self._clock.wait(seconds)
+        else:
+            self._trouble.wait(error, seconds)
 
     def _leave(self, assignment: Assignment, reason: FailureReason) -> None:
         """Tell the server not to wait for this device."""
@@ -344,8 +362,8 @@ class Agent:
             pass  # its lease expires
 
 
-def _raise_fatal(error: RefusedError) -> None:
-    if error.code in (*_FATAL, "certificate"):
+def _raise_if_of_the_device(error: RefusedError) -> None:
+    if error.code in _OF_THE_DEVICE:
         raise error
 
 

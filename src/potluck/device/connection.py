@@ -2,15 +2,14 @@
 
 One request at a time. Before each the next sequence number is stored, and the request recorded.
 A request without an answer, or with one that is not of the protocol (a proxy's page, say), is tried
-again after a random time that grows; a refusal is raised. A wrong clock is corrected by what the
-server says, once for a request. Between corrections time is counted by the monotonic clock, so a
-jump of the machine's clock moves no deadline in the middle of the work.
+again after a random time that grows. So is one that the full disk takes no record of, or that would
+go to another server than the pinned one. A refusal is raised. A wrong clock is corrected by
+what the server says, once for a request. Between corrections time is counted by the monotonic
+clock, so a jump of the machine's clock moves no deadline in the middle of the work.
 """
 
 from __future__ import annotations
 
-import logging
-import random
 import ssl
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from potluck.device.home import Home
 from potluck.device.proxies import is_loopback
 from potluck.device.record import Record
 from potluck.device.tls import client_context
+from potluck.device.trouble import Backoff, Trouble
 from potluck.protocol import (
     LONG_POLL_SECONDS,
     MAX_ANSWER_BYTES,
@@ -37,13 +37,8 @@ from potluck.protocol import (
     sign_request,
 )
 
-_CHANCE = random.SystemRandom()  # local training seeds the global generator
-
 M = TypeVar("M", bound=Message)
 
-_LOG = logging.getLogger("potluck.device")
-
-MAX_BACKOFF_SECONDS = 300.0
 LATEST_MS = 4_102_444_800_000
 """The year 2100. Sequence numbers may start from the time: a later one could use them all up."""
 _TEMPORARY = ("misdirected", "overloaded", "internal", "unavailable")
@@ -57,25 +52,6 @@ class Unanswered(Exception):
     def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after_seconds = retry_after_seconds
-
-
-class Backoff:
-    """How long to wait between tries: U(0, min(300, 2ⁿ)) seconds before try n + 1."""
-
-    def __init__(self, clock: Clock, uniform: Callable[[float, float], float]) -> None:
-        self._clock = clock
-        self._uniform = uniform
-        self.tries = 0
-
-    def wait(self, at_least: float = 0.0) -> None:
-        """Wait after one more try that failed."""
-        self.tries += 1
-        longest = min(MAX_BACKOFF_SECONDS, 2.0 ** min(self.tries, 16))
-        self._clock.wait(max(self._uniform(0.0, longest), at_least))
-
-    def reset(self) -> None:
-        """Something was got: begin anew."""
-        self.tries = 0
 
 
 class _Answer(NamedTuple):
@@ -96,7 +72,7 @@ class Connection:
         clock: Clock,
         *,
         proxy: str | None = None,
-        uniform: Callable[[float, float], float] = _CHANCE.uniform,
+        uniform: Callable[[float, float], float] | None = None,
     ) -> None:
         self._url = check_url(url, certificate)
         self._authority = self._url.netloc.decode().lower()
@@ -105,6 +81,7 @@ class Connection:
         self._record = record
         self._clock = clock
         self._uniform = uniform
+        self._trouble = Trouble(self.backoff())
         self._offset_ms = clock.now_ms() - _elapsed_ms(clock)  # of the server's time, as known
         self._client = httpx.Client(  # nothing else of the environment: no .netrc
             verify=client_context(certificate), timeout=_TIMEOUT, trust_env=False, proxy=proxy
@@ -135,7 +112,7 @@ class Connection:
 
     def backoff(self) -> Backoff:
         """A new wait between tries."""
-        return Backoff(self._clock, self._uniform)
+        return Backoff(self._clock, *filter(None, [self._uniform]))
 
     def ask(
         self,
@@ -163,26 +140,28 @@ class Connection:
         until_ms: int | None = None,
     ) -> M:
         """Send a request until it is answered; see `ask`."""
-        backoff = self.backoff()
         corrections = 0
         while True:
             self._clock.wait(0)
             try:
-                return self.call_once(method, path, body, *answers)
-            except Unanswered as error:
+                answer = self.call_once(method, path, body, *answers)
+            except (Unanswered, OSError) as error:
                 if until_ms is not None and self.now_ms() >= until_ms:
                     raise RefusedError(
                         "late", f"there was no answer in time ({error}). Check in again."
                     ) from None
-                if backoff.tries == 0:
-                    _LOG.warning("trying again: %s gives no answer (%s)", self._url, error)
-                backoff.wait(error.retry_after_seconds)
+                after = error.retry_after_seconds if isinstance(error, Unanswered) else 0.0
+                self._trouble.wait(error, after)
             except RefusedError as error:
                 corrections += 1
                 again = {"clock": 1, "replayed": 1, "digest": _DIGEST_TRIES}.get(error.code, 0)
                 # A chunk's digest is also that of the whole upload: the uploader knows which.
                 if corrections > again or (error.code == "digest" and method == "PUT"):
+                    self._trouble.over()
                     raise
+            else:
+                self._trouble.over()
+                return answer
 
     def call_once(self, method: str, path: str, body: bytes, *answers: type[M]) -> M:
         """Send a request once.
@@ -198,7 +177,8 @@ class Connection:
                 return parse_message(answer.body, *answers, limit=MAX_ANSWER_BYTES)
             self.refuse(answer.status, answer.body)
         except ProtocolError as error:
-            raise Unanswered(f"status {answer.status} without a message: {error}") from None
+            told = f"status {answer.status} without a message: {error}"
+            raise Unanswered(f"{self._url} gives no answer of a server ({told})") from None
 
     @contextmanager
     def stream(
@@ -207,8 +187,7 @@ class Connection:
         """Send a request once, and read the answer piecewise.
 
         Raises:
-            Unanswered: there is none, or it breaks off.
-            RefusedError: "certificate": it is not the server that the device trusts.
+            Unanswered: there is none, or it breaks off, or it is another server's.
         """
         is_message = method == "POST"
         signed = self._sign(method, path, body)
@@ -231,17 +210,18 @@ class Connection:
                 yield response
             finally:
                 response.close()
-        except (httpx.TransportError, httpx.StreamError) as error:
+        except (httpx.RequestError, httpx.StreamError) as error:
             root = _root(error)
             if isinstance(root, ssl.SSLCertVerificationError):
-                raise RefusedError("certificate", self._untrusted(root)) from None
-            raise Unanswered(f"{type(error).__name__}: {error}") from None
+                raise Unanswered(self._untrusted(root)) from None
+            told = f"{type(error).__name__}: {error}"
+            raise Unanswered(f"{self._url} gives no answer ({told})") from None
 
     def _untrusted(self, error: ssl.SSLCertVerificationError) -> str:
         """Why a certificate is not taken; ours says so itself, where one is pinned."""
         reason = getattr(error, "verify_message", "")
         if not reason:
-            return str(error)
+            return str(error.args[0])
         return (
             f"the certificate must be of {self._authority}, by an authority that this device "
             f"knows, got: {reason.rstrip('.')}. Use the name that is on it, or name the file of a "

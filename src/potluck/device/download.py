@@ -21,6 +21,7 @@ import numpy as np
 
 from potluck.core import ProtocolError, RefusedError, Vector
 from potluck.device.connection import Connection, Unanswered, read_answer
+from potluck.device.trouble import Trouble
 from potluck.protocol import VERSION, Manifest, decode_inline
 
 _RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/\d{1,15}")
@@ -109,15 +110,17 @@ def _complete(
     connection: Connection, manifest: Manifest, path: Path, check: Callable[[], None]
 ) -> None:
     backoff = connection.backoff()
+    trouble = Trouble(backoff)
     while _size(path) != manifest.length_bytes:
         check()
         before = _size(path)
         try:
             _fetch(connection, manifest, path, check)
-        except Unanswered as error:
+        except (Unanswered, OSError) as error:
             if _size(path) > before:
                 backoff.reset()
-            backoff.wait(error.retry_after_seconds)
+            after = error.retry_after_seconds if isinstance(error, Unanswered) else 0.0
+            trouble.wait(error, after)
         except RefusedError as error:
             if error.code != "range" or not before:
                 raise

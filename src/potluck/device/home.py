@@ -16,6 +16,7 @@ last change, and no sequence number is used twice.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,6 +30,9 @@ from potluck.protocol import Message, new_key
 from potluck.protocol.keys import KEY_BYTES
 from potluck.protocol.messages import Digest, Id, Key, Name
 from potluck.protocol.strict_json import MAX_INTEGER, encode_json
+
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What opening a folder may fail with for a while."""
 
 
 class Enrolment(Message):
@@ -50,6 +54,8 @@ class Home:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
         except OSError as error:
+            if error.errno in _PASSING:
+                raise
             raise RunError(
                 f"a device's folder must be its own, got {error.strerror!r} for "
                 f"home={str(self.folder)!r}. Name another one with --home."

@@ -24,6 +24,7 @@ from potluck.device.home import Enrolment, Home
 from potluck.device.policy import Policy
 from potluck.device.record import Record
 from potluck.device.training import Trainer
+from potluck.device.trouble import PASSES, Backoff, Trouble
 from potluck.plan import read_plan
 from potluck.protocol import (
     VERSION,
@@ -72,56 +73,81 @@ def join(
             the run, the policy forbids it, or the owner does not agree: a newcomer's invitation is
             as good as before.
         DataError: the same, of the data alone.
-        RefusedError: the server does not take the device.
+        RefusedError: the invitation cannot be used.
+        RunError: the folder cannot be used. What else may happen passes (`trouble`).
     """
     if name is not None and not re.fullmatch(DEVICE_NAME, name):
         raise ConfigError(
             "a device's name must be 1 to 64 letters, digits, spaces, dots, underscores and "
             f"hyphens, got name={name[:80]!r}. Shorten it, or leave it out."
         )
-    clock = clock or SystemClock()
-    home = Home(folder)
-    try:
-        policy = policy or Policy()
-        record = Record(home.folder / "sent", limit_bytes, policy)
+    clock, senses = clock or SystemClock(), sensor or LinuxSensor()
+    rules = policy or Policy()
+    invited = None if invitation is None else parse_invitation(invitation)
+    trouble = Trouble(Backoff(clock))
+    home = _open(folder, trouble)
+
+    def attempt() -> Generator[Event]:
+        record = Record(home.folder / "sent", limit_bytes, rules)
         enrolment = home.enrolment()
         if enrolment is None:
-            if invitation is None:
+            if invited is None:
                 raise ConfigError(
                     f"a device must be invited, got none and no enrolment in {str(folder)!r}. "
                     "Give --token the string that `potluck enroll` printed."
                 )
-            invited = parse_invitation(invitation)
             home.expect(invited.token)
-            consent = Consent(home, policy, trainer, invited.server_key, ask)
+            consent = Consent(home, rules, trainer, invited.server_key, ask)
             pins = (invited.certificate, invited.server_key)
             with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
                 preview(invited, home, connection, record, consent)
                 enrolment = enrol(url, invited, home, connection, trainer, name)
             yield Event("enrolled", 0, f"in {enrolment.run}")
         else:
-            consent = Consent(home, policy, trainer, enrolment.server_key, ask)
-            if invitation is not None:
-                _check_same(enrolment, parse_invitation(invitation), home)
-        sensor = sensor or LinuxSensor()
+            consent = Consent(home, rules, trainer, enrolment.server_key, ask)
+            if invited is not None:
+                _check_same(enrolment, invited, home)
         while True:
             # A server may move; its certificate, run and key may not.
             pins = (enrolment.certificate, enrolment.server_key)
             try:
                 with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
-                    told = (record, trainer, sensor, clock, consent, policy, offers)
+                    told = (record, trainer, senses, clock, consent, rules, offers)
                     yield from Agent(home, enrolment, connection, *told).work()
                 return
             except RefusedError as error:
                 if error.code != "unknown":
                     raise
-                invited = _invited_again(enrolment, invitation, home, error)
-            home.expect(invited.token)
+                again = _invited_again(enrolment, invited, home, error)
+            home.expect(again.token)
             with Connection(url, *pins, home, record, clock, proxy=proxy) as connection:
-                enrolment = enrol_again(url, invited, home, connection, trainer, name)
+                enrolment = enrol_again(url, again, home, connection, trainer, name)
             yield Event("enrolled", 0, f"in {enrolment.run} again, whose server was restored")
+
+    try:
+        while True:
+            try:
+                with closing(attempt()) as events:
+                    for event in events:
+                        if event.what not in ("failed", "refused"):
+                            trouble.over()
+                        yield event
+                return
+            except PASSES as error:
+                is_token = isinstance(error, RefusedError) and error.code == "token"
+                if is_token and home.enrolment() is None:
+                    raise
+                trouble.wait(error)
     finally:
         home.close()
+
+
+def _open(folder: Path | str, trouble: Trouble) -> Home:
+    while True:
+        try:
+            return Home(folder)
+        except OSError as error:  # a full disk; what a person must mend is a RunError
+            trouble.wait(error)
 
 
 def run_until_stopped(
@@ -250,11 +276,11 @@ def enrol(
 
 
 def _invited_again(
-    enrolment: Enrolment, invitation: str | None, home: Home, error: RefusedError
+    enrolment: Enrolment, invited: Invitation | None, home: Home, error: RefusedError
 ) -> Invitation:
     """What a device tries to enrol with again that its server does not know any more."""
-    if invitation is not None:
-        return parse_invitation(invitation)
+    if invited is not None:
+        return invited
     token = home.token()
     if token is None:
         raise error

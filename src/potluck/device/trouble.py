@@ -1,0 +1,78 @@
+"""What a device outlasts: told once for each change, tried again after pauses that grow.
+
+A device ends for what a person must decide, and for nothing else:
+
+    its invitation    unknown, used, expired or of another run (`token`)
+    its data          not there, or they do not fit the run (DataError, TaskError)
+    the command       a wrong address, name or proxy, or enrolled elsewhere (ConfigError); so is a
+                      plan that this version does not know
+    its folder        in use, another user's, or damaged (RunError)
+
+All else passes, and whoever is there when it does goes on: no network, another certificate (a
+captive portal, a server that was started on another folder), a server that does not know the device
+(an older backup), that does not like its clock or its signature or answers nonsense, a full disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Callable
+
+from potluck.core import ProtocolError, RefusedError
+from potluck.device.clock import Clock
+from potluck.device.record import DailyLimitError
+
+MAX_BACKOFF_SECONDS = 300.0
+PASSES = (RefusedError, ProtocolError, DailyLimitError, OSError, MemoryError)
+"""What is waited out, but for a refused invitation."""
+
+_CHANCE = random.SystemRandom()  # local training seeds the global generator
+_LOG = logging.getLogger("potluck.device")
+
+
+class Backoff:
+    """How long to wait between tries: U(0, min(300, 2ⁿ)) seconds before try n + 1."""
+
+    def __init__(
+        self, clock: Clock, uniform: Callable[[float, float], float] = _CHANCE.uniform
+    ) -> None:
+        self._clock = clock
+        self._uniform = uniform
+        self.tries = 0
+
+    def wait(self, at_least: float = 0.0) -> None:
+        """Wait after one more try that failed."""
+        self.tries += 1
+        longest = min(MAX_BACKOFF_SECONDS, 2.0 ** min(self.tries, 16))
+        self._clock.wait(max(self._uniform(0.0, longest), at_least))
+
+    def reset(self) -> None:
+        """Something was got: begin anew."""
+        self.tries = 0
+
+
+class Trouble:
+    """One kind of work, which may fail for a while."""
+
+    def __init__(self, backoff: Backoff) -> None:
+        self._backoff = backoff
+        self._told = ""
+
+    def wait(self, error: Exception, at_least: float = 0.0) -> None:
+        """Wait before another try."""
+        told = str(error) or type(error).__name__
+        kind = re.sub(r"\d+", "", told)  # as bytes and seconds change from try to try
+        if kind != self._told:
+            self._told = kind
+            shown = told if told.isprintable() else repr(told)[1:-1]  # it may be anybody's
+            _LOG.warning("trying again, after pauses that grow: %s", shown)
+        self._backoff.wait(at_least)
+
+    def over(self) -> None:
+        """It works: what fails next is told anew."""
+        if self._told:
+            _LOG.info("it works again")
+        self._told = ""
+        self._backoff.reset()

@@ -204,6 +204,11 @@ def test_operators_ask_and_are_answered(tmp_path):
         assert re.fullmatch(
             r"whole: \d+ rows, .* hash [0-9a-f]{64}\n", potluck("audit", "--home", home)
         )
+        head = served.desk.service.audit_head()[1]
+        assert "whole" in potluck("audit", "--since", head, "--home", home)
+        assert "64 hex digits" in error_of("audit", "--since", head[1:], "--home", home)
+        wrong = error_of("audit", "--since", head[1:] + "0", "--home", home)
+        assert "the end was cut off" in wrong
         with served.desk.service.database.write() as db:
             db.execute(update(audit).where(audit.c.number == 2).values(actor="nobody"))
         assert "got row 2: was changed" in error_of("audit", "--home", home)

@@ -348,18 +348,31 @@ def _exported(run: Path | None, version: int | None, home: Path) -> bytes:
 
 @app.command()
 @command
-def audit(home: HomeFolder = HOME, debug: Debug = False) -> None:
-    """Check the log of who did what: whether every row follows from the one before it.
+def audit(
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HASH",
+            help="One that this command printed before, or that a device keeps in DIR/audit: the "
+            "log must go on from there.",
+        ),
+    ] = None,
+    home: HomeFolder = HOME,
+    debug: Debug = False,
+) -> None:
+    """Check the log of who did what, and that devices, tokens, rounds and models are as it says.
 
-    Who can rewrite the whole log is found by its last hash alone: keep it elsewhere.
+    Who can rewrite the whole log, or cut off its end, is found by a hash that was kept elsewhere.
     """
     from potluck.core import RunError
 
-    told = _operator(home).get("audit")
+    told = _operator(home).get("audit" if since is None else f"audit?since={since.strip()}")
     if told["broken"] is not None:
+        number, reason = told["broken"]["number"], told["broken"]["reason"]
         raise RunError(
-            f"the audit log must be as it was written, got row {told['broken']['number']}: "
-            f"{told['broken']['reason']}. Compare it with a copy that was kept elsewhere."
+            "the audit log must be as it was written, and the tables as it says, got "
+            f"{f'row {number}: ' * (number > 0)}{reason}. "
+            "Compare both with a copy that was kept elsewhere."
         )
     typer.echo(f"whole: {told['rows']} rows, the last with hash {told['hash']}")
 

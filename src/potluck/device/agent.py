@@ -250,6 +250,7 @@ class Agent:
         self._home.accept_manifest(manifest.version, manifest.epoch)
         signed = (assignment.manifest, assignment.signature)
         self._record.add_manifest(self._clock.now_ms(), *signed, assignment.assignment)
+        self._home.keep_audit(manifest.audit)
         return manifest
 
     def _keep(self, assignment: Assignment, update: Update, spec: Spec) -> Report:

@@ -5,6 +5,7 @@
     enrolment.json       the server, its certificate, the run and the run's key: pinned for good
     sequence             the number of the last request, stored before the request is sent
     manifest             the highest manifest version that was accepted, and its epoch
+    audit                the last hash that it was told of the server's audit log
     outbox/, models/     an update that is not accepted yet; the model that is being trained on
     sent/                what was sent, a file for each day
 
@@ -84,7 +85,8 @@ class Home:
         if path.exists() and path.read_text() in (token, digest):
             return
         shutil.rmtree(self.folder / "outbox", ignore_errors=True)
-        (self.folder / "manifest").unlink(missing_ok=True)
+        for name in ("manifest", "audit"):
+            (self.folder / name).unlink(missing_ok=True)
         write_file(self.folder / "device.key", new_key().hex().encode())
         write_file(path, token.encode())
 
@@ -169,6 +171,11 @@ class Home:
         if (epoch, version) > self.manifest:
             text = f"{version} {epoch}" if epoch else str(version)
             write_file(self.folder / "manifest", text.encode())
+
+    def keep_audit(self, head: str | None) -> None:
+        """Keep a hash of the server's audit log: `potluck audit --since` must find it there."""
+        if head is not None:
+            write_file(self.folder / "audit", head.encode())
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -85,6 +85,8 @@ class Manifest(Message):
     expires_ms: Milliseconds
     epoch: Count = 0
     """Raised by an operator alone, where a server was restored: versions count from there anew."""
+    audit: Digest | None = None
+    """Hash of the last row of the server's audit log, which is kept so that no end is cut off."""
 
 
 def sign_manifest(private_key: bytes, manifest: Manifest) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ Requests and answers are JSON; a refusal has the protocol's shape of an error.
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ from potluck.server.meters import Meters
 from potluck.server.stored import flat
 
 MAX_BYTES = 4096
+_HASH = re.compile(r"[0-9a-f]{64}")
 _TOKENS = 10_000  # at once
 
 
@@ -63,7 +65,6 @@ class AdminApp:
         gets: dict[str, Callable[[], Any]] = {
             "status": self._status,
             "devices": lambda: self._desk.service.devices(self._desk.run),
-            "audit": self._audit,
         }
         posts: dict[str, Callable[[dict[str, Any]], Any]] = {
             "enroll": self._enroll,
@@ -80,6 +81,7 @@ class AdminApp:
         ]
         paths += [Path(f"/admin/{n}", self._post(do), methods=["POST"]) for n, do in posts.items()]
         paths.append(Path("/admin/export", self._export, methods=["POST"]))
+        paths.append(Path("/admin/audit", self._audit, methods=["GET"]))
         paths.append(Path("/admin/metrics", self._metrics, methods=["GET"]))
         for path in paths:
             path.methods = (path.methods or set()) - {"HEAD"}
@@ -116,10 +118,19 @@ class AdminApp:
         rounds, evaluations = service.history(run), service.evaluations(run)
         return service.status(run) | {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
 
-    def _audit(self) -> dict[str, Any]:
-        found = self._desk.service.verify_audit()
-        rows, last = self._desk.service.audit_head()
-        return {"broken": None if found is None else found._asdict(), "rows": rows, "hash": last}
+    async def _audit(self, request: Request) -> Response:
+        self._check(request)
+        since = request.query_params.get("since")
+        if since is not None and _HASH.fullmatch(since) is None:
+            _refuse(
+                f"since must be a hash of 64 hex digits, got since={since!r:.80}. Copy it whole."
+            )
+        service = self._desk.service
+        with refusals():
+            found = await run_in_threadpool(service.verify_audit, since)
+            rows, last = await run_in_threadpool(service.audit_head)
+        broken = None if found is None else found._asdict()
+        return _json({"broken": broken, "rows": rows, "hash": last})
 
     def _enroll(self, asked: dict[str, Any]) -> dict[str, Any]:
         count = asked.get("count", 1)

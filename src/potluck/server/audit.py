@@ -4,7 +4,8 @@
 
 Guarantee: whoever changes, removes or inserts a row without rewriting every later hash is found by
 `verify`, which names the first row that does not fit. One who can rewrite the whole table, or cut
-off its end, is found only by comparing with a hash that was kept elsewhere: `head` gives it.
+off its end, is found by a hash that was kept elsewhere. `head` gives it, and each signed manifest
+carries it, so every device keeps one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Break(NamedTuple):
     """The first row of the log that does not fit, and why."""
 
     number: int
+    """0: there is no such row."""
     reason: str
 
 
@@ -49,9 +51,10 @@ def head(db: Connection) -> tuple[int, str]:
     return (0, _START) if last is None else (last.number, last.hash)
 
 
-def verify(db: Connection) -> Break | None:
-    """Read the whole log; None when every row fits the one before it."""
-    previous, expected = _START, 1
+def verify(db: Connection, since: str | None = None) -> Break | None:
+    """Read the whole log; None when every row fits the one before it, and one has the hash `since`,
+    which was kept elsewhere."""
+    previous, expected, is_found = _START, 1, since in (None, _START)
     for row in db.execute(select(audit).order_by(audit.c.number)):
         if row.number != expected:
             return Break(expected, f"row {expected} is missing: row {row.number} follows")
@@ -60,7 +63,10 @@ def verify(db: Connection) -> Break | None:
         if row.hash != _hash(tuple(row)[:-1]):
             return Break(row.number, "was changed")
         previous, expected = row.hash, expected + 1
-    return None
+        is_found = is_found or row.hash == since
+    if is_found:
+        return None
+    return Break(0, f"no row has the hash {since} any more: the end was cut off, or all rewritten")
 
 
 def _hash(row: tuple[Any, ...]) -> str:

@@ -357,6 +357,7 @@ class Desk:
             created_ms=now,
             expires_ms=max(deadline, now) + _SKEW_MS,
             epoch=epoch,
+            audit=self.service.audit_head()[1],
         )
         return sign_manifest(self.key, manifest)
 

@@ -35,6 +35,7 @@ from potluck.experiment import Experiment
 from potluck.server import (
     arrivals,
     audit,
+    audited,
     enrolment,
     faults,
     leaving,
@@ -335,10 +336,10 @@ class Service:
         told = {"run": run, "name": row.name, "version": str(number)}
         return save(read_spec(row.spec).unflatten(weights), told)
 
-    def verify_audit(self) -> audit.Break | None:
-        """Read the audit log; None when nothing in it was changed."""
-        with self.database.read() as db:
-            return audit.verify(db)
+    def verify_audit(self, since: str | None = None) -> audit.Break | None:
+        """Read the audit log, and the tables; None when nothing in them was changed, and the log
+        goes on from the hash `since`."""
+        return audited.check(self.database, self.blobs, since)
 
     def audit_head(self) -> tuple[int, str]:
         """How many rows the audit log has, and the hash of the last."""

@@ -17,7 +17,7 @@ from potluck.experiment import Experiment
 from potluck.server import Assigned, RoundSettings, Service
 from potluck.server.commit import load_version
 from potluck.server.database import Database
-from potluck.server.tables import devices, ledger, models, reports, rounds, runs
+from potluck.server.tables import audit, devices, ledger, models, reports, rounds, runs
 from potluck.simulation.build import build_algorithm
 
 
@@ -57,11 +57,17 @@ def prove(
         stored = [tuple(row) for row in db.execute(joined)]
         states = list(db.scalars(select(rounds.c.state).where(training)))
         count = len(db.execute(select(devices.c.id)).all())
-        kept = select(ledger, reports.c.client).join(reports, reports.c.round == ledger.c.round)
-        committed: dict[int, tuple[str, str, set[int]]] = {}
+        kept = select(ledger, reports.c.client, rounds.c.version.label("base"))
+        kept = kept.join(reports, reports.c.round == ledger.c.round)
+        kept = kept.join(rounds, rounds.c.id == ledger.c.round)
+        committed: dict[int, tuple[str, str, set[int], int]] = {}
         for row in db.execute(kept.where(ledger.c.kind == "train")):
-            place = committed.setdefault(row.number, (row.model_sha256, row.accepted_sha256, set()))
+            place = committed.setdefault(
+                row.number, (row.model_sha256, row.accepted_sha256, set(), row.base)
+            )
             place[2].add(row.client)
+        falls = db.scalars(select(audit.c.detail).where(audit.c.action == "fall back"))
+        fallen = [(one["version"], one["of"]) for one in map(json.loads, falls)]
         base = load_version(
             service.blobs, db.execute(select(models).where(models.c.version == 0)).one()
         )
@@ -75,7 +81,7 @@ def prove(
         lost=len(told - set(stored)),
         double=len(stored) - len(set(stored)),
         foreign=len(set(stored) - told),
-        differing=_replayed(run, base.weights, committed, count, folder, sent or {}),
+        differing=_replayed(run, base.weights, committed, count, folder, sent or {}, fallen),
     )
 
 
@@ -90,7 +96,7 @@ def stored_reports(url: str) -> set[tuple[str, tuple[int, int]]]:
     return found
 
 
-def _replayed(run, weights, committed, count: int, folder: Path, sent) -> int:
+def _replayed(run, weights, committed, count: int, folder: Path, sent, fallen) -> int:
     """Do the run again without disturbance; how many of its models are others."""
     experiment = Experiment.model_validate_json(run.experiment)
     settings = RoundSettings.model_validate_json(run.settings)
@@ -103,11 +109,13 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent) -> int:
         str(folder / "db"), str(folder / "blobs"), build=build_algorithm, clock=clock
     )
     id = service.create_run(experiment, weights, spec, settings)
-    names = []
+    names, back = [], sorted(fallen)
     for i in range(count):
         key = i.to_bytes(2, "little") * 16
         names.append(service.enrol(service.issue_token(id, actor="proof"), key).device)
     for number in sorted(committed):
+        while back and back[0][0] <= committed[number][3]:
+            service.fall_back(id, version=back.pop(0)[1], actor="proof")
         service.tick()
         for client in sorted(committed[number][2]):
             vector, weight = sent.get(client) or (fingerprint(client, spec.dim), 1.0)
@@ -117,7 +125,7 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent) -> int:
             service.tick()
     differing = 0
     history = {row["number"]: row for row in service.history(id)}
-    for number, (model, accepted, _) in committed.items():
+    for number, (model, accepted, *_) in committed.items():
         row = history.get(number, {})
         differing += (row.get("model_sha256"), row.get("accepted_sha256")) != (model, accepted)
     service.close()

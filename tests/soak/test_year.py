@@ -131,9 +131,36 @@ def restore(year: Year) -> None:
     year.server = year.serve("--restored")
 
 
+def change_deadlines(year: Year) -> None:
+    """An operator gives rounds more time, and then less."""
+    for seconds in (60, year.settings["report_seconds"]):
+        year.command("set", f"report_seconds={seconds}", "--home", year.server.home.folder)
+        year.pass_rounds(1)
+
+
+def abandon(year: Year) -> None:
+    """An operator ends an attempt that goes on well."""
+    until(lambda: (year.server.status()["open"] or {}).get("started_ms"))
+    with contextlib.suppress(AssertionError):  # it was over first
+        year.command("abandon", "--home", year.server.home.folder)
+
+
+def lose_the_model(year: Year) -> None:
+    """The newest optimizer state is gone; the operator goes on with the newest model before it."""
+    folder = Path(year.server.home.blobs) / "optimizers"
+    year.server.operator.post("pause", reason="the disk is looked at")
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[-2:]:
+        path.unlink()
+    year.server.kill()
+    year.server = year.serve()
+    year.command("fall-back", "--home", year.server.home.folder)
+    year.command("resume", "--home", year.server.home.folder)
+
+
 EVENTS = {kill: 5, overlap: 3, revoke: 3, pause: 3, restart_devices: 4, restore: 2}
 """What happens, and how often. What is mended is added here with the commit that mends it."""
 SOON = {wrong_certificate: 2, clock_ahead: 2, lose_an_update: 3}
+SOON |= {change_deadlines: 2, abandon: 3, lose_the_model: 2}
 """What ends a run until it is mended."""
 
 

@@ -103,6 +103,30 @@ def numbers_beyond_reason(year: Year, stop: threading.Event, found: Counter[str]
     caller.close()
 
 
+def one_against_the_others(year: Year, stop: threading.Event, found: Counter[str]) -> None:
+    """A device whose updates are within the bounds, and weigh as all others together and more."""
+    caller = _enrolled(year)
+    while not stop.wait(1.0):
+        with contextlib.suppress(httpx.TransportError, PotluckError):
+            given = caller.check_in()
+            if not isinstance(given, Assignment):
+                continue
+            client = given.client
+            year.sent[client] = np.full(650, -4.0, np.float32), 1000.0
+            told = year.told.setdefault(caller.id, [])
+            while not stop.is_set():  # until it is answered: what was accepted is told
+                with contextlib.suppress(httpx.TransportError):
+                    answer = _sent(caller, given, year.sent[client][0], weight=1000.0)
+                    break
+                stop.wait(0.5)
+            else:
+                continue
+            if isinstance(answer, Accepted):
+                told.append((given.round, given.attempt))
+                found["one against the others"] += 1
+    caller.close()
+
+
 def _sent(caller: Caller, given: Assignment, vector: np.ndarray, **changes: float) -> Message:
     """Send a report with an update inside, whose numbers may be beyond what messages allow."""
     body = vector.astype("<f4").tobytes()
@@ -128,3 +152,4 @@ def browse(year: Year) -> int:
 
 
 ATTACKERS = [silent_sockets, slow_bodies, signatures_from_elsewhere, numbers_beyond_reason]
+ATTACKERS += [one_against_the_others]

@@ -64,6 +64,7 @@ OPERATORS = {
     "POST /admin/abandon": _OPERATOR,
     "POST /admin/fall-back": _OPERATOR,
     "POST /admin/revoke": _OPERATOR,
+    "POST /admin/set": _OPERATOR,
     "POST /admin/export": _OPERATOR,
 }
 MESSAGES_OF = {f"{r.method} {r.path.partition('?')[0]}": r for r in ROUTES}
@@ -217,7 +218,7 @@ def test_each_caller_at_the_operators_socket(served, name):
         for headers, expected in (({}, row.anonymous), (wrong, row.anonymous), (signed, row.other)):
             answered(client.request(method, path, headers=headers), expected)
         # These would change what others test.
-        if path.endswith(("pause", "resume", "abandon", "fall-back", "revoke")):
+        if path.endswith(("pause", "resume", "abandon", "fall-back", "revoke", "set")):
             answer = client.post(path, headers=right, content=b"[]")
             refused(answer, "malformed")  # let in, and read
         else:

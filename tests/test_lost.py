@@ -19,6 +19,7 @@ from potluck.cli import app
 from potluck.core import RefusedError, StorageError
 from potluck.server import Accepted, Assigned
 from potluck.server.arrivals import Arrival
+from potluck.server.blobs import FolderStore, LostError
 from potluck.server.objects import ObjectStore
 from potluck.server.tables import audit, ledger, models, reports
 from remote import Served
@@ -259,3 +260,52 @@ def test_an_operator_abandons_an_attempt_and_falls_back(places, tmp_path):
         with pytest.raises(RefusedError, match="version 3, which can be read"):
             service.fall_back(served.desk.run, actor="test")
         assert service.fall_back(served.desk.run, 0, actor="test") == (0, 4)
+
+
+def test_blobs_that_are_away_are_waited_for_and_not_lost(tmp_path):
+    fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2, dim=WIDE)
+    fleet.round()
+    fleet.service.tick()
+    for device in fleet.devices:
+        fleet.take_part(device)
+    (tmp_path / "blobs").rename(tmp_path / "away")  # as where a file system is not mounted
+    for _ in range(5):
+        with pytest.raises(StorageError) as error:
+            fleet.service.tick()
+        assert not isinstance(error.value, LostError)
+    assert fleet.status()["open"]["state"] == "AGGREGATING"
+    (tmp_path / "away").rename(tmp_path / "blobs")
+    fleet.service.tick()
+    assert (fleet.status()["round"], fleet.status()["attempt"]) == (2, 1)
+    fleet.service.close()
+
+
+def test_one_blob_that_the_disk_cannot_read_is_lost(tmp_path):
+    store = FolderStore(tmp_path)
+    (tmp_path / "models" / "a").mkdir(parents=True)  # to open it is an error of the system
+    store.put("models/b", iter([b"abc"]))
+    for key, stop in (("models/a", None), ("models/c", None), ("models/b", 4)):
+        with pytest.raises(LostError):
+            list(store.read(key, 0, stop))
+    (tmp_path / "temporary").rmdir()
+    with pytest.raises(StorageError) as error:
+        list(store.read("models/c"))
+    assert not isinstance(error.value, LostError)
+
+
+def test_a_model_that_is_lost_is_not_evaluated_and_keeps_no_other_from_it(places):
+    fleet = Fleet(*places(), count=2, dim=WIDE)
+    lost = []
+    fleet.service.on_lost = lambda: lost.append(1)
+    for _ in range(2):
+        fleet.round()
+    fleet.service.blobs.delete(fleet.service.model(fleet.run, 1).key)
+    for _ in range(2):
+        fleet.service.evaluate(fleet.run, lambda w: {"sum": float(w.sum())})
+    found = {row["round"]: row["metrics"]["sum"] for row in fleet.service.evaluations(fleet.run)}
+    assert found == {0: 0.0, 2: 2.0}
+    assert len(lost) == 1
+    with pytest.raises(RefusedError, match="the model of version 1 is lost"):
+        fleet.service.export(fleet.run, 1, actor="test")
+    assert fleet.service.verify_audit() is None
+    fleet.service.close()

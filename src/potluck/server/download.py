@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from potluck.core import ProtocolError
+from potluck.core import ProtocolError, StorageError
 from potluck.protocol import Claim
 from potluck.server.transfers import Transfer, Transfers
 
@@ -85,11 +85,11 @@ class Download(Response):
                             )
                             transfer.num_bytes += len(part)
                         piece = await self._next()
-        except ProtocolError:
+        except (ProtocolError, StorageError):
             accepted = scope.get("accepted")
             if not has_begun or accepted is None:
                 raise
-            accepted.give_up()  # it is too slow: it comes again for the rest
+            accepted.give_up()  # too slow, or the rest cannot be read: it comes again for it
             await gone
         finally:
             gone.cancel()

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,10 @@ def test_a_server_and_a_device_write_for_their_user_alone(tmp_path, open_to_all)
         code, _ = device.end()
         assert code == 0, device.lines
         assert len(list((blobs / "models").iterdir())) == 2
-        for folder in (places, server.home.folder, tmp_path / "device"):
+        copy = tmp_path / "backup"
+        words = ("backup", copy, "--home", server.home.folder, *options)
+        subprocess.run([sys.executable, "-m", "potluck", *map(str, words)], check=True)
+        for folder in (places, server.home.folder, tmp_path / "device", copy):
             assert open_paths(folder) == []
     finally:
         server.end()
@@ -60,7 +65,8 @@ def test_a_folder_of_other_things_is_left_as_it_is(tmp_path, open_to_all):
     tmp_path.chmod(0o755)
     store = FolderStore(tmp_path)
     store.put("models/x", [b"weights"])
-    (tmp_path / "models").chmod(0o755)
+    assert (tmp_path / "models").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "models").chmod(0o755)  # as earlier versions made it
     FolderStore(tmp_path)
     assert tmp_path.stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "models").stat().st_mode & 0o777 == 0o700

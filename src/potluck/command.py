@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
@@ -54,6 +56,16 @@ _PLACES = {  # what was expected of a path, and what to do, by the system's erro
     errno.ENAMETOOLONG: ("a name must be short enough for the disk", "Name another."),
     errno.ELOOP: ("a file or folder must exist", "Mend the links, or name another."),
 }
+
+
+@contextlib.contextmanager
+def private_files() -> Generator[None]:
+    """What is written meanwhile is for this user alone: keys, updates, what was sent."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from potluck.command import Debug, command
+from potluck.command import Debug, command, private_files
 from potluck.formats import printable
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.command()
 @command
+@private_files()
 def join(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of the server: https://host:port.")],
     token: Annotated[
@@ -105,7 +105,6 @@ def join(
     )
     from potluck.device.proxies import proxy_of
 
-    os.umask(0o077)
     if (data is None) == (experiment is None):
         raise ValueError("either --data or --experiment must be given. Name where the data are.")
 

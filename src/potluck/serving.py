@@ -5,7 +5,6 @@ All but `serve` are thin clients of the admin socket in the server's folder.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from potluck.command import Debug, ExperimentFile, Overrides, command
+from potluck.command import Debug, ExperimentFile, Overrides, command, private_files
 
 if TYPE_CHECKING:
     from potluck.algorithms import Algorithm
@@ -42,6 +41,7 @@ _WHY_LEFT = {
 
 @app.command()
 @command
+@private_files()
 def serve(
     file: ExperimentFile,
     overrides: Overrides = None,
@@ -112,7 +112,6 @@ def serve(
     from potluck.server.logs import log_to_stderr
     from potluck.server.settings import in_words
 
-    os.umask(0o077)  # updates and keys are the server's alone, wherever they are
     options = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
     changes = [f"server.{name}={value}" for name, value in options.items() if value is not None]
     given = [*(overrides or []), *changes]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potluck.command import Debug, command
+from potluck.command import Debug, command, private_files
 from potluck.serving import HOME, HomeFolder
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def set_keys(
 
 @app.command()
 @command
+@private_files()
 def backup(
     to: Annotated[Path, typer.Argument(metavar="BACKUP", help="A folder, new or of a backup.")],
     home: HomeFolder = HOME,
@@ -68,6 +69,7 @@ def backup(
 
 @app.command()
 @command
+@private_files()
 def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="`potluck backup` made it.")],
     home: HomeFolder = HOME,

@@ -243,7 +243,7 @@ class FolderStore:
 def _place(path: Path, move: Callable[[Path], object], source: Path | None = None) -> None:
     """Give a file its place, durably, in a folder that is made for it."""
     if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (path.parent.parent, path.parent.parent.parent):
             _sync_folder(folder)
     move(source or path)

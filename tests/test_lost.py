@@ -309,3 +309,20 @@ def test_a_model_that_is_lost_is_not_evaluated_and_keeps_no_other_from_it(places
         fleet.service.export(fleet.run, 1, actor="test")
     assert fleet.service.verify_audit() is None
     fleet.service.close()
+
+
+def test_an_object_that_the_store_does_not_give_is_left_out(tmp_path, s3):
+    fleet = Fleet(str(tmp_path / "db"), s3(), count=3, dim=WIDE, minimum=0.5)
+    fleet.service.tick()
+    for device in fleet.devices:
+        fleet.take_part(device)
+    key = min(key for key in fleet.stored() if key.startswith("reports/"))
+    body = b"".join(fleet.service.blobs.read(key))
+    archived = {"Storage-Class": "GLACIER"}  # it is listed, and not to be read
+    obstore.put(fleet.service.blobs._store, key, body, attributes=archived)
+    with pytest.raises(LostError, match="must be readable"):
+        list(fleet.service.blobs.read(key))
+    fleet.service.tick()
+    assert [row["accepted"] for row in fleet.service.history(fleet.run)] == [2]
+    assert not [key for key in fleet.stored() if key.startswith("temporary")]
+    fleet.service.close()

@@ -200,7 +200,7 @@ class FolderStore:
                 with path.open("rb") as file:
                     size = os.fstat(file.fileno()).st_size
                     if stop is not None and stop > size:
-                        raise LostError(f"{path} must have {stop} bytes, got {size}.")
+                        raise LostError(f"{path.name} must have {stop} bytes, got {size}.")
                     file.seek(start)
                     left = (size if stop is None else stop) - start
                     while left > 0 and (piece := file.read(min(PIECE_BYTES, left))):
@@ -208,7 +208,7 @@ class FolderStore:
                         yield piece
             except OSError as error:
                 if self._is_well():
-                    told = f"{path} must be readable, got {error.strerror!r}."
+                    told = f"{path.name} must be readable, got {error.strerror!r}."
                     raise LostError(told) from error
                 raise
 

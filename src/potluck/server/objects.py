@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import secrets
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -66,8 +67,10 @@ class ObjectStore:
             with _store_errors():
                 try:
                     piece = bytes(obstore.get_range(self._store, key, start=first, end=last))
-                except FileNotFoundError:
-                    raise LostError(f"{key} was deleted while it was read.") from None
+                except (BaseError, OSError) as error:
+                    if not self._is_well():
+                        raise
+                    raise LostError(f"{key} must be readable, got {_named(error)}.") from error
             yield piece
 
     def size(self, key: str) -> int | None:
@@ -104,6 +107,17 @@ class ObjectStore:
     def drop(self, part: str) -> None:
         self.delete(f"parts/{part}")
 
+    def _is_well(self) -> bool:
+        """Whether the store keeps what is written: one object may still be lost."""
+        key = f"temporary/{secrets.token_hex(16)}"
+        try:
+            obstore.put(self._store, key, b"probe")
+            is_well = bytes(obstore.get(self._store, key).bytes()) == b"probe"
+            obstore.delete(self._store, key)
+        except (BaseError, OSError):
+            return False
+        return is_well
+
     def _chunks(self, part: str) -> list[tuple[str, int]]:
         """The chunks of a part in order, up to the first gap."""
         chunks: list[tuple[str, int]] = []
@@ -132,6 +146,10 @@ def _store_errors() -> Generator[None]:
         yield
     except (BaseError, OSError) as error:
         raise StorageError(
-            f"the object store must be reachable and writable, got {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}. Check its URL and credentials."
+            f"the object store must be reachable and writable, got {_named(error)}. "
+            "Check its URL and credentials."
         ) from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -27,7 +27,6 @@ from bad_line import BadLine, Weather
 from federation import Device
 from proof import prove, stored_reports
 from serve_process import ServerProcess, experiment
-from server_kills import drain
 from swarm import Swarm, accepted, name_of, until
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +151,7 @@ def live(
             for thread in threads:
                 thread.join(120)
             audit = year.server.operator.get("audit")
-            drain(year.server, year.swarm)
+            _drain(year)
         finally:
             stop.set()
             _stop(year)
@@ -183,6 +182,18 @@ def _shows(year: Year) -> bool:
     from attackers import browse
 
     return browse(year) == 200
+
+
+def _drain(year: Year) -> None:
+    """Begin no further round, and let every device that is in the run hear of its update."""
+    year.server.operator.post("pause", reason="the year is over")
+
+    def is_over() -> bool:
+        current = year.server.status()["open"]
+        owed = [d.folder for d in year.at_work if (d.folder / "outbox/report.json").exists()]
+        return not owed and (current is None or current["started_ms"] is None)
+
+    until(is_over)
 
 
 def _stop(year: Year) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,14 +164,22 @@ EVENTS |= {abandon: 3, lose_an_update: 3, lose_the_model: 2}
 """What happens, and how often. What is mended is added here with the commit that mends it."""
 
 
-def test_a_year_in_an_hour(tmp_path):
+@pytest.fixture
+def folder():
+    """In memory, if there is any: what happens does not depend on the disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+        yield Path(name)
+
+
+def test_a_year_in_an_hour(folder):
     names = os.environ.get("POTLUCK_YEAR_EVENTS", "").split()
     chosen = {e: n for e, n in EVENTS.items() if e.__name__ in names} or EVENTS
     attackers = [] if os.environ.get("POTLUCK_YEAR_PEACE") else ATTACKERS
     versions = os.environ.get("POTLUCK_YEAR_VERSIONS", " ".join(VERSIONS)).split()
     started = time.monotonic()
     found = live(
-        tmp_path,
+        folder,
         devices=int(os.environ.get("POTLUCK_YEAR_DEVICES", "50")),
         rounds=ROUNDS,
         events=chosen,

@@ -7,7 +7,6 @@ import logging
 import socket
 
 import pytest
-from sqlalchemy import update
 
 from disk_faults import build_bad_disk
 from federation import Device, Federation, HastyClock, UnitTrainer
@@ -17,7 +16,6 @@ from potluck.device import Home
 from potluck.device.trouble import Backoff, Trouble
 from potluck.protocol import STATUS, Error, encode_message
 from potluck.server.home import Home as ServerHome
-from potluck.server.tables import devices
 from test_device_life import Process
 
 SERVER = (
@@ -30,6 +28,7 @@ ANSWERS = [
     (200, b""),
     (200, b'{"type":"wait"}'),
     *((status, encode_message(Error(code=code, message=code))) for code, status in STATUS.items()),
+    (403, encode_message(Error(code="token", message="as after a restore"))),
 ]
 
 
@@ -66,6 +65,8 @@ def test_no_answer_whatever_it_is_ends_a_device(tmp_path, caplog):
     def change(answer):
         if not faults:
             return answer.content
+        if answer.path.endswith("enrol"):  # as after a restore
+            return ANSWERS[-1]
         told.append(faults[0])
         return faults[0]
 
@@ -104,18 +105,15 @@ def test_a_server_on_another_folder_for_a_while_ends_no_device(tmp_path, caplog)
     assert sum("certificate must have" in line for line in warnings_of(caplog)) == 1
 
 
-def test_a_device_that_is_not_known_for_a_while_keeps_asking_and_does_not_lose_its_update(tmp_path):
+def test_a_device_that_was_revoked_ends_and_says_so(tmp_path):
     with Federation(tmp_path, **ENDLESS) as federation:
-        device = federation.join(0, UnitTrainer(), clock=Waits())
+        device = federation.join(0, UnitTrainer())
         goes_on(federation, device)
-        database = federation.service.database
-        with database.write() as db:
-            db.execute(update(devices).values(revoked_ms=1))
-        federation.until(lambda: max(device.clock.waited) > 60)  # pauses that grow
-        with database.write() as db:
-            db.execute(update(devices).values(revoked_ms=None))
-        goes_on(federation, device)
-        device.stop()
+        [known] = federation.service.devices(federation.run)
+        federation.operator.post("revoke", device=known["id"])
+        device.end()
+        assert isinstance(device.died, RefusedError)
+        assert (device.died.code, "was revoked" in str(device.died)) == ("revoked", True)
 
 
 def test_a_disk_that_is_full_for_a_while_ends_no_device(tmp_path):

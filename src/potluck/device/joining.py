@@ -73,7 +73,7 @@ def join(
             the run, the policy forbids it, or the owner does not agree: a newcomer's invitation is
             as good as before.
         DataError: the same, of the data alone.
-        RefusedError: the invitation cannot be used.
+        RefusedError: the invitation cannot be used, or the device was revoked.
         RunError: the folder cannot be used. What else may happen passes (`trouble`).
     """
     if name is not None and not re.fullmatch(DEVICE_NAME, name):
@@ -134,8 +134,8 @@ def join(
                         yield event
                 return
             except PASSES as error:
-                is_token = isinstance(error, RefusedError) and error.code == "token"
-                if is_token and home.enrolment() is None:
+                code = error.code if isinstance(error, RefusedError) else ""
+                if code == "revoked" or (code == "token" and home.enrolment() is None):
                     raise
                 trouble.wait(error)
     finally:
@@ -303,19 +303,22 @@ def enrol_again(
     """Enrol at a server that was restored from a backup of before this device came.
 
     Raises:
-        RefusedError: unknown: it does not know the invitation either, or has revoked the device.
+        RefusedError: revoked: the server knows this device, and what became of it; unknown: it does
+            not know the invitation either.
     """
     try:
         return enrol(url, invited, home, connection, trainer, name)
     except RefusedError as error:
-        if error.code not in ("unknown", "token"):
+        if error.code == "unknown":
+            raise RefusedError("revoked", str(error)) from None
+        if error.code != "token":
             raise
         raise RefusedError(
             "unknown",
             f"the server of run={invited.run!r} must know this device or its invitation, got "
-            f"neither: the device was revoked, or the server was restored from a backup of before "
-            "it came. Ask whoever runs the server for a new invitation, and give it with --token; "
-            "the folder stays.",
+            "neither: it may have been restored from a backup of before the device came. Ask "
+            "whoever runs the server for a new invitation, and give it with --token; the folder "
+            "stays.",
         ) from None
 
 

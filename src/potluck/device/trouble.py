@@ -3,6 +3,7 @@
 A device ends for what a person must decide, and for nothing else:
 
     its invitation    unknown, used, expired or of another run (`token`)
+    an operator       revoked it (`revoked`)
     its data          not there, or they do not fit the run (DataError, TaskError)
     the command       a wrong address, name or proxy, or enrolled elsewhere (ConfigError); so is a
                       plan that this version does not know
@@ -26,7 +27,7 @@ from potluck.device.record import DailyLimitError
 
 MAX_BACKOFF_SECONDS = 300.0
 PASSES = (RefusedError, ProtocolError, DailyLimitError, OSError, MemoryError)
-"""What is waited out, but for a refused invitation."""
+"""What is waited out, but for a refused invitation and a revocation."""
 
 _CHANCE = random.SystemRandom()  # local training seeds the global generator
 _LOG = logging.getLogger("potluck.device")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx
+import numpy as np
 import pytest
 
 from potluck.protocol import Accepted, Error, encode_message
@@ -100,3 +102,33 @@ def test_an_answer_that_is_not_read_ends_with_the_next_one(tmp_path):
             assert unread.recv(1) == b"H"  # it has begun
             assert len(device.send("GET", f"/v1/models/{sha256}").content) == 16_000_000
             assert len(rest(unread)) < 16_000_000
+
+
+@pytest.mark.soak
+def test_more_devices_than_places_that_stand_still_hold_nobody_up_for_long(tmp_path, places):
+    """Each holds a place for a chunk and one for a model, of which no byte moves."""
+    dim, chunk = 4_000_000, 1 << 20
+    with Served(tmp_path, places=places(), count=100, dim=dim) as served, Slow(served) as slow:
+        body = np.ones(dim, "<f4").tobytes()
+        honest = served.device()
+        given = honest.assigned()
+        sha256 = json.loads(given.manifest)["sha256"]
+        for _ in range(70):
+            device = served.device()
+            upload = device.report(device.assigned(), body)
+            slow.chunk(device, upload.upload, 0, chunk)
+            slow.download(device, sha256)
+        started = time.monotonic()
+        answer = honest.send("GET", f"/v1/models/{sha256}")
+        while answer.status_code == 429:
+            answer = honest.send("GET", f"/v1/models/{sha256}")
+        assert len(answer.content) == len(body)
+        stood = honest.report(given, body)
+        while not isinstance(stood, Accepted):
+            if isinstance(stood, Error):
+                assert stood.code == "overloaded"
+                stood = honest.report(given, body)
+            else:
+                at = stood.offset
+                stood = honest.put(stood.upload, at, body[at : at + chunk])
+        assert time.monotonic() - started < 90.0

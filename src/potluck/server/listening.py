@@ -8,24 +8,26 @@ longest. So whoever opens many closes its own, and a new connection has time to 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import os
 import resource
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
 from typing import Any, NamedTuple
 
 from starlette.types import Scope
 
 from potluck.core import RunError
 
-ACCEPTS = 128
-"""Connections that are accepted at once, before handshakes go on, which cost four times as much."""
+HANDSHAKE_SECONDS = 15.0
+"""For TLS's, from accept on."""
 _BACKLOG = 4096
 """Connections that wait to be accepted. Who finds no room is not told: its system tries again after
 1, 2 and 4 seconds, and thousands together."""
@@ -39,10 +41,13 @@ _OF_ONE = 32
 """Connections of a device or session. It needs one; a proxy between may keep more for it."""
 _RESERVED = 256
 """Descriptors for database, blobs and operators."""
-_CLOSING = 64
-"""Connections above the limit, given up but not closed yet."""
+_ACCEPTS = 128
+"""Connections that are accepted at once, before handshakes go on, which cost four times as much."""
+_GIVEN_UP_RATE = 400.0
+"""Connections a second that are closed for new ones: those who come again at once get a third of a
+core, and who comes first waits ten seconds behind as many as the system keeps."""
+_SCARCE_SECONDS = 0.05
 _TELL_SECONDS = 1.0
-_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOG = logging.getLogger("potluck.server")
 
 
@@ -182,23 +187,35 @@ class Listener(socket.socket):
         self._owned: dict[_Owner, dict[Accepted, None]] = {}  # what has proven least recently first
         self._by_rank: dict[int, dict[_Owner, None]] = {}
         self._count = {True: 0, False: 0}  # not given up: of addresses, of others
-        self._given_up = 0  # since it was told
-        self._told = -_TELL_SECONDS
+        self._given_up = 0
+        self._told, self._told_of = -_TELL_SECONDS, 0  # when it was, and of how many
 
-    def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection that waits; BlockingIOError: none, or those given up close first."""
-        if len(self._open) >= self.limit + _CLOSING:
-            raise BlockingIOError
-        try:
-            made, address = super().accept()
-        except OSError as error:
-            if error.errno not in _SCARCE:
-                raise
-            if self._by_rank:
-                self._give_up(self._worst(), str(error))
-            else:
-                time.sleep(0.05)  # others use all there are: asyncio would log thousands of lines
-            raise BlockingIOError from None
+    async def serve(self, make: Callable[[], asyncio.Protocol], tls: SSLContext | None) -> None:
+        """Accept connections, each for a new protocol, until the task is cancelled."""
+        loop = asyncio.get_running_loop()
+        self.setblocking(False)
+        beginning: set[asyncio.Task[None]] = set()
+        num_accepted = 0
+        while True:
+            given_up = self._given_up
+            try:
+                accepted = self.admit(*await loop.sock_accept(self))
+            except OSError as error:  # of descriptors or memory, say, which others use
+                if self._by_rank:
+                    self._give_up(self._worst(), str(error))
+                await asyncio.sleep(_SCARCE_SECONDS)
+                continue
+            task = loop.create_task(_begin(accepted, make, tls))
+            beginning.add(task)
+            task.add_done_callback(beginning.discard)
+            num_accepted += 1
+            if self._given_up > given_up:
+                await asyncio.sleep(1.0 / _GIVEN_UP_RATE)
+            elif num_accepted % _ACCEPTS == 0:
+                await asyncio.sleep(0)
+
+    def admit(self, made: socket.socket, address: Any) -> Accepted:
+        """Count one more connection, for which another is given up where there are many."""
         accepted = Accepted(self, made, _Owner(True, _network(address)))
         self._open[accepted.fileno()] = accepted
         self._put(accepted)
@@ -208,11 +225,7 @@ class Listener(socket.socket):
             )
         elif sum(self._count.values()) > self.limit:
             self._give_up(self._worst(), f"{self.limit}")
-        return accepted, address
-
-    def listen(self, _: int = 0) -> None:
-        """Listen; how many wait is not what asyncio says, which is how many it accepts at once."""
-        super().listen(_BACKLOG)
+        return accepted
 
     def find(self, descriptor: int) -> Accepted | None:
         """The open connection of this descriptor."""
@@ -245,10 +258,11 @@ class Listener(socket.socket):
         now = time.monotonic()
         if now - self._told >= _TELL_SECONDS:
             kind = "address" if owner.is_address else "device or session"
-            told = f"at most {limit}, got more: {self._given_up} were closed since the last such "
-            told += f"line, the last one of the {kind} {owner.name}. See docs/operating.md."
+            count = self._given_up - self._told_of
+            told = f"at most {limit}, got more: {count} were closed since the last such line, "
+            told += f"the last one of the {kind} {owner.name}. See docs/operating.md."
             _LOG.warning("connections", extra={"reason": told})
-            self._given_up, self._told = 0, now
+            self._told, self._told_of = now, self._given_up
 
     def _put(self, accepted: Accepted) -> None:
         owned = self._owned.setdefault(accepted.owner, {})
@@ -278,6 +292,17 @@ class Listener(socket.socket):
         alike.pop(owner, None)
         if not alike:
             self._by_rank.pop(rank, None)
+
+
+async def _begin(
+    accepted: Accepted, make: Callable[[], asyncio.Protocol], tls: SSLContext | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    seconds = None if tls is None else HANDSHAKE_SECONDS
+    try:
+        await loop.connect_accepted_socket(make, accepted, ssl=tls, ssl_handshake_timeout=seconds)
+    except OSError:  # of the handshake, which is tried again or was none
+        accepted.close()
 
 
 def prove(scope: Scope, name: str) -> None:

@@ -11,11 +11,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import sys
 import threading
 import time
-from asyncio import constants
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -39,7 +37,6 @@ from potluck.server.desk import Desk
 from potluck.server.home import Home
 from potluck.server.lines import Lines
 from potluck.server.listening import (
-    ACCEPTS,
     Listen,
     Listener,
     authority,
@@ -58,8 +55,6 @@ TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
-_HANDSHAKE_SECONDS = 15.0
-"""For TLS's, from accept on; asyncio would wait for a minute."""
 _TLS_BYTES = 1 << 14
 """What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
 _LOG = logging.getLogger("potluck.server")
@@ -91,6 +86,7 @@ class Server:
         self._meters = Meters()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
+        self._accepting: list[asyncio.Task[None]] = []
         self._seen: tuple[Any, ...] = (0,)
         self._rung = ""  # the round whose opening was rung last
         certificate, private_key = _certificate(home, listen)
@@ -113,15 +109,14 @@ class Server:
             desk, self._bell, self._meters, home.new_credential(), pinned, self.dashboard.invite
         )
         self._servers = [
-            _uvicorn(devices.asgi(self.dashboard.paths()), self._socket, certificate, private_key),
-            _uvicorn(admin.asgi(), self._admin_socket, None, None),
+            _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
+            _uvicorn(admin.asgi(), None, None),
         ]
 
     def serve(self) -> None:
         """`run`, in an event loop of its own."""
         share_heaps()
         SSLProtocol.max_size = _TLS_BYTES
-        constants.SSL_HANDSHAKE_TIMEOUT = _HANDSHAKE_SECONDS  # pyright: ignore
         sys.setswitchinterval(0.0005)
         with no_long_looks() if _owns_process() else contextlib.nullcontext():
             asyncio.run(self.run())
@@ -133,11 +128,10 @@ class Server:
         self.desk.service.on_open = lambda id: self._soon(lambda: self._ring_for(id))
         self.desk.service.on_lost = self._meters.lost
         with _signals(self._loop, self._stop):
-            sockets: list[list[socket.socket]] = [[self._socket], [self._admin_socket]]
-            tasks = [
-                asyncio.create_task(server.serve(sockets=bound))
-                for server, bound in zip(self._servers, sockets, strict=True)
-            ]
+            tasks = [asyncio.create_task(server.serve(sockets=[])) for server in self._servers]
+            listeners = (self._socket, self._admin_socket)
+            for server, listener in zip(self._servers, listeners, strict=True):
+                tasks.append(asyncio.create_task(self._accept(server, listener)))
             tasks += [asyncio.create_task(self._lead()), asyncio.create_task(self._judge())]
             if self._show_line is not None:
                 tasks.append(asyncio.create_task(self._tell(self._show_line)))
@@ -183,6 +177,22 @@ class Server:
         self._bell.close()
         for server in self._servers:
             server.should_exit = True
+        for task in self._accepting:
+            task.cancel()
+
+    async def _accept(self, server: uvicorn.Server, listener: Listener) -> None:
+        """Accept connections until the server stops."""
+        make = partial(_connection, server, listener)
+        task = asyncio.create_task(listener.serve(make, server.config.ssl))
+        self._accepting.append(task)
+        try:
+            if not self._stopping:
+                await task
+        except asyncio.CancelledError:
+            pass
+        finally:
+            task.cancel()
+            listener.close()
 
     async def _lead(self) -> None:
         """Move rounds on, at once when there is reason to; look and clean up a few times a second.
@@ -395,12 +405,15 @@ def _address(listen: Listen, port: int) -> str:
     return f"https://{name if is_whole else authority(name, port)}"
 
 
-def _uvicorn(
-    app: ASGIApp, listener: Listener, certificate: Path | None, key: Path | None
-) -> uvicorn.Server:
+def _connection(server: uvicorn.Server, listener: Listener) -> Connection:
+    """What uvicorn makes for each connection, which knows where it came from."""
+    state = server.server_state
+    return Connection(config=server.config, server_state=state, app_state={}, listener=listener)
+
+
+def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
-        http=partial(Connection, listener=listener),  # pyright: ignore[reportArgumentType]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -411,8 +424,8 @@ def _uvicorn(
         ssl_keyfile=key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        backlog=ACCEPTS,
     )
+    config.load()
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     return server

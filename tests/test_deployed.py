@@ -23,9 +23,10 @@ SAMPLED = 'selection = "sampled"\nover_selection = 1.0\npopulation = {0}'
 
 
 def recorded(device):
-    """What a device noted that it sent."""
+    """The requests that a device noted; the manifests between them were not sent."""
     files = sorted((device.folder / "sent").iterdir())
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line for line in lines if "path" in line]
 
 
 def simulated(federation):

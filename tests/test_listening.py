@@ -160,13 +160,30 @@ def crowd_out(folder, descriptors, sockets):
         while server.status()["round"] < 1:
             time.sleep(0.05)
         look_at_dashboard(server)
+        for _ in range(40):  # what is no HTTP, and what has no signature
+            for request in (b"X\r\n\r\n", b"POST /v1/enrol HTTP/1.1\r\nHost: x\r\n\r\n"):
+                told_off(server, request)
         seconds = time.monotonic() - started
     told = [line for line in server.log() if line["event"] == "connections"]
     assert 1 <= len(told) <= seconds + 2
     strangers = (descriptors - min(256, descriptors // 4)) * 3 // 4
     assert f"at most {strangers} before their first request" in told[0]["reason"]
     others = [line for line in server.log() if line["level"] in ("warning", "error")]
-    assert others == told
+    assert [line for line in others if line["logger"] != "uvicorn.error"] == told
+    strangers = [line for line in server.log() if line["event"][:7] in ("request", "Invalid")]
+    assert 1 <= len(strangers) <= seconds + 2
+    assert len(strangers) + sum(line.get("left_out", 0) for line in strangers) > 40
+
+
+def told_off(server, request):
+    context = ssl.create_default_context(cadata=server.certificate)
+    context.check_hostname = False
+    with (
+        socket.create_connection(("127.0.0.1", server.port), 30) as plain,
+        context.wrap_socket(plain) as secure,
+    ):
+        secure.sendall(request)
+        assert b" 40" in secure.recv(65_536)
 
 
 def look_at_dashboard(server):

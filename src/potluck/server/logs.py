@@ -37,10 +37,35 @@ class PlainFormatter(logging.Formatter):
         return f"{told}: {reason}" if reason else told
 
 
+class StrangersFilter(logging.Filter):
+    """Of what anybody may cause without a key, a line a second, so that nobody fills a disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told, self._left_out = -1.0, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is shown; it tells how many were not, since the last one."""
+        told = vars(record)
+        is_refusal = record.msg == "request" and 400 <= told.get("status", 0) < 500
+        is_theirs = is_refusal and told.get("device") is None
+        if not is_theirs and (record.name != "uvicorn.error" or record.levelno > logging.WARNING):
+            return True
+        now = time.monotonic()
+        if now - self._told < 1.0:
+            self._left_out += 1
+            return False
+        if self._left_out:
+            record.left_out = self._left_out
+        self._told, self._left_out = now, 0
+        return True
+
+
 def log_to_stderr(level: str, *, plain: bool = False) -> None:
     """Log everything of this level and above as JSON lines, or in words."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
+    handler.addFilter(StrangersFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -189,6 +189,13 @@ class Federation:
         self.until(lambda: (folder / "enrolment.json").exists() or device.died)
         return device
 
+    def again(self, device, clock, trainer=None):
+        """The next life of a device that was stopped, on its folder."""
+        self.devices.remove(device)
+        trainer = trainer or UnitTrainer()
+        self.devices.append(Device(self.server.address, None, device.folder, trainer, clock=clock))
+        return self.devices[-1]
+
     def status(self):
         return self.service.status(self.run)
 

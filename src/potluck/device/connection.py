@@ -42,7 +42,8 @@ M = TypeVar("M", bound=Message)
 LATEST_MS = 4_102_444_800_000
 """The year 2100. Sequence numbers may start from the time: a later one could use them all up."""
 _TEMPORARY = ("misdirected", "overloaded", "internal", "unavailable")
-_DIGEST_TRIES = 2
+_TRIES = {"clock": 1, "replayed": 4, "digest": 2}
+"""Of a request that was refused so. A sequence number is doubled from the second on."""
 _TIMEOUT = httpx.Timeout(2.0 * LONG_POLL_SECONDS, connect=15.0)
 
 
@@ -79,6 +80,7 @@ class Connection:
         self._home = home
         self._key, self._run_key = home.key(), bytes.fromhex(server_key)
         self._record = record
+        self._replays = 0  # of the request under way
         self._clock = clock
         self._uniform = uniform
         self._trouble = Trouble(self.backoff())
@@ -140,7 +142,7 @@ class Connection:
         until_ms: int | None = None,
     ) -> M:
         """Send a request until it is answered; see `ask`."""
-        corrections = 0
+        corrections = self._replays = 0
         while True:
             self._clock.wait(0)
             try:
@@ -154,7 +156,7 @@ class Connection:
                 self._trouble.wait(error, after)
             except RefusedError as error:
                 corrections += 1
-                again = {"clock": 1, "replayed": 1, "digest": _DIGEST_TRIES}.get(error.code, 0)
+                again = _TRIES.get(error.code, 0)
                 # A chunk's digest is also that of the whole upload: the uploader knows which.
                 if corrections > again or (error.code == "digest" and method == "PUT"):
                     self._trouble.over()
@@ -244,7 +246,11 @@ class Connection:
         if error.code in ("clock", "replayed") and error.server_time_ms is not None:
             self.correct_clock(error.server_time_ms)
         if error.code == "replayed":  # a number was lost: go on from the time
-            self._home.next_sequence(self.now_ms())
+            if self._replays:
+                self._home.double_sequence()
+            else:
+                self._home.next_sequence(self.now_ms())
+            self._replays += 1
         raise RefusedError(error.code, error.message)
 
     def correct_clock(self, server_time_ms: int) -> None:

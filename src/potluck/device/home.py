@@ -153,6 +153,13 @@ class Home:
         write_file(path, str(number).encode())
         return number
 
+    def double_sequence(self) -> None:
+        """Go on from twice the last number: the server knows a higher one, from before the number
+        was lost here, and from a clock that was ahead."""
+        last = _read_number(self.folder / "sequence") or 0
+        if 2 * last <= MAX_INTEGER:
+            self.next_sequence(2 * last)
+
     def has_sequence(self) -> bool:
         """Whether it is known how far the device has counted."""
         return _read_number(self.folder / "sequence") is not None

@@ -70,10 +70,9 @@ def begin_epoch(database: Database, run: str, now: int, *, actor: str) -> None:
         row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
         current = open_round_of(db, run, lock=True)
         if current is not None:
-            abandon_round(db, row, current, "the server was restored", now)
+            abandon_round(db, row, current, "the server was restored", now, excused=True)
         epoch = max(row.epoch + 1, now // 1000)
-        kept = {name: getattr(row, name) for name in ("strikes", "state", "reason")}
-        db.execute(update(runs).where(runs.c.id == run).values(kept | {"epoch": epoch}))
+        db.execute(update(runs).where(runs.c.id == run).values(epoch=epoch))
         audit.append(db, now, actor, "restored", run=run, epoch=epoch)
 
 

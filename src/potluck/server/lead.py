@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Row, and_, select
+from sqlalchemy import Connection, Row, and_, select, update
 
 from potluck.algorithms import Algorithm
 from potluck.experiment import Experiment
@@ -33,7 +33,17 @@ from potluck.server.rounds import (
 )
 from potluck.server.settings import settings_of
 from potluck.server.stored import experiment_of
-from potluck.server.tables import ACTIVE, assignments, models, rounds, runs
+from potluck.server.tables import (
+    ACTIVE,
+    OPEN_ROUND,
+    assignments,
+    devices,
+    models,
+    rounds,
+    runs,
+    sign_ins,
+    tokens,
+)
 from potluck.server.vectors import tries
 
 
@@ -42,6 +52,7 @@ def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool)
     if taken:
         with works.database.write() as db:
             works.check(db)
+            _bring_back(db, works.now())
             rearm(db, works.now())
     _expire(works)
     with works.database.read() as db:
@@ -49,6 +60,17 @@ def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool)
     for id in ids:
         while _step(works, id, build):
             pass
+
+
+def _bring_back(db: Connection, now: int) -> None:
+    """After a clock that was ahead: what it wrote begins now, and lasts as long as it was to."""
+    for table in (tokens, sign_ins):
+        c, ahead = table.c, table.c.created_ms > now
+        lasting = {"created_ms": now, "expires_ms": c.expires_ms - c.created_ms + now}
+        db.execute(update(table).where(ahead).values(lasting))
+    db.execute(update(devices).where(devices.c.seen_ms > now).values(seen_ms=now))
+    open_ones = and_(OPEN_ROUND, rounds.c.started_ms > now)
+    db.execute(update(rounds).where(open_ones).values(started_ms=now))
 
 
 def _expire(works: Works) -> None:

@@ -42,7 +42,7 @@ class Candidate:
         self.id = id or secrets.token_hex(16)
         self._nobody = ("", predecessor)  # holders that do not lead any more
         self.fence: int = 0  # ours, while we lead
-        self.taken = False  # whether the last `beat` took over
+        self.taken = False  # whether the last `beat` took over, or the time was set
         self._time = time
         self._lease_ms = round(lease_seconds * 1000)
         self._seen: tuple[int, int] | None = None  # (fence, beat) of another leader
@@ -113,14 +113,15 @@ class Candidate:
             if self.fence or not (seen or row.holder in self._nobody):
                 raise FencedError("another process leads")
             self.fence, self.taken = row.fence + 1, True
-        if row.heartbeat_ms > self._time.now():
-            self._time.set(row.heartbeat_ms)  # common time never goes back
+        if self.taken or self._time.is_off():
+            self._time.follow_wall()
+            self.taken = True
         values = {"holder": self.id, "fence": self.fence, "heartbeat_ms": self._time.now()}
         db.execute(update(leader).values(values))
 
 
 def follow(database: Database, time: CommonTime) -> None:
-    """Start no time behind the last beat of whoever led: the common time never goes back."""
+    """Start no time behind the last beat of whoever led, until we lead."""
     with database.read() as db:
         row = one(db, select(leader.c.heartbeat_ms))
     if row is not None and row.heartbeat_ms > time.now():

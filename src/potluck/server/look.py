@@ -126,7 +126,7 @@ class Look:
         self._round = open_round_of(db, run)
         cohort = None if self._round is None else self._round.cohort
         self._cohort = None if cohort is None else set(json.loads(cohort))
-        self._length = usual_seconds(db, run) if before is None else before._length
+        self._length = usual_seconds(db, run, self._settings) if before is None else before._length
         self._start, self._window = self._pace()
 
     def lock(self) -> None:
@@ -297,13 +297,15 @@ def revoked() -> RefusedError:
     return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
 
 
-def usual_seconds(db: Connection, run: str) -> float:
+def usual_seconds(db: Connection, run: str, settings: RoundSettings) -> float:
     """The median length of the last five committed rounds; 0 before the second.
 
     A round begins with its first device: that nobody came says nothing. The first round is left
-    out, in which devices import, load and compile what they will use.
+    out, in which devices import, load and compile what they will use. None is longer than its
+    deadlines let it be, or the server's clock was set in the middle of it.
     """
-    measured = sorted(db.scalars(_LENGTHS, {"run": run}))
+    longest = milliseconds(settings.selection_seconds + settings.report_seconds)
+    measured = sorted(min(max(ms, 0), longest) for ms in db.scalars(_LENGTHS, {"run": run}))
     return measured[(len(measured) - 1) // 2] / 1000 if measured else 0.0
 
 

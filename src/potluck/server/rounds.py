@@ -72,7 +72,7 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
         return None
     slots = math.ceil(goal * settings.over_selection - 1e-9) if cohort is None else goal
     id = secrets.token_hex(16)
-    away = max(settings.pace_seconds, population / 100) + usual_seconds(db, run.id)
+    away = max(settings.pace_seconds, population / 100) + usual_seconds(db, run.id, settings)
     patience = milliseconds(settings.selection_seconds + away)
     values = {
         "id": id,

@@ -318,9 +318,9 @@ class Service:
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """The committed rounds, in order."""
-        query = select(ledger).where(ledger.c.run == run).order_by(ledger.c.committed_ms)
-        with self.database.read() as db:
-            rows = db.execute(query.order_by(ledger.c.number)).all()
+        query = select(ledger).where(ledger.c.run == run)
+        with self.database.read() as db:  # the evaluation of a round is after it
+            rows = db.execute(query.order_by(ledger.c.number, ledger.c.kind.desc())).all()
         return [as_dict(row) for row in rows]
 
     def export(self, run: str, version: int | None = None, *, actor: str) -> bytes:

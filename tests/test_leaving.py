@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from federation import Federation, UnitTrainer
 from fleet import Fleet
 from potluck.core import sample_cohort
-from potluck.server import Wait
+from potluck.server import Attributes, Wait
 
 
 def local(folder: Path) -> tuple[str, str]:
@@ -97,6 +98,27 @@ def test_a_drawn_device_that_is_silent_twice_is_drawn_no_more_until_it_is_back(p
     fleet.round(fleet.devices[1:])
     fleet.round()
     assert committed(fleet) == [2, 2, 2, 3]
+    fleet.service.close()
+
+
+def test_a_drawn_device_that_may_not_train_now_is_waited_for_twice_and_no_more(tmp_path):
+    settings = {"selection": "sampled", "minimum": 1.0, "attempts": 1, "needs_charging": True}
+    fleet = Fleet(*local(tmp_path), count=3, **settings)
+    check_in, charging = fleet.service.check_in, Attributes(charging=True)
+    fleet.service.check_in = lambda device: check_in(device, charging)
+    fleet.service.tick()
+    for _ in range(2):
+        for device in fleet.devices[1:]:
+            fleet.take_part(device)
+        assert check_in(fleet.devices[0]).reason == "not eligible"
+        lapse(fleet)
+    check_in(fleet.devices[0])  # not charging still
+    assert fleet.service.status(fleet.run)["left"] == 1
+    fleet.round(fleet.devices[1:])
+    fleet.service.check_in(fleet.devices[0])  # on mains again
+    fleet.round(fleet.devices[1:])
+    fleet.round()
+    assert committed(fleet) == [2, 2, 3]
     fleet.service.close()
 
 
@@ -205,3 +227,19 @@ def test_the_goal_of_a_fraction_is_that_of_the_simulation(tmp_path, part, goal):
     fleet.service.tick()
     assert fleet.service.status(fleet.run)["open"]["goal"] == goal
     fleet.service.close()
+
+
+def test_a_sampled_run_ends_though_one_device_is_revoked_and_another_switched_off(tmp_path):
+    server = 'selection = "sampled"\npopulation = 4\nselection_seconds = 1.0\nreport_seconds = 1.0'
+    with Federation(tmp_path, clients=4, rounds=6, server=server) as federation:
+        done = [federation.join(k, UnitTrainer()) for k in range(4)]
+        federation.until(lambda: federation.status()["version"] >= 1)
+        [known] = [row for row in federation.service.devices(federation.run) if row["client"] == 3]
+        federation.operator.post("revoke", device=known["id"])
+        done[2].stop()
+        federation.until(lambda: federation.status()["state"] != "running")
+        assert federation.status()["state"] == "finished"
+        for device in done[:2]:
+            device.end()
+            assert device.died is None
+        assert "revoked" in str(done[3].died)

@@ -124,7 +124,11 @@ def test_a_disk_that_is_full_for_a_while_ends_no_device(tmp_path):
     environment = {"LD_PRELOAD": str(library), "POTLUCK_BAD_DISK": str(flag)}
     with Federation(tmp_path, **ENDLESS) as federation:
         address = federation.server.address
+        flag.write_text(f"{errno.ENOSPC} {home}")  # from the start on
         device = Process(federation, address, invited=True, environment=environment)
+        device.until("No space left")
+        device.lines.clear()
+        flag.unlink()
         device.until("accepted round 2")
         flag.write_text(f"{errno.ENOSPC} {home}")
         device.until("No space left")

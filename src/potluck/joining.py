@@ -143,7 +143,7 @@ def join(
         name=name,
         limit_bytes=daily_limit,
         proxy=way,
-        show=lambda event: typer.echo(printable(_told(event))),
+        show=_show,
         policy=limits,
         ask=asking(yes, policy is not None),
     )
@@ -175,6 +175,15 @@ def asking(yes: bool, has_policy: bool) -> Callable[[str], bool]:
         return True
 
     return ask
+
+
+def _show(event: Event) -> None:
+    try:
+        typer.echo(printable(_told(event)))
+    except BrokenPipeError:
+        raise
+    except OSError:  # the disk that the output goes to is full: no reason to end
+        pass
 
 
 def _told(event: Event) -> str:

@@ -135,13 +135,20 @@ class Look:
             self._round = open_round_of(self._db, self._run.id, lock=True)
             self._has_seen = False
 
-    def left(self, names: Sequence[str]) -> list[str]:
-        """Those that were not counted on: they could not train, or were silent."""
-        return [name for name in names if name in self._members and self._members[name].left]
+    def left(self, asked: Sequence[Asked]) -> list[str]:
+        """Those that were not counted on, as they could not train or were silent, and now could."""
+        return [
+            device
+            for device, attributes, _ in asked
+            if attributes is not None
+            and device in self._members
+            and self._members[device].left
+            and _is_eligible(self._settings, attributes)
+        ]
 
-    def expect(self, names: Sequence[str]) -> None:
+    def expect(self, asked: Sequence[Asked]) -> None:
         """Count on these again: they ask for work."""
-        back = self.left(names)
+        back = self.left(asked)
         if back:
             self._db.execute(update(devices).where(devices.c.id.in_(back)).values(left=None))
 

@@ -60,13 +60,13 @@ def check_ins(database: Database, asked: Sequence[Asked], now: int) -> list[Give
         with database.read() as db:  # most end here, and write nothing
             look = Look(db, names, now)
             answers = [_answer(look, one) for one in asked]
-            left = look.left([one.device for one in asked if one.attributes is not None])
+            left = look.left(asked)
         if None not in answers and not left:
             return answers
     with database.write() as db:
         turned = _turned_away(db, asked, now)
         look = Look(db, names, now, before=look)
-        look.expect([one.device for one in asked if one.attributes is not None])
+        look.expect(asked)
         answers = [turned.get(n) or _answer(look, one) for n, one in enumerate(asked)]
         left = [n for n, one in enumerate(asked) if answers[n] is None and one.attributes]
         if left:

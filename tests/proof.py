@@ -15,8 +15,10 @@ from fleet import Clock, claims, fingerprint
 from potluck.core import Spec
 from potluck.experiment import Experiment
 from potluck.server import Assigned, RoundSettings, Service
+from potluck.server.arrivals import Arrival, Taken
 from potluck.server.commit import load_version
 from potluck.server.database import Database
+from potluck.server.look import Asked, Attributes
 from potluck.server.tables import audit, devices, ledger, models, reports, rounds, runs
 from potluck.simulation.build import build_algorithm
 
@@ -117,9 +119,11 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent, fallen) -
         while back and back[0][0] <= committed[number][3]:
             service.fall_back(id, version=back.pop(0)[1], actor="proof")
         service.tick()
-        for client in sorted(committed[number][2]):
-            vector, weight = sent.get(client) or (fingerprint(client, spec.dim), 1.0)
-            _take_part(service, names[client], vector, weight)
+        told = {
+            names[client]: sent.get(client) or (fingerprint(client, spec.dim), 1.0)
+            for client in sorted(committed[number][2])
+        }
+        _take_part(service, number, told)
         for seconds in (0, settings.selection_seconds, settings.report_seconds):
             clock.pass_(seconds)  # where fewer than the goal reported, until the deadline
             service.tick()
@@ -133,9 +137,14 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent, fallen) -
     return differing
 
 
-def _take_part(service: Service, device: str, vector: np.ndarray, weight: float) -> None:
-    work = service.check_in(device)
-    assert isinstance(work, Assigned), work
-    upload = service.begin_report(device, work.assignment, claims(vector, weight=weight))
-    service.append_chunk(device, upload.upload, 0, np.asarray(vector, "<f4").tobytes())
-    service.finish_report(device, upload.upload)
+def _take_part(service: Service, number: int, told) -> None:
+    """The reports of a round, all in one transaction: device → (vector, weight)."""
+    given = service.check_ins([Asked(device, Attributes()) for device in told])
+    came = []
+    for work, (device, (vector, weight)) in zip(given, told.items(), strict=True):
+        assert isinstance(work, Assigned), work
+        place = (work.assignment, work.number, work.attempt)
+        body = np.asarray(vector, "<f4").tobytes()
+        came.append(Arrival(device, number, *place, claims(vector, weight=weight), body))
+    outcomes = service.take_in(came)
+    assert all(isinstance(one, Taken) for one in outcomes), outcomes

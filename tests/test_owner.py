@@ -189,6 +189,22 @@ def test_a_plan_that_changes_needs_the_owners_word_again(tmp_path, answer):
             assert isinstance(again.died, DeclinedError)
 
 
+def test_more_rounds_by_the_operator_are_signed_at_once_and_need_a_word(tmp_path):
+    asked = []
+
+    def more():
+        federation.service.change(federation.run, {"run.rounds": 4}, actor="test")
+
+    with Federation(tmp_path, clients=1, rounds=2, server=ONE) as federation:
+        device = federation.join(
+            0, UnitTrainer(more), ask=lambda told: asked.append(told) or len(asked) < 2
+        )
+        device.end(120)
+        assert isinstance(device.died, DeclinedError)
+        assert "rounds: 2 → 4" in str(device.died)
+        assert device.count("accepted") == 1
+
+
 def test_fewer_rounds_need_no_word_and_more_do():
     terms = {"run": "a", "rounds": 20, "plan": {"algorithm": {"client_lr": 0.1}, "needs": []}}
     assert differences(terms, terms | {"rounds": 10}) == []

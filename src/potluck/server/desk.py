@@ -47,7 +47,7 @@ from potluck.server import look, reports, selection
 from potluck.server.arrivals import Arrival, Outcome
 from potluck.server.look import Asked, Assigned, Attributes
 from potluck.server.service import Service
-from potluck.server.settings import RoundSettings
+from potluck.server.settings import RoundSettings, settings_of
 
 _CODES: dict[str, ErrorCode] = {
     "unknown": "not_found",
@@ -98,7 +98,8 @@ class Desk:
             self.service.check_token(message.token, key, into=self.run)
             run, model = self.service.newest(self.run)
         now = self.service.time.now()
-        place = (run.epoch, run.round, model.version, model.sha256)
+        num_rounds = settings_of(run.settings).num_rounds
+        place = (run.epoch, num_rounds, run.round, model.version, model.sha256)
         manifest, signature = self._signed(*place, now, now)
         return Previewed(manifest=manifest.decode(), signature=signature.hex(), server_time_ms=now)
 
@@ -322,8 +323,9 @@ class Desk:
     ) -> Assignment:
         now, deadline = self.service.time.now(), given.deadline_ms
         if given.round not in signed:
-            place = (given.epoch, given.number, given.version, given.model_sha256)
-            signed[given.round] = self._signed(*place, now, deadline)
+            run = (given.epoch, given.num_rounds)
+            place = (given.number, given.version, given.model_sha256)
+            signed[given.round] = self._signed(*run, *place, now, deadline)
         manifest, signature = signed[given.round]
         return Assignment(
             run=self.name,
@@ -342,7 +344,14 @@ class Desk:
         )
 
     def _signed(
-        self, epoch: int, round: int, version: int, sha256: str, now: int, deadline: int
+        self,
+        epoch: int,
+        num_rounds: int,
+        round: int,
+        version: int,
+        sha256: str,
+        now: int,
+        deadline: int,
     ) -> tuple[bytes, bytes]:
         manifest = Manifest(
             version=version + 1,  # the initial model is version 0 here, and 1 on the wire
@@ -353,7 +362,7 @@ class Desk:
             length_bytes=self.spec.num_bytes,
             sha256=sha256,
             plan=self.plan,
-            rounds=self.settings.num_rounds,
+            rounds=num_rounds,
             created_ms=now,
             expires_ms=max(deadline, now) + _SKEW_MS,
             epoch=epoch,

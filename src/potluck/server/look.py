@@ -59,6 +59,7 @@ class Assigned(NamedTuple):
     lease_seconds: float
     deadline_ms: int
     epoch: int
+    num_rounds: int  # of the run, as it is now
     model: bytes | None = None  # if it is small
 
 
@@ -276,6 +277,7 @@ class Look:
             lease_seconds=max(slot.lease_ms - self._now, 0) / 1000,
             deadline_ms=round.report_deadline_ms or latest,
             epoch=self._run.epoch,
+            num_rounds=rules.num_rounds,
             model=self._model.content,
         )
 

@@ -119,6 +119,8 @@ def _take_part(k: int, caller: Caller, work: Assignment) -> Held:
             return held._replace(accepted=accepted)
         if k == REPORTED:
             caller.put(upload.upload, 0, body[: len(body) // 2])
+    elif k == DEVICES - 1:
+        caller.ask("failure", Failed(assignment=work.assignment, reason="error"))
     return held
 
 

@@ -38,7 +38,7 @@ def revoke(year: Year) -> None:
     device = year.dice.choice(year.at_work)
     year.ended.add(device)
     year.server.operator.post("revoke", device=name_of(device.folder))
-    year.pass_rounds(1)  # it is refused, says so, and asks on, until its owner stops it
+    year.pass_rounds(1)  # it is refused and ends, or its owner stops it
     device.clock.stop()
     device.end()
     year.swarm.join(year.line.address, year.server.invite())

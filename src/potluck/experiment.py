@@ -350,6 +350,8 @@ class ServeSection(_Section):
     federated_every: int | None = None
     max_weight: float | None = None
     max_norm: float | None = None
+    max_weight_times: float | None = None
+    max_pull_times: float | None = None
     needs_charging: bool | None = None
     needs_idle: bool | None = None
     needs_unmetered: bool | None = None

@@ -196,6 +196,12 @@ def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
     if rows:
         typer.echo()
         show_table(("round", "attempt", "reports", "loss", "median loss", f"test {metric}"), rows)
+    if told["lowered"]:
+        typer.echo()
+        show_table(
+            ("device that counts for less", "name", "rounds", "the last", "asked for"),
+            [_lowered_row(row) for row in told["lowered"]],
+        )
 
 
 @app.command()
@@ -211,11 +217,12 @@ def devices(home: HomeFolder = HOME, debug: Debug = False) -> None:
             row["name"] or "-",
             row["device_class"],
             _moment(row["enrolled_ms"]),
+            str(row["lowered"]),
             "revoked" if row["revoked_ms"] else _WHY_LEFT.get(row["left"], "takes part"),
         )
         for row in _operator(home).get("devices")
     ]
-    show_table(("client", "device", "name", "class", "enrolled", "state"), rows)
+    show_table(("client", "device", "name", "class", "enrolled", "lowered", "state"), rows)
 
 
 @app.command()
@@ -487,6 +494,12 @@ def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
             ("reports", f"{current['reported']} of {current['goal']}"),
         ]
     return rows
+
+
+def _lowered_row(row: dict[str, Any]) -> tuple[str, ...]:
+    asked = f"{100 * row['lowered_share']:.0f} % of the round" + " (alarm)" * row["is_alarm"]
+    last = str(row["lowered_round"])
+    return row["id"], row["name"] or "-", str(row["lowered"]), last, asked
 
 
 def _counted(told: dict[str, Any]) -> str:

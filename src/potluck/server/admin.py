@@ -116,7 +116,8 @@ class AdminApp:
     def _status(self) -> dict[str, Any]:
         service, run = self._desk.service, self._desk.run
         rounds, evaluations = service.history(run), service.evaluations(run)
-        return service.status(run) | {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
+        told = {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
+        return service.status(run) | told | {"lowered": service.lowered(run)}
 
     async def _audit(self, request: Request) -> Response:
         self._check(request)

@@ -39,6 +39,13 @@ class Stored(NamedTuple):
     pieces: Callable[[], Iterator[bytes]]
 
 
+class Norms(NamedTuple):
+    """‖·‖₂ of the parts of an update."""
+
+    norm: float
+    statistics_norm: float
+
+
 def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_steps: int) -> None:
     """Refuse numbers of a report that cannot be right.
 
@@ -67,9 +74,11 @@ def check_update(
     weight: float,
     slots: int,
     settings: RoundSettings,
-) -> None:
+) -> Norms:
     """Read an update once: digest, length, finite values, norm of what is trained, and room in the
     sum.
+
+    Returns the norms of what is trained and of the statistics.
 
     Args:
         spec: of what travels.
@@ -79,7 +88,7 @@ def check_update(
             malformed.
     """
     digest = hashlib.sha256()
-    squares, seen = 0.0, 0
+    squares, seen = [0.0, 0.0], 0
     largest = [0.0, 0.0]  # of what is trained, and of statistics
     hashed = _hashed(pieces, digest)
     fault: ProtocolError | None = None
@@ -87,7 +96,7 @@ def check_update(
         for block in _decoded(hashed, codec, spec):
             wide = block.astype(np.float64)
             is_statistic = seen >= spec.num_parameters
-            squares += 0.0 if is_statistic else float(np.dot(wide, wide))
+            squares[is_statistic] += float(np.dot(wide, wide))
             entry = float(np.abs(wide).max(initial=0.0))
             largest[is_statistic] = max(largest[is_statistic], entry)
             seen += len(block)
@@ -99,7 +108,7 @@ def check_update(
         raise RefusedError("digest", "the bytes must have the announced digest. Send them again.")
     if fault is not None:
         raise RefusedError(fault.code, str(fault))
-    norm = math.sqrt(squares)
+    norm, statistics_norm = map(math.sqrt, squares)
     if not norm <= settings.max_norm:
         raise RefusedError(
             "bad_update",
@@ -113,6 +122,7 @@ def check_update(
                 f"weight times the largest entry must be below {limit / (slots + 1):g}, "
                 f"got weight={weight:g} and {entry:g}. Lower the client learning rate.",
             )
+    return Norms(norm, statistics_norm)
 
 
 def aggregate(updates: Iterable[Stored], spec: Spec) -> Vector:

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import ProtocolError, RefusedError
 from potluck.server import faults
-from potluck.server.aggregation import check_update
+from potluck.server.aggregation import Norms, check_update
 from potluck.server.database import Database
 from potluck.server.enrolment import note_sequences
 from potluck.server.look import Look
@@ -130,16 +130,16 @@ class _Intake:
         if found.id in self._bad:
             raise RefusedError("late", "this assignment is over. Check in again.")
         check_claimed(found, arrival.claims)
-        self._check(arrival, found)
+        norms = self._check(arrival, found)
         if self._count[found.round] >= found.goal:
             raise enough()
-        self._accept(arrival, found)
+        self._accept(arrival, found, norms)
         return found
 
-    def _check(self, arrival: Arrival, found: Row[Any]) -> None:
+    def _check(self, arrival: Arrival, found: Row[Any]) -> Norms:
         claims = arrival.claims
         try:
-            check_update(
+            return check_update(
                 iter((arrival.body,)),
                 claims.codec,
                 read_spec(found.spec),
@@ -153,10 +153,10 @@ class _Intake:
                 self._bad[found.id] = (found, str(error))
             raise
 
-    def _accept(self, arrival: Arrival, found: Row[Any]) -> None:
+    def _accept(self, arrival: Arrival, found: Row[Any], norms: Norms) -> None:
         place = {"round": found.round, "device": found.device, "assignment": found.id}
         place |= {"client": found.client, "accepted_ms": self._now, "content": arrival.body}
-        self._new[found.id] = place | asdict(arrival.claims)
+        self._new[found.id] = place | asdict(arrival.claims) | norms._asdict()
         self._earlier[found.round, found.device] = arrival.claims.sha256
         self._count[found.round] += 1
         if self._count[found.round] == found.goal:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,18 +33,18 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from potluck.algorithms import Algorithm, ServerState, with_statistics
 from potluck.core import Spec, Vector
 from potluck.core.plain_json import to_json
-from potluck.server import audit, faults
+from potluck.server import audit, bounds, faults
 from potluck.server.aggregation import Stored, aggregate
 from potluck.server.blobs import PIECE_BYTES, BlobStore, LostError
 from potluck.server.database import Database
 from potluck.server.reports import drop_parts
 from potluck.server.rounds import abandon_round, lock_run, open_round, settle
-from potluck.server.scoring import measured
+from potluck.server.scoring import insert_evaluation, measured
+from potluck.server.settings import settings_of
 from potluck.server.tables import (
     UNSWEPT,
     assignments,
     devices,
-    evaluations,
     ledger,
     models,
     reports,
@@ -52,6 +53,8 @@ from potluck.server.tables import (
 from potluck.server.vectors import ROW_BYTES, Updates, read_spec, read_vector, read_whole, tries
 
 _OVER = ("COMMITTED", "ABANDONED")
+_TOLD = 20  # reports that a row of the audit log names
+_LOG = logging.getLogger("potluck.server")
 
 
 class Version(NamedTuple):
@@ -146,9 +149,10 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
         here = (models.c.run == run.id) & (models.c.version == round.version)
         base = db.execute(select(models).where(here)).one()
         population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 1
+        earlier = bounds.earlier_reports(db, run.id, round.number, bounds.WINDOW - len(accepted))
     spec = read_spec(run.spec)
     try:
-        mean, kept = _mean(works, round, accepted, spec)
+        mean, kept, counts = _mean(works, run, round, accepted, earlier, spec)
         faults.reach("aggregate.end")
         state = tries(lambda: load_version(works.blobs, base))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -164,7 +168,7 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
     faults.reach("commit.before-model")
     made = store_version(works.blobs, state)
     faults.reach("commit.before-row")
-    opened, names = None, {row.device for row in kept}
+    opened, names, told = None, {row.device for row in kept}, []
     lost = [row for row in accepted if row.device not in names]
     with works.database.write() as db:
         works.check(db)
@@ -173,11 +177,14 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
             insert_version(db, run.id, run.version + 1, round.number, made, works.now())
             opened = _go_on(db, works, run)
             _leave_out(db, round, lost)
-            _enter(db, works, run, round, kept, run.version + 1, made.sha256, made.num_bytes)
+            told = bounds.note(db, round, kept, counts)
+            weights = [count.weight for count in counts]
+            version = (run.version + 1, made.sha256, made.num_bytes)
+            _enter(db, works, run, round, kept, weights, *version, told)
             for row in lost:
-                told = {"round": round.number, "attempt": round.attempt, "client": row.client}
+                place = {"round": round.number, "attempt": round.attempt, "client": row.client}
                 audit.append(
-                    db, works.now(), "leader", "lost", run=run.id, update=row.sha256, **told
+                    db, works.now(), "leader", "lost", run=run.id, update=row.sha256, **place
                 )
         faults.reach("commit.inside")
     faults.reach("commit.after")
@@ -185,31 +192,55 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
         works.lost()
     if opened is not None:
         works.opened(opened)
+    for one in told:
+        if one["alarm"]:
+            why = f"one device asked for {100 * one['share']:.0f} % of round {round.number}"
+            _LOG.warning("alarm", extra=one | {"reason": why})
+
+
+class _Mean(NamedTuple):
+    """A mean update, the reports that are in it, and what they count for."""
+
+    mean: Vector
+    reports: list[Row[Any]]
+    counts: list[bounds.Counted]
 
 
 def _mean(
-    works: Works, round: Row[Any], accepted: list[Row[Any]], spec: Spec
-) -> tuple[Vector, list[Row[Any]]]:
-    """The mean of the updates that are not lost, and their rows.
+    works: Works,
+    run: Row[Any],
+    round: Row[Any],
+    accepted: list[Row[Any]],
+    earlier: list[bounds.Weighed],
+    spec: Spec,
+) -> _Mean:
+    """The mean of the updates that are not lost.
 
     Raises:
         LostError: they are fewer than the round's minimum.
     """
 
-    def mean(rows: list[Row[Any]]) -> Vector:
+    def mean(rows: list[Row[Any]]) -> _Mean:
         kept = Updates(works.database, works.blobs, rows)
-        every = [Stored(r.client, r.sha256, r.weight, r.codec, partial(kept.read, r)) for r in rows]
-        return aggregate(every, spec)
+        weighed = [bounds.weighed(row) for row in rows]
+        limits = bounds.limits_of(weighed, earlier, settings_of(run.settings))
+        counts = bounds.counted(weighed, limits)
+        every = [
+            Stored(r.client, r.sha256, count.weight, r.codec, partial(kept.read, r))
+            for r, count in zip(rows, counts, strict=True)
+        ]
+        found = bounds.shortened(aggregate(every, spec), spec.num_parameters, limits)
+        return _Mean(found, rows, counts)
 
     try:
-        return tries(lambda: mean(accepted)), accepted
+        return tries(lambda: mean(accepted))
     except LostError as error:
         kept = Updates(works.database, works.blobs, accepted)
         whole = [row for row in accepted if _is_whole(kept, row)]
         if len(whole) < round.minimum:
             told = f"{len(whole)} of {len(accepted)} updates are left, of at least {round.minimum}"
             raise LostError(f"{error}; {told}") from error
-        return mean(whole), whole
+        return mean(whole)
 
 
 def _is_whole(kept: Updates, row: Row[Any]) -> bool:
@@ -272,29 +303,12 @@ def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
         insert_evaluation(db, *place, num_devices=len(accepted), medians=found.medians)
         here = (models.c.run == run.id) & (models.c.version == round.version)
         base = db.execute(select(models).where(here)).one()
-        _enter(db, works, run, round, accepted, run.version, base.sha256, base.num_bytes)
+        version = (run.version, base.sha256, base.num_bytes)
+        _enter(db, works, run, round, accepted, [1.0] * len(accepted), *version)
         faults.reach("commit.inside")
     faults.reach("commit.after")
     if opened is not None:
         works.opened(opened)
-
-
-def insert_evaluation(
-    db: Connection,
-    run: str,
-    round: int,
-    kind: str,
-    metrics: Mapping[str, float],
-    now: int,
-    *,
-    num_devices: int = 0,
-    medians: Mapping[str, float] | None = None,
-) -> None:
-    """The row of an evaluation, central or federated."""
-    values: dict[str, Any] = {"run": run, "round": round, "kind": kind, "created_ms": now}
-    values |= {"metrics": to_json(metrics), "num_devices": num_devices}
-    values["medians"] = None if medians is None else to_json(medians)
-    db.execute(insert(evaluations).values(values))
 
 
 def _accepted(db: Connection, round: Row[Any]) -> list[Row[Any]]:
@@ -318,13 +332,15 @@ def _enter(
     run: Row[Any],
     round: Row[Any],
     accepted: list[Row[Any]],
+    weights: list[float],
     version: int,
     sha256: str,
     model_bytes: int,
+    lowered: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """The ledger's and the audit log's rows of a commit."""
-    weight = math.fsum(row.weight for row in accepted)
-    loss = math.fsum(row.weight * row.loss for row in accepted) / weight
+    weight = math.fsum(weights)
+    loss = math.fsum(w * row.loss for w, row in zip(weights, accepted, strict=True)) / weight
     sent = select(func.count()).where(assignments.c.round == round.id)
     downlink = (db.scalar(sent) or 0) * model_bytes
     place = {"round": round.id, "run": run.id, "kind": round.kind, "number": round.number}
@@ -343,7 +359,12 @@ def _enter(
         "committed_ms": works.now(),
     }
     db.execute(insert(ledger).values(values))
-    told = {"number": round.number, "kind": round.kind, "version": version, "model": sha256}
+    told: dict[str, Any] = {"number": round.number, "kind": round.kind, "version": version}
+    told["model"] = sha256
+    if lowered:
+        most = sorted(lowered, key=lambda one: -one["share"])[:_TOLD]
+        about = {"number": round.number, "reports": len(lowered), "most": most}
+        audit.append(db, works.now(), "leader", "lowered", run=run.id, **about)
     audit.append(db, works.now(), "leader", "commit", run=run.id, accepted=digest, **told)
 
 

@@ -37,6 +37,7 @@ class Meters:
                 ("reported", "Reports of the open round."),
                 ("is_leader", "Whether this process leads."),
                 ("paused", "Whether the run is paused."),
+                ("alarms", "Devices that asked for more than half of a round."),
             )
         }
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row, case, func, select
 
 from potluck.core import higher_is_better
 from potluck.core.plain_json import read_results
+from potluck.server.bounds import read_lowered
 from potluck.server.database import as_dict
 from potluck.server.leader import LEASE_SECONDS
 from potluck.server.rounds import LEASE_RAN_OUT
@@ -207,6 +208,7 @@ class Overview:
     classes: list[ClassRow]
     devices: list[dict[str, Any]]
     dropouts: list[dict[str, Any]]
+    lowered: list[dict[str, Any]]
 
 
 def read_mark(db: Connection, run: str) -> tuple[Any, ...]:
@@ -261,6 +263,7 @@ def read_overview(db: Connection, run: str, now: int, past: Past) -> Overview:
         classes=_classes(db, run, now, past.tallies, tallies),
         devices=_devices(db, run, None if current is None else current.id),
         dropouts=_dropouts(db, [row.id for row in latest]),
+        lowered=read_lowered(db, run),
     )
 
 

@@ -34,7 +34,7 @@ from potluck.core.plain_json import to_json
 from potluck.protocol import CODECS, Codec
 from potluck.protocol.routes import CHUNK_BYTES as MAX_CHUNK_BYTES
 from potluck.server import audit, faults
-from potluck.server.aggregation import check_claims, check_update
+from potluck.server.aggregation import Norms, check_claims, check_update
 from potluck.server.blobs import BlobStore, LostError
 from potluck.server.database import Database, one
 from potluck.server.look import TAKING
@@ -174,12 +174,12 @@ def finish_report(
     key = f"reports/{row.round}/{upload}-{secrets.token_hex(8)}"
     try:
         try:
-            _seal(blobs, row, found, key)
+            norms = _seal(blobs, row, found, key)
         except LostError as error:  # another request, or the end of the round, was faster
             raise RefusedError("incomplete", f"some of the upload is gone: {error}") from error
         faults.reach("finish.before-row")
         with database.write() as db:
-            answer, is_new = _accept(db, device, row, key, now)
+            answer, is_new = _accept(db, device, row, {"key": key} | norms._asdict(), now)
             faults.reach("finish.inside")
     except RefusedError as error:
         blobs.delete(key)
@@ -308,13 +308,13 @@ def check_claimed(found: Row[Any], claims: Claims) -> None:
     check_claims(settings, weight=claims.weight, loss=claims.loss, num_steps=claims.num_steps)
 
 
-def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> None:
+def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> Norms:
     """Seal an upload under a new key, and check what is there then."""
     size = blobs.part_size(_part(row))
     if size != row.num_bytes:
         raise RefusedError("incomplete", f"{row.num_bytes} bytes were announced, got {size}.")
     blobs.seal(_part(row), key)
-    check_update(
+    norms = check_update(
         blobs.read(key, 0, row.num_bytes),
         row.codec,
         read_spec(found.spec),
@@ -324,6 +324,7 @@ def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> None:
         settings=settings_of(found.settings),
     )
     faults.reach("finish.after-check")
+    return norms
 
 
 def _reject(
@@ -360,7 +361,7 @@ def note_bad(db: Connection, found: Row[Any], reason: str, now: int) -> None:
 
 
 def _accept(
-    db: Connection, device: str, row: Row[Any], key: str, now: int
+    db: Connection, device: str, row: Row[Any], sealed: Mapping[str, Any], now: int
 ) -> tuple[Accepted, bool]:
     """The answer, and whether it is this try's blob that the report names."""
     found = known_assignment(db, device, row.assignment, lock=True)
@@ -369,7 +370,7 @@ def _accept(
         return answer, False
     find_upload(db, device, row.id)  # or the device began with another one
     names = ("sha256", "num_bytes", "codec", "weight", "loss", "num_steps")
-    values = {name: getattr(row, name) for name in names} | {"key": key}
+    values = {name: getattr(row, name) for name in names} | dict(sealed)
     return _insert(db, found, values, now), True
 
 

@@ -14,10 +14,14 @@ import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, insert
 
 from potluck.core import ConfigError, RefusedError
+from potluck.core.plain_json import to_json
 from potluck.plan import metrics_of, read_plan
+from potluck.server.tables import evaluations
 
 MAX_SCORE = 1e15
 """Of a loss, or the mean of a metric, in both directions."""
@@ -79,6 +83,24 @@ def measured(reported: Sequence[Sums]) -> Measured:
         means[name] = total / examples
         medians[name] = statistics.median(total / count for total, count in pairs)
     return Measured(means, medians)
+
+
+def insert_evaluation(
+    db: Connection,
+    run: str,
+    round: int,
+    kind: str,
+    metrics: Mapping[str, float],
+    now: int,
+    *,
+    num_devices: int = 0,
+    medians: Mapping[str, float] | None = None,
+) -> None:
+    """The row of an evaluation, central or federated."""
+    values: dict[str, Any] = {"run": run, "round": round, "kind": kind, "created_ms": now}
+    values |= {"metrics": to_json(metrics), "num_devices": num_devices}
+    values["medians"] = None if medians is None else to_json(medians)
+    db.execute(insert(evaluations).values(values))
 
 
 @lru_cache(maxsize=64)

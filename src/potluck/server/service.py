@@ -36,12 +36,14 @@ from potluck.server import (
     arrivals,
     audit,
     audited,
+    bounds,
     enrolment,
     faults,
     leaving,
     mending,
     reports,
     rounds,
+    scoring,
     selection,
 )
 from potluck.server import changes as changing
@@ -300,15 +302,21 @@ class Service:
                 "open": None if current is None else as_dict(current) | (counted or {}),
                 "is_leader": self.is_leader,
                 "audit": audit.head(db),
+                "alarms": bounds.count_alarms(db, run),
             }
 
     def devices(self, run: str) -> list[dict[str, Any]]:
         """The devices of a run, in the order of their enrolment, without their keys."""
         names = ("id", "client", "name", "device_class", "sequence", "enrolled_ms")
-        names += ("revoked_ms", "left")
+        names += ("revoked_ms", "left", "lowered", "lowered_round", "lowered_share")
         query = select(*(devices.c[name] for name in names)).where(devices.c.run == run)
         with self.database.read() as db:
             return [as_dict(row) for row in db.execute(query.order_by(devices.c.client))]
+
+    def lowered(self, run: str) -> list[dict[str, Any]]:
+        """The devices whose reports counted for less than they asked for."""
+        with self.database.read() as db:
+            return bounds.read_lowered(db, run)
 
     def find_run(self, name: str) -> str | None:
         """The id of the run with this name, if it was begun."""
@@ -594,7 +602,7 @@ class Service:
                 central = evaluations.c.kind == "central"
                 if one(db, select(evaluations.c.round).where(place & central)) is None:
                     now = self.time.now()
-                    commits.insert_evaluation(db, run, number, "central", metrics, now)
+                    scoring.insert_evaluation(db, run, number, "central", metrics, now)
 
     def evaluations(self, run: str) -> list[dict[str, Any]]:
         """What was evaluated: round, kind, metrics."""

@@ -57,6 +57,10 @@ class RoundSettings(BaseModel):
     max_weight: Annotated[float, Field(gt=0, le=1e9)] = 1e6
     max_norm: Annotated[float, Field(gt=0, le=1e9)] = 1e4
     """The largest ‖Δ‖₂ that is accepted."""
+    max_weight_times: Annotated[float, Field(ge=1, le=1e9)] = 5.0
+    """The weight with which a report counts at most, in medians of its round; see `bounds`."""
+    max_pull_times: Annotated[float, Field(ge=1, le=1e9)] = 2.0
+    """The same of weight · ‖Δ‖₂."""
     needs_charging: bool = False
     needs_idle: bool = False
     needs_unmetered: bool = False

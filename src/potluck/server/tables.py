@@ -131,6 +131,9 @@ devices = Table(
     Column("enrolled_ms", BigInteger, nullable=False),
     Column("seen_ms", BigInteger, nullable=False),  # of its last signed request
     Column("revoked_ms", BigInteger),
+    Column("lowered", Integer, nullable=False, server_default="0"),  # reports that counted less
+    Column("lowered_round", Integer),  # the last of them, and the share that it asked for
+    Column("lowered_share", Float),
     Column("left", String(32)),  # why it is not expected (`leaving`); NULL: it is
     Index("uq_devices_client", "run", "client", unique=True),
 )
@@ -217,7 +220,10 @@ reports = Table(
     Column("sha256", String(64), nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
     Column("codec", String(32), nullable=False),
-    Column("weight", Float, nullable=False),
+    Column("weight", Float, nullable=False),  # as it was claimed
+    Column("norm", Float),  # of what is trained; NULL of metrics, and of older versions
+    Column("statistics_norm", Float),
+    Column("counted", Float),  # the weight in the model, where it was lowered
     Column("loss", Float, nullable=False),
     Column("num_steps", BigInteger, nullable=False),
     Column("key", String(200)),  # of the blob, of an update that was uploaded

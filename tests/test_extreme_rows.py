@@ -29,10 +29,17 @@ HELD = (
     (devices, {"seen_ms": whole, "enrolled_ms": whole, "revoked_ms": whole | st.none()}),
     (evaluations, {"metrics": scores, "medians": scores | st.none()}),
 )
+LOWERED = {
+    "lowered": st.integers(1, 2**31 - 1),
+    "lowered_round": st.integers(1, 2**31 - 1) | st.none(),
+    "lowered_share": numbers | st.none(),
+}
+HELD += ((devices, LOWERED),)
 FAR = (
     dict.fromkeys(HELD[0][1], 1e27),
     *(dict.fromkeys(columns, 2**63 - 1) for _, columns in HELD[1:5]),
     {"metrics": '{"accuracy": 1e30, "loss": -1e27}', "medians": "{}"},
+    {"lowered": 7, "lowered_round": 1, "lowered_share": 1e27},
 )
 
 
@@ -57,6 +64,7 @@ def test_everything_that_shows_numbers_answers_whatever_they_are(tmp_path, place
             with service.database.write() as db:
                 for (table, _), values in zip(HELD, held, strict=True):
                     db.execute(update(table).values(values))
+            is_here = held[4]["revoked_ms"] is None
             showing = Showing(service, served.desk.run)
             assert "Curves" in showing.page(showing.look())
             assert Lines(service, served.desk.run).look()
@@ -64,6 +72,7 @@ def test_everything_that_shows_numbers_answers_whatever_they_are(tmp_path, place
             for command in ("status", "devices", "metrics"):
                 result = CliRunner().invoke(app, [command, *home])
                 assert result.exit_code == 0, result.output
+                assert command != "status" or is_here == ("counts for less" in result.output)
             assert len(served.operator.fetch("export")) > 16
 
         answers()

@@ -144,10 +144,11 @@ def read_lowered(db: Connection, run: str) -> list[dict[str, Any]]:
     here = (devices.c.run == run) & (devices.c.lowered > 0) & devices.c.revoked_ms.is_(None)
     order = devices.c.lowered_share.desc(), devices.c.lowered.desc(), devices.c.client
     query = select(*(devices.c[name] for name in names)).where(here).order_by(*order).limit(_SHOWN)
-    return [
-        dict(row) | {"is_alarm": row["lowered_share"] > ALARM_SHARE}
-        for row in db.execute(query).mappings()
-    ]
+    told: list[dict[str, Any]] = []
+    for row in db.execute(query).mappings():
+        share = row["lowered_share"] or 0.0
+        told.append(dict(row) | {"lowered_share": share, "is_alarm": share > ALARM_SHARE})
+    return told
 
 
 def shortened(mean: Vector, num_parameters: int, limits: Limits) -> Vector:

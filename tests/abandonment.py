@@ -2,7 +2,8 @@
 
 Of six devices two report, one has sent half of its update, one has announced it, one has only been
 given the work, and one has failed at it. Afterwards all that they hold is late, but that a report
-had arrived may be heard again. Nobody sends the body of a late chunk: it is answered all the same.
+had arrived may be heard again. Nobody sends the body of a late chunk that is long: it is answered
+all the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sqlalchemy import func, select
 
 from fleet import fingerprint
 from potluck.protocol import (
+    MAX_REQUEST_BYTES,
     MESSAGES,
     STATUS,
     Accepted,
@@ -158,12 +160,13 @@ def _told(status: int, content: bytes, held: Held) -> str:
 
 
 def _is_late_without_a_body(server: ServerProcess, caller: Caller, held: Held) -> bool:
-    """Whether a chunk is refused while none of its bytes were sent."""
+    """Whether a chunk too long to be read beforehand is refused while none of it was sent."""
+    body = bytes(MAX_REQUEST_BYTES + 1)
     context = ssl.create_default_context(cadata=server.certificate)
     context.check_hostname = False
     connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=10, context=context)
     path = f"/v1/uploads/{held.upload}?offset=0"
-    headers = caller.signed("PUT", path, held.body) | {"Content-Length": str(len(held.body))}
+    headers = caller.signed("PUT", path, body) | {"Content-Length": str(len(body))}
     try:
         connection.putrequest("PUT", path)
         for name, value in (headers | {"Content-Type": "application/octet-stream"}).items():

@@ -38,7 +38,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class StrangersFilter(logging.Filter):
-    """Of what anybody may cause without a key, a line a second, so that nobody fills a disk."""
+    """Of what anybody may cause without a device's key, a line a second: nobody fills a disk."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -53,7 +53,8 @@ def measured(app: ASGIApp, meters: Meters) -> ASGIApp:
             level = logging.DEBUG if status < 400 else logging.INFO
             if _LOG.isEnabledFor(level):
                 told = {"method": scope["method"], "path": path, "status": status}
-                told |= {"device": scope.get("device"), "seconds": round(seconds, 4)}
+                device = scope.get("device") or scope.get("signer")
+                told |= {"device": device, "seconds": round(seconds, 4)}
                 _LOG.log(level, "request", extra=told)
 
     return outer

@@ -158,7 +158,13 @@ def assert_alike(one, other):
     ],
     ids=["fedavg", "fedprox", "scaffold"],
 )
-@pytest.mark.parametrize("model", [lambda: TwoNN((1, 8, 8)), lambda: Slow(0)], ids=["2nn", "drop"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: TwoNN((1, 8, 8)), id="2nn", marks=pytest.mark.soak),
+        pytest.param(lambda: Slow(0), id="drop"),
+    ],
+)
 def test_workers_that_train_side_by_side_give_what_the_loop_gives(
     two_nodes, data, algorithm, model
 ):

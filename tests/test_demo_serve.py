@@ -92,7 +92,9 @@ def test_rounds_go_on_while_a_device_is_killed_and_the_model_is_plain_pytorch(tm
     assert len({(kept / f"device-{k}/device.key").read_bytes() for k in range(4)}) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL]
+)
 def test_nothing_is_left_when_it_is_ended(tmp_path, number):
     demo = Demo(tmp_path, "--devices", 4, "--rounds", 10_000, "--drop-outs", 0)
     below = demo.until("round   2")

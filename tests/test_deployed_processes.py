@@ -1,6 +1,6 @@
 """Device processes and a server process: MNIST, bit for bit as in the simulation.
 
-Twenty devices for ten rounds in `make soak`.
+They run in `make soak`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ FILE = Path(__file__).parents[1] / "experiments/mnist-2nn-iid-e1-b10-c0.1.toml"
 SEED = 7
 
 
-@pytest.mark.parametrize(
-    ("count", "num_rounds"), [(6, 3), pytest.param(20, 10, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("count", "num_rounds"), [(6, 3), (20, 10)])
 def test_device_processes_train_mnist_as_the_simulation_does(
     published, tmp_path, count, num_rounds
 ):

@@ -124,7 +124,7 @@ def test_sigterm_in_training_ends_at_once_and_frees_the_slot(tmp_path):
         device.until("training round 1")
         code, seconds = device.end(signal.SIGTERM)
         assert code == 143
-        assert seconds < 10  # of minutes that the training would have taken
+        assert seconds < 120  # of hours that the training would have taken
         assert device.lines[-1].startswith("stopped")
         assert given_back(federation) == [("failed", "stopped")]
         assert not (tmp_path / "device/outbox/report.json").exists()

@@ -84,13 +84,24 @@ def cluster(task: Task) -> Cluster:
     return Cluster(task, 2)
 
 
-@pytest.mark.parametrize(
-    "make", [Loop, lambda task: Workers(task, 2), cluster], ids=["loop", "workers", "ray"]
-)
-def test_all_modules_at_once_train_as_in_plain_pytorch(make):
+@pytest.fixture(scope="module")
+def zoo() -> tuple[Task, State]:
+    """All modules as one task, and what plain PyTorch makes of it."""
     names = list(MODELS)
     task = Task(model=lambda: Zoo(names), data=data_of(), loss=summed, metrics={})
-    expected = averaged(task.model, task.data, PLAIN, 2, summed)
+    return task, averaged(task.model, task.data, PLAIN, 2, summed)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(Loop, id="loop", marks=pytest.mark.soak),
+        pytest.param(lambda task: Workers(task, 2), id="workers"),
+        pytest.param(cluster, id="ray"),
+    ],
+)
+def test_all_modules_at_once_train_as_in_plain_pytorch(zoo, make):
+    task, expected = zoo
     with contextlib.closing(make(task)) as executor:
         *_, last = rounds(PLAIN, task, cohort=1.0, num_rounds=2, executor=executor)
     if make is cluster:

@@ -79,9 +79,9 @@ def assert_unharmed(found: dict) -> None:
 
 
 def test_malformed_requests_are_refused_while_honest_rounds_go_on(tmp_path):
-    found = attacked(tmp_path, num_generated=200, num_broken=300)
+    found = attacked(tmp_path, num_generated=100, num_broken=150)
     assert_unharmed(found)
-    assert found["requests"] > 400
+    assert found["requests"] > 200
     assert {"200", "400", "401", "404", "405", "413", "415"} <= set(found["statuses"])
 
 

@@ -121,7 +121,7 @@ def test_kill_9_at_random_times_changes_nothing(tmp_path, executor, kills):
     assert files(tmp_path / "run") == files(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("executor", ["loop", "workers"])
+@pytest.mark.parametrize("executor", [pytest.param("loop", marks=pytest.mark.soak), "workers"])
 def test_kill_9_loses_no_state_of_a_client(tmp_path, executor):
     content = json.loads(json.dumps(CONTENT))
     content["algorithm"] |= {"name": "scaffold", "server": {"name": "momentum"}}

@@ -225,10 +225,12 @@ def run(examples: int, steps: int, places: Callable[[], tuple[str, str]] | None 
     run_state_machine_as_test(lambda: Machine(places), settings=chosen)
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.soak] if part > 3 else []) for part in range(10)]
+)
 def test_the_round_keeps_its_invariants_in_100_runs_of_30_steps(part):
     run(10, 30)
 
 
 def test_the_round_keeps_its_invariants_on_postgresql_and_s3(postgresql, s3):
-    run(5, 30, lambda: (postgresql(), s3()))
+    run(3, 30, lambda: (postgresql(), s3()))

@@ -66,8 +66,15 @@ def leaks(capture, data):
     return names | ({"name"} if b"canary" in capture or b"ward" in capture else set())
 
 
-@pytest.mark.parametrize("codec", ["float32", "int8"])
-@pytest.mark.parametrize("offers", [OFFERS, CODECS], ids=["inside", "uploaded"])
+@pytest.mark.parametrize(
+    ("codec", "offers"),
+    [
+        pytest.param("float32", OFFERS, id="inside"),
+        pytest.param("int8", CODECS, id="uploaded-int8"),
+        pytest.param("int8", OFFERS, id="inside-int8", marks=pytest.mark.soak),
+        pytest.param("float32", CODECS, id="uploaded", marks=pytest.mark.soak),
+    ],
+)
 def test_nothing_of_the_training_data_is_on_the_wire(tmp_path, codec, offers):
     capture, data = captured(tmp_path, codec=codec, offers=offers)
     sent = capture.count(b"PUT /v1/uploads/") if offers is CODECS else len(UPDATE.findall(capture))

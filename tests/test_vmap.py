@@ -213,7 +213,7 @@ def runtimes(data, pairs):
     same_start=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_every_client_gets_what_it_would_get_alone(
     runtimes, name, clients, batch, epochs, clip, proximal, drifts, same_start, seed
 ):
@@ -578,6 +578,7 @@ def test_a_compiled_step_is_the_step(pairs, tmp_path, monkeypatch):
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
 
 
+@pytest.mark.soak
 def test_what_cannot_be_compiled_goes_on_as_it_is():
     calls = []
 

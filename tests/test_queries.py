@@ -194,7 +194,7 @@ def test_no_statement_of_a_request_reads_a_table_from_end_to_end(tmp_path, place
         walk = Walk(served)
         walk.run()
         assert walk.asked >= {(r.method, r.path) for r in ROUTES} - {("POST", "/v1/enrol")}
-        statements = dict(found)
+        statements = {s: values for s, values in found.items() if not ONCE.search(s)}
         with engine.begin() as db:
             if db.dialect.name == "postgresql":
                 db.execute(text("SET LOCAL enable_seqscan = off"))

@@ -122,6 +122,16 @@ def test_a_hostile_report_moves_little_is_named_everywhere_and_is_the_same_after
     assert digests[0] == digests[1]
 
 
+def test_a_round_of_two_raises_no_alarm_where_a_round_of_three_does(places):
+    for count in (2, 3):
+        fleet = Fleet(*places(), count=count)
+        hostile_round(fleet, range(count))
+        [named] = fleet.service.lowered(fleet.run)
+        alarms = fleet.service.status(fleet.run)["alarms"]
+        assert (named["is_alarm"], alarms) == (count == 3, count - 2)
+        fleet.service.close()
+
+
 def test_a_round_of_one_report_moves_three_usual_norms(places):
     fleet = Fleet(*places(), count=4, goal=1)
     for device in fleet.devices[1:]:

@@ -26,7 +26,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import BindParameter, Connection, Row, bindparam, func, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Connection,
+    Row,
+    bindparam,
+    func,
+    select,
+    update,
+)
 
 from potluck.core import Vector
 from potluck.server.settings import RoundSettings
@@ -35,8 +44,8 @@ from potluck.server.tables import devices, ledger, reports, rounds
 WINDOW = 50
 """Reports that the median pull is of at least, as far as there are so many."""
 FAR_TIMES, MEAN_TIMES = 5.0, 3.0
-ALARM_SHARE = 0.5
-"""Whoever asks for more of a round, where three or more report, is told of."""
+ALARM_SHARE, _ALARM_REPORTS = 0.5, 3
+"""Whoever asks for more of a round, where so many report, is told of."""
 _SHOWN = 10
 
 
@@ -113,7 +122,7 @@ def note(
     """
     told: list[dict[str, Any]] = []
     for row, (weight, share) in zip(accepted, counts, strict=True):
-        is_alarm = share > ALARM_SHARE and len(accepted) >= 3
+        is_alarm = share > ALARM_SHARE and len(accepted) >= _ALARM_REPORTS
         if weight < row.weight or is_alarm:
             said = {"device": row.device, "weight": row.weight, "norm": row.norm}
             told.append(said | {"counted": weight, "share": share, "alarm": is_alarm})
@@ -133,8 +142,7 @@ def note(
 
 def count_alarms(db: Connection, run: str) -> int:
     """How many devices asked for too much when a report of theirs was lowered last."""
-    here = (devices.c.run == run) & (devices.c.lowered_share > ALARM_SHARE)
-    here &= devices.c.revoked_ms.is_(None)
+    here = (devices.c.run == run) & devices.c.revoked_ms.is_(None) & _is_alarm()
     return db.scalar(select(func.count()).where(here)) or 0
 
 
@@ -143,12 +151,18 @@ def read_lowered(db: Connection, run: str) -> list[dict[str, Any]]:
     names = ("id", "name", "lowered", "lowered_round", "lowered_share")
     here = (devices.c.run == run) & (devices.c.lowered > 0) & devices.c.revoked_ms.is_(None)
     order = devices.c.lowered_share.desc(), devices.c.lowered.desc(), devices.c.client
-    query = select(*(devices.c[name] for name in names)).where(here).order_by(*order).limit(_SHOWN)
-    told: list[dict[str, Any]] = []
-    for row in db.execute(query).mappings():
-        share = row["lowered_share"] or 0.0
-        told.append(dict(row) | {"lowered_share": share, "is_alarm": share > ALARM_SHARE})
-    return told
+    columns = *(devices.c[name] for name in names), _is_alarm().label("is_alarm")
+    query = select(*columns).where(here).order_by(*order).limit(_SHOWN)
+    told = map(dict[str, Any], db.execute(query).mappings())
+    return [one | {"lowered_share": one["lowered_share"] or 0.0} for one in told]
+
+
+def _is_alarm() -> ColumnElement[bool]:
+    """Of a device: whether its last lowered report was of three or more, and asked for too much."""
+    at = (rounds.c.run == devices.c.run) & (rounds.c.kind == "train")
+    at &= (rounds.c.number == devices.c.lowered_round) & (ledger.c.accepted >= _ALARM_REPORTS)
+    committed = select(rounds.c.id).join(ledger, ledger.c.round == rounds.c.id).where(at)
+    return (devices.c.lowered_share > ALARM_SHARE) & committed.exists()
 
 
 def shortened(mean: Vector, num_parameters: int, limits: Limits) -> Vector:

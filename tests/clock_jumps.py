@@ -24,7 +24,7 @@ from swarm import Swarm, until
 HOUR, DAY = 3600, 86_400
 KINDS = ("server", "server and restart", "device", "device and restart")
 JUMPS = [(kind, sign) for kind in KINDS for sign in (1, -1)]
-REPORT_SECONDS = 3.0
+REPORT_SECONDS = 5.0
 
 
 def jump_clocks(

@@ -91,6 +91,7 @@ def restore(
 
 def _tell(what: str, copied: Copied) -> None:
     for name, rounds in copied.runs:
-        typer.echo(f"{what}: the run {name!r} after {rounds} rounds, {copied.models} files")
+        held = f"the database and {copied.models} files of models"
+        typer.echo(f"{what}: the run {name!r} after {rounds} rounds, {held}")
     for key in copied.missing:
         typer.echo(f"left out, since it is missing or damaged: {key}", err=True)

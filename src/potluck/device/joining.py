@@ -316,9 +316,9 @@ def enrol_again(
         raise RefusedError(
             "unknown",
             f"the server of run={invited.run!r} must know this device or its invitation, got "
-            "neither: it may have been restored from a backup of before the device came. Ask "
-            "whoever runs the server for a new invitation, and give it with --token; the folder "
-            "stays.",
+            "neither: it was restored from a backup of before the device came, or begun anew. Ask "
+            "whoever runs the server for a new invitation, and give it with --token; if it was "
+            "begun anew, with another --home, too.",
         ) from None
 
 

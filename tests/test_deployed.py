@@ -24,7 +24,7 @@ SAMPLED = 'selection = "sampled"\nover_selection = 1.0\npopulation = {0}'
 
 def recorded(device):
     """The requests that a device noted; the manifests between them were not sent."""
-    files = sorted((device.folder / "sent").iterdir())
+    files = sorted((device.folder / "sent").glob("*.jsonl"))  # none before the first
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line for line in lines if "path" in line]
 

@@ -68,7 +68,7 @@ def test_everything_that_shows_numbers_answers_whatever_they_are(tmp_path, place
             showing = Showing(service, served.desk.run)
             assert "Curves" in showing.page(showing.look())
             assert Lines(service, served.desk.run).look()
-            assert "potluck_round 1" in served.operator.text("metrics")
+            served.until(lambda _: "potluck_round 1" in served.operator.text("metrics"))
             for command in ("status", "devices", "metrics"):
                 result = CliRunner().invoke(app, [command, *home])
                 assert result.exit_code == 0, result.output

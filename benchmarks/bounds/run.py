@@ -188,7 +188,7 @@ def main() -> None:
             row |= {"accuracy": one["accuracy"], "without": free["accuracy"]}
             found["hostile"].append(row | {"named": 0 in one["named"]})
             print(found["hostile"][-1], flush=True)
-            out.write_text(json.dumps(found, indent=1) + "\n")
+            out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     cases = [
         ("digits, IID", experiment_of("digits", "logistic", IID), 50),
         ("digits, two shards", experiment_of("digits", "logistic", IID | {"kind": "shards"}), 50),
@@ -212,7 +212,7 @@ def main() -> None:
         row = {"data": told, "rounds": rounds, "touched": round(bound["touched"], 4)}
         found["honest"].append(row | {"accuracy": bound["accuracy"], "without": free["accuracy"]})
         print(found["honest"][-1], flush=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

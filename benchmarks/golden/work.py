@@ -144,4 +144,4 @@ def _trained(task: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     for line in lines():
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line, allow_nan=False), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -51,6 +52,13 @@ cohort = {clients}
 evaluate_every = 100000
 [server]
 """ + "\n".join(lines)
+
+
+_ORPHANED = re.compile(
+    r"Traceback \(most recent call last\):\n(?:  .*\n)*.*spawn_main(?:\n  .*)*\n"
+    r"EOFError: Ran out .*\n"
+)
+"""What the evaluating process says whose server was killed while it started it."""
 
 
 class ServerProcess:
@@ -164,7 +172,7 @@ class ServerProcess:
 
     def faults(self) -> list[dict]:
         """What was logged with a traceback: nothing that was expected."""
-        raw = (self.folder / "log").read_text()
+        raw = _ORPHANED.sub("", (self.folder / "log").read_text())
         bare = [{"event": raw[-2000:]}] if "\nTraceback (most recent" in raw else []
         return bare + [line for line in self.log() if "trace" in line]
 

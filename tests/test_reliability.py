@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from abandonment import abandon_rounds
-from bad_weather import STORM, weather
-from churn import churn, slope
-from clock_jumps import JUMPS, jump_clocks
-from device_kills import kill_devices
+from churn import slope
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from lost_answers import lose_answers
 from orders import report_in_orders
@@ -53,12 +50,6 @@ def test_a_server_on_a_full_file_system_goes_on_when_there_is_room(tmp_path, see
     assert found["holds"], pformat(found, width=200)
 
 
-def test_devices_that_are_killed_delay_no_round_and_report_once(tmp_path, seed):
-    found = kill_devices(tmp_path, slots=7, times=1, seed=seed, within_seconds=5.0)
-    assert found["holds"], pformat(found, width=200)
-    assert found["closed_in_time"], found
-
-
 def test_a_submission_whose_answer_was_lost_is_answered_as_the_first_time(tmp_path):
     found = lose_answers(tmp_path, devices=3, rounds=2, evaluations=1)
     assert found["holds"], pformat(found, width=200)
@@ -74,30 +65,6 @@ def test_the_same_reports_make_the_same_models_in_any_order_at_two_servers(
 ):
     found = report_in_orders(tmp_path, postgresql, devices=5, orders=2, processes=(2,), seed=seed)
     assert found["holds"], pformat(found, width=200)
-
-
-def test_clocks_that_jump_move_no_deadline_and_lock_nobody_out(tmp_path, seed):
-    jumps = random.Random(seed).sample(JUMPS, 4)
-    found = jump_clocks(tmp_path, devices=4, jumps=jumps, seed=seed, within_seconds=4.0)
-    assert found["holds"], pformat(found, width=200)
-    assert found["closed_in_time"], found
-
-
-def test_a_bad_line_ends_every_round_in_time(tmp_path, seed):
-    storm = STORM._replace(latency=(0.0, 0.2), resets=0.15, half_open=0.02)
-    found = weather(
-        tmp_path, storm, devices=5, rounds=3, seconds=8.0, seed=seed, within_seconds=10.0
-    )
-    assert found["holds"], pformat(found, width=200)
-    assert found["closed_in_time"], found
-
-
-def test_devices_that_come_and_go_leave_nothing_behind(tmp_path, seed):
-    found = churn(tmp_path, devices=8, part=4.0, minutes=0.25, seed=seed, every_seconds=0.5)
-    assert found["holds"], pformat(found, width=200)
-    assert found["left_and_came_again"] >= 5
-    # 15 s tell nothing of an hour; but a descriptor lost with every life would be seen.
-    assert found["descriptors"][1] < 100
 
 
 def test_a_slope_is_found_under_noise_that_drifts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -37,6 +38,14 @@ def published() -> Callable[[str], list[Path]]:
         return found
 
     return paths
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one in every run, which a test that fails shows."""
+    seed = random.SystemRandom().randrange(10_000)
+    print(f"seed {seed}")
+    return seed
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pprint import pformat
 
 import numpy as np
@@ -15,13 +14,6 @@ from lost_answers import lose_answers
 from orders import report_in_orders
 from server_kills import kill_servers
 from two_servers import kill_one_of_two
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = random.SystemRandom().randrange(10_000)
-    print(f"seed {seed}")
-    return seed
 
 
 def test_a_server_that_is_killed_loses_and_doubles_nothing(tmp_path, seed):

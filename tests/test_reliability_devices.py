@@ -5,19 +5,10 @@ from __future__ import annotations
 import random
 from pprint import pformat
 
-import pytest
-
 from bad_weather import STORM, weather
 from churn import churn
 from clock_jumps import JUMPS, jump_clocks
 from device_kills import kill_devices
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = random.SystemRandom().randrange(10_000)
-    print(f"seed {seed}")
-    return seed
 
 
 def test_devices_that_are_killed_delay_no_round_and_report_once(tmp_path, seed):

@@ -164,7 +164,7 @@ def enroll(
 
     An invitation is a secret. On the device: potluck join ADDRESS --token INVITATION
     """
-    operator = _operator(home)
+    operator = operator_of(home)
     operator.wait(wait, lambda limit: typer.echo(_WAITS.format(home, limit), err=True))
     for invitation in operator.post("enroll", count=count, days=days)["invitations"]:
         typer.echo(invitation)
@@ -177,7 +177,7 @@ def status(home: HomeFolder = HOME, debug: Debug = False) -> None:
     from potluck.core import main_metric
     from potluck.output import show_pairs, show_table
 
-    told = _operator(home).get("status")
+    told = operator_of(home).get("status")
     show_pairs(_status_rows(told))
     metrics = {e["round"]: e["metrics"] for e in told["evaluations"] if e["kind"] == "central"}
     metric = main_metric({name for scores in metrics.values() for name in scores} or ["accuracy"])
@@ -220,7 +220,7 @@ def devices(home: HomeFolder = HOME, debug: Debug = False) -> None:
             str(row["lowered"]),
             "revoked" if row["revoked_ms"] else _WHY_LEFT.get(row["left"], "takes part"),
         )
-        for row in _operator(home).get("devices")
+        for row in operator_of(home).get("devices")
     ]
     show_table(("client", "device", "name", "class", "enrolled", "lowered", "state"), rows)
 
@@ -232,7 +232,7 @@ def dashboard(home: HomeFolder = HOME, debug: Debug = False) -> None:
 
     The link is a secret: who opens it sees the run until signing out, or for a week.
     """
-    typer.echo(_operator(home).post("dashboard")["link"])
+    typer.echo(operator_of(home).post("dashboard")["link"])
 
 
 @app.command()
@@ -243,7 +243,7 @@ def pause(
     debug: Debug = False,
 ) -> None:
     """Begin no further round; devices at work may finish."""
-    _operator(home).post("pause", reason=reason or "an operator paused it")
+    operator_of(home).post("pause", reason=reason or "an operator paused it")
     typer.echo("paused. Go on with: potluck resume")
 
 
@@ -251,7 +251,7 @@ def pause(
 @command
 def resume(home: HomeFolder = HOME, debug: Debug = False) -> None:
     """Go on with a paused run."""
-    _operator(home).post("resume")
+    operator_of(home).post("resume")
     typer.echo("resumed")
 
 
@@ -263,7 +263,7 @@ def abandon(
     debug: Debug = False,
 ) -> None:
     """End the open attempt at a round without a model; the same round is tried again."""
-    _operator(home).post("abandon", reason=reason or "an operator abandoned it")
+    operator_of(home).post("abandon", reason=reason or "an operator abandoned it")
     typer.echo("abandoned. The round is tried again, unless the run is paused")
 
 
@@ -282,7 +282,7 @@ def fall_back(
     Rounds go on counting. What was learnt since that model is not learnt again.
     """
     asked = {} if version is None else {"version": version}
-    told = _operator(home).post("fall-back", **asked)
+    told = operator_of(home).post("fall-back", **asked)
     typer.echo(f"the model of version {told['version']} is now version {told['now']}")
     typer.echo("If the run is paused, go on with: potluck resume")
 
@@ -295,7 +295,7 @@ def revoke(
     debug: Debug = False,
 ) -> None:
     """Throw a device out, for good; what it reported before stays."""
-    _operator(home).post("revoke", device=device)
+    operator_of(home).post("revoke", device=device)
     typer.echo(f"revoked: {device}")
 
 
@@ -335,7 +335,7 @@ def _exported(run: Path | None, version: int | None, home: Path) -> bytes:
     """The model of a run directory or, through its server, of a served run."""
     if run is None or (run / "admin.sock").exists() or (run / "admin.key").exists():
         asked = {} if version is None else {"version": version}
-        return _operator(run or home).fetch("export", **asked)
+        return operator_of(run or home).fetch("export", **asked)
     if not (run / "manifest.json").exists():
         found = sorted(path.parent for path in run.glob("**/manifest.json"))
         hint = f" Name one of these: {', '.join(map(str, found[:5]))}." if found else ""
@@ -372,7 +372,7 @@ def audit(
     """
     from potluck.core import RunError
 
-    told = _operator(home).get("audit" if since is None else f"audit?since={since.strip()}")
+    told = operator_of(home).get("audit" if since is None else f"audit?since={since.strip()}")
     if told["broken"] is not None:
         number, reason = told["broken"]["number"], told["broken"]["reason"]
         raise RunError(
@@ -387,7 +387,7 @@ def audit(
 @command
 def metrics(home: HomeFolder = HOME, debug: Debug = False) -> None:
     """Print the server's metrics, as Prometheus reads them."""
-    typer.echo(_operator(home).text("metrics"), nl=False)
+    typer.echo(operator_of(home).text("metrics"), nl=False)
 
 
 def open_server(
@@ -467,7 +467,8 @@ def _algorithm(experiment: Experiment) -> Algorithm:
     return build_planned_algorithm(experiment.algorithm)
 
 
-def _operator(home: Path) -> Operator:
+def operator_of(home: Path) -> Operator:
+    """Who asks the server of this folder."""
     from potluck.server.home import Home
     from potluck.server.operator import Operator
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from potluck.command import Debug, command, private_files
-from potluck.serving import HOME, HomeFolder
+from potluck.serving import HOME, HomeFolder, operator_of
 
 if TYPE_CHECKING:
     from potluck.server.backup import Copied
@@ -37,13 +37,11 @@ def set_keys(
     """
     from potluck.core.plain_json import to_json
     from potluck.experiment import override
-    from potluck.server.home import Home
-    from potluck.server.operator import Operator
 
     asked: dict[str, Any] = {}
     for change in changes:
         override(asked, change)
-    for key, (old, new) in Operator(Home(home)).post("set", **asked).items():
+    for key, (old, new) in operator_of(home).post("set", **asked).items():
         typer.echo(f"{key} = {to_json(new)}, and was {to_json(old)}")
 
 

@@ -43,3 +43,14 @@ def plain(value: Any) -> Any:
 
 def _key(key: Any) -> Any:
     return cast("Any", key).item() if isinstance(key, np.generic) else key
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values inside nested tables, by names with dots, as an experiment file gives them."""
+    pairs: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            pairs |= flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            pairs[prefix + name] = value
+    return pairs

@@ -21,7 +21,6 @@ import httpx
 from potluck.core import ConfigError, ProtocolError, RefusedError
 from potluck.device.clock import Clock
 from potluck.device.home import Home
-from potluck.device.proxies import is_loopback
 from potluck.device.record import Record
 from potluck.device.tls import client_context
 from potluck.device.trouble import Backoff, Trouble
@@ -36,6 +35,7 @@ from potluck.protocol import (
     parse_message,
     sign_request,
 )
+from potluck.protocol.routes import is_loopback
 
 M = TypeVar("M", bound=Message)
 

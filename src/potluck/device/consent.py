@@ -10,9 +10,10 @@ rounds) need the owner's word again, whoever signed them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
+from potluck.core.plain_json import flat
 from potluck.device.home import Home, write_file
 from potluck.device.policy import DeclinedError, Policy, num_steps
 from potluck.device.training import Trainer
@@ -85,7 +86,7 @@ def terms_of(manifest: Manifest) -> dict[str, Any]:
 
 def differences(agreed: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
     """What the owner did not agree to: the keys, with both values."""
-    before, now = dict(_flat(agreed)), dict(_flat(terms))
+    before, now = flat(agreed), flat(terms)
     return [
         f"{key}: {before.get(key)} → {now.get(key)}"
         for key in sorted(before | now)
@@ -121,14 +122,6 @@ def in_words(
     )
 
 
-def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(content, dict):
-        yield path, content
-        return
-    for key, value in cast("dict[str, Any]", content).items():
-        yield from _flat(value, f"{path}.{key}" if path else key)
-
-
 def _targets(plan: Plan) -> str:
     names = ", ".join(map(str, cast("list[Any]", (plan.data or {}).get("targets") or [])))
     kind = plan.task.kind or (
@@ -146,7 +139,7 @@ def _inputs(plan: Plan) -> str:
 def _rates(algorithm: AlgorithmSection) -> str:
     """Rates, and what changes the gradient, as the plan names them."""
     told = algorithm.model_dump(exclude={"name", "local_epochs", "batch_size"}, exclude_none=True)
-    return ", ".join(f"{key} {value}" for key, value in _flat(told))
+    return ", ".join(f"{key} {value}" for key, value in flat(told).items())
 
 
 def _known(number: int | None) -> str:

@@ -6,11 +6,11 @@ the pin of the certificate holds, and the proxy sees the server's name and how m
 
 from __future__ import annotations
 
-import ipaddress
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from potluck.core import ConfigError
+from potluck.protocol.routes import is_loopback
 
 
 def proxy_of(url: str, given: str | None = None) -> str | None:
@@ -40,11 +40,3 @@ def proxy_of(url: str, given: str | None = None) -> str | None:
             "Name one with --proxy or HTTPS_PROXY, or exempt the server with NO_PROXY."
         )
     return proxy
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

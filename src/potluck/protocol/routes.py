@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -91,3 +92,11 @@ def parse_offset(query: bytes) -> int:
     if match is None or int(match[1]) > MAX_INTEGER:
         refuse(f"the query of a chunk must be offset=N, got {query[:40]!r}")
     return int(match[1])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own: plain HTTP is for such alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -19,7 +19,7 @@ from starlette.routing import Route as Path
 from starlette.types import ASGIApp
 
 from potluck.core import ProtocolError
-from potluck.core.plain_json import plain
+from potluck.core.plain_json import flat, plain
 from potluck.protocol import Invitation, encode_invitation, public_key
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
 from potluck.server.app import error_handlers
@@ -27,7 +27,6 @@ from potluck.server.bell import Bell
 from potluck.server.desk import Desk, refusals
 from potluck.server.measured import measured
 from potluck.server.meters import Meters
-from potluck.server.stored import flat
 
 MAX_BYTES = 4096
 _HASH = re.compile(r"[0-9a-f]{64}")

@@ -20,13 +20,14 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import ProtocolError, RefusedError
 from potluck.server import faults
-from potluck.server.aggregation import Norms, check_update
+from potluck.server.aggregation import Norms
 from potluck.server.database import Database
 from potluck.server.enrolment import note_sequences
 from potluck.server.look import Look
 from potluck.server.reports import (
     Claims,
     check_claimed,
+    check_content,
     conflict,
     end_part,
     enough,
@@ -39,9 +40,7 @@ from potluck.server.selection import (
     known_assignments,
     unknown_assignment,
 )
-from potluck.server.settings import settings_of
 from potluck.server.tables import assignments, reports
-from potluck.server.vectors import read_spec
 
 
 class Arrival(NamedTuple):
@@ -137,17 +136,8 @@ class _Intake:
         return found
 
     def _check(self, arrival: Arrival, found: Row[Any]) -> Norms:
-        claims = arrival.claims
         try:
-            return check_update(
-                iter((arrival.body,)),
-                claims.codec,
-                read_spec(found.spec),
-                claims.sha256,
-                weight=claims.weight,
-                slots=found.slots,
-                settings=settings_of(found.settings),
-            )
+            return check_content(found, arrival.claims, iter((arrival.body,)))
         except RefusedError as error:
             if error.code != "digest":
                 self._bad[found.id] = (found, str(error))

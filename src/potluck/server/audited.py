@@ -7,8 +7,6 @@ so does whoever cuts off the log's end.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from itertools import chain
@@ -21,7 +19,7 @@ from potluck.server.blobs import BlobStore, LostError
 from potluck.server.database import Database
 from potluck.server.enrolment import device_id
 from potluck.server.tables import audit, devices, ledger, models, runs, tokens
-from potluck.server.vectors import read_vector
+from potluck.server.vectors import read_vector, read_whole
 
 _RELEASES = ("create", "commit", "fall back")
 """Actions that make a model the newest one."""
@@ -126,10 +124,8 @@ def _models(db: Connection, log: _Log) -> Iterator[Break]:
 
 
 def _content(blobs: BlobStore, model: Row[Any]) -> Break | None:
-    digest = hashlib.sha256()
-    with contextlib.suppress(LostError):
-        for piece in read_vector(blobs, model):
-            digest.update(piece)
-    if digest.hexdigest() == model.sha256:
-        return None
-    return Break(0, f"the newest model, of version {model.version}, is lost or was changed")
+    try:
+        read_whole(lambda: read_vector(blobs, model), model.sha256)
+    except LostError:
+        return Break(0, f"the newest model, of version {model.version}, is lost or was changed")
+    return None

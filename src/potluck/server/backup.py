@@ -13,7 +13,6 @@ are not committed are left out: `serve --restored` begins such rounds anew.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +23,7 @@ from sqlalchemy import Connection, inspect, select
 from potluck.core import ConfigError, RunError, StorageError
 from potluck.server import audit
 from potluck.server.blobs import BlobStore, FolderStore, open_blobs
+from potluck.server.clock import SystemClock
 from potluck.server.database import Database
 from potluck.server.home import Home, write_private
 from potluck.server.tables import models, runs
@@ -64,7 +64,7 @@ def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Co
             copied = _copy_models(db, open_blobs(blobs or home.blobs), FolderStore(made.blobs))
         new.replace(to / "potluck.db")
         with source.write() as db:
-            audit.append(db, _now(), "admin", "backup", to=str(to))
+            audit.append(db, SystemClock().wall_ms(), "admin", "backup", to=str(to))
     return copied
 
 
@@ -85,7 +85,7 @@ def restore(backup: Path, home: Home, database: str | None, blobs: str | None) -
             copied = _copy_models(db, *stores)
             copy_all(db, target)
             with target.write() as there:
-                audit.append(there, _now(), "admin", "restore", backup=str(backup))
+                audit.append(there, SystemClock().wall_ms(), "admin", "restore", backup=str(backup))
     return copied
 
 
@@ -140,7 +140,3 @@ def _nothing(folder: Path) -> RunError:
         f"there must be a run's database, got none in {str(folder)!r}. Name the server's folder "
         "with --home, or what it was served with: --database and --blobs."
     )
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -308,21 +308,30 @@ def check_claimed(found: Row[Any], claims: Claims) -> None:
     check_claims(settings, weight=claims.weight, loss=claims.loss, num_steps=claims.num_steps)
 
 
+def check_content(found: Row[Any], claims: Claims | Row[Any], pieces: Iterator[bytes]) -> Norms:
+    """Read an update that was claimed for an assignment; `claims` may be the row of an upload.
+
+    Raises:
+        RefusedError: as `check_update`.
+    """
+    return check_update(
+        pieces,
+        claims.codec,
+        read_spec(found.spec),
+        claims.sha256,
+        weight=claims.weight,
+        slots=found.slots,
+        settings=settings_of(found.settings),
+    )
+
+
 def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> Norms:
     """Seal an upload under a new key, and check what is there then."""
     size = blobs.part_size(_part(row))
     if size != row.num_bytes:
         raise RefusedError("incomplete", f"{row.num_bytes} bytes were announced, got {size}.")
     blobs.seal(_part(row), key)
-    norms = check_update(
-        blobs.read(key, 0, row.num_bytes),
-        row.codec,
-        read_spec(found.spec),
-        row.sha256,
-        weight=row.weight,
-        slots=found.slots,
-        settings=settings_of(found.settings),
-    )
+    norms = check_content(found, row, blobs.read(key, 0, row.num_bytes))
     faults.reach("finish.after-check")
     return norms
 

@@ -28,6 +28,7 @@ from potluck.algorithms import Algorithm
 from potluck.core import ConfigError, Spec, StorageError, Vector
 from potluck.experiment import Experiment
 from potluck.memory import Looker, Trimmer, no_long_looks, share_heaps
+from potluck.protocol.routes import is_loopback
 from potluck.server.admin import AdminApp
 from potluck.server.app import DeviceApp
 from potluck.server.bell import Bell
@@ -40,7 +41,6 @@ from potluck.server.listening import (
     Listen,
     Listener,
     authority,
-    is_loopback,
     listen_unix,
     open_listener,
 )

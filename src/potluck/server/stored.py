@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, inspect, select
 
 from potluck.core import RefusedError, Spec
-from potluck.core.plain_json import to_json
+from potluck.core.plain_json import flat, to_json
 from potluck.experiment import Experiment
 from potluck.server.database import one
 from potluck.server.settings import RoundSettings, read_stored, settings_of
@@ -60,9 +60,7 @@ def _experiment(text: str) -> Experiment:
 
 def given_of(experiment: Experiment, settings: RoundSettings) -> dict[str, Any]:
     """The keys that a file gives, with their values; `runs.begun` holds the first ones."""
-    given = flat(experiment.model_dump(mode="json", exclude_unset=True))
-    given |= flat(settings.model_dump(mode="json", exclude_unset=True), "server.")
-    return {key: value for key, value in given.items() if key not in _FOLLOW}
+    return _values(experiment, settings, exclude_unset=True)
 
 
 def find(db: Connection, name: str) -> Row[Any] | None:
@@ -95,7 +93,8 @@ def kept(
     """
     old, rules = experiment_of(run), settings_of(run.settings)
     begun: dict[str, Any] = json.loads(getattr(run, "begun", None) or "{}")
-    was, now, given = _full(old, rules), _full(experiment, settings), given_of(experiment, settings)
+    was, now = _values(old, rules), _values(experiment, settings)
+    given = given_of(experiment, settings)
     different: dict[str, str] = {}
     told: list[str] = []
     for key in [key for key in {**was, **now} if was.get(key) != now.get(key)]:
@@ -125,22 +124,13 @@ def _in_words(name: str, different: Mapping[str, str]) -> str:
     )
 
 
-def _full(experiment: Experiment, settings: RoundSettings) -> dict[str, Any]:
-    """All keys and values, but for those that follow from others."""
-    values = flat(experiment.model_dump(mode="json"))
-    values |= flat(settings.model_dump(mode="json"), "server.")
+def _values(
+    experiment: Experiment, settings: RoundSettings, *, exclude_unset: bool = False
+) -> dict[str, Any]:
+    """Keys and values, but for those that follow from others."""
+    values = flat(experiment.model_dump(mode="json", exclude_unset=exclude_unset))
+    values |= flat(settings.model_dump(mode="json", exclude_unset=exclude_unset), "server.")
     return {key: value for key, value in values.items() if key not in _FOLLOW}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values by the names that an experiment file gives them."""
-    pairs: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            pairs |= flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
-        else:
-            pairs[prefix + name] = value
-    return pairs
 
 
 def _told(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from potluck import (
     Adam,
@@ -21,6 +22,7 @@ from potluck import (
 from potluck.core import WorkerError
 from potluck.experiment import check_experiment
 from potluck.simulation import make_executor, train
+from potluck.simulation.directory import read_tensors
 from potluck.tasks import LogisticRegression, TorchRuntime
 from slope import slope_task
 
@@ -51,11 +53,15 @@ def history(algorithm, task, executor="loop", **kwargs):
     return list(rounds(algorithm, task, executor=executor, **kwargs))
 
 
+def vectors_of(state):
+    return {**state.optimizer, **{f"own {n}": v for n, v in state.algorithm.items()}}
+
+
 def states(round):
     """All that a round hands on, as bytes."""
     return (
         round.weights.tobytes(),
-        {name: vector.tobytes() for name, vector in round.state.optimizer.items()},
+        {name: vector.tobytes() for name, vector in vectors_of(round.state).items()},
         {client: vector.tobytes() for client, vector in round.client_states.items()},
     )
 
@@ -113,12 +119,12 @@ def test_both_halves_leave_their_arguments_as_they_are(algorithm, task):
         assert update.delta.dtype == np.float32
         assert len(update.delta) == len(received) == algorithm.vectors * len(state.weights)
         assert (update.state is None) == (algorithm.client_vectors == 0)
-        snapshot = (update.delta.copy(), {n: v.copy() for n, v in state.optimizer.items()})
+        snapshot = (update.delta.copy(), {n: v.copy() for n, v in vectors_of(state).items()})
         new = algorithm.server_update(state, update.delta, round=round, participation=0.5)
         assert np.array_equal(update.delta, snapshot[0])
         for name, vector in snapshot[1].items():
-            assert np.array_equal(state.optimizer[name], vector)
-        for vector in (new.weights, *new.optimizer.values()):
+            assert np.array_equal(vectors_of(state)[name], vector)
+        for vector in (new.weights, *vectors_of(new).values()):
             assert vector.dtype == np.float32
             assert vector.shape == state.weights.shape
         assert not np.shares_memory(new.weights, state.weights)
@@ -210,10 +216,8 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.get("name", "fedavg"))
-@every_executor
-def test_a_run_resumed_from_its_checkpoint_is_the_uninterrupted_one(table, executor, tmp_path):
-    experiment = check_experiment(
+def experiment_of(table, executor="loop"):
+    return check_experiment(
         {
             "name": "contract",
             "task": {"data": "digits", "model": "logistic"},
@@ -223,6 +227,12 @@ def test_a_run_resumed_from_its_checkpoint_is_the_uninterrupted_one(table, execu
         },
         "test",
     )
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.get("name", "fedavg"))
+@every_executor
+def test_a_run_resumed_from_its_checkpoint_is_the_uninterrupted_one(table, executor, tmp_path):
+    experiment = experiment_of(table, executor)
     list(train(experiment, tmp_path / "whole"))
     for stop in (2, 5):
         for round in train(experiment, tmp_path / "parts"):
@@ -232,3 +242,19 @@ def test_a_run_resumed_from_its_checkpoint_is_the_uninterrupted_one(table, execu
     for name in ("rounds.jsonl", "final.safetensors", "checkpoint.safetensors"):
         whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
         assert whole == parts, name
+
+
+def test_a_checkpoint_that_has_the_control_among_the_optimizers_vectors_goes_on(tmp_path):
+    """As the first versions wrote it."""
+    experiment = experiment_of(TABLES[-1])
+    list(train(experiment, tmp_path / "whole"))
+    for round in train(experiment, tmp_path / "parts"):
+        if round.number == 2:
+            break
+    path = tmp_path / "parts" / "checkpoint.safetensors"
+    tensors, info = read_tensors(path)
+    tensors["optimizer.control"] = tensors.pop("algorithm.control")
+    path.write_bytes(save(tensors, info))
+    list(train(experiment, tmp_path / "parts"))
+    whole, parts = ((tmp_path / r / path.name).read_bytes() for r in ("whole", "parts"))
+    assert whole == parts

@@ -16,7 +16,7 @@ def history(algorithm, task, num_rounds, **kwargs):
 
 
 def control(round):
-    return round.state.optimizer["control"]
+    return round.state.algorithm["control"]
 
 
 def test_two_rounds_by_hand():

@@ -183,7 +183,7 @@ def _vector(module):
 
 def own_controls(before, client, num_parameters):
     """c − c_i of SCAFFOLD at the beginning of a round."""
-    control = before.state.optimizer["control"]
+    control = before.state.algorithm["control"]
     kept = before.client_states.get(client)
     own = np.zeros_like(control) if kept is None else kept[-num_parameters:]
     return control - own

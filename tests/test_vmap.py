@@ -159,6 +159,7 @@ def assert_alike(ones, others, atol=1e-5):
         assert one.number == 0 or one.loss == pytest.approx(other.loss, rel=1e-4)
         assert (one.num_examples, one.uplink_bytes) == (other.num_examples, other.uplink_bytes)
         for mine, theirs in ((one.state.optimizer, other.state.optimizer),
+                             (one.state.algorithm, other.state.algorithm),
                              (one.client_states, other.client_states)):  # fmt: skip
             assert set(mine) == set(theirs)
             for name, vector in mine.items():

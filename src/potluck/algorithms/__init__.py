@@ -1,12 +1,10 @@
 """Federated algorithms and server optimizers, one paper per file, in two pure halves."""
 
 from potluck.algorithms import schedules
-from potluck.algorithms.fedadagrad import Adagrad
-from potluck.algorithms.fedadam import Adam
 from potluck.algorithms.fedavg import FedAvg, fed_sgd
 from potluck.algorithms.fedavgm import Momentum, Nesterov
+from potluck.algorithms.fedopt import Adagrad, Adam, Yogi
 from potluck.algorithms.fedprox import FedProx
-from potluck.algorithms.fedyogi import Yogi
 from potluck.algorithms.local import LocalTraining
 from potluck.algorithms.runtime import Algorithm, Runtime
 from potluck.algorithms.scaffold import Scaffold

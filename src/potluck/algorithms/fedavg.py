@@ -62,6 +62,11 @@ class FedAvg(LocalTraining):
     def __post_init__(self) -> None:
         self.check()
 
+    @property
+    def proximal(self) -> float:
+        """The weight μ of the proximal term of FedProx; FedAvg has none."""
+        return 0.0
+
     def broadcast(self, state: ServerState) -> Vector:
         """The weights w."""
         return state.weights
@@ -78,7 +83,15 @@ class FedAvg(LocalTraining):
         client: int,
     ) -> Update:
         """The client half, ClientUpdate(k, w): local training from the received weights."""
-        local = self.train(runtime, received, num_examples, seed=seed, round=round, client=client)
+        local = self.train(
+            runtime,
+            received,
+            num_examples,
+            seed=seed,
+            round=round,
+            client=client,
+            proximal=self.proximal,
+        )
         return Update(
             delta=local.weights - received,
             weight=float(num_examples),

@@ -67,7 +67,7 @@ class Scaffold(LocalTraining):
 
     def broadcast(self, state: ServerState) -> Vector:
         """w and c."""
-        return np.concatenate([state.weights, state.optimizer[CONTROL]])
+        return np.concatenate([state.weights, state.algorithm[CONTROL]])
 
     def client_update(
         self,
@@ -108,7 +108,7 @@ class Scaffold(LocalTraining):
 
     def server_init(self, weights: Vector) -> ServerState:
         """The state before round 1: c = 0."""
-        return ServerState(weights, {**self.server.init(weights), CONTROL: np.zeros_like(weights)})
+        return ServerState(weights, self.server.init(weights), {CONTROL: np.zeros_like(weights)})
 
     def server_update(
         self, state: ServerState, aggregate: Vector, *, round: int, participation: float
@@ -117,5 +117,5 @@ class Scaffold(LocalTraining):
         delta, change = np.split(aggregate, 2)
         scale = float(self.server_schedule(round))
         optimizer, weights = self.server.step(state.optimizer, state.weights, delta, scale)
-        control = state.optimizer[CONTROL] + scaled(participation, change)
-        return ServerState(weights, {**optimizer, CONTROL: control})
+        control = state.algorithm[CONTROL] + scaled(participation, change)
+        return ServerState(weights, optimizer, {CONTROL: control})

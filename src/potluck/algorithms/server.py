@@ -4,8 +4,7 @@ The aggregate is the weighted mean Δ of the cohort's updates; −Δ plays the p
 (Reddi et al. 2021). A server optimizer is two pure functions over vectors, and its state is a
 dictionary of named vectors, so that a checkpoint can hold any of them.
 
-`Average` is here; the others have a file for each paper: `fedavgm`, `fedadagrad`, `fedadam`,
-`fedyogi`.
+`Average` is here; the others have a file for each paper: `fedavgm` and `fedopt`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ class ServerState(NamedTuple):
     """All that a server carries from one round to the next."""
 
     weights: Vector  # [dim]
-    optimizer: OptimizerState  # the server optimizer's vectors, and the algorithm's own
+    optimizer: OptimizerState
+    algorithm: Mapping[str, Vector] = {}  # the algorithm's own vectors, each [dim]
 
 
 class ServerOptimizer(Protocol):

@@ -53,6 +53,7 @@ from potluck.server.tables import (
 from potluck.server.vectors import ROW_BYTES, Updates, read_spec, read_vector, read_whole, tries
 
 _OVER = ("COMMITTED", "ABANDONED")
+_ALGORITHM = "algorithm."  # before the names of an algorithm's own vectors
 _TOLD = 20  # reports that a row of the audit log names
 _LOG = logging.getLogger("potluck.server")
 
@@ -93,8 +94,9 @@ def store_version(blobs: BlobStore, state: ServerState) -> Version:
     if not is_small:
         blobs.put(key, _pieces(weights))
     optimizer_key = None
-    if state.optimizer:
-        vectors = save(dict(state.optimizer))
+    own = {_ALGORITHM + name: vector for name, vector in state.algorithm.items()}
+    if state.optimizer or own:
+        vectors = save({**state.optimizer, **own})
         optimizer_key = f"optimizers/{hashlib.sha256(vectors).hexdigest()}"
         blobs.put(optimizer_key, _pieces(vectors))
     return Version(sha256, key, len(weights), optimizer_key, weights if is_small else None)
@@ -106,7 +108,7 @@ def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
     Raises:
         LostError: it is not.
     """
-    weights, optimizer = load_weights(blobs, version), {}
+    weights, optimizer, own = load_weights(blobs, version), {}, {}
     if version.optimizer_key is not None:
         sha256 = version.optimizer_key.rpartition("/")[2]
         try:
@@ -114,7 +116,9 @@ def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
         except LostError as error:
             told = f"the optimizer state of version {version.version} is lost: {error}"
             raise LostError(told) from error
-    return ServerState(weights, optimizer)
+        for name in [name for name in optimizer if name.startswith(_ALGORITHM)]:
+            own[name.removeprefix(_ALGORITHM)] = optimizer.pop(name)
+    return ServerState(weights, optimizer, own)
 
 
 def load_weights(blobs: BlobStore, version: Row[Any]) -> Vector:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from safetensors.numpy import save
 
 from potluck.algorithms import Algorithm, ServerState
+from potluck.algorithms.scaffold import CONTROL
 from potluck.core import ConfigError, RunError, Target, Vector
 from potluck.core.plain_json import to_json
 from potluck.core.validate import as_seed
@@ -49,7 +50,7 @@ from potluck.tasks import FederatedData, Task
 from potluck.tasks.state_file import model_file
 
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
-_OPTIMIZER = "optimizer."
+_OPTIMIZER, _ALGORITHM = "optimizer.", "algorithm."
 _CLIENT = "client."
 
 
@@ -226,7 +227,10 @@ class _Run:
         if not path.exists():
             return None
         tensors, info = read_tensors(path)
-        state = ServerState(tensors["weights"], _named(tensors, _OPTIMIZER))
+        if (old := f"{_OPTIMIZER}{CONTROL}") in tensors:  # as SCAFFOLD's was written at first
+            tensors[f"{_ALGORITHM}{CONTROL}"] = tensors.pop(old)
+        optimizer, algorithm = _named(tensors, _OPTIMIZER), _named(tensors, _ALGORITHM)
+        state = ServerState(tensors["weights"], optimizer, algorithm)
         clients = {int(number): vector for number, vector in _named(tensors, _CLIENT).items()}
         return _Position(int(info["round"]), state, clients)
 
@@ -261,6 +265,7 @@ class _Run:
         started = time.monotonic()
         tensors = {"weights": last.state.weights}
         tensors |= {_OPTIMIZER + name: value for name, value in last.state.optimizer.items()}
+        tensors |= {_ALGORITHM + name: value for name, value in last.state.algorithm.items()}
         states = own_states(last.client_states)
         tensors |= {f"{_CLIENT}{client}": value for client, value in states.items()}
         content = save(tensors, {"round": str(last.number)})

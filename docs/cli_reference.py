@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from potluck.cli import app
+from potluck.cli.main import app
 
 _INTRODUCTION = """\
 # The command line

@@ -20,13 +20,13 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
+from potluck.cli.serve import open_server
+from potluck.config.experiment import load_experiment
 from potluck.device import SystemClock, TorchTrainer, join, one_client
 from potluck.device.clock import Stopped
-from potluck.experiment import load_experiment
-from potluck.server.home import Home
-from potluck.server.operator import Operator
-from potluck.server.serve import Listen, Server
-from potluck.serving import open_server
+from potluck.server.admin.client import Operator
+from potluck.server.process import Listen, Server
+from potluck.server.storage.state_folder import Home
 from potluck.simulation import build_data
 
 IMAGE = Path(__file__).parent / "img" / "dashboard.png"

@@ -5,17 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from potluck.models.losses import AFTER_FIRST
 from potluck.reproduction import interpolation, paper
-from potluck.reproduction.comparison import (
-    HEADER,
-    LOSS_HEADER,
-    gather,
-    loss_rows,
-    rows,
-)
+from potluck.reproduction.comparison import HEADER, LOSS_HEADER, gather, loss_rows, rows
 from potluck.reproduction.grid import Grid
-from potluck.simulation.report import markdown
-from potluck.tasks.metrics import AFTER_FIRST
+from potluck.simulation.runs.report import markdown
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper.md"

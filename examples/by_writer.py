@@ -19,7 +19,7 @@ from potluck import (
     partitions,
     rounds,
 )
-from potluck.tasks.files import catalogue
+from potluck.data.published_files import catalogue
 
 
 def mnist_by_writer() -> FederatedData:

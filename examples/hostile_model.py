@@ -13,11 +13,11 @@ import numpy as np
 from sklearn.datasets import load_breast_cancer
 
 from potluck import TwoNN
+from potluck.config.plan import read_plan
 from potluck.core import ConfigError
+from potluck.data.own_data import from_clients
 from potluck.device import Policy, TorchTrainer
-from potluck.plan import read_plan
-from potluck.tasks.own_data import from_clients
-from potluck.tasks.task import spec_of
+from potluck.engine.task import spec_of
 
 UNITS, COLUMNS = 200, 30
 table = load_breast_cancer()

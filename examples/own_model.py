@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from potluck import FedAvg, Task, datasets, partitions, rounds
-from potluck.tasks import accuracy
+from potluck.models import accuracy
 
 
 class SmallCNN(nn.Module):

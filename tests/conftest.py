@@ -21,9 +21,9 @@ import httpx
 import psycopg
 import pytest
 
-from potluck.tasks import datasets
-from potluck.tasks.data import Dataset
-from potluck.tasks.files import FILES
+from potluck.data import datasets
+from potluck.data.federated import Dataset
+from potluck.data.published_files import FILES
 
 
 @pytest.fixture(scope="session")

@@ -1,109 +1,137 @@
-"""Imports point down: the table of the packages, read from the source."""
+"""The house: who may import whom, and how large its rooms are, read from the source."""
 
 import ast
+import graphlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "potluck"
+FILES = sorted(SOURCE.rglob("*.py"))
 
-MAY_IMPORT = {
-    "memory": set(),
-    "core": set(),
-    "algorithms": {"core"},
-    "privacy": {"core"},
-    "tasks": {"core"},
-    "protocol": {"core"},
-    "formats": set(),
-    "experiment": {"core", "explain"},
-    "explain": {"core"},
-    "plan": {"tasks", "algorithms", "core", "experiment"},
-    "simulation": {
-        "formats",
-        "memory",
-        "tasks",
-        "algorithms",
-        "privacy",
-        "core",
-        "experiment",
-        "plan",
-    },
-    "reproduction": {"simulation", "tasks", "algorithms", "core", "experiment"},
-    "server": {
-        "memory",
-        "tasks",
-        "protocol",
-        "algorithms",
-        "privacy",
-        "core",
-        "experiment",
-        "plan",
-    },
-    "device": {"tasks", "protocol", "algorithms", "privacy", "core", "experiment", "plan"},
+# A room is a folder. It may import itself, and what stands here: the house has no way up.
+BELOW = {
+    "core": "",
+    "algorithms": "core",
+    "protocol": "core",
+    "data.tables": "core",
+    "data": "core data.tables",
+    "models": "core data data.tables engine.native",
+    "engine.native": "core data engine engine.gpu",
+    "engine.module": "core data models engine",
+    "engine": "core data data.tables models engine.module engine.native",
+    "engine.vmap": "core data models engine engine.module engine.native",
+    "engine.gpu": "core data models engine engine.module engine.vmap",
+    "config": "core algorithms data data.tables models engine",
+    "simulation.virtual_time": "core config",
+    "simulation.executors": "core algorithms data models engine engine.module engine.vmap"
+    " engine.gpu",
+    "simulation": "core algorithms config engine engine.module simulation.executors"
+    " simulation.virtual_time",
+    "simulation.runs": "core algorithms data engine engine.module config simulation"
+    " simulation.executors simulation.virtual_time",
+    "reproduction": "core algorithms data models engine config simulation simulation.runs"
+    " simulation.executors",
+    "device": "core algorithms protocol data data.tables models engine config",
+    "server.storage": "core protocol config",
+    "server.rounds": "core algorithms protocol config server.storage",
+    "server.http": "core protocol config server server.rounds server.storage",
+    "server.admin": "core protocol server server.http server.storage",
+    "server.dashboard": "core config server server.http server.rounds server.storage",
+    "server": "core algorithms protocol config engine simulation.executors server.storage"
+    " server.rounds server.http server.admin server.dashboard",
+    "demo": "core data protocol config simulation simulation.runs device server server.admin"
+    " server.http server.storage cli",
+    "cli": "core algorithms data data.tables models engine config simulation simulation.runs"
+    " reproduction device server server.admin server.http server.storage demo",
+    "": "cli",
 }
-TOP = {  # may import everything
-    "__init__",
-    "__main__",
-    "apart",
-    "cli",
-    "cli_data",
-    "cli_reproduce",
-    "command",
-    "progress",
-    "serving",
-    "joining",
-    "loopback",
-    "nursery",
-    "output",
-    "demo_serve",
-    "demo_story",
-    "template",
-    "terminal",
-    "upkeep",
-}
+
+
+MIGRATIONS = {"server.storage.migrations", "server.storage.migrations.versions"}
+
+
+def is_package(path: Path) -> bool:
+    return path.name == "__init__.py"
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).parts[:-1]
+    return ".".join(parts[:2])
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
-    """The packages of ours that a file imports, in whatever place."""
+    """The modules of ours that a file imports, in whatever place."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
-            names = [node.module or ""]
-            if node.module == "potluck":
-                names = [f"potluck.{alias.name}" for alias in node.names]
+            home = (node.module or "").removeprefix("potluck").removeprefix(".")
+            if (node.module or "").split(".")[0] != "potluck":
+                continue
+            for alias in node.names:
+                inner = f"{home}.{alias.name}".removeprefix(".")
+                found.add(inner if inner in MODULES else home)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("potluck.")}
+            for alias in node.names:
+                if alias.name.startswith("potluck."):
+                    found.add(alias.name.removeprefix("potluck."))
     return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
-)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path) or "potluck")
 def test_imports_point_down(path):
-    place = path.relative_to(SOURCE)
-    assert len(place.parts) <= 2 or "migrations" in place.parts, "two levels of folders at most"
-    home = place.parts[0].removesuffix(".py")
-    if home in TOP:
-        return
-    assert imports_of(path) <= MAY_IMPORT[home] | {home}
+    home = room_of(path)
+    if home == "" and is_package(path):
+        return  # it names what others export, and imports it when it is asked for
+    allowed = {home, *BELOW[home].split()}
+    if is_package(path):  # it names what its folders export
+        allowed |= {room for room in BELOW if room.startswith(f"{home}.")}
+    for name in imports_of(path):
+        assert room_of(MODULES[name]) in allowed, f"{module_of(path)} imports {name}"
 
 
-def test_every_package_is_in_the_table():
-    packages = {p.stem for p in SOURCE.iterdir() if p.name not in ("py.typed", "__pycache__")}
-    assert packages <= set(MAY_IMPORT) | TOP
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {name: imports_of(path) for name, path in MODULES.items() if not is_package(path)}
+    graphlib.TopologicalSorter(
+        {name: {n for n in found if n in graph} - {name} for name, found in graph.items()}
+    ).prepare()
+
+
+def test_every_folder_is_in_the_table():
+    assert {room_of(path) for path in FILES} - MIGRATIONS == set(BELOW)
+
+
+def test_rooms_are_small():
+    """At most 15 children of the root, 18 of any other folder, and nothing loose at the root."""
+    folders = {path.parent for path in FILES}
+    for folder in folders:
+        inside = [p for p in folder.iterdir() if p.is_file() or any(p.rglob("*.py"))]
+        inside = [p for p in inside if p.name not in ("__pycache__", "py.typed")]
+        assert len(inside) <= (15 if folder == SOURCE else 18), folder.relative_to(SOURCE)
+    assert {path.name for path in SOURCE.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+def test_no_two_modules_have_one_name():
+    """But the commands: `cli/data.py` is the command of that name."""
+    names = [path.stem for path in FILES if not is_package(path) and room_of(path) != "cli"]
+    assert [name for name, number in Counter(names).items() if number > 1] == []
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "yaml"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load"}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
-)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path) or "potluck")
 def test_nothing_unpickles_or_evaluates(path):
     """What comes from the network or a disk is never code.
 

@@ -12,7 +12,9 @@ import pytest
 import potluck
 
 PACKAGES = ["potluck"] + [
-    f"potluck.{module.name}" for module in pkgutil.iter_modules(potluck.__path__) if module.ispkg
+    f"potluck.{module.name}"
+    for module in pkgutil.iter_modules(potluck.__path__)
+    if module.ispkg and module.name not in ("cli", "config", "demo")  # which export no names
 ]
 
 
@@ -22,7 +24,7 @@ def order(name: str) -> tuple[int, str]:
 
 
 def test_the_packages_are_found():
-    assert {"potluck.core", "potluck.algorithms", "potluck.tasks"} < set(PACKAGES)
+    assert {"potluck.core", "potluck.algorithms", "potluck.engine"} < set(PACKAGES)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 HEAVY = ("torch", "pandas", "sqlalchemy", "alembic", "httpx", "uvicorn", "matplotlib", "sklearn",
-         "potluck.experiment", "safetensors", "cryptography", "scipy", "ray")  # fmt: skip
+         "potluck.config.experiment", "safetensors", "cryptography", "scipy", "ray")  # fmt: skip
 PROGRAM = """
 import sys
-from potluck.cli import app
+from potluck.cli.main import app
 try:
     app(sys.argv[1:], prog_name="potluck")
 except SystemExit as left:

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
+from potluck.config.build import build_algorithm, build_data, build_task
+from potluck.config.experiment import check_experiment
 from potluck.core import FixedPointMean, sample_cohort
-from potluck.experiment import check_experiment
+from potluck.engine import TorchRuntime, evaluate
 from potluck.server import Claims, RoundSettings, Service
-from potluck.server.arrivals import Arrival, Taken
-from potluck.server.bounds import WINDOW, Weighed, counted, limits_of, shortened
-from potluck.server.look import Asked, Attributes
-from potluck.simulation.build import build_algorithm, build_data, build_task
-from potluck.simulation.executors import kernel_threads
-from potluck.tasks import TorchRuntime, evaluate
+from potluck.server.rounds.bounds import WINDOW, Weighed, counted, limits_of, shortened
+from potluck.server.rounds.check_in import Asked, Attributes
+from potluck.server.rounds.inline_reports import Arrival, Taken
+from potluck.simulation.executors.executor import kernel_threads
 
 ROUNDS = 50
 FREE = {"max_weight_times": 1e9, "max_pull_times": 1e9}

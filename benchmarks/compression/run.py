@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from potluck.config.experiment import load_experiment
 from potluck.core import CODECS, RunError
 from potluck.core.plain_json import to_json
-from potluck.experiment import load_experiment
 from potluck.simulation import build_data, read_run, train
-from potluck.simulation.directory import RunRecord
-from potluck.simulation.report import best_so_far, markdown, rounds_to_target
+from potluck.simulation.runs.directory import RunRecord
+from potluck.simulation.runs.report import best_so_far, markdown, rounds_to_target
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -20,8 +20,8 @@ import tune
 from potluck import FedAvg, fed_sgd, rounds, schedules
 from potluck.core import TrainingError
 from potluck.core.plain_json import to_json
-from potluck.simulation.manifest import commit, machine
-from potluck.simulation.report import rounds_to_target
+from potluck.simulation.runs.report import rounds_to_target
+from potluck.simulation.runs.run_manifest import commit, machine
 
 SEEDS = (1000, 1001, 1002)
 LIMIT = {"fedsgd": 200, "fedavg": 80}

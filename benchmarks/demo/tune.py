@@ -18,9 +18,9 @@ import torch
 from potluck import FedAvg, Task, TwoNN, datasets, fed_sgd, partitions, rounds
 from potluck.core import TrainingError
 from potluck.core.plain_json import to_json
-from potluck.simulation.manifest import commit, machine
-from potluck.simulation.report import rounds_to_target
-from potluck.tasks import Dataset, Examples
+from potluck.data import Dataset, Examples
+from potluck.simulation.runs.report import rounds_to_target
+from potluck.simulation.runs.run_manifest import commit, machine
 
 TARGET = 0.95
 SEEDS = (1000, 1001)

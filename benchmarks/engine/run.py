@@ -34,10 +34,11 @@ import torch
 from potluck import CNN, Cluster, FedAvg, LogisticRegression, Loop, Task, Workers
 from potluck.core import sample_cohort, stream
 from potluck.core.plain_json import to_json
+from potluck.data import Examples, FederatedData
+from potluck.data.federated import lengths
+from potluck.models import CharLSTM, PerCharacter
 from potluck.simulation import available_cores
-from potluck.simulation.manifest import commit, machine
-from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
-from potluck.tasks.data import lengths
+from potluck.simulation.runs.run_manifest import commit, machine
 
 PARTS = ("logistic", "cnn", "lstm", "ray")
 SEED = 1

@@ -92,7 +92,7 @@ def potluck(*words: object, stdin: str = "") -> None:
     Raises:
         CommandFailed: the exit status is not 0; it carries what was printed on stderr.
     """
-    from potluck.cli import main
+    from potluck.cli.main import main
 
     shown, told = io.StringIO(), io.StringIO()
     before, given = sys.argv, sys.stdin

@@ -31,15 +31,15 @@ import numpy as np
 import torch
 
 from potluck import FedAvg, Loop, Task, Vmap, fed_sgd, rounds
+from potluck.config.experiment import load_experiment
 from potluck.core import Correction, DataError, sample_cohort
 from potluck.core.plain_json import to_json
-from potluck.experiment import load_experiment
+from potluck.engine.devices import device_of, synchronise
+from potluck.engine.gpu.chunk_trainer import DeviceCohort
+from potluck.engine.precision import Precision, products
+from potluck.engine.vmap.cohort_trainer import LocalRun
 from potluck.simulation import build_data, build_task
-from potluck.simulation.manifest import commit, machine
-from potluck.tasks import LocalRun
-from potluck.tasks.device_cohort import DeviceCohort
-from potluck.tasks.placement import device_of, synchronise
-from potluck.tasks.precision import Precision, products
+from potluck.simulation.runs.run_manifest import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from work import ALGORITHM, FULL, LR, QUICK, SEED, Engine, Looped, Size, plain_model, roles, tasks

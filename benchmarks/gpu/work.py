@@ -17,8 +17,9 @@ from torch import nn
 
 from potluck import CNN, FedAvg, Task, TwoNN
 from potluck.core import stream
-from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
-from potluck.tasks.data import lengths
+from potluck.data import Examples, FederatedData
+from potluck.data.federated import lengths
+from potluck.models import CharLSTM, PerCharacter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 import bare

@@ -32,7 +32,7 @@ from work import WORK, Work, clients_of
 from potluck import FedAvg, Loop, Vmap, Workers
 from potluck.core.plain_json import to_json
 from potluck.simulation import available_cores
-from potluck.simulation.manifest import commit, machine
+from potluck.simulation.runs.run_manifest import commit, machine
 
 HERE = Path(__file__).parent
 SEED = 1
@@ -41,7 +41,7 @@ KINDS = {
     "linear layers": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear"),
     "convolutions": ("convolution", "mkldnn_convolution", "convolution_backward"),
     "LSTM": (
-        *("_LayerStep", "_LayerStepBackward"),  # what potluck.tasks.native compiles
+        *("_LayerStep", "_LayerStepBackward"),  # what potluck.engine.native.lstm compiles
         *("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "lstm"),
     ),
     "pooling": ("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "max_pool2d"),

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from potluck import CNN, LogisticRegression, Task, TwoNN
-from potluck.tasks import CharLSTM, PerCharacter
-from potluck.tasks.data import lengths
+from potluck.data.federated import lengths
+from potluck.models import CharLSTM, PerCharacter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from bare import PADDING

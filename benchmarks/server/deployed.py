@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from safetensors.numpy import load
 
+from potluck.config.experiment import load_experiment
 from potluck.core import sample_cohort
 from potluck.core.plain_json import to_json
-from potluck.experiment import load_experiment
-from potluck.loopback import LocalFederation
+from potluck.demo.federation import LocalFederation
 from potluck.simulation import build_algorithm, build_data, build_task, rounds
 
 HERE = Path(__file__).parent
@@ -125,7 +125,7 @@ def same(quick: bool) -> dict[str, Any]:
 
 def names_of(file: Path, overrides: list[str]) -> tuple[str, ...]:
     """The tensors of the model, in the order of the vector."""
-    from potluck.tasks.task import spec_of
+    from potluck.engine.task import spec_of
 
     experiment = load_experiment(file, overrides)
     return spec_of(build_task(experiment, build_data(experiment)).model()).names

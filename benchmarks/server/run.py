@@ -32,7 +32,7 @@ from scene import Scene
 from table import write_table
 
 from potluck.core.plain_json import to_json
-from potluck.simulation.manifest import commit, machine
+from potluck.simulation.runs.run_manifest import commit, machine
 
 HERE = Path(__file__).parent
 SEED = 1

@@ -26,8 +26,8 @@ import numpy as np
 
 from potluck.core.plain_json import to_json
 from potluck.protocol import new_key, parse_invitation, public_key
-from potluck.server.home import Home
-from potluck.server.operator import Operator
+from potluck.server.admin.client import Operator
+from potluck.server.storage.state_folder import Home
 
 HERE = Path(__file__).parent
 _TICKS = os.sysconf("SC_CLK_TCK")

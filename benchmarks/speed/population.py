@@ -15,7 +15,7 @@ import numpy as np
 
 from potluck import FedAvg, LogisticRegression, Task, Vmap
 from potluck.core import sample_cohort
-from potluck.tasks import Examples, FederatedData
+from potluck.data import Examples, FederatedData
 
 SIZES = (10_000, 100_000, 1_000_000)
 COHORT, EXAMPLES, ROUNDS, SEED = 1000, 10, 30, 1

@@ -34,7 +34,7 @@ from work import WORKLOADS, Workload, tiny, write
 
 from potluck.core.plain_json import to_json
 from potluck.simulation import available_cores
-from potluck.simulation.manifest import commit, machine
+from potluck.simulation.runs.run_manifest import commit, machine
 
 HERE = Path(__file__).parent
 PARTS = (*WORKLOADS, "population")

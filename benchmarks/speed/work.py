@@ -142,7 +142,8 @@ def potluck_task(given: Given) -> Any:
     from torch.nn.utils import vector_to_parameters
 
     from potluck import CNN, LogisticRegression, Task, TwoNN
-    from potluck.tasks import CharLSTM, Examples, FederatedData, PerCharacter
+    from potluck.data import Examples, FederatedData
+    from potluck.models import CharLSTM, PerCharacter
 
     workload = given.workload
     classes = CLASSES.get(workload.model, 10)
@@ -186,7 +187,7 @@ def potluck_algorithm(workload: Workload) -> Any:
 
 def _arrays(workload: Workload) -> tuple[np.ndarray, ...]:
     from potluck.core import sample_cohort, stream
-    from potluck.tasks.data import lengths
+    from potluck.data.federated import lengths
 
     inputs, targets = _examples(workload)
     nothing = np.empty(0)

@@ -31,19 +31,10 @@ if TYPE_CHECKING:
         schedules,
     )
     from potluck.core import Poisson, PotluckError
+    from potluck.data import FederatedData, datasets, own_data, partitions
+    from potluck.engine import Task, evaluate, federated_evaluation
+    from potluck.models import CNN, LogisticRegression, TwoNN
     from potluck.simulation import Auto, Cluster, Loop, Round, Vmap, Workers, rounds
-    from potluck.tasks import (
-        CNN,
-        FederatedData,
-        LogisticRegression,
-        Task,
-        TwoNN,
-        datasets,
-        evaluate,
-        federated_evaluation,
-        own_data,
-        partitions,
-    )
 
 _HOMES = {
     "potluck.algorithms": (
@@ -61,17 +52,21 @@ _HOMES = {
     ),
     "potluck.core": ("Poisson", "PotluckError"),
     "potluck.simulation": ("Auto", "Cluster", "Loop", "Round", "Vmap", "Workers", "rounds"),
-    "potluck.tasks": (
-        "CNN",
+    "potluck.data": (
         "FederatedData",
-        "LogisticRegression",
-        "Task",
-        "TwoNN",
         "datasets",
-        "evaluate",
-        "federated_evaluation",
         "own_data",
         "partitions",
+    ),
+    "potluck.engine": (
+        "Task",
+        "evaluate",
+        "federated_evaluation",
+    ),
+    "potluck.models": (
+        "CNN",
+        "LogisticRegression",
+        "TwoNN",
     ),
 }
 

@@ -1,5 +1,5 @@
 """`python -m potluck` is `potluck`."""
 
-from potluck.cli import main
+from potluck.cli.main import main
 
 main()

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from record import record, record_part
+from test_server_machine import SEEN
+from test_server_machine import run as run_machine
 
 from abandonment import abandon_rounds
 from bad_weather import STORM, weather
@@ -21,10 +23,8 @@ from device_kills import kill_devices
 from disk_faults import FAULTS, break_disks, build_bad_disk, fill_disk, mount_small, unmount
 from lost_answers import lose_answers
 from orders import report_in_orders
-from potluck.server import faults
+from potluck.server.storage import fault_points
 from server_kills import kill_servers
-from test_server_machine import SEEN
-from test_server_machine import run as run_machine
 from two_servers import kill_one_of_two
 
 pytestmark = pytest.mark.soak
@@ -67,7 +67,7 @@ R1_PARTS = ("points 1", "points 2", "times 1", "times 2")
 
 @pytest.mark.parametrize("part", R1_PARTS)
 def test_r1_kills_of_the_server(folder, part):
-    points = list(faults.POINTS)
+    points = list(fault_points.POINTS)
     random.Random(SEED).shuffle(points)
     which = int(part[-1]) - 1
     points = points[which::2] if part.startswith("points") else []
@@ -75,7 +75,7 @@ def test_r1_kills_of_the_server(folder, part):
     seed = SEED + R1_PARTS.index(part)
     show(
         "r1",
-        f"kill -9 of `potluck serve` at each of {len(faults.POINTS)} fault points and at 200 "
+        f"kill -9 of `potluck serve` at each of {len(fault_points.POINTS)} fault points and at 200 "
         "random times, in four runs of 20 devices: "
         "0 lost, 0 double, 0 foreign, models as undisturbed; serving again within 3 s",
         lambda: kill_servers(folder, devices=20, points=points, times=times, seed=seed),

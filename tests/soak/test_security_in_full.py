@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from record import ROOT, record
-
-from potluck.protocol import Enrolled, Error, parse_message
-from remote import Served
 from test_access import DEVICES, FAULTS, _faulty, at_work
 from test_malformed import assert_unharmed, attacked
 from test_traffic import captured, leaks
+
+from potluck.protocol import Enrolled, Error, parse_message
+from remote import Served
 
 pytestmark = pytest.mark.soak
 
@@ -129,17 +129,17 @@ ROWS = {
         "pickle, torch zip, gzip bomb, 100 k headers, NaN, Inf, wrong dtype or shape, ± 1 byte, "
         "huge ints, depth-10,000 JSON, duplicate keys: all 4xx; no pickle, marshal, eval, "
         "torch.load, allow_pickle in the package",
-        ["tests/test_hostile_bodies.py", "tests/test_architecture.py"],
+        ["tests/server/test_hostile_bodies.py", "tests/test_architecture.py"],
     ),
     "x4": (
         "every route × {anonymous, device, other device, admin}, from the applications' own "
         "routes; default deny",
-        ["tests/test_access.py"],
+        ["tests/server/test_access.py"],
     ),
     "x6": (
         "flipped bit, rollback, expired or foreign model: the device refuses, reports why, keeps "
         "the old model",
-        ["tests/test_lies.py", "tests/test_protocol_manifest.py"],
+        ["tests/server/test_lies.py", "tests/protocol/test_protocol_manifest.py"],
     ),
 }
 

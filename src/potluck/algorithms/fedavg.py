@@ -36,10 +36,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from potluck.algorithms.local import LocalTraining
-from potluck.algorithms.runtime import Runtime
+from potluck.algorithms.contract import Runtime
+from potluck.algorithms.local_sgd import LocalTraining
 from potluck.algorithms.schedules import Constant, Schedule
-from potluck.algorithms.server import Average, ServerOptimizer, ServerState
+from potluck.algorithms.server_optimizer import Average, ServerOptimizer, ServerState
 from potluck.core import Update, Vector
 
 

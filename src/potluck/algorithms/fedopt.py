@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from potluck.algorithms.ranges import check_above, check_decay, check_within
-from potluck.algorithms.server import OptimizerState, scaled
+from potluck.algorithms.server_optimizer import OptimizerState, scaled
 from potluck.core import Vector
 
 

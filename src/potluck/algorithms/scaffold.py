@@ -37,10 +37,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from potluck.algorithms.local import LocalTraining
-from potluck.algorithms.runtime import Runtime
+from potluck.algorithms.contract import Runtime
+from potluck.algorithms.local_sgd import LocalTraining
 from potluck.algorithms.schedules import Constant, Schedule
-from potluck.algorithms.server import Average, ServerOptimizer, ServerState, scaled
+from potluck.algorithms.server_optimizer import Average, ServerOptimizer, ServerState, scaled
 from potluck.core import Update, Vector
 
 CONTROL = "control"

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.algorithms.runtime import Algorithm, Runtime
+from potluck.algorithms.contract import Algorithm, Runtime
 from potluck.core import Correction, DivergedError, Spec, Update, Vector
 
 _NO_CORRECTION = Correction()

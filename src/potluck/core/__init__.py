@@ -1,6 +1,5 @@
 """Vectors, seeds, cohorts, updates and errors: what everything else is made of."""
 
-from potluck.core.averaging import FixedPointMean
 from potluck.core.codecs import (
     CODECS,
     Codec,
@@ -29,6 +28,7 @@ from potluck.core.errors import (
     TrainingError,
     WorkerError,
 )
+from potluck.core.fixed_point import FixedPointMean
 from potluck.core.seeds import derive_seed, stream
 from potluck.core.spec import Role, Spec
 from potluck.core.target import Target, is_result, main_metric

@@ -91,3 +91,7 @@ class RefusedError(PotluckError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class LostError(StorageError):
+    """What was stored is missing, short or damaged, in a store that can be read."""

@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Generator
 from typing import Literal, NamedTuple
 
+from potluck.config.plan import read_plan
 from potluck.core import (
     ConfigError,
     DataError,
@@ -34,15 +35,14 @@ from potluck.device.connection import Connection, Unanswered
 from potluck.device.consent import Consent
 from potluck.device.download import receive_model
 from potluck.device.eligibility import Sensor
-from potluck.device.home import Enrolment, Home
+from potluck.device.folder import Enrolment, Home
+from potluck.device.lease import NotEligibleError, Watch
 from potluck.device.outbox import Outbox, Owed
 from potluck.device.policy import DeclinedError, Policy
-from potluck.device.record import DailyLimitError, Record
-from potluck.device.training import Trainer
+from potluck.device.sent_log import DailyLimitError, Record
+from potluck.device.trainer import Trainer
 from potluck.device.trouble import Trouble
 from potluck.device.upload import send_update
-from potluck.device.watch import NotEligibleError, Watch
-from potluck.plan import read_plan
 from potluck.protocol import (
     CODECS,
     FAILURE_REASONS,

@@ -20,9 +20,9 @@ import httpx
 
 from potluck.core import ConfigError, ProtocolError, RefusedError
 from potluck.device.clock import Clock
-from potluck.device.home import Home
-from potluck.device.record import Record
-from potluck.device.tls import client_context
+from potluck.device.folder import Home
+from potluck.device.sent_log import Record
+from potluck.device.transport import client_context
 from potluck.device.trouble import Backoff, Trouble
 from potluck.protocol import (
     LONG_POLL_SECONDS,

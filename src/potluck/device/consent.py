@@ -13,12 +13,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
+from potluck.config.experiment import AlgorithmSection
+from potluck.config.plan import Plan
 from potluck.core.plain_json import flat
-from potluck.device.home import Home, write_file
+from potluck.device.folder import Home, write_file
 from potluck.device.policy import DeclinedError, Policy, num_steps
-from potluck.device.training import Trainer
-from potluck.experiment import AlgorithmSection
-from potluck.plan import Plan
+from potluck.device.trainer import Trainer
 from potluck.protocol import Manifest
 from potluck.protocol.strict_json import encode_json
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from potluck.core import ProtocolError, Vector
-from potluck.device.home import write_file
+from potluck.device.folder import write_file
 from potluck.protocol import Report, encode_message, parse_message
 
 

@@ -15,9 +15,9 @@ from typing import Annotated, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from potluck.config.experiment import read_toml, validated
+from potluck.config.plan import Plan
 from potluck.core import ConfigError, Update
-from potluck.experiment import read_toml, validated
-from potluck.plan import Plan
 from potluck.protocol import Manifest
 
 MEMORY_COPIES = 4

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from potluck.core import ProtocolError, RefusedError
 from potluck.device.clock import Clock
-from potluck.device.record import DailyLimitError
+from potluck.device.sent_log import DailyLimitError
 
 MAX_BACKOFF_SECONDS = 300.0
 PASSES = (RefusedError, ProtocolError, DailyLimitError, OSError, MemoryError)

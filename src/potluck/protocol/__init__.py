@@ -10,7 +10,7 @@ from potluck.core.codecs import (
     encode_vector,
     encoded_bytes,
 )
-from potluck.protocol.codes import FAILURE_REASONS, STATUS, ErrorCode, FailureReason
+from potluck.protocol.error_codes import FAILURE_REASONS, STATUS, ErrorCode, FailureReason
 from potluck.protocol.inline import INLINE, INLINE_BYTES, decode_inline, encode_inline
 from potluck.protocol.invitation import Invitation, encode_invitation, parse_invitation
 from potluck.protocol.keys import fingerprint, new_key, public_key

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from potluck.core import Codec
-from potluck.protocol.codes import ErrorCode, FailureReason
+from potluck.protocol.error_codes import ErrorCode, FailureReason
 from potluck.protocol.inline import MAX_INLINE
 from potluck.protocol.strict_json import MAX_INTEGER, encode_json, parse_json, refuse
 

@@ -26,8 +26,8 @@ from potluck.reproduction.grid import (
 )
 from potluck.reproduction.paper import TITLES, Cell
 from potluck.reproduction.tuning import SEED, Choice, Trial
-from potluck.simulation.directory import RunRecord
-from potluck.simulation.report import Cost, Curve, markdown, measure
+from potluck.simulation.runs.directory import RunRecord
+from potluck.simulation.runs.report import Cost, Curve, markdown, measure
 
 LOSS_FIGURES = ("figure3", "figure8")  # of the training loss; the others are of test accuracy
 HEADER = (

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from potluck.reproduction.comparison import Result, train_loss
-from potluck.simulation.figures import COLOURS, save_figure
-from potluck.simulation.report import Curve, Points, best_so_far, mean_of_best
+from potluck.simulation.runs.figures import COLOURS, save_figure
+from potluck.simulation.runs.report import Curve, Points, best_so_far, mean_of_best
 
 _STYLES = ("-", "--", ":")
 

@@ -15,17 +15,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from potluck.config.experiment import Experiment, load_experiment
 from potluck.core import ConfigError, DivergedError
 from potluck.core.plain_json import to_json
-from potluck.experiment import Experiment, load_experiment
+from potluck.data import FederatedData
 from potluck.reproduction import tuning
 from potluck.reproduction.paper import Cell
 from potluck.reproduction.tuning import Choice, Trial
-from potluck.simulation.directory import RunRecord, read_run
-from potluck.simulation.report import measure
 from potluck.simulation.rounds import Round
-from potluck.simulation.runs import train
-from potluck.tasks import FederatedData
+from potluck.simulation.runs.directory import RunRecord, read_run
+from potluck.simulation.runs.report import measure
+from potluck.simulation.runs.train import train
 
 SEEDS = (1, 2, 3)
 DIVERGED = "diverged.json"  # beside a run's files: why it cannot go on

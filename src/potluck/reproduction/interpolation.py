@@ -24,21 +24,14 @@ import numpy as np
 from potluck.algorithms import FedAvg
 from potluck.core import Vector, stream
 from potluck.core.plain_json import to_json
+from potluck.data import Dataset, Examples, datasets, divide
+from potluck.engine import Task, TorchRuntime, evaluate
+from potluck.models import TwoNN
 from potluck.reproduction.paper import TITLES
-from potluck.simulation.executors import kernel_threads
-from potluck.simulation.figures import save_figure
-from potluck.simulation.manifest import commit, machine
-from potluck.simulation.report import markdown
-from potluck.tasks import (
-    Dataset,
-    Examples,
-    Task,
-    TorchRuntime,
-    TwoNN,
-    datasets,
-    divide,
-    evaluate,
-)
+from potluck.simulation.executors.executor import kernel_threads
+from potluck.simulation.runs.figures import save_figure
+from potluck.simulation.runs.report import markdown
+from potluck.simulation.runs.run_manifest import commit, machine
 
 STARTS = ("different", "shared")  # initial weights of the two models
 THETAS = tuple(round(float(theta), 4) for theta in np.linspace(-0.2, 1.2, 50))

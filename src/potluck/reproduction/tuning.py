@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from potluck.simulation.report import Cost
+from potluck.simulation.runs.report import Cost
 
 SEED = 0  # of the runs that choose; never among the reported ones
 

@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potluck.server.enrolment import Enrolled
-    from potluck.server.look import Assigned, Attributes, Finished, Wait
-    from potluck.server.reports import Accepted, Claims, Upload
+    from potluck.config.round_settings import RoundSettings
+    from potluck.server.rounds.check_in import Assigned, Attributes, Finished, Wait
+    from potluck.server.rounds.enrolment import Enrolled
+    from potluck.server.rounds.uploads import Accepted, Claims, Upload
     from potluck.server.service import Service
-    from potluck.server.settings import RoundSettings
 
 _HOMES = {
-    "enrolment": ("Enrolled",),
-    "look": ("Assigned", "Attributes", "Finished", "Wait"),
-    "reports": ("Accepted", "Claims", "Upload"),
-    "service": ("Service",),
-    "settings": ("RoundSettings",),
+    "potluck.server.rounds.enrolment": ("Enrolled",),
+    "potluck.server.rounds.check_in": ("Assigned", "Attributes", "Finished", "Wait"),
+    "potluck.server.rounds.uploads": ("Accepted", "Claims", "Upload"),
+    "potluck.server.service": ("Service",),
+    "potluck.config.round_settings": ("RoundSettings",),
 }
 
 __all__ = [
@@ -41,5 +41,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f"potluck.server.{home}"), name)
+            return getattr(import_module(home), name)
     raise AttributeError(f"module 'potluck.server' has no attribute {name!r}")

@@ -29,32 +29,26 @@ from safetensors.numpy import save
 from sqlalchemy import Connection, Row, and_, insert, select, update
 
 from potluck.algorithms import Algorithm, with_statistics
+from potluck.config.experiment import Experiment
+from potluck.config.round_settings import RoundSettings, settings_of
 from potluck.core import RefusedError, Spec, Vector
+from potluck.core.errors import LostError
 from potluck.core.plain_json import read_results, to_json
-from potluck.experiment import Experiment
-from potluck.server import (
-    arrivals,
-    audit,
-    audited,
+from potluck.server.rounds import (
+    audit_check,
     bounds,
     enrolment,
-    faults,
+    inline_reports,
+    leases,
     leaving,
     mending,
-    reports,
-    rounds,
     scoring,
-    selection,
+    state_machine,
+    uploads,
 )
-from potluck.server import changes as changing
-from potluck.server import commit as commits
-from potluck.server.blobs import BlobStore, LostError, open_blobs
-from potluck.server.clock import Clock, CommonTime, SystemClock
-from potluck.server.database import Database, as_dict, one
-from potluck.server.home import Life
-from potluck.server.lead import lead
-from potluck.server.leader import LEASE_SECONDS, Candidate, FencedError, follow
-from potluck.server.look import (
+from potluck.server.rounds import changes as changing
+from potluck.server.rounds import commit as commits
+from potluck.server.rounds.check_in import (
     Asked,
     Assigned,
     Attributes,
@@ -64,18 +58,18 @@ from potluck.server.look import (
     Wait,
     open_round_of,
 )
-from potluck.server.settings import RoundSettings, settings_of
-from potluck.server.stored import experiment_of, find, given_of, kept
-from potluck.server.tables import (
-    devices,
-    evaluations,
-    ledger,
-    models,
-    runs,
-)
-from potluck.server.tables import rounds as all_rounds
-from potluck.server.transfer import upgrade
-from potluck.server.vectors import read_spec, read_vector, tries, write_spec
+from potluck.server.rounds.coordinator import lead
+from potluck.server.rounds.election import LEASE_SECONDS, Candidate, FencedError, follow
+from potluck.server.storage import audit, fault_points
+from potluck.server.storage.blobs import BlobStore, open_blobs
+from potluck.server.storage.common_time import Clock, CommonTime, SystemClock
+from potluck.server.storage.copy_database import upgrade
+from potluck.server.storage.database import Database, as_dict, one
+from potluck.server.storage.database_tables import devices, evaluations, ledger, models, runs
+from potluck.server.storage.database_tables import rounds as all_rounds
+from potluck.server.storage.state_folder import Life
+from potluck.server.storage.stored_run import experiment_of, find, given_of, kept
+from potluck.server.storage.vectors import read_spec, read_vector, tries, write_spec
 
 _LOG = logging.getLogger("potluck.server")
 
@@ -154,7 +148,7 @@ class Service:
             look: is shown the database as it is; what it raises leaves it so.
             aside: the folder for a copy of a database that is brought up to date.
         """
-        faults.arm()
+        fault_points.arm()
         database = Database(url)
         try:
             with database.read() as db:
@@ -214,10 +208,10 @@ class Service:
         if old is not None:
             kept(old, experiment, settings, spec)
             return str(old.id)
-        faults.reach("run.before-model")
+        fault_points.reach("run.before-model")
         state = with_statistics(self._build(experiment), spec).server_init(weights)
         made = commits.store_version(self.blobs, state)
-        faults.reach("run.before-row")
+        fault_points.reach("run.before-row")
         now = self.time.now()
         numbers = {"round": 0, "version": 0, "evaluated": 0, "attempt": 1, "strikes": 0}
         id = enrolment.new_id()
@@ -228,7 +222,7 @@ class Service:
             )
             commits.insert_version(db, id, 0, 0, made, now)
             audit.append(db, now, actor, "create", run=id, name=experiment.name, model=made.sha256)
-        faults.reach("run.after-row")
+        fault_points.reach("run.after-row")
         return id
 
     def resume_run(self, experiment: Experiment, settings: RoundSettings) -> Begun | None:
@@ -292,7 +286,7 @@ class Service:
         with self.database.read() as db:
             row = self._run(db, run)
             current = open_round_of(db, run)
-            counted = None if current is None else rounds.count(db, current)._asdict()
+            counted = None if current is None else state_machine.count(db, current)._asdict()
             enrolled, left = leaving.counted(db, run)
             names = ("name", "state", "reason", "round", "version", "attempt")
             return {name: getattr(row, name) for name in names} | {
@@ -347,7 +341,7 @@ class Service:
     def verify_audit(self, since: str | None = None) -> audit.Break | None:
         """Read the audit log, and the tables; None when nothing in them was changed, and the log
         goes on from the hash `since`."""
-        return audited.check(self.database, self.blobs, since)
+        return audit_check.check(self.database, self.blobs, since)
 
     def audit_head(self) -> tuple[int, str]:
         """How many rows the audit log has, and the hash of the last."""
@@ -397,7 +391,7 @@ class Service:
     def device(self, device: str) -> Row[Any]:
         """A device that may take part: its key, sequence number, run and client index."""
         with self.database.read() as db:
-            return selection.find_device(db, device)[0]
+            return leases.find_device(db, device)[0]
 
     def device_key(self, device: str) -> Row[Any] | None:
         """A device's key, sequence number and run; None if it may not take part."""
@@ -408,27 +402,27 @@ class Service:
     def assignment(self, device: str, assignment: str) -> Row[Any]:
         """A device's assignment, over or not: kind, number and attempt of its round."""
         with self.database.read() as db:
-            return selection.known_assignment(db, device, assignment)
+            return leases.known_assignment(db, device, assignment)
 
     def come_back(self, device: str) -> float:
         """Seconds after which a device that is done should check in."""
-        return selection.come_back(self.database, device, self.time.now())
+        return leases.come_back(self.database, device, self.time.now())
 
     def check_in(
         self, device: str, attributes: Attributes | None = None
     ) -> Assigned | Wait | Finished:
         """Work, a time to come back, or the end."""
         shown = attributes or Attributes()
-        return selection.check_in(self.database, device, shown, self.time.now())
+        return leases.check_in(self.database, device, shown, self.time.now())
 
     def check_ins(self, asked: Sequence[Asked]) -> list[Given | None]:
         """Many check-ins at once: for each what it is given, or why it is refused; None where only
         the number of its request was to be noted."""
-        return selection.check_ins(self.database, asked, self.time.now())
+        return leases.check_ins(self.database, asked, self.time.now())
 
     def extend_lease(self, device: str, assignment: str) -> float:
         """Note progress. Returns the seconds until the device must be heard of again."""
-        return selection.extend_lease(self.database, device, assignment, self.time.now())
+        return leases.extend_lease(self.database, device, assignment, self.time.now())
 
     def fail(self, device: str, assignment: str, reason: str) -> None:
         """A device cannot do its work."""
@@ -438,53 +432,55 @@ class Service:
                 "from a backup, start it with --restored",
                 extra={"device": device},
             )
-        selection.fail(self.database, device, assignment, reason, self.time.now())
+        leases.fail(self.database, device, assignment, reason, self.time.now())
         if reason == "model_digest":
             self._suspect(self.device(device).run)
 
     def begin_report(
-        self, device: str, assignment: str, claims: reports.Claims
-    ) -> reports.Upload | reports.Accepted:
+        self, device: str, assignment: str, claims: uploads.Claims
+    ) -> uploads.Upload | uploads.Accepted:
         """Announce an update."""
-        return reports.begin_report(self.database, self.blobs, device, assignment, claims)
+        return uploads.begin_report(self.database, self.blobs, device, assignment, claims)
 
     def find_report(
         self, device: str, upload: str
-    ) -> tuple[reports.Upload | reports.Accepted, int]:
+    ) -> tuple[uploads.Upload | uploads.Accepted, int]:
         """Where an upload stands, and how many bytes it will have."""
-        return reports.find_report(self.database, self.blobs, device, upload)
+        return uploads.find_report(self.database, self.blobs, device, upload)
 
     def append_chunk(
         self, device: str, upload: str, offset: int, data: bytes | bytearray
-    ) -> reports.Upload:
+    ) -> uploads.Upload:
         """Send a chunk of it."""
-        return reports.append_chunk(
+        return uploads.append_chunk(
             self.database, self.blobs, device, upload, offset, data, self.time.now()
         )
 
-    def finish_report(self, device: str, upload: str) -> reports.Accepted:
+    def finish_report(self, device: str, upload: str) -> uploads.Accepted:
         """Have it checked and accepted; who repeats a request waits for the one that is at it."""
         with self._guard:
             turn = self._turns.setdefault(upload, threading.Lock())
         with turn:
             now = self.time.now()
-            answer = reports.finish_report(self.database, self.blobs, device, upload, now)
+            answer = uploads.finish_report(self.database, self.blobs, device, upload, now)
         return self._accepted(answer)
 
-    def take_in(self, arrived: Sequence[arrivals.Arrival]) -> list[arrivals.Outcome]:
+    def take_in(self, arrived: Sequence[inline_reports.Arrival]) -> list[inline_reports.Outcome]:
         """Reports that bring their updates with them, many at once."""
-        outcomes = arrivals.take_in(self.database, arrived, self.time.now())
-        if any(isinstance(outcome, arrivals.Taken) and outcome.is_goal for outcome in outcomes):
+        outcomes = inline_reports.take_in(self.database, arrived, self.time.now())
+        if any(
+            isinstance(outcome, inline_reports.Taken) and outcome.is_goal for outcome in outcomes
+        ):
             self.on_goal()
         return outcomes
 
     def report_metrics(
         self, device: str, assignment: str, metrics: Mapping[str, tuple[float, float]]
-    ) -> reports.Accepted:
+    ) -> uploads.Accepted:
         """Report a federated evaluation."""
         now = self.time.now()
         return self._accepted(
-            reports.report_metrics(self.database, device, assignment, metrics, now)
+            uploads.report_metrics(self.database, device, assignment, metrics, now)
         )
 
     def after_report(self, device: str, round: str) -> tuple[int, int, float]:
@@ -623,7 +619,7 @@ class Service:
             audit.append(db, self.time.now(), "leader", "lost", run=run, **told)
         self.on_lost()
 
-    def _accepted(self, answer: reports.Accepted) -> reports.Accepted:
+    def _accepted(self, answer: uploads.Accepted) -> uploads.Accepted:
         if answer.is_goal:
             self.on_goal()
         return answer

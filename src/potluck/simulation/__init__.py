@@ -1,15 +1,15 @@
 """Federated training on one machine: rounds, executors and run directories."""
 
-from potluck.simulation.auto import Auto
-from potluck.simulation.build import build_algorithm, build_data, build_task
-from potluck.simulation.by_name import make_executor
-from potluck.simulation.cluster import Cluster
-from potluck.simulation.directory import RunRecord, discard_run, read_run, read_weights
-from potluck.simulation.executors import CohortResult, Executor, Failure, Loop
+from potluck.config.build import build_algorithm, build_data, build_task
+from potluck.simulation.executors.auto import Auto
+from potluck.simulation.executors.choose import make_executor
+from potluck.simulation.executors.executor import CohortResult, Executor, Failure, Loop
+from potluck.simulation.executors.ray_cluster import Cluster
+from potluck.simulation.executors.vmap_executor import Vmap
+from potluck.simulation.executors.workers import Workers, available_cores
 from potluck.simulation.rounds import Round, rounds
-from potluck.simulation.runs import train
-from potluck.simulation.vmap import Vmap
-from potluck.simulation.workers import Workers, available_cores
+from potluck.simulation.runs.directory import RunRecord, discard_run, read_run, read_weights
+from potluck.simulation.runs.train import train
 
 __all__ = [
     "Auto",

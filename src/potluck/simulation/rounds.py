@@ -25,14 +25,14 @@ from potluck.core import (
 )
 from potluck.core.cohorts import cohort_size
 from potluck.core.validate import as_count, as_seed
-from potluck.simulation.by_name import ExecutorName, make_executor
+from potluck.engine import Task
+from potluck.engine.buffers import roles
+from potluck.engine.module.modes import in_own_modes
 from potluck.simulation.compression import compressed
-from potluck.simulation.executors import NO_STATES, CohortResult, Executor, Failure
+from potluck.simulation.executors.choose import ExecutorName, make_executor
+from potluck.simulation.executors.executor import NO_STATES, CohortResult, Executor, Failure
 from potluck.simulation.handed import Kept, own_states
-from potluck.simulation.virtual import Timing, VirtualTime, timeline
-from potluck.tasks import Task
-from potluck.tasks.modes import in_own_modes
-from potluck.tasks.statistics import roles
+from potluck.simulation.virtual_time.timeline import Timing, VirtualTime, timeline
 
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 

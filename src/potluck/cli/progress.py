@@ -1,0 +1,309 @@
+"""What the commands show of a run: its progress and its outcome.
+
+In a terminal, progress is a live bar; elsewhere, plain lines.
+Progress takes an iterator of rounds and passes it on, so that the loop stays the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from potluck.config.experiment import (
+    AlgorithmSection,
+    AverageSection,
+    Experiment,
+    ScheduleSection,
+)
+from potluck.core import is_result, main_metric
+from potluck.core.formats import format_bytes, format_score, format_seconds
+from potluck.engine import FederatedMetric
+from potluck.simulation import Round
+from potluck.simulation.runs.cost import Cost
+from potluck.simulation.runs.per_client import worst
+from potluck.simulation.runs.report import format_on_grid, format_rounds
+
+_LINE_SECONDS = 1.0  # at most one line in this time
+_CLIENTS_SHOWN, _WORST_SHOWN = 200, 20  # of a federated evaluation; a file has all
+
+
+class Tally(NamedTuple):
+    """What is known after some round of a run."""
+
+    number: int = 0
+    loss: float | None = None  # the cohort's training loss
+    metrics: Mapping[str, float | None] | None = None  # the latest; None: no result
+    uplink_bytes: int = 0  # of all rounds
+    failures: int = 0
+    virtual_seconds: float | None = None  # of simulated devices
+
+    @classmethod
+    def of(cls, lines: Sequence[Mapping[str, Any]]) -> Tally:
+        """The tally of lines of `rounds.jsonl`."""
+        if not lines:
+            return cls()
+        return cls(
+            number=lines[-1]["round"],
+            loss=lines[-1]["loss"],
+            metrics=next((line["metrics"] for line in reversed(lines) if line["metrics"]), None),
+            uplink_bytes=sum(line["uplink_bytes"] for line in lines),
+            failures=sum(len(line["failures"]) for line in lines),
+            virtual_seconds=lines[-1].get("virtual_seconds"),
+        )
+
+    def after(self, round: Round) -> Tally:
+        """The tally one round later."""
+        return Tally(
+            number=round.number,
+            loss=None if round.number == 0 else round.loss,
+            metrics=round.metrics or self.metrics,
+            uplink_bytes=self.uplink_bytes + round.uplink_bytes,
+            failures=self.failures + len(round.failures),
+            virtual_seconds=None if round.virtual is None else round.virtual.seconds,
+        )
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.metrics is not None:
+            metric = main_metric(self.metrics)
+            score = self.metrics[metric]
+            name = "test loss" if metric == "loss" else metric
+            parts.append(f"{name} {format_score(score) if is_result(score) else 'no result'}")
+        parts.append(f"up {format_bytes(self.uplink_bytes)}")
+        if self.virtual_seconds is not None:
+            parts.append(f"virtual {format_seconds(self.virtual_seconds)}")
+        if self.failures:
+            parts.append(f"{self.failures} failed")
+        return "  ".join(parts)
+
+
+class Clients:
+    """How far the round under way has come, told by an executor and shown by a bar, if any."""
+
+    def __init__(self) -> None:
+        self.show: Callable[[str], None] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.show is not None:
+            self.show(f"{done}/{total} clients")
+
+
+def with_progress(
+    rounds: Iterable[Round],
+    num_rounds: int,
+    history: Sequence[Mapping[str, Any]],
+    clients: Clients | None = None,
+) -> Generator[Round]:
+    """Pass rounds on under a live bar in a terminal, and with plain lines elsewhere.
+
+    Args:
+        history: the lines of `rounds.jsonl` before this attempt.
+        clients: what the executor tells of the round under way.
+    """
+    console = Console()
+    if console.is_terminal:
+        return with_bar(rounds, num_rounds, history, console, clients)
+    return with_lines(rounds, num_rounds, history, sys.stdout)
+
+
+def with_bar(
+    rounds: Iterable[Round],
+    num_rounds: int,
+    history: Sequence[Mapping[str, Any]],
+    console: Console,
+    clients: Clients | None = None,
+) -> Generator[Round]:
+    """Pass rounds on under a live bar.
+
+    Args:
+        history: the lines of `rounds.jsonl` before this attempt.
+        clients: what the executor tells of the round under way.
+    """
+    columns = (
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}", markup=False),
+        TextColumn("{task.fields[clients]}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.description}", markup=False),
+        TimeRemainingColumn(compact=True),
+    )
+    tally = Tally.of(history)
+    with Progress(*columns, console=console, expand=True, speed_estimate_period=120) as progress:
+        task = progress.add_task(str(tally), total=num_rounds, completed=tally.number, clients="")
+        if clients is not None:
+            clients.show = lambda words: progress.update(task, clients=words)
+        chosen = ""
+        for round, tally in _tallied(rounds, history):
+            if round.executor not in ("", chosen):
+                chosen = round.executor
+                progress.console.print(f"executor: {chosen}", markup=False, highlight=False)
+            progress.update(task, completed=tally.number, description=str(tally))
+            yield round
+
+
+def with_lines(
+    rounds: Iterable[Round],
+    num_rounds: int,
+    history: Sequence[Mapping[str, Any]],
+    out: TextIO,
+    clock: Callable[[], float] = time.monotonic,
+) -> Generator[Round]:
+    """Pass rounds on and write a line after an evaluated one: the first and the last, and
+    between them at most one a second.
+
+    Args:
+        history: the lines of `rounds.jsonl` before this attempt.
+    """
+    printed = -math.inf
+    pending: str | None = None
+    chosen = ""
+    recent: deque[float] = deque(maxlen=20)  # seconds of a round; the first of all is no measure
+    for round, tally in _tallied(rounds, history):
+        if round.executor not in ("", chosen):
+            chosen = round.executor
+            _write(out, f"executor: {chosen}")
+        now = clock()
+        recent += [round.seconds] * (round.number > 1)
+        if round.metrics is not None:
+            pending = f"round {round.number:>{len(str(num_rounds))}}/{num_rounds}  {tally}"
+            if now - printed >= _LINE_SECONDS:
+                left = _time_left(recent, num_rounds - round.number)
+                _write(out, pending + left)
+                printed, pending = now, None
+        yield round
+    if pending is not None:
+        _write(out, pending)
+
+
+def summary(experiment: Experiment) -> list[tuple[str, str]]:
+    """What is trained, as names and values; the data are described elsewhere."""
+    return [
+        ("experiment", experiment.name),
+        *_algorithm_rows(experiment.algorithm),
+        ("model", experiment.task.model),
+        ("partition", experiment.partition.kind),
+    ]
+
+
+def _algorithm_rows(algorithm: AlgorithmSection) -> list[tuple[str, str]]:
+    """The algorithm, and what was chosen beyond its defaults."""
+    settings = f"client_lr {algorithm.client_lr:g}"
+    if algorithm.name != "fedsgd":
+        settings += f", local_epochs {algorithm.local_epochs}, batch_size {algorithm.batch_size}"
+    if algorithm.name == "fedprox":
+        settings += f", mu {algorithm.mu:g}"
+    if algorithm.gradient_clip is not None:
+        settings += f", gradient_clip {algorithm.gradient_clip:g}"
+    rows = [("algorithm", f"{algorithm.name}, {settings}")]
+    if algorithm.server != AverageSection():
+        rows.append(("server", _named_settings(algorithm.server.model_dump())))
+    for name in ("client_schedule", "server_schedule"):
+        schedule: ScheduleSection | None = getattr(algorithm, name)
+        if schedule is not None:
+            rows.append((name, _named_settings(schedule.model_dump())))
+    return rows
+
+
+def _named_settings(settings: Mapping[str, Any]) -> str:
+    """adam, server_lr 0.01, …; a schedule after a warm-up comes last."""
+    parts = [
+        f"{key} {_named_settings(cast('dict[str, Any]', value))}"
+        if isinstance(value, dict)
+        else f"{key} {value:g}"
+        for key, value in settings.items()
+        if key != "name"
+    ]
+    return ", ".join([str(settings["name"]), *parts])
+
+
+def outcome(cost: Cost) -> list[tuple[str, str]]:
+    """What a run gave, as names and values."""
+    uplink, downlink = (format_bytes(number) for number in cost.bytes)
+    pairs = [
+        ("rounds", str(cost.rounds)),
+        (
+            cost.metric,
+            f"best {format_score(cost.best)} in round {cost.best_round}, "
+            f"final {format_score(cost.final)}"
+            if cost.curve
+            else "no result: no evaluation gave a finite number",
+        ),
+        ("uplink, downlink", f"{uplink}, {downlink}"),
+        ("wall time", format_seconds(cost.seconds)),
+        ("run", str(cost.directory)),
+    ]
+    if cost.target is not None:
+        grid = "" if cost.to_target is None else f" (on the paper's grid {format_on_grid(cost)})"
+        pairs.insert(2, (f"rounds to {cost.target}", format_rounds(cost) + grid))
+    if cost.virtual_seconds is not None:
+        pairs.insert(-2, ("virtual time", format_seconds(cost.virtual_seconds)))
+        if cost.virtual_to_target is not None:
+            named = f"virtual time to {cost.target}"
+            pairs.insert(-2, (named, format_seconds(cost.virtual_to_target)))
+    if cost.bytes_to_target is not None:
+        up, down = (format_bytes(number) for number in cost.bytes_to_target)
+        pairs.insert(3, (f"uplink, downlink to {cost.target}", f"{up}, {down}"))
+    return pairs
+
+
+def per_client_table(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A header and a row for each client; of very many, for the worst by the first metric."""
+    shown = rows
+    if len(rows) > _CLIENTS_SHOWN and metrics:
+        shown = worst(rows, metrics[0], _WORST_SHOWN)
+    header = ("client", "trains with", "judged on", *metrics)
+    return header, [
+        (
+            row["client"],
+            str(row["train_examples"]),
+            str(row["judged_examples"]),
+            *(format_score(row[metric]) for metric in metrics),
+        )
+        for row in shown
+    ]
+
+
+def per_client_rows(metrics: Mapping[str, FederatedMetric]) -> list[tuple[str, str]]:
+    """A federated evaluation, as names and values."""
+    return [
+        (
+            f"{name} per client",
+            f"mean {format_score(metric.mean)}, weighted mean {format_score(metric.weighted_mean)}"
+            f", worst decile {format_score(metric.worst_decile)}",
+        )
+        for name, metric in metrics.items()
+    ] or [("per client", "this task has a loss only, which is not judged per client")]
+
+
+def _tallied(
+    rounds: Iterable[Round], history: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Round, Tally]]:
+    """Each round with the tally after it."""
+    tally: Tally | None = None
+    for round in rounds:
+        if tally is None:  # a killed run repeats the rounds after its last checkpoint
+            tally = Tally.of([line for line in history if line["round"] < round.number])
+        tally = tally.after(round)
+        yield round, tally
+
+
+def _write(out: TextIO, line: str) -> None:
+    out.write(line + "\n")
+    out.flush()
+
+
+def _time_left(recent: Collection[float], rounds: int) -> str:
+    if not recent or rounds == 0:
+        return ""
+    seconds = sum(recent) / len(recent) * rounds
+    return f"  about {format_seconds(seconds) if seconds >= 60 else f'{seconds:.0f} s'} left"

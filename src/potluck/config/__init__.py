@@ -1,0 +1,1 @@
+"""Experiment files, the settings of rounds, and the objects that both name."""

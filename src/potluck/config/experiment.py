@@ -1,0 +1,546 @@
+"""An experiment: everything that decides the numbers of a run, in one checked TOML file.
+
+The schema is strict: an unknown key, a wrong type or a value out of range is refused with its
+name, what was expected and, for an unknown key, the nearest right one. `potluck init` writes a
+commented example.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from potluck.config.explain import explain
+from potluck.core import Codec, ConfigError
+from potluck.core.text_files import read_text
+from potluck.core.validate import plain
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _named(default: str | None = None) -> Discriminator:
+    """Tells the sections of a union apart by their `name`."""
+
+    def name_of(value: Any) -> str | None:
+        if isinstance(value, dict):
+            given = cast("dict[str, Any]", value).get("name", default)
+            return None if given is None else str(given)
+        return getattr(value, "name", None)
+
+    return Discriminator(name_of)
+
+
+_Positive: TypeAlias = Annotated[float, Field(gt=0)]
+_Count: TypeAlias = Annotated[int, Field(ge=1)]
+
+
+class TaskSection(_Section):
+    """[task]: the data set and the model."""
+
+    data: Literal[
+        "mnist",
+        "digits",
+        "wisdm",
+        "shakespeare",
+        "pythonlib",
+        "folder",
+        "table",
+        "text",
+        "devices",
+    ]
+    model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
+    variant: Literal["clean", "paper"] | None = None
+    """For data = "shakespeare"; None is clean."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """For the LSTMs: the width of a layer; None is the paper's 256."""
+    loss: Literal["per-character", "per-step"] | None = None
+    """For text: what the loss is averaged over, the real characters (the default) or all steps."""
+    batches: Literal["by-length", "random"] | None = None
+    """For text: None is by-length."""
+    kind: Literal["classes", "regression", "multilabel"] | None = None
+    """For data = "folder" and "table": what the targets are; None asks the values."""
+    path: str | None = None
+    """For data = "folder", "table" and "text": where they are, relative to the experiment file. For
+    data = "devices", which are on devices alone: the JSON of their schema."""
+    client_column: str = "client"
+    """For data = "table", and "text" in a table."""
+    text_column: str | None = None
+    """For data = "text" in a table; None is text."""
+    symbols: Literal["bytes", "characters"] | None = None
+    """For data = "text"; None is bytes."""
+    steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """For data = "text": symbols in a row; None is 80."""
+    target_column: str | Annotated[list[str], Field(min_length=1)] = "target"
+    """For data = "table" and "folder", as all keys below; several are labels or quantities."""
+    missing: Literal["refuse", "mean", "median"] | float | None = None
+    """What a missing feature becomes; None refuses it."""
+    scale: Literal["none", "standard", "minmax", "pixels"] | None = None
+    """How features are scaled, over all clients; pixels are divided by 255."""
+    categories: Literal["refuse", "one-hot", "codes"] | None = None
+    """What columns of text become; None refuses them."""
+    split: Annotated[str, Field(pattern=r"^(shuffled|last|(time|group):.+)$")] | None = None
+    """Which examples are held out for the test; None is shuffled, of each class its share."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a client's examples; None is 0.2."""
+
+
+class PartitionSection(_Section):
+    """[partition]: how one data set becomes many clients."""
+
+    kind: Literal[
+        "iid", "shards", "dirichlet", "unbalanced", "writer", "user", "role", "module", "own"
+    ]
+    clients: Annotated[int, Field(ge=1)] = 100
+    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    sigma: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class AverageSection(_Section):
+    """[algorithm.server]: what the server does with the aggregate."""
+
+    name: Literal["average"] = "average"
+    server_lr: _Positive = 1.0
+
+
+class MomentumSection(_Section):
+    """FedAvgM, plain or looking ahead."""
+
+    name: Literal["momentum", "nesterov"]
+    server_lr: _Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class AdagradSection(_Section):
+    """FedAdagrad."""
+
+    name: Literal["adagrad"]
+    server_lr: _Positive
+    tau: _Positive = 1e-3
+
+
+class AdaptiveSection(_Section):
+    """FedAdam and FedYogi."""
+
+    name: Literal["adam", "yogi"]
+    server_lr: _Positive
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, le=1)] = 0.99
+    tau: _Positive = 1e-3
+
+
+ServerSection: TypeAlias = Annotated[
+    Annotated[AverageSection, Tag("average")]
+    | Annotated[MomentumSection, Tag("momentum")]
+    | Annotated[MomentumSection, Tag("nesterov")]
+    | Annotated[AdagradSection, Tag("adagrad")]
+    | Annotated[AdaptiveSection, Tag("adam")]
+    | Annotated[AdaptiveSection, Tag("yogi")],
+    _named("average"),
+]
+
+
+class ConstantSection(_Section):
+    """A schedule: the factor on a rate in each round; here always 1."""
+
+    name: Literal["constant"]
+
+
+class ExponentialSection(_Section):
+    """Times `decay` after every round."""
+
+    name: Literal["exponential"]
+    decay: Annotated[float, Field(gt=0, le=1)]
+
+
+class StepSection(_Section):
+    """Times `factor` after every `every` rounds."""
+
+    name: Literal["step"]
+    every: _Count
+    factor: Annotated[float, Field(gt=0, le=1)]
+
+
+class RampSection(_Section):
+    """Down to `floor` after `rounds` rounds, in a straight line or along a cosine."""
+
+    name: Literal["linear", "cosine"]
+    rounds: _Count
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+_AfterWarmup: TypeAlias = Annotated[
+    Annotated[ConstantSection, Tag("constant")]
+    | Annotated[ExponentialSection, Tag("exponential")]
+    | Annotated[StepSection, Tag("step")]
+    | Annotated[RampSection, Tag("linear")]
+    | Annotated[RampSection, Tag("cosine")],
+    _named(),
+]
+
+
+class WarmupSection(_Section):
+    """Up to 1 in the first `rounds` rounds, then another schedule."""
+
+    name: Literal["warmup"]
+    rounds: _Count
+    then: _AfterWarmup = ConstantSection(name="constant")
+
+
+ScheduleSection: TypeAlias = Annotated[
+    Annotated[ConstantSection, Tag("constant")]
+    | Annotated[ExponentialSection, Tag("exponential")]
+    | Annotated[StepSection, Tag("step")]
+    | Annotated[RampSection, Tag("linear")]
+    | Annotated[RampSection, Tag("cosine")]
+    | Annotated[WarmupSection, Tag("warmup")],
+    _named(),
+]
+
+
+class _RoundsSection(_Section):
+    """What every [algorithm] has."""
+
+    client_lr: _Positive
+    gradient_clip: _Positive | None = None
+    client_schedule: ScheduleSection | None = None
+    server: ServerSection = AverageSection()
+    server_schedule: ScheduleSection | None = None
+
+
+class FedAvgSection(_RoundsSection):
+    """[algorithm]: federated averaging."""
+
+    name: Literal["fedavg"] = "fedavg"
+    local_epochs: _Count = 1
+    batch_size: _Count | Literal["full"] = 10
+
+
+class FedSgdSection(_RoundsSection):
+    """Federated SGD: E = 1, B = ∞."""
+
+    name: Literal["fedsgd"]
+    local_epochs: Literal[1] = 1
+    batch_size: Literal["full"] = "full"
+
+
+class FedProxSection(_RoundsSection):
+    """FedProx."""
+
+    name: Literal["fedprox"]
+    mu: Annotated[float, Field(ge=0)]
+    local_epochs: _Count = 1
+    batch_size: _Count | Literal["full"] = 10
+
+
+class ScaffoldSection(_RoundsSection):
+    """SCAFFOLD."""
+
+    name: Literal["scaffold"]
+    local_epochs: _Count = 1
+    batch_size: _Count | Literal["full"] = 10
+
+
+AlgorithmSection: TypeAlias = Annotated[
+    Annotated[FedAvgSection, Tag("fedavg")]
+    | Annotated[FedSgdSection, Tag("fedsgd")]
+    | Annotated[FedProxSection, Tag("fedprox")]
+    | Annotated[ScaffoldSection, Tag("scaffold")],
+    _named("fedavg"),
+]
+
+
+class TargetSection(_Section):
+    """[run.target]: a metric, and the score at which a run has come far enough."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+class RunSection(_Section):
+    """[run]: rounds, cohorts and how they are executed."""
+
+    rounds: Annotated[int, Field(ge=1)]
+    cohort: Annotated[int, Field(ge=1)] | Annotated[float, Field(ge=0, le=1)] = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0
+    codec: Codec | None = None
+    """In which updates travel, simulated or real; None is float32."""
+    target: _Positive | TargetSection | None = None
+    """A number is an accuracy to reach from below, or, without accuracies, a loss from above."""
+    stop_at_target: bool = True
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    evaluate_train: Annotated[int, Field(ge=1)] | None = None
+    """Training examples on which the averaged model's loss is taken too: `train_loss`."""
+    executor: Literal["auto", "loop", "workers", "vmap", "ray"] = "workers"
+    workers: Annotated[int, Field(ge=1)] | None = None
+    device: str | None = None
+    """For executor = "vmap" and "auto": "cpu", "cuda", "cuda:1" or "auto", a GPU if there is one.
+    None is "cpu" for the first and "auto" for the second. For "ray": "cpu" or "cuda"."""
+    precision: Literal["float32", "tf32", "bf16"] | None = None
+    """Of products in local training; None is float32."""
+    ray_address: str | None = None
+    """For executor = "ray": "auto" or "ray://host:10001"; None starts a cluster on this machine."""
+    ray_local: Literal["auto", "loop", "vmap"] = "auto"
+    """How a worker of Ray trains its clients: one after another, side by side, or the faster."""
+    ray_gpus: Annotated[float, Field(gt=0)] = 1.0
+    """Of each worker of Ray, with device = "cuda"."""
+    skip_failures: bool = False
+
+
+_Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10**7)]
+
+
+class DevicesSection(_Section):
+    """[devices]: simulated devices, whose rounds take virtual time.
+
+    The keys from `selection` on are those of a server's rounds, with its defaults.
+    """
+
+    profile: Literal["ideal", "hospitals", "phones", "browsers"] | None = None
+    trace: str | None = None
+    """Instead of a profile: a CSV file, relative to the experiment file."""
+    trace_days: Annotated[int, Field(ge=1, le=366)] = 1
+    """After so many the windows of a trace come again."""
+    examples_per_second: _Positive | None = None
+    """Local training of this model on the middle device; None is the profile's round figure."""
+    utc_offsets: Annotated[list[Annotated[float, Field(ge=-12, le=14)]], Field(min_length=1)] = [
+        0.0
+    ]
+    """Hours; the time zones in which a profile's devices live."""
+    start_hour: Annotated[float, Field(ge=0, lt=24)] = 0.0
+    """The hour of the day, UTC, at which the run begins."""
+    selection: Literal["open", "sampled"] = "open"
+    minimum: Annotated[float, Field(gt=0, le=1)] = 0.8
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
+    selection_seconds: _Seconds = 120.0
+    report_seconds: _Seconds = 600.0
+    lease_seconds: _Seconds | None = None
+    pace_seconds: _Seconds = 10.0
+    attempts: Annotated[int, Field(ge=1)] = 3
+
+
+class ServeSection(_Section):
+    """[server]: what `potluck serve` does with the experiment; it decides no numbers of a model.
+
+    What is left out has the default that `potluck.server.RoundSettings` gives it, and is checked
+    there; `goal` is the experiment's cohort then.
+    """
+
+    selection: Literal["open", "sampled"] | None = None
+    goal: int | None = None
+    minimum: float | None = None
+    over_selection: float | None = None
+    population: int | None = None
+    selection_seconds: float | None = None
+    report_seconds: float | None = None
+    lease_seconds: float | None = None
+    pace_seconds: float | None = None
+    attempts: int | None = None
+    federated_every: int | None = None
+    max_weight: float | None = None
+    max_norm: float | None = None
+    max_weight_times: float | None = None
+    max_pull_times: float | None = None
+    needs_charging: bool | None = None
+    needs_idle: bool | None = None
+    needs_unmetered: bool | None = None
+    needs_memory_bytes: int | None = None
+    test: str | None = None
+    """A file of which all examples are for evaluation on the server, relative to the experiment
+    file; None: the data set's own test examples, of which there are none with data = "devices"."""
+    long_poll_seconds: Annotated[float, Field(ge=0, le=30)] = 25.0
+    """How long a check-in may wait for work before it is answered."""
+
+
+class Experiment(_Section):
+    """A whole experiment file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: TaskSection
+    partition: PartitionSection
+    algorithm: AlgorithmSection
+    run: RunSection
+    devices: DevicesSection | None = None
+    server: Annotated[ServeSection, Field(exclude=True)] = ServeSection()
+
+
+def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file, change it by `overrides` ("run.rounds=20"), and check it.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value in it is wrong.
+    """
+    path = Path(path)
+    advice = "Give an experiment; `potluck init` writes one, and data are named in it (task.path)."
+    content = read_toml(path, "an experiment", "Write one with `potluck init`.", advice)
+    for change in overrides:
+        override(content, change)
+    experiment = check_experiment(content, str(path))
+    return _with_absolute_paths(experiment, path.parent)
+
+
+def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
+    """Validate the content of an experiment file; `origin` names it in errors."""
+    experiment = validated(Experiment, content, origin)
+    _check_target(experiment.run.target, origin)
+    _check_device(experiment.run, origin)
+    if experiment.devices is not None:
+        _check_devices(experiment.devices, origin)
+    return experiment
+
+
+def read_toml(path: Path, what: str, if_missing: str, if_other: str) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, with what to do.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(
+            f"{what} must be a readable file, got path={str(path)!r} ({error.strerror}). "
+            f"{if_missing}"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}. {if_other}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def validated(model: type[M], content: dict[str, Any], origin: str) -> M:
+    """The content of a file as a `model`.
+
+    Raises:
+        ConfigError: all that is wrong with it, in words.
+    """
+    try:
+        return model.model_validate(plain(content))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, model)}") from None
+
+
+def _check_target(target: float | TargetSection | None, origin: str) -> None:
+    """What the schema cannot say: one bound."""
+    if isinstance(target, TargetSection) and (target.at_least is None) == (target.at_most is None):
+        raise ConfigError(
+            f"{origin}: run.target must have at_least or at_most, got "
+            f"at_least = {target.at_least}, at_most = {target.at_most}. Give one of the two: "
+            '{metric = "loss", at_most = 2.0}.'
+        )
+
+
+def _check_device(run: RunSection, origin: str) -> None:
+    """What the schema cannot say of [run]: the names of devices, and what goes with which."""
+    if run.device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
+        raise ConfigError(
+            f"{origin}: run.device must be 'cpu', 'cuda', 'cuda:<number>' or 'auto', got "
+            f"run.device = {run.device!r}. 'auto' takes a GPU if there is one."
+        )
+    if run.executor == "ray" and run.device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"{origin}: run.device must be 'cpu' or 'cuda' with run.executor = 'ray', got "
+            f"run.device = {run.device!r}. Ray says which GPUs a worker has."
+        )
+    if run.device not in (None, "cpu") and run.executor not in ("vmap", "auto", "ray"):
+        raise ConfigError(
+            f"{origin}: run.device must be left out with run.executor = {run.executor!r}, got "
+            f"run.device = {run.device!r}. Use run.executor = 'vmap' or 'auto'."
+        )
+    _check_precision(run, origin)
+
+
+def _check_precision(run: RunSection, origin: str) -> None:
+    """Which numbers go with which executor."""
+    got = (
+        f"got run.precision = {run.precision!r} with run.executor = {run.executor!r} and "
+        f"run.device = {run.device!r}"
+    )
+    on_gpu = run.executor in ("vmap", "ray") and run.device not in (None, "cpu")
+    if run.precision == "tf32" and not on_gpu:
+        raise ConfigError(
+            f"{origin}: run.precision must not be 'tf32' without a GPU that is named, {got}. Use "
+            "run.executor = 'vmap' and run.device = 'cuda'."
+        )
+    if run.precision == "bf16" and not on_gpu and run.executor in ("vmap", "auto"):
+        raise ConfigError(
+            f"{origin}: run.precision must not be 'bf16' with this executor and no GPU that is "
+            f"named, {got}. Use run.executor = 'workers', or run.device = 'cuda' with 'vmap'."
+        )
+
+
+def _check_devices(devices: DevicesSection, origin: str) -> None:
+    """What the schema cannot say: which keys of [devices] go together."""
+    if (devices.profile is None) == (devices.trace is None):
+        got = "both" if devices.trace is not None else "neither"
+        raise ConfigError(
+            f"{origin}: [devices] must have devices.profile or devices.trace, got {got}. "
+            "Give one of the two."
+        )
+    source, others = "a trace", ("examples_per_second", "utc_offsets")
+    if devices.trace is None:
+        source, others = "a profile", ("trace_days",)
+    for name in others:
+        if name in devices.model_fields_set:
+            raise ConfigError(
+                f"{origin}: devices.{name} must be left out with {source}, got devices.{name} = "
+                f"{getattr(devices, name)!r}. Remove it."
+            )
+
+
+def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
+    devices = experiment.devices
+    if devices is not None and devices.trace is not None:
+        trace = str((folder / devices.trace).resolve())
+        devices = devices.model_copy(update={"trace": trace})
+        experiment = experiment.model_copy(update={"devices": devices})
+    task = experiment.task
+    if experiment.server.test is not None:
+        test = str((folder / experiment.server.test).resolve())
+        server = experiment.server.model_copy(update={"test": test})
+        experiment = experiment.model_copy(update={"server": server})
+    if task.data not in ("folder", "table", "text", "devices"):
+        return experiment
+    if task.path is None:
+        raise ConfigError(
+            f"task.path must be given with task.data = {task.data!r}, got none. "
+            "Name the folder or the file, or with 'devices' the schema of their data."
+        )
+    absolute = str((folder / task.path).resolve())
+    return experiment.model_copy(update={"task": task.model_copy(update={"path": absolute})})
+
+
+def override(content: dict[str, Any], change: str) -> None:
+    """Change a value ("run.rounds=20") in the content of an experiment file.
+
+    Raises:
+        ConfigError: it does not look like that.
+    """
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"an override must look like run.rounds=20, got {change!r}. Put = between the two."
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    *path, last = key.strip().split(".")
+    table: dict[str, Any] = content
+    for part in path:
+        inner: Any = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{part} must be a table, got override={change!r}.")
+        table = cast("dict[str, Any]", inner)
+    table[last] = value

@@ -1,0 +1,263 @@
+"""From what each client brings, a table or two arrays, to federated data and their schema.
+
+First the targets of all clients are given one meaning. Then test examples are held out, the
+schema is computed from what is left, or a given one is taken, and applied to all rows alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.core import DataError
+from potluck.data.federated import Array, Examples, FederatedData
+from potluck.data.tables.columns import Column
+from potluck.data.tables.fitting import Given, Rules, fit_feature
+from potluck.data.tables.hold_out import HoldOut
+from potluck.data.tables.schema import Schema, array_column
+from potluck.data.tables.targets import Part, TargetKind, understand
+
+Rows = NDArray[np.int64]
+
+
+class Source(NamedTuple):
+    """What one client brings, or a test set, read but not prepared."""
+
+    where: str  # for messages
+    inputs: Array | Mapping[str, Column]  # an array of numbers, or the features of a table
+    targets: Array  # as they are written
+    by: Any = None  # a pandas Series, by which test examples are held out
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the user says of the data."""
+
+    name: str
+    kind: TargetKind | None = None
+    num_classes: int | None = None
+    rules: Rules = field(default_factory=Rules)
+    hold_out: HoldOut = field(default_factory=HoldOut)
+    schema: Schema | None = None  # instead of all but the name
+    targets: tuple[str, ...] = ()  # the columns of tables
+    needs_test: bool = True  # at least one test example
+    columns: bool = False  # classes may be [examples, 1]
+
+
+def assemble(
+    clients: Mapping[str, Source], tests: Source | Mapping[str, Source] | None, asked: Asked
+) -> FederatedData:
+    """Federated data of clients, with a shared test set, tests of their own, or held out ones.
+
+    Raises:
+        DataError: data that cannot be used; the message says where.
+    """
+    sources = list(clients.values())
+    if isinstance(tests, Source):
+        sources.append(tests)
+    elif tests is not None:
+        sources += tests.values()
+    for source in sources:
+        _check(source, sources[0], asked)
+    targets, schema, notes = _targets(sources, asked)
+    hold_out = schema.hold_out if isinstance(schema, Schema) else asked.hold_out
+    everything = [np.arange(source.num_examples) for source in sources]
+    train, held = everything[: len(clients)], [rows[:0] for rows in everything[: len(clients)]]
+    if tests is None:
+        # A device that is told no kind may have classes.
+        is_untold = asked.schema is None and not asked.needs_test
+        divided = [
+            hold_out.divide(source.targets if is_untold else values, source.by, source.where)
+            for source, values in zip(sources, targets, strict=True)
+        ]
+        train, held = [rows for rows, _ in divided], [rows for _, rows in divided]
+    if not isinstance(schema, Schema):
+        schema = _fitted(sources, train, schema, asked)
+    examples = [
+        Examples(_inputs(source, schema), values)
+        for source, values in zip(sources, targets, strict=True)
+    ]
+    return _packed(clients, tests, examples, train, held, schema, notes, asked)
+
+
+def _targets(
+    sources: Sequence[Source], asked: Asked
+) -> tuple[list[Array], Schema | dict[str, Any], tuple[str, ...]]:
+    """Targets, what is known of the schema by then, and what was taken for granted."""
+    if asked.schema is not None:
+        for source in sources:
+            asked.schema.check_is(isinstance(source.inputs, Mapping), source.where)
+        values = [asked.schema.targets_of(source.targets, source.where) for source in sources]
+        return values, asked.schema, ()
+    values, meaning = understand(
+        [Part(source.where, source.targets) for source in sources],
+        kind=asked.kind,
+        num_classes=asked.num_classes,
+        in_tables=bool(asked.targets),
+        columns=asked.columns,
+    )
+    classes = asked.targets or None if meaning.kind == "multilabel" else meaning.classes
+    known: dict[str, Any] = {
+        "kind": meaning.kind,
+        "num_classes": meaning.num_classes,
+        "classes": classes,
+        "targets": asked.targets,
+        "target_shape": values[0].shape[1:],
+        "hold_out": asked.hold_out,
+    }
+    return values, known, () if meaning.note is None else (meaning.note,)
+
+
+def _fitted(
+    sources: Sequence[Source], train: Sequence[Rows], known: Mapping[str, Any], asked: Asked
+) -> Schema:
+    inputs = sources[0].inputs
+    rules = asked.rules
+    if not isinstance(inputs, Mapping) and not _by_feature(inputs, rules, sources[0].where):
+        dtype, divisor = inputs.dtype, 255.0 if rules.scale == "pixels" else 1.0
+        is_float = dtype.kind == "f" or divisor != 1.0
+        return Schema.checked(
+            {
+                **known,
+                "input_shape": inputs.shape[1:],
+                "input_dtype": "float32" if is_float else "int64",
+                "divisor": divisor,
+            }
+        )
+    names = list(inputs) if isinstance(inputs, Mapping) else list(map(str, range(inputs.shape[1])))
+    columns = [_columns(source, names) for source in sources]
+    rows = [*train, *(np.arange(0) for _ in sources[len(train) :])]
+    features = [
+        fit_feature(
+            name,
+            [
+                Given(source.where, found[k], part)
+                for source, found, part in zip(sources, columns, rows, strict=True)
+            ],
+            rules,
+        )
+        for k, name in enumerate(names)
+    ]
+    width = sum(feature.width for feature in features)
+    return Schema.checked({**known, "features": tuple(features), "input_shape": (width,)})
+
+
+def _by_feature(inputs: Array, rules: Rules, where: str) -> bool:
+    """Whether arrays are filled and scaled, which rows of features alone can be."""
+    if rules.categories != "refuse":
+        raise DataError(
+            f"categories are columns of tables, got categories={rules.categories!r} for arrays "
+            f"in {where}. Leave it out."
+        )
+    if rules.missing == "refuse" and rules.scale in ("none", "pixels"):
+        return False
+    if inputs.ndim != 2:
+        raise DataError(
+            "inputs must be rows of features, [examples, features], to be filled or scaled with "
+            f"missing={rules.missing!r}, scale={rules.scale!r}, got shape={list(inputs.shape)} in "
+            f'{where}. Prepare them before; for images of 0 to 255 say scale = "pixels".'
+        )
+    return True
+
+
+def _columns(source: Source, names: Sequence[str]) -> list[Column]:
+    if isinstance(source.inputs, Mapping):
+        return [source.inputs[name] for name in names]
+    return [array_column(source.inputs[:, k]) for k in range(len(names))]
+
+
+def _inputs(source: Source, schema: Schema) -> Array:
+    if isinstance(source.inputs, Mapping):
+        columns = [source.inputs[feature.name] for feature in schema.features]
+        return schema.encode(columns, source.where)
+    return schema.inputs_of(source.inputs, source.where)
+
+
+def _packed(
+    clients: Mapping[str, Source],
+    tests: Source | Mapping[str, Source] | None,
+    examples: Sequence[Examples],
+    train: Sequence[Rows],
+    held: Sequence[Rows],
+    schema: Schema,
+    notes: tuple[str, ...],
+    asked: Asked,
+) -> FederatedData:
+    of_clients, of_tests = examples[: len(clients)], examples[len(clients) :]
+    packed, offsets = _joined(map(_taken, of_clients, train))
+    if isinstance(tests, Source):
+        tested, test_offsets = of_tests[0], None
+    else:
+        own = dict(zip(tests or (), of_tests, strict=True))
+        parts = zip(clients, of_clients, held, strict=True)
+        tested, test_offsets = _joined(
+            own.get(key, _taken(part, rows)) for key, part, rows in parts
+        )
+        if tested.num_examples == 0 and asked.needs_test:
+            raise DataError(
+                "there must be a test example, got none: a client with one example, or one group, "
+                "keeps it for training. Give `from_clients` a test set: test=(inputs, targets)."
+            )
+    return FederatedData(
+        name=asked.name,
+        train=packed,
+        offsets=offsets,
+        test=tested,
+        clients=tuple(clients),
+        num_classes=schema.num_classes,
+        test_offsets=test_offsets,
+        kind=schema.kind,
+        classes=schema.classes,
+        schema=schema,
+        notes=notes,
+    )
+
+
+def _check(source: Source, first: Source, asked: Asked) -> None:
+    """One shape and type for all; tables were checked by the names of their columns."""
+    if source.num_examples == 0:
+        raise DataError(f"{source.where} must have at least one example, got 0. Leave it out.")
+    pairs = [("targets", source.targets, first.targets)]
+    if isinstance(source.inputs, np.ndarray) and isinstance(first.inputs, np.ndarray):
+        pairs.insert(0, ("inputs", source.inputs, first.inputs))
+        if len(source.inputs) != source.num_examples:
+            raise DataError(
+                f"{source.where} must have one target for each input, got inputs="
+                f"{len(source.inputs)}, targets={source.num_examples}. "
+                "Give arrays of equal length."
+            )
+    # Any type of number will do where the user says what the targets are, or a table was read.
+    said = asked.kind is not None or asked.schema is not None or bool(asked.targets)
+    for what, got, expected in pairs:
+        types = {got.dtype.kind, expected.dtype.kind}
+        is_right = len(types) == 1 or (what == "targets" and (said or "U" in types))
+        if got.shape[1:] != expected.shape[1:] or not is_right:
+            raise DataError(
+                f"{what} must have one shape and type for all clients, {expected.shape[1:]} and "
+                f"{expected.dtype} as in {first.where}, got shape={got.shape[1:]}, "
+                f"dtype={got.dtype} in {source.where}. Convert them alike."
+            )
+
+
+def _taken(examples: Examples, rows: Rows) -> Examples:
+    if len(rows) == examples.num_examples:
+        return examples
+    return Examples(examples.inputs[rows], examples.targets[rows])
+
+
+def _joined(parts: Iterable[Examples]) -> tuple[Examples, NDArray[np.int64]]:
+    parts = list(parts)
+    ends = np.cumsum([part.num_examples for part in parts], dtype=np.int64)
+    joined = Examples(
+        np.concatenate([part.inputs for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+    )
+    return joined, np.concatenate([np.zeros(1, np.int64), ends])

@@ -1,0 +1,1 @@
+"""Rows and columns: what a file holds, and how it becomes numbers."""

@@ -1,0 +1,268 @@
+"""From files to arrays: reading `.npz`, `.csv` and `.parquet`, and splitting tables into columns.
+
+A table is a pandas `DataFrame`, untyped here. `potluck.data.own_data` calls these functions and
+checks what they return; they raise a `DataError` that names the file, the client and the column.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import zipfile
+import zlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from potluck.core import DataError
+from potluck.data.tables.client_names import client_name, client_names
+from potluck.data.tables.columns import Array, Column, is_hole, read_column
+from potluck.data.tables.csv_files import read_csv, rows_of
+from potluck.data.tables.row_places import Rows, numbered, place, table_rows
+from potluck.data.tables.targets import check_spaces
+
+NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
+_UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
+
+
+_SUFFIXES = (".csv", ".npz", ".parquet")
+
+
+class Located(NamedTuple):
+    """The table of one client, and where it is from, for messages."""
+
+    table: Any
+    where: str
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder, one a client, in the order of their names."""
+    if not folder.is_dir():
+        raise DataError(f"the folder of the clients must exist, got folder={str(folder)!r}.")
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if not paths:
+        raise DataError(
+            f"{folder} must hold a .npz, .csv or .parquet file for each client, got no files."
+        )
+    for path in paths:
+        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+            raise DataError(
+                f"{folder} must hold only .npz, .csv or .parquet files, got {path.name}. "
+                "Move it elsewhere."
+            )
+    called: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in called:
+            raise DataError(
+                f"the files of {folder} must differ in more than the case of their suffix, got "
+                f"{called[path.stem].name} and {path.name}, both for client {path.stem!r}. "
+                "Rename one."
+            )
+        called[path.stem] = path
+    client_names(called)
+    kinds = sorted({path.suffix.lower() for path in paths})
+    if len(kinds) > 1:
+        raise DataError(
+            f"the files in {folder} must be of one kind, got {' and '.join(kinds)}. "
+            "Convert them, or make a folder for each kind."
+        )
+    return paths
+
+
+def read_npz(path: Path) -> tuple[Array, Array]:
+    """The arrays `inputs` and `targets` of an `.npz` file; pickled objects are refused."""
+    try:
+        with path.open("rb") as stream:
+            arrays: Any = np.load(stream, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("a single array, as numpy.save writes it")
+            if not {"inputs", "targets"} <= set(arrays.files):
+                raise DataError(
+                    f"{path} must hold arrays called inputs and targets, "
+                    f"got {', '.join(arrays.files) or 'none'}. Write it with numpy.savez."
+                )
+            return arrays["inputs"], arrays["targets"]
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} must be a whole .npz file without pickled objects, got "
+            f"error={first_line(error)!r}. Write it anew with numpy.savez."
+        ) from error
+
+
+def read_table(path: Path, texts: Collection[str] = ()) -> Any:
+    """The table in a `.csv` or `.parquet` file, with the names of its columns checked.
+
+    Args:
+        texts: columns of a `.csv` file that are not made numbers or truth values.
+    """
+    pandas: Any = importlib.import_module("pandas")
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise DataError(
+            f"a table must be a file that is there, got path={str(path)!r}. Name another."
+        )
+    if suffix not in (".csv", ".parquet"):
+        raise DataError(
+            f"a table must be a .csv or .parquet file, got path={str(path)!r}. Save it as CSV."
+        )
+    try:
+        table = pandas.read_parquet(path) if suffix == ".parquet" else read_csv(path, texts)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"a table must be in a readable file, got path={str(path)!r} ({error.strerror}). "
+            "Name another."
+        ) from None
+    # pandas and pyarrow raise many kinds, none of which a user of ours should have to know.
+    except Exception as error:
+        raise DataError(
+            f"{path} must be a whole {suffix} file with one table, got "
+            f"error={first_line(error)!r}. Write it anew."
+        ) from error
+    return named(table, str(path))
+
+
+def read_tables(
+    paths: Sequence[Path], *, categories: bool, classes: Collection[str]
+) -> dict[str, Located]:
+    """The tables of many clients, called as their files.
+
+    A column of text in one `.csv` file may look like numbers or truth values in another, as wards
+    "1" and "3A" or answers "true" and "unknown" do; it is then text in all of them.
+
+    Args:
+        categories: whether text may be a feature; otherwise it is left for a message.
+        classes: columns of labels that are classes whatever they look like.
+    """
+    tables = {path: read_table(path) for path in paths}
+    types: dict[str, set[str]] = {}
+    found: dict[Path, dict[str, str]] = {}
+    for path, table in tables.items():
+        found[path] = {name: _type_of(table[name], rows_in(path)) for name in table.columns}
+        for name, kind in found[path].items():
+            types.setdefault(name, set()).add(kind)
+    texts = {
+        name
+        for name, kinds in types.items()
+        if "text" in kinds and (categories or name in classes or "number" not in kinds)
+    }
+    for path in paths:
+        odd = {name for name in texts if found[path].get(name) in ("number", "boolean")}
+        if odd and path.suffix.lower() == ".csv":
+            tables[path] = read_table(path, odd)
+    return {path.stem: Located(table, rows_in(path)) for path, table in tables.items()}
+
+
+def rows_in(path: Path) -> Rows:
+    """The rows of a file, for messages."""
+    is_csv = path.suffix.lower() == ".csv"
+    return rows_of(path) if is_csv else Rows.of_table(str(path), numbered)
+
+
+def _type_of(series: Any, where: str) -> str:
+    """Of a column; "none" where all of it is missing, also as "NA" and the like."""
+    kind, values, missing = read_column(series, where)
+    if missing.all() or (kind == "text" and all(map(is_hole, values[~missing]))):
+        return "none"
+    return kind
+
+
+def named(table: Any, where: str) -> Any:
+    """The same table with text as the names of its columns, all of them different.
+
+    A column without a name that numbers the rows, as `to_csv` writes the index, is left out, and
+    so is one without values; `attrs[NOTES]` of the table says so.
+    """
+    if table.columns.nlevels > 1:
+        raise DataError(
+            f"a column must have one name, got {table.columns.nlevels} levels of names in {where}, "
+            f"as {tuple(table.columns[0])!r}. Join them: table.columns.map('_'.join)."
+        )
+    names = ["" if name is None or name != name else str(name) for name in table.columns]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise DataError(
+                f"columns must have different names, got column {name!r} {names.count(name)} times "
+                f"in {where}. Rename or remove one."
+            )
+    kept, notes = list(range(len(names))), list(table.attrs.get(NOTES, ()))
+    for position, name in enumerate(names):
+        if _UNNAMED.fullmatch(name):
+            notes.append(_unnamed(table.iloc[:, position], position, where))
+            kept.remove(position)
+    result = table.iloc[:, kept].set_axis([names[position] for position in kept], axis=1)
+    if notes:
+        result.attrs[NOTES] = tuple(notes)
+    return result
+
+
+def _unnamed(series: Any, position: int, where: str) -> str:
+    """Why a column without a name is left out, in words, or an error."""
+    column = f"column {position} has no name"
+    if series.isna().all():
+        return f"{column} and no values: it is left out"
+    if position == 0 and getattr(series.dtype, "kind", "O") in "iu" and series.is_unique:
+        return f"{column} and numbers the rows: it is left out"
+    raise DataError(
+        f"every column must have a name, got none for column {position} of {where}. "
+        "Name it in the header, or remove it."
+    )
+
+
+def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
+    """The rows of each client, clients in the order of their first row.
+
+    The client may be a level of the table's index, as after `set_index` or `groupby`.
+    """
+    table, where = located
+    if client_column in table.index.names and client_column not in table.columns:
+        table = table.reset_index(level=client_column)
+    check_column(Located(table, where), client_column)
+    missing = np.flatnonzero(table[client_column].isna().to_numpy(np.bool_))
+    if len(missing) > 0:
+        raise DataError(
+            "every row must name its client, got none in "
+            f"{place(client_column, int(missing[0]), where)}. Fill it in, or remove the row."
+        )
+    keys = table[client_column].astype(object).map(client_name).to_numpy(dtype=object)
+    check_spaces(list(dict.fromkeys(keys)), "clients", where)
+    table = table.drop(columns=[client_column])
+    table.attrs = {}  # every column of every client would copy them
+    rows = table_rows(where)
+    groups = table.groupby(keys, sort=False)
+    return {
+        key: Located(part, rows.some(f"client {key!r}", groups.indices[key]))
+        for key, part in groups
+    }
+
+
+def check_column(located: Located, column: str) -> None:
+    """Raise a `DataError` unless the table has exactly one such column."""
+    names = list(located.table.columns)
+    if names.count(column) != 1:
+        got = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
+        raise DataError(
+            f"{located.where} must have one column {column!r}, got columns {got or 'none'}. "
+            "Rename one, or name another."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its details; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def first_text(column: Column) -> int:
+    """The row of the first text that is no number, or of the first text."""
+    rows = np.flatnonzero(~column.missing)
+    for row in rows:
+        try:
+            float(column.values[row])
+        except ValueError:
+            return int(row)
+    return int(rows[0])

@@ -1,0 +1,1 @@
+"""Demonstrations: gradients against averaging, and a server whose devices are killed."""

@@ -1,0 +1,26 @@
+"""Local training and evaluation of a task's model in PyTorch."""
+
+from potluck.engine.evaluation import (
+    Evaluator,
+    FederatedMetric,
+    evaluate,
+    evaluation_batches,
+    federated_evaluation,
+    means,
+)
+from potluck.engine.runtime import TorchRuntime
+from potluck.engine.task import Task, averaged_tensors, bind, spec_of
+
+__all__ = [
+    "Evaluator",
+    "FederatedMetric",
+    "Task",
+    "TorchRuntime",
+    "averaged_tensors",
+    "bind",
+    "evaluate",
+    "evaluation_batches",
+    "federated_evaluation",
+    "means",
+    "spec_of",
+]

@@ -1,0 +1,1 @@
+"""A user's module: what it may be, made once, copied, and put back."""

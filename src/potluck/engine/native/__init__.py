@@ -1,0 +1,1 @@
+"""Layers whose steps are compiled for the processor at hand."""

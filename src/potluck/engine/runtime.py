@@ -1,0 +1,218 @@
+"""Local training in PyTorch: the runtime that the simulator and devices with PyTorch share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from potluck.core import Correction, Spec, Vector
+from potluck.data.federated import Examples, lengths, trimmed
+from potluck.data.trees import called, mapped
+from potluck.engine.buffers import check_unaveraged, unaveraged
+from potluck.engine.corrected_step import CorrectedStep
+from potluck.engine.first_batch import checked_loss, in_words, outputs_of
+from potluck.engine.fused_sgd import SMALLEST, InPlaceLayers
+from potluck.engine.gradients import clear_gradients, gradients_of
+from potluck.engine.module.foreign import Foreign
+from potluck.engine.module.pristine import Pristine
+from potluck.engine.module.randomness import seed_generators
+from potluck.engine.module.variables import Variables
+from potluck.engine.precision import Precision, autocast, check_precision, floated
+from potluck.engine.task import Task, averaged_tensors, bind, in_training, spec_of
+from potluck.models.counting import counts_nothing, may_count_nothing
+
+_NO_CORRECTION = Correction()
+
+
+class TorchRuntime:
+    """One module, its weights in one vector, and local steps that change them in place.
+
+    It serves one client after another: `take` gives it a client's examples, and an algorithm's
+    `client_update` drives the rest. A step is `FedAvg.local_step` without its copies.
+
+    Args:
+        precision: "float32" or "bf16", for processors with bfloat16 products.
+        one_thread: whether PyTorch's kernels run on one thread in every step; then LSTMs are
+            compiled where they can be.
+        fused_from: how many weights a layer has at least that is fused with its step
+            (`potluck.engine.fused_sgd`); None fuses none, which is plain autograd: the oracle.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        precision: Precision = "float32",
+        *,
+        one_thread: bool = False,
+        fused_from: int | None = SMALLEST,
+    ) -> None:
+        check_precision(precision, torch.device("cpu"))
+        self._precision: Precision = precision
+        self.module, self._loss, _ = task.parts()
+        in_training(self.module)
+        self.spec: Spec = spec_of(self.module)
+        self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
+        bind(self.module, self._vector)
+        self._weights: Vector = self._vector.numpy()
+        self._views: dict[str, Tensor] = self.spec.unflatten(self._vector)
+        self._pristine = Pristine(self.module, dict(averaged_tensors(self.module)), self._loss)
+        self._variables = Variables.of(self.module, self._loss)
+        self._changed: str | None = None
+        self._foreign = Foreign(self.module)
+        self._unaveraged = unaveraged(self.module)
+        self._is_checked = False
+        self._may_skip = may_count_nothing(self._loss, task.data.train.targets)
+        self._padding = task.data.padding
+        self._by_length = task.batches == "by length"
+        self._losses: list[Tensor] = []
+        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self._layers: InPlaceLayers | None = None
+        if fused_from is not None:
+            layers = InPlaceLayers(self.module, precision, compiled=one_thread, smallest=fused_from)
+            self._layers = layers if layers.layers else None
+        self._pristine.adopt()
+        clear_gradients(self.module)
+        self._corrected = CorrectedStep(self.module, self._vector)
+        self._is_corrected = False
+
+    def take(self, examples: Examples) -> None:
+        """Use these examples from the next `begin` on."""
+        self._examples = examples
+        self._known = None if self._padding is None else lengths(examples.inputs, self._padding)
+
+    def lengths(self) -> NDArray[np.int64] | None:
+        """The lengths of the examples that were taken, if they are to share batches by it."""
+        return self._known if self._by_length else None
+
+    def recall(self) -> None:
+        """Nothing: steps are made when they are asked for."""
+
+    def begin(
+        self,
+        received: Vector,
+        order: NDArray[np.int64],
+        seed: int,
+        correction: Correction = _NO_CORRECTION,
+    ) -> None:
+        """Load the received weights and put the examples in order, so that batches are slices."""
+        self._load(order)
+        self._losses.clear()
+        self._pristine.restore()
+        self._variables.put_back()  # where a client failed
+        self._variables.keep()
+        self._weights[...] = received
+        self._is_corrected = self._corrected.begin(correction)
+        seed_generators(seed)
+
+    def step(self, batch: slice, lr: float) -> None:
+        """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place; no step for a batch in
+        which nothing counts.
+
+        Raises:
+            TaskError: model or loss does not keep its contract, or cannot be used on this batch.
+        """
+        if self._may_skip and counts_nothing(self._loss, self._targets[batch]):
+            return
+        if self._is_corrected:  # gradients must be seen whole before they are applied
+            with nullcontext() if self._layers is None else self._layers.plain():
+                loss = self._forward(batch)
+                self._foreign.look(loss)
+                self._corrected.descend(loss, lr)
+        else:
+            loss = self._forward(batch)
+            self._foreign.look(loss)
+            with nullcontext() if self._layers is None else self._layers.step(lr, loss):
+                gradients = gradients_of(loss, self._parameters)
+            self._descend(gradients, lr)
+        self._losses.append(loss.detach())
+
+    def end(self) -> tuple[Vector, float]:
+        """The local weights (a view, until the next `begin`) and the mean loss; NaN if nothing
+        counted.
+
+        Raises:
+            TypeError: the model wrote a number that is not averaged.
+        """
+        self._changed = self._variables.put_back()
+        self._pristine.read(self._views)
+        check_unaveraged(self.module, self._unaveraged)
+        if not self._losses:
+            return self._weights, float("nan")
+        return self._weights, float(torch.stack(self._losses).mean())
+
+    def changed(self) -> str | None:
+        """What the model wrote since `begin` beside its weights, statistics and counters, or into
+        them in another way than in place; see `Pristine.changed`."""
+        return self._changed or self._pristine.changed()
+
+    def _load(self, order: NDArray[np.int64]) -> None:
+        self._lengths = None if self._known is None else self._known[order]
+        self._inputs = mapped(
+            lambda array: torch.from_numpy(array.take(order, axis=0)), self._examples.inputs
+        )
+        self._targets = torch.from_numpy(self._examples.targets.take(order, axis=0))
+
+    def _forward(self, batch: slice) -> Tensor:
+        inputs, targets = mapped(lambda part: part[batch], self._inputs), self._targets[batch]
+        if self._lengths is not None:
+            inputs, targets = trimmed(inputs, targets, max(int(self._lengths[batch].max()), 1))
+        if self._precision == "float32":
+            outputs = outputs_of(self.module, inputs, targets)
+        else:
+            with autocast(self._precision, targets.device):
+                outputs = outputs_of(self.module, inputs, targets)
+            outputs = floated(outputs)
+        with in_words("the loss", None, outputs, targets):
+            if self._is_checked:
+                return self._loss(outputs, targets)
+            loss = checked_loss(self._loss, outputs, targets, trains=True)
+            self._is_checked = True
+            return loss
+
+    def _descend(self, gradients: Sequence[Tensor | None], lr: float) -> None:
+        with torch.no_grad():
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.add_(gradient, alpha=-lr)
+
+
+class Judged(nn.Module):
+    """A module and the loss of its outputs as one module, so that `functional_call` gives other
+    weights to both: to a loss that reads the module's parameters, too."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.module, self.loss, _ = task.parts()
+        in_training(self.module)
+
+    def forward(self, inputs: Any, targets: Tensor) -> Tensor:
+        """The loss of one batch."""
+        return self.loss(called(self.module, inputs), targets)
+
+    def at(self, tensors: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
+        """The same as a pure function of the module's tensors by name, but for what the model
+        writes into them."""
+        named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(self, named, (inputs, targets))
+
+
+def pure_loss(task: Task) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The task's loss as a pure function of (weights [dim], inputs, targets).
+
+    Unlike a runtime's step it has no state, so it can be differentiated, vectorised over clients
+    (`torch.func.vmap`) and exported.
+    """
+    judged = Judged(task)
+    spec = spec_of(judged.module)
+
+    def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return judged.at(spec.unflatten(weights), inputs, targets)
+
+    return loss

@@ -1,0 +1,1 @@
+"""Local training of many clients of a CPU as one program."""

@@ -1,0 +1,1 @@
+"""The operator's interface to a running server, and its client."""

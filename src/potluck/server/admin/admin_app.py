@@ -1,0 +1,232 @@
+"""What operators ask of a server, on a socket of its own and with a credential of their own.
+
+A device's signature means nothing here, and the credential nothing to the application for devices.
+Requests and answers are JSON; a refusal has the protocol's shape of an error.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as Path
+from starlette.types import ASGIApp
+
+from potluck.core import ProtocolError
+from potluck.core.plain_json import flat, plain
+from potluck.protocol import Invitation, encode_invitation, public_key
+from potluck.protocol.strict_json import encode_json, parse_json, refuse
+from potluck.server.http.device_app import error_handlers
+from potluck.server.http.handlers import Desk, refusals
+from potluck.server.http.middleware import measured
+from potluck.server.http.notifier import Bell
+from potluck.server.metrics import Meters
+
+MAX_BYTES = 4096
+_HASH = re.compile(r"[0-9a-f]{64}")
+_TOKENS = 10_000  # at once
+
+
+class AdminApp:
+    """The routes for operators."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        bell: Bell,
+        meters: Meters,
+        credential: str,
+        certificate: str | None,
+        invite: Callable[[], str],
+    ) -> None:
+        self._desk = desk
+        self._bell = bell
+        self._meters = meters
+        self._credential = credential.encode()
+        self._certificate = certificate
+        self._invite = invite
+
+    def asgi(self) -> ASGIApp:
+        """The application."""
+        handlers = error_handlers(self._desk.service.time.now)
+        app = Starlette(routes=self.paths(), exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return measured(app, self._meters)
+
+    def paths(self) -> list[Path]:
+        """All that is answered at the operators' socket."""
+        gets: dict[str, Callable[[], Any]] = {
+            "status": self._status,
+            "devices": lambda: self._desk.service.devices(self._desk.run),
+        }
+        posts: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "enroll": self._enroll,
+            "pause": self._pause,
+            "resume": self._resume,
+            "abandon": self._abandon,
+            "fall-back": self._fall_back,
+            "revoke": self._revoke,
+            "set": self._set,
+            "dashboard": lambda _: {"link": self._invite()},
+        }
+        paths = [
+            Path(f"/admin/{name}", self._get(do), methods=["GET"]) for name, do in gets.items()
+        ]
+        paths += [Path(f"/admin/{n}", self._post(do), methods=["POST"]) for n, do in posts.items()]
+        paths.append(Path("/admin/export", self._export, methods=["POST"]))
+        paths.append(Path("/admin/audit", self._audit, methods=["GET"]))
+        paths.append(Path("/admin/metrics", self._metrics, methods=["GET"]))
+        for path in paths:
+            path.methods = (path.methods or set()) - {"HEAD"}
+        return paths
+
+    def _get(self, do: Callable[[], Any]) -> Callable[[Request], Any]:
+        async def get(request: Request) -> Response:
+            self._check(request)
+            with refusals():
+                return _json(await run_in_threadpool(do))
+
+        return get
+
+    def _post(self, do: Callable[[dict[str, Any]], Any]) -> Callable[[Request], Any]:
+        async def post(request: Request) -> Response:
+            self._check(request)
+            asked = await _content(request)
+            with refusals():
+                answer = await run_in_threadpool(do, asked)
+            self._bell.wake()
+            return _json(answer)
+
+        return post
+
+    def _check(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, b"Bearer " + self._credential):
+            raise ProtocolError(
+                "unsigned", "an operator shows the credential of the server's folder. Use --home."
+            )
+
+    def _status(self) -> dict[str, Any]:
+        service, run = self._desk.service, self._desk.run
+        rounds, evaluations = service.history(run), service.evaluations(run)
+        told = {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
+        return service.status(run) | told | {"lowered": service.lowered(run)}
+
+    async def _audit(self, request: Request) -> Response:
+        self._check(request)
+        since = request.query_params.get("since")
+        if since is not None and _HASH.fullmatch(since) is None:
+            _refuse(
+                f"since must be a hash of 64 hex digits, got since={since!r:.80}. Copy it whole."
+            )
+        service = self._desk.service
+        with refusals():
+            found = await run_in_threadpool(service.verify_audit, since)
+            rows, last = await run_in_threadpool(service.audit_head)
+        broken = None if found is None else found._asdict()
+        return _json({"broken": broken, "rows": rows, "hash": last})
+
+    def _enroll(self, asked: dict[str, Any]) -> dict[str, Any]:
+        count = asked.get("count", 1)
+        if type(count) is not int or not 1 <= count <= _TOKENS:
+            _refuse(f"count must be between 1 and {_TOKENS}, got count={count!r:.40}. Ask twice.")
+        days = asked.get("days", 7)
+        if type(days) not in (int, float) or not 0 < days <= 3650:
+            _refuse(
+                f"days must be above 0 and at most 3650, got days={days!r:.40}. The default is 7."
+            )
+        made = self._desk.service.issue_tokens(
+            self._desk.run, count, valid_seconds=days * 86400.0, actor="admin"
+        )
+        return {"invitations": [self._invitation(token) for token in made]}
+
+    def _invitation(self, token: str) -> str:
+        invitation = Invitation(
+            token=token,
+            run=self._desk.name,
+            server_key=public_key(self._desk.key).hex(),
+            certificate=self._certificate,
+        )
+        return encode_invitation(invitation)
+
+    def _pause(self, asked: dict[str, Any]) -> dict[str, Any]:
+        reason = _word(asked, "reason", "an operator paused it")
+        self._desk.service.pause(self._desk.run, reason, actor="admin")
+        return {}
+
+    def _resume(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._desk.service.resume(self._desk.run, actor="admin")
+        return {}
+
+    def _abandon(self, asked: dict[str, Any]) -> dict[str, Any]:
+        reason = _word(asked, "reason", "an operator abandoned it")
+        self._desk.service.abandon(self._desk.run, reason, actor="admin")
+        return {}
+
+    def _fall_back(self, asked: dict[str, Any]) -> dict[str, Any]:
+        version = _version(asked)
+        found, now = self._desk.service.fall_back(self._desk.run, version, actor="admin")
+        return {"version": found, "now": now}
+
+    def _revoke(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._desk.service.revoke(_word(asked, "device", ""), actor="admin")
+        return {}
+
+    def _set(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return self._desk.service.change(self._desk.run, flat(asked), actor="admin")
+
+    async def _export(self, request: Request) -> Response:
+        self._check(request)
+        version = _version(await _content(request))
+
+        def export() -> bytes:
+            return self._desk.service.export(self._desk.run, version, actor="admin")
+
+        with refusals():
+            content = await run_in_threadpool(export)
+        return Response(content, media_type="application/octet-stream")
+
+    async def _metrics(self, request: Request) -> Response:
+        self._check(request)
+        return Response(self._meters.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _content(request: Request) -> dict[str, Any]:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BYTES:
+            raise ProtocolError("too_large", f"the body must be at most {MAX_BYTES} bytes.")
+    asked = parse_json(bytes(body) or b"{}", MAX_BYTES)
+    if not isinstance(asked, dict):
+        refuse("the body must be a JSON object, got another value")
+    return asked  # pyright: ignore[reportUnknownVariableType]
+
+
+def _refuse(what: str) -> NoReturn:
+    """Refuse a value that an operator gave."""
+    raise ProtocolError("malformed", what)
+
+
+def _word(asked: dict[str, Any], name: str, default: str) -> str:
+    value = asked.get(name, default)
+    if not isinstance(value, str) or len(value) > 500 or "\0" in value:  # no database keeps it
+        refuse(f"{name} must be a text of at most 500 characters, got {value!r:.40}")
+    return value
+
+
+def _version(asked: dict[str, Any]) -> int | None:
+    version = asked.get("version")
+    if version is not None and (type(version) is not int or version < 0):
+        refuse(f"version must be a number from 0 on, got version={version!r:.40}")
+    return version
+
+
+def _json(value: Any) -> Response:
+    return Response(encode_json(plain(value)), media_type="application/json")

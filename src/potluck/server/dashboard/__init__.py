@@ -1,0 +1,1 @@
+"""The operator's pages: queries, rendering, events and signing in."""

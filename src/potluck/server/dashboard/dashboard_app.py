@@ -1,0 +1,223 @@
+"""The operator's dashboard, at the address that devices come to.
+
+    GET  /dashboard            the page, for a session; others are sent to sign in
+    GET  /dashboard/events     what changes on it, for a session
+    GET  /dashboard/sign-in    a form for a key; a link brings it behind #, which no log sees
+    POST /dashboard/sign-in    a key for a session, which is a cookie
+    POST /dashboard/sign-out
+    GET  /dashboard/style.css, script.js, icon.svg
+
+It shows, and changes nothing. A device's signature means nothing here. Browsers are told to load
+nothing from elsewhere, to be framed by nobody, and to keep nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qs
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route as Path
+
+from potluck.core import ProtocolError
+from potluck.server.dashboard.events import Snapshot, Watch
+from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.sign_in import (
+    SESSION_SECONDS,
+    Throttle,
+    is_session,
+    issue_key,
+    sessions_of,
+    sign_in,
+    sign_out,
+)
+from potluck.server.http.admission import Slots
+from potluck.server.http.device_app import error_response
+from potluck.server.http.handlers import Desk
+from potluck.server.http.listening import prove
+from potluck.server.http.notifier import Bell
+
+MAX_STREAMS = 200
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+_MAX_FORM_BYTES = 1024
+_FORM_SECONDS = 10.0
+_FILES = {"style.css": "text/css", "script.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class Dashboard:
+    """The pages of one run. The streams need a running event loop."""
+
+    def __init__(self, desk: Desk, bell: Bell, address: str) -> None:
+        self._service, self._run = desk.service, desk.run
+        self._address = address
+        self._is_secure = address.startswith("https:")
+        name = f"potluck-{hashlib.sha256(desk.run.encode()).hexdigest()[:8]}"
+        self.cookie = f"__Host-{name}" if self._is_secure else name
+        self._showing = Showing(desk.service, desk.run)
+        self._watch = Watch(self._look, bell)
+        self._viewers: Counter[str] = Counter()  # streams, by session
+        self._over: set[str] = set()
+        self._throttle = Throttle(time.monotonic)
+        self._slots = Slots(8, waiting=64, seconds=10.0)
+        self.num_streams = 0
+
+    def invite(self) -> str:
+        """A link that signs in, once."""
+        now = self._service.time.now()
+        key = issue_key(self._service.database, self._run, now, actor="admin")
+        return f"{self._address}/dashboard/sign-in#{key}"
+
+    def paths(self) -> list[Path]:
+        """The routes."""
+        gets: dict[str, Endpoint] = {"": self._page, "/events": self._events}
+        gets |= {f"/{name}": _file(name) for name in _FILES}
+        posts: dict[str, Endpoint] = {"/sign-out": self._sign_out}
+        made = [_path(name, {"GET": endpoint}) for name, endpoint in gets.items()]
+        made += [_path(name, {"POST": endpoint}) for name, endpoint in posts.items()]
+        return [*made, _path("/sign-in", {"GET": self._form, "POST": self._sign_in})]
+
+    async def _page(self, request: Request) -> Response:
+        async with self._slots:
+            if not await self._knows(request):
+                return RedirectResponse("/dashboard/sign-in", 303)
+            snapshot = await self._watch.snapshot()
+            return HTMLResponse(await run_in_threadpool(self._showing.page, snapshot))
+
+    async def _events(self, request: Request) -> Response:
+        async with self._slots:
+            if not await self._knows(request):
+                raise ProtocolError("unsigned", "sign in first: potluck dashboard prints a link.")
+        if self.num_streams >= MAX_STREAMS:
+            raise ProtocolError("overloaded", "too many look at the dashboard. Come back later.")
+        seen = request.headers.get("last-event-id") or request.query_params.get("seen", "")
+        session = request.cookies[self.cookie]
+        return StreamingResponse(self._stream(seen, session), media_type="text/event-stream")
+
+    async def _stream(self, seen: str, session: str) -> AsyncGenerator[bytes]:
+        self.num_streams += 1
+        self._viewers[session] += 1
+        try:
+            async for piece in self._watch.events(seen, lambda: session not in self._over):
+                yield piece
+        finally:
+            self.num_streams -= 1
+            self._viewers -= Counter([session])
+
+    def _look(self) -> Snapshot:
+        """A look at the database: at the run, and at who may still see it."""
+        viewers, now = set(self._viewers), self._service.time.now()
+        self._over = viewers - sessions_of(self._service.database, self._run, viewers, now)
+        return self._showing.look()
+
+    async def _form(self, request: Request) -> Response:
+        return HTMLResponse(self._showing.sign_in())
+
+    async def _sign_in(self, request: Request) -> Response:
+        _check_origin(request)
+        address = request.client.host if request.client else ""
+        key = await _key(request)
+        async with self._slots:
+            now = self._service.time.now()
+            session = await run_in_threadpool(sign_in, self._service.database, self._run, key, now)
+        if session is None and not self._throttle.left(address):
+            told = "Too many wrong keys. Wait a minute."
+            return HTMLResponse(self._showing.sign_in(told), 429, {"Retry-After": "60"})
+        if session is None:
+            self._throttle.wrong(address)
+            told = "This key is unknown, used or too old. Ask for a link with: potluck dashboard"
+            return HTMLResponse(self._showing.sign_in(told), 401)
+        answer = RedirectResponse("/dashboard", 303)
+        answer.set_cookie(self.cookie, session, max_age=SESSION_SECONDS, **self._kind())
+        return answer
+
+    async def _sign_out(self, request: Request) -> Response:
+        _check_origin(request)
+        session, now = request.cookies.get(self.cookie, ""), self._service.time.now()
+        async with self._slots:
+            await run_in_threadpool(sign_out, self._service.database, self._run, session, now)
+        answer = RedirectResponse("/dashboard/sign-in", 303)
+        answer.delete_cookie(self.cookie, **self._kind())
+        return answer
+
+    async def _knows(self, request: Request) -> bool:
+        session, now = request.cookies.get(self.cookie, ""), self._service.time.now()
+        database = self._service.database
+        is_known = await run_in_threadpool(is_session, database, self._run, session, now)
+        if is_known:
+            prove(request.scope, "session " + hashlib.sha256(session.encode()).hexdigest()[:16])
+        return is_known
+
+    def _kind(self) -> dict[str, Any]:
+        return {"path": "/", "secure": self._is_secure, "httponly": True, "samesite": "strict"}
+
+
+def _file(name: str) -> Endpoint:
+    async def serve(_: Request) -> Response:
+        file = files("potluck.server.dashboard").joinpath("pages", name)
+        return Response(await run_in_threadpool(file.read_bytes), media_type=_FILES[name])
+
+    return serve
+
+
+def _path(name: str, endpoints: dict[str, Endpoint]) -> Path:
+    async def serve(request: Request) -> Response:
+        try:
+            answer = await endpoints[request.method](request)
+        except ProtocolError as error:
+            code: Any = error.code
+            answer = error_response(code, str(error))
+        answer.headers.update(HEADERS)
+        return answer
+
+    made = Path(f"/dashboard{name}", serve, methods=list(endpoints))
+    made.methods = set(endpoints)  # without the HEAD that comes along with GET
+    return made
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse what another site's page sends; browsers say it, and others have no cookie."""
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise ProtocolError("unsigned", "the request must come from the dashboard's own page.")
+
+
+async def _key(request: Request) -> str:
+    """The key in a form.
+
+    Raises:
+        ProtocolError: malformed, media, too_large.
+    """
+    if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+        raise ProtocolError("media", "the body must be a form. Use the page.")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_FORM_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > _MAX_FORM_BYTES:
+                    raise ProtocolError(
+                        "too_large", f"the form must have at most {_MAX_FORM_BYTES} bytes."
+                    )
+    except (TimeoutError, ClientDisconnect):
+        raise ProtocolError("malformed", "the form must arrive in time. Try again.") from None
+    found = parse_qs(body.decode("latin-1"), max_num_fields=4).get("key", [""])
+    return found[0].strip()

@@ -1,0 +1,404 @@
+"""The application that devices talk to: the protocol's routes over the desk of one run.
+
+Thin: a small body is read, the gate lets the request in, its message is parsed, the desk answers in
+a thread. No slot is held while a client is waited for: check-ins wait for work (long poll) outside
+of them, until a transition rings or their time is over, and large bodies have places of their own.
+Every error, on every path, is one message of the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import time
+from collections.abc import Collection, Generator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as Path
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from potluck.core import ProtocolError, StorageError
+from potluck.protocol import (
+    ROUTES,
+    STATUS,
+    Accepted,
+    CheckIn,
+    Claim,
+    Error,
+    ErrorCode,
+    Message,
+    Preview,
+    Report,
+    Route,
+    Wait,
+    encode_message,
+    parse_offset,
+    public_key,
+)
+from potluck.server.http.admission import Shares, Slots
+from potluck.server.http.authenticate import Gate, claim_of
+from potluck.server.http.batching import GATHER_SECONDS, Batches
+from potluck.server.http.bodies import (
+    check_digest,
+    check_form,
+    message_in,
+    read_large,
+    read_small,
+)
+from potluck.server.http.fast_routes import Place, direct
+from potluck.server.http.handlers import Desk, answer, refusals
+from potluck.server.http.middleware import measured
+from potluck.server.http.model_answers import LARGE_BYTES, hung_up, model_answer
+from potluck.server.http.notifier import Bell
+from potluck.server.http.retry_after import LEAST_SECONDS, Pressure
+from potluck.server.http.transfers import Transfers
+from potluck.server.http.upload_places import PLACES, Places
+from potluck.server.metrics import Meters
+
+HEALTH = "/health"
+_LOG = logging.getLogger("potluck.server")
+_MAX_POLLS = 20_000
+_RETRY_SECONDS: dict[ErrorCode, float] = {
+    "overloaded": LEAST_SECONDS,
+    "unavailable": 5.0,
+    "internal": 5.0,
+}
+_KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
+"""Said to a device that is known, of a body whose length was right: the connection goes on."""
+_HEX = re.compile(r"[0-9a-f]{32,64}")
+
+
+class Waiting(NamedTuple):
+    """A check-in that found no work, and may wait for some."""
+
+    message: CheckIn
+    answer: Message
+    rings: int
+    """Of the bell, before the answer was looked for."""
+
+
+class DeviceApp:
+    """The routes for devices. It needs a running event loop."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        bell: Bell,
+        meters: Meters,
+        *,
+        names: Collection[str] = (),
+        long_poll_seconds: float = 25.0,
+    ) -> None:
+        self.desk = desk
+        self.bell = bell
+        self.meters = meters
+        self.slots = Slots(48, waiting=3000, seconds=20.0)  # a few seconds of one core's work
+        self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
+        self.shares = Shares()
+        self.places = Places()
+        # A chunk of 1 MiB each, at most of 4, so that no device with a place has to wait.
+        self.uploads = Transfers(Slots(PLACES, waiting=4000, seconds=60.0))
+        self.downloads = Transfers(Slots(64, waiting=4000, seconds=60.0))  # a piece of a blob each
+        self.gate = Gate(desk.service, desk.run, public_key(desk.key), names)
+        self.long_poll_seconds = long_poll_seconds
+        self._polls = 0
+        self._check_ins: Batches[Any, Message] = Batches(desk.check_ins, GATHER_SECONDS)
+        self._arrivals: Batches[Any, Message] = Batches(desk.take_in, GATHER_SECONDS)
+
+    def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
+        """The application; `others` are paths that are not for devices."""
+        handlers = error_handlers(self.desk.service.time.now)
+        app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        places = {
+            (route.method, path): Place(path, partial(self._endpoint, route=route))
+            for route in ROUTES
+            for path in [route.path.partition("?")[0]]
+        }
+        inner = direct(app, places, handlers)
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await inner(scope, receive, send)
+            finally:
+                self.shares.leave(scope)
+
+        return measured(counted, self.meters)
+
+    def paths(self) -> list[Path]:
+        """All that is answered to devices."""
+        by_path: dict[str, list[Route]] = {}
+        for route in ROUTES:
+            by_path.setdefault(route.path.partition("?")[0], []).append(route)
+        paths = [_path(path, self._endpoint, routes) for path, routes in by_path.items()]
+        return [*paths, _path(HEALTH, self._health, ["GET"])]
+
+    async def _endpoint(self, request: Request, route: Route) -> Response:
+        claim = claim_of(request)
+        body = await read_small(request, route)
+        if route.caller == "newcomer":
+            return await self._enrol(request, route, claim, body)
+        if route.request is CheckIn or route.request is Report:
+            return await self._with_claim(request, route, route.request, claim, body)
+        async with self.slots:
+            await self.gate.admit(request, claim)
+            self.shares.enter(request.scope, claim.device)
+            if route.request != "bytes":
+                return await self._answer(request, route, claim, body)
+            upload = _upload(request)
+            offset = parse_offset(request.scope["query_string"])
+            length = check_form(request, route)
+            # 409 and 404 before the body.
+            before = await run_in_threadpool(self.desk.stands, claim.device, upload)
+            put = partial(self._put, claim, upload, offset, before)
+            if body is not None:
+                return await put(body)
+        async with self.uploads.of(claim.device, claim.sequence) as transfer:
+            return await put(await read_large(request, length, transfer))
+
+    async def _answer(
+        self, request: Request, route: Route, claim: Claim, body: bytearray | None
+    ) -> Response:
+        device = claim.device
+        _no_query(request)
+        if isinstance(route.request, type):
+            message = message_in(request, route, route.request, claim, body)
+            return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
+        check_form(request, route)
+        if "sha256" in request.path_params:
+            return await self._model(request, claim, request.path_params["sha256"])
+        return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
+
+    async def _enrol(
+        self, request: Request, route: Route, claim: Claim, body: bytearray | None
+    ) -> Response:
+        async with self.strangers:
+            _no_query(request)
+            message = await self.gate.admit_newcomer(request, route, claim, body)
+            if isinstance(message, Preview):  # nothing is noted: it changes nothing
+                return _json(await run_in_threadpool(self.desk.preview, message))
+            enrolled = await run_in_threadpool(self.desk.enrol, message)
+            self.shares.enter(request.scope, claim.device)
+            await self.gate.note(claim)
+        self.bell.wake()
+        return _json(enrolled)
+
+    async def _with_claim(
+        self,
+        request: Request,
+        route: Route,
+        kind: type[CheckIn] | type[Report],
+        claim: Claim,
+        body: bytearray | None,
+    ) -> Response:
+        """A message whose request is noted in the transaction that does what it asks for."""
+        async with self.slots:
+            await self.gate.verify(request, claim)
+            self.shares.enter(request.scope, claim.device)
+            try:
+                _no_query(request)
+                message = message_in(request, route, kind, claim, body)
+            except ProtocolError:
+                await self.gate.note(claim)  # a replay is told that it is one, whatever it holds
+                raise
+            rings = self.bell.rings
+            if isinstance(message, CheckIn):
+                asked = (claim.device, claim.sequence, message)
+                given = await self._noted(claim, self._check_ins, asked)
+            elif message.update is not None:
+                self.meters.received(message.length_bytes)
+                return _json(await self._noted(claim, self._arrivals, (claim, message)))
+            else:
+                await self.gate.note(claim)
+                given = message
+        if isinstance(given, Report):
+            return await self._announce(claim, given)
+        if isinstance(message, CheckIn) and self._may_poll(given):
+            return await self._poll(request, claim.device, Waiting(message, given, rings))
+        return _json(given)
+
+    async def _noted(self, claim: Claim, batches: Batches[Any, Message], item: Any) -> Message:
+        with self.gate.noting(claim):
+            return await batches.do(item)
+
+    async def _announce(self, claim: Claim, message: Report) -> Response:
+        """What is announced is not sent before there is a place."""
+        await self.places.enter(claim.device)
+        async with self.slots:
+            with self._leaving(claim.device):
+                given = await run_in_threadpool(answer, self.desk, claim.device, message, "")
+        return self._stood(claim.device, given)
+
+    @contextlib.contextmanager
+    def _leaving(self, device: str) -> Generator[None]:
+        """What is refused needs no place."""
+        try:
+            yield
+        except ProtocolError:
+            self.places.leave(device)
+            raise
+
+    def _stood(self, device: str, given: Message) -> Response:
+        """The answer to a part of an upload; after the last, the connection keeps no buffers."""
+        self.places.hear(device)
+        if not isinstance(given, Accepted):
+            return _json(given)
+        self.places.leave(device)
+        response = _json(given)
+        if self.desk.spec.num_bytes > LARGE_BYTES:
+            response.headers["Connection"] = "close"
+        return response
+
+    async def _put(
+        self, claim: Claim, upload: str, offset: int, before: Any, data: bytearray
+    ) -> Response:
+        """Append a chunk to an upload that stood so `before` its body was read."""
+        check_digest(data, claim)
+        self.meters.received(len(data))
+        chunk = self.desk.chunk
+        with self._leaving(claim.device):
+            given = await run_in_threadpool(chunk, claim.device, upload, offset, data, before)
+        return self._stood(claim.device, given)
+
+    def _may_poll(self, given: Message) -> bool:
+        waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
+        return waits and self.long_poll_seconds > 0 and self._polls < _MAX_POLLS
+
+    async def _poll(self, request: Request, device: str, waiting: Waiting) -> Response:
+        """Ask again whenever something has changed, until there is work or the time is over."""
+        end = time.monotonic() + self.long_poll_seconds
+        self._polls += 1
+        self.meters.polls(self._polls)
+        gone = asyncio.create_task(hung_up(request.receive))
+        message, given, rings = waiting
+        try:
+            while self._may_poll(given) and not self.bell.closed:
+                if self.bell.rings == rings:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        break
+                    await self.bell.next_ring(left, gone)
+                if gone.done():  # a slot of the round would be lost on it
+                    return Response(status_code=499)
+                rings = self.bell.rings
+                given = await self._check_ins.do((device, None, message))
+            return _json(given)
+        finally:
+            gone.cancel()
+            self._polls -= 1
+            self.meters.polls(self._polls)
+
+    async def _model(self, request: Request, claim: Claim, sha256: str) -> Response:
+        if len(sha256) != 64 or _HEX.fullmatch(sha256) is None:
+            raise ProtocolError("not_found", "no such model. Take its name from the manifest.")
+        service = self.desk.service
+        with refusals():
+            model = await run_in_threadpool(service.find_model, self.desk.run, sha256)
+        read = partial(service.pieces, self.desk.run)
+        answer = model_answer(request, claim, read, model, self.downloads)
+        self.meters.sent(int(answer.headers["Content-Length"]))
+        return answer
+
+    async def _health(self, request: Request, _: str) -> Response:
+        _no_query(request)
+        return Response('{"status":"ok"}', media_type="application/json")
+
+
+def error_handlers(now: Any) -> dict[Any, Any]:
+    """What every exception is answered with: one message of the protocol."""
+    pressure = Pressure()
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ProtocolError)
+        code: Any = error.code if error.code in STATUS else "malformed"
+        retry = pressure.refuse() if code == "overloaded" else None
+        response = error_response(code, str(error), now() if code == "clock" else None, retry)
+        if code == "overloaded" and _is_small(
+            request
+        ):  # or a handshake would follow, which costs more
+            del response.headers["Connection"]
+        return response
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code: ErrorCode = "method" if error.status_code == 405 else "not_found"
+        told = f"{request.method} {request.scope['path']}"[:200]
+        response = error_response(code, f"no such path or method: {told}. See docs/protocol.md.")
+        response.headers.update({"Connection": "close", **(error.headers or {})})
+        return response
+
+    async def storage(request: Request, error: Exception) -> Response:
+        _LOG.error("storage", extra={"reason": str(error)})
+        return error_response("unavailable", "the server cannot read or write now. Try again.")
+
+    async def internal(request: Request, error: Exception) -> Response:
+        return error_response("internal", "the server has a fault. Try again later.")
+
+    return {
+        ProtocolError: refused,
+        HTTPException: http,
+        StorageError: storage,
+        Exception: internal,
+    }
+
+
+def error_response(
+    code: ErrorCode,
+    message: str,
+    server_time_ms: int | None = None,
+    retry_after_seconds: float | None = None,
+) -> Response:
+    """The one shape of every answer that is not a success."""
+    retry = retry_after_seconds or _RETRY_SECONDS.get(code)
+    error = Error(
+        code=code,
+        message=message[:1000],
+        retry_after_seconds=retry,
+        server_time_ms=server_time_ms,
+    )
+    headers = {} if retry is None else {"Retry-After": str(math.ceil(retry))}
+    if code not in _KEEPING:
+        headers["Connection"] = "close"  # what is left of the body is not read to its end
+    return Response(encode_message(error), STATUS[code], headers, "application/json")
+
+
+def _path(path: str, endpoint: Any, routes: list[Any]) -> Path:
+    by_method = {getattr(route, "method", route): route for route in routes}
+
+    async def serve(request: Request) -> Response:
+        return await endpoint(request, by_method[request.method])
+
+    made = Path(path, serve, methods=list(by_method))
+    made.methods = set(by_method)  # without the HEAD that comes along with GET
+    return made
+
+
+def _is_small(request: Request) -> bool:
+    """Whether what was not read of a body may be passed over."""
+    length = request.headers.get("content-length", "0")
+    return length.isdecimal() and int(length) <= 4096 and "transfer-encoding" not in request.headers
+
+
+def _json(message: Message) -> Response:
+    return Response(encode_message(message), media_type="application/json")
+
+
+def _upload(request: Request) -> str:
+    upload: str = request.path_params["upload"]
+    if len(upload) != 32 or _HEX.fullmatch(upload) is None:
+        raise ProtocolError("not_found", "no such upload. Report again.")
+    return upload
+
+
+def _no_query(request: Request) -> None:
+    if request.scope["query_string"]:
+        raise ProtocolError("malformed", "this path has no query, got one. Leave it out.")

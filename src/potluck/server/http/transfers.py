@@ -1,0 +1,137 @@
+"""Large bodies on their way, in one direction: how many at once, and which are too slow to go on.
+
+Each holds memory until it is through, so their number is limited, and a body that stands still must
+not keep others waiting. A device has one at a time: a newer one ends the older, which broke off
+unnoticed, or is there to hold a place. All must move at the least rate. While others wait, the
+slowest of those below the fair rate end first. What ends is tried again by its device.
+
+The rate of a transfer is a mean over the last `_MEMORY` seconds or so. It starts at twice the fair
+rate, so a pause is forgiven as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+
+from potluck.core import ProtocolError
+from potluck.server.http.admission import Slots
+
+LEAST_RATE = 8_192.0
+"""Bytes a second of every body: a chunk of 1 MiB takes two minutes at most."""
+FAIR_RATE = 16_384.0
+"""Bytes a second, from which on a body is never ended for others."""
+_MEMORY = 16.0
+_LOOK_SECONDS = 1.0
+
+
+class Transfer:
+    """A body that has a place."""
+
+    num_bytes = 0
+    """That came through so far."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        """Of its request."""
+        self.rate = 2.0 * FAIR_RATE
+        self._seen = 0
+        self._looked = asyncio.get_running_loop().time()
+        self._patience: asyncio.Timeout | None = None  # None: it is not moving
+
+    @contextlib.asynccontextmanager
+    async def moving(self) -> AsyncGenerator[None]:
+        """While the network is waited for.
+
+        Raises:
+            ProtocolError: overloaded: the transfer was ended.
+        """
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                yield
+        except TimeoutError:
+            raise _ended() from None
+        finally:
+            self._patience = None
+
+    @property
+    def is_moving(self) -> bool:
+        return self._patience is not None
+
+    def end(self) -> None:
+        """Have `moving` raise, if it is."""
+        if self._patience is not None:
+            self._patience.reschedule(asyncio.get_running_loop().time())
+            self._patience = None
+
+    def look(self) -> None:
+        """Bring the rate up to date."""
+        now = asyncio.get_running_loop().time()
+        seconds = max(now - self._looked, 1e-3)
+        share = min(seconds / _MEMORY, 1.0)
+        self.rate += share * ((self.num_bytes - self._seen) / seconds - self.rate)
+        self.rate = min(self.rate, 2.0 * FAIR_RATE)
+        self._seen, self._looked = self.num_bytes, now
+
+
+class Transfers:
+    """All bodies of one direction. Belongs to one event loop."""
+
+    def __init__(self, slots: Slots) -> None:
+        """Each takes one of `slots`."""
+        self._slots = slots
+        self._under_way: dict[str, Transfer] = {}  # by device
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def of(self, device: str, sequence: int) -> AsyncGenerator[Transfer]:
+        """A place for a body of this device, whose older one ends.
+
+        Raises:
+            ProtocolError: overloaded: there is none in time, or a newer one has it.
+        """
+        self._end_older(device, sequence)
+        async with self._slots:
+            self._end_older(device, sequence)
+            transfer = self._under_way[device] = Transfer(sequence)
+            if self._timer is None:
+                self._look_later()
+            try:
+                yield transfer
+            finally:
+                if self._under_way.get(device) is transfer:
+                    del self._under_way[device]
+
+    def _end_older(self, device: str, sequence: int) -> None:
+        other = self._under_way.get(device)
+        if other is None:
+            return
+        if other.sequence > sequence:
+            raise _ended()
+        del self._under_way[device]
+        other.end()
+
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """End those that are too slow, for their own sake or for others'."""
+        self._timer = None
+        moving = [transfer for transfer in self._under_way.values() if transfer.is_moving]
+        for transfer in moving:
+            transfer.look()
+        moving.sort(key=lambda transfer: transfer.rate)
+        for number, transfer in enumerate(moving):
+            if transfer.rate < (FAIR_RATE if number < self._slots.waiting else LEAST_RATE):
+                transfer.end()
+        if self._under_way:
+            self._look_later()
+
+
+def _ended() -> ProtocolError:
+    return ProtocolError(
+        "overloaded",
+        f"a body must move at {LEAST_RATE:.0f} bytes a second, at {FAIR_RATE:.0f} while others "
+        "wait, and be the only one of its device, got a slower or an older one. Try again.",
+    )

@@ -1,0 +1,448 @@
+"""A server process: two sockets, one event loop, and the leader's part beside them.
+
+Devices come by TCP, with TLS; operators by a unix socket that its owner alone may open. The loop
+ticks a few times a second, or when a report reaches the goal; it rings the bell when devices that
+wait may have work. Central evaluation runs beside it, so that no round waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from asyncio.sslproto import SSLProtocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from sqlalchemy import Connection as Transaction
+from starlette.types import ASGIApp
+
+from potluck.algorithms import Algorithm
+from potluck.config.experiment import Experiment
+from potluck.config.round_settings import RoundSettings
+from potluck.core import ConfigError, Spec, StorageError, Vector
+from potluck.core.allocator import Looker, Trimmer, no_long_looks, share_heaps
+from potluck.protocol.routes import is_loopback
+from potluck.server.admin.admin_app import AdminApp
+from potluck.server.console import Lines
+from potluck.server.dashboard.dashboard_app import Dashboard
+from potluck.server.http.authorities import all_names, host_of
+from potluck.server.http.certificate import (
+    certificate_fingerprint,
+    check_pair,
+    ensure_certificate,
+)
+from potluck.server.http.device_app import DeviceApp
+from potluck.server.http.handlers import Desk
+from potluck.server.http.listening import Listen, Listener, authority, listen_unix, open_listener
+from potluck.server.http.notifier import Bell
+from potluck.server.http.server_connection import Connection
+from potluck.server.metrics import Meters
+from potluck.server.service import Begun, Service
+from potluck.server.storage.state_folder import Home
+from potluck.server.storage.stored_run import find, kept
+
+TICK_SECONDS = 0.2
+_TRIM_SECONDS = 2.0
+SWEEP_SECONDS = 1.0
+_CLOSE_SECONDS = 5
+_TLS_BYTES = 1 << 14
+"""What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
+_LOG = logging.getLogger("potluck.server")
+
+Evaluate = Callable[[Vector], Mapping[str, float]]
+
+
+class Server:
+    """One served run. `start` binds; `run` serves until `stop`."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        home: Home,
+        listen: Listen,
+        long_poll_seconds: float,
+        evaluate: Evaluate | None,
+        give_up: Callable[[], None] = lambda: None,
+        show: Callable[[str], None] | None = None,
+    ) -> None:
+        """Without `evaluate` nothing is evaluated here. `give_up` has one that is under way raise
+        at once, in any thread; `show` is given a line for a person about each round."""
+        self.desk = desk
+        self._home = home
+        self._evaluate, self._give_up = evaluate, give_up
+        self._show_line = show
+        self._lines = Lines(desk.service, desk.run, is_evaluated=evaluate is not None)
+        self._bell = Bell()
+        self._meters = Meters()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+        self._accepting: list[asyncio.Task[None]] = []
+        self._seen: tuple[Any, ...] = (0,)
+        self._rung = ""  # the round whose opening was rung last
+        certificate, private_key = _certificate(home, listen)
+        self.certificate = None if certificate is None else certificate_fingerprint(certificate)
+        pinned = None if listen.certificate is not None else self.certificate
+        names = all_names(listen.names, listen.host, listen.certificate)
+        self._socket = open_listener(listen)
+        self.port: int = self._socket.getsockname()[1]
+        self.address = _address(listen, self.port)
+        try:
+            self._admin_socket = listen_unix(home.socket)
+        except BaseException:
+            self._socket.close()
+            raise
+        devices = DeviceApp(
+            desk, self._bell, self._meters, names=names, long_poll_seconds=long_poll_seconds
+        )
+        self.dashboard = Dashboard(desk, self._bell, self.address)
+        admin = AdminApp(
+            desk, self._bell, self._meters, home.new_credential(), pinned, self.dashboard.invite
+        )
+        self._servers = [
+            _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
+            _uvicorn(admin.asgi(), None, None),
+        ]
+
+    def serve(self) -> None:
+        """`run`, in an event loop of its own."""
+        share_heaps()
+        SSLProtocol.max_size = _TLS_BYTES
+        sys.setswitchinterval(0.0005)
+        with no_long_looks() if _owns_process() else contextlib.nullcontext():
+            asyncio.run(self.run())
+
+    async def run(self) -> None:
+        """Serve until `stop`, SIGTERM or SIGINT."""
+        self._loop = asyncio.get_running_loop()
+        self.desk.service.on_goal = lambda: self._soon(self._bell.wake)
+        self.desk.service.on_open = lambda id: self._soon(lambda: self._ring_for(id))
+        self.desk.service.on_lost = self._meters.lost
+        with _signals(self._loop, self._stop):
+            tasks = [asyncio.create_task(server.serve(sockets=[])) for server in self._servers]
+            listeners = (self._socket, self._admin_socket)
+            for server, listener in zip(self._servers, listeners, strict=True):
+                tasks.append(asyncio.create_task(self._accept(server, listener)))
+            tasks += [asyncio.create_task(self._lead()), asyncio.create_task(self._judge())]
+            if self._show_line is not None:
+                tasks.append(asyncio.create_task(self._tell(self._show_line)))
+            trimming = asyncio.create_task(self._trim())
+            try:
+                if self._stopping:
+                    self._stop()
+                await asyncio.gather(*tasks)
+            finally:
+                self._stop()
+                for task in (*tasks, trimming):
+                    task.cancel()
+                await asyncio.gather(*tasks, trimming, return_exceptions=True)
+                with contextlib.suppress(OSError):
+                    self._home.socket.unlink()
+                await asyncio.to_thread(self.desk.service.close)
+
+    def close(self) -> None:
+        """Give up a server that never ran."""
+        self._socket.close()
+        self._admin_socket.close()
+        self._home.socket.unlink(missing_ok=True)
+        self.desk.service.close()
+
+    def stop(self) -> None:
+        """Finish what is under way and return from `run`; from any thread."""
+        self._stopping = True
+        self._soon(self._stop)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        """Have the loop do something; from any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is over already
+                self._loop.call_soon_threadsafe(call)
+
+    def _ring_for(self, round: str) -> None:
+        self._rung = round
+        self._bell.ring()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._give_up()
+        self._bell.close()
+        for server in self._servers:
+            server.should_exit = True
+        for task in self._accepting:
+            task.cancel()
+
+    async def _accept(self, server: uvicorn.Server, listener: Listener) -> None:
+        """Accept connections until the server stops."""
+        make = partial(_connection, server, listener)
+        task = asyncio.create_task(listener.serve(make, server.config.ssl))
+        self._accepting.append(task)
+        try:
+            if not self._stopping:
+                await task
+        except asyncio.CancelledError:
+            pass
+        finally:
+            task.cancel()
+            listener.close()
+
+    async def _lead(self) -> None:
+        """Move rounds on, at once when there is reason to; look and clean up a few times a second.
+
+        A round that this process opens rings by itself; a look finds what others did.
+        """
+        look, sweep = 0.0, 0.0  # when to, again
+        while not self._stopping:
+            try:
+                await asyncio.to_thread(self.desk.service.move)
+                if time.monotonic() >= look:
+                    look = time.monotonic() + TICK_SECONDS
+                    self._show(await asyncio.to_thread(self.desk.service.status, self.desk.run))
+            except Exception as error:
+                self._failed("tick", error)
+            if time.monotonic() >= sweep:
+                sweep = time.monotonic() + SWEEP_SECONDS
+                await self._sweep()
+            await self._bell.woken(TICK_SECONDS)
+
+    def _show(self, status: dict[str, Any]) -> None:
+        """Tell of what changed since the last look, and ring where nobody has."""
+        self._meters.state(status)
+        seen, now = self._seen, _phase(status)
+        if now[:-1] != seen[:-1]:
+            _LOG.info("round", extra=_told(status))
+        is_new = now[:-1] != seen[:-1] and (now[2] != self._rung or now[3] != "SELECTING")
+        if is_new or now[-1] < seen[-1]:
+            self._bell.ring()
+        self._seen = now
+
+    async def _sweep(self) -> None:
+        try:
+            await asyncio.to_thread(self.desk.service.sweep)
+        except Exception as error:
+            self._failed("sweep", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._meters.error()
+        known = isinstance(error, StorageError)
+        _LOG.error(what, exc_info=not known, extra={"reason": str(error)[:500]})
+
+    async def _judge(self) -> None:
+        while not self._stopping and self._evaluate is not None:
+            try:
+                if self.desk.service.is_leader:
+                    await asyncio.to_thread(
+                        self.desk.service.evaluate, self.desk.run, self._evaluate
+                    )
+            except Exception as error:
+                if not self._stopping:  # or it was given up
+                    self._failed("evaluation", error)
+            await self._bell.next_ring(1.0)
+
+    async def _tell(self, show: Callable[[str], None]) -> None:
+        """Show a line for each round, when it was evaluated."""
+        while not self._stopping:
+            try:
+                for line in await asyncio.to_thread(self._lines.look):
+                    show(line)
+            except StorageError as error:
+                self._failed("lines", error)
+            await self._bell.next_ring(1.0)
+
+    async def _trim(self) -> None:
+        trimmer, looker = Trimmer(), Looker()
+        while True:
+            await asyncio.sleep(_TRIM_SECONDS)
+            await asyncio.to_thread(looker.look)
+            await asyncio.to_thread(trimmer.look)
+
+
+def open_desk(
+    experiment: Experiment,
+    home: Home,
+    *,
+    database: str | None,
+    blobs: str | None,
+    build: Callable[[Experiment], Algorithm],
+    weights: Vector,
+    spec: Spec,
+    plan: dict[str, Any],
+    settings: RoundSettings,
+) -> Desk:
+    """Begin the run of an experiment, or go on with it."""
+    service = _open_service(experiment, home, database, blobs, build)
+    try:
+        key = home.run_key(experiment.name, is_new=service.find_run(experiment.name) is None)
+        run = service.create_run(experiment, weights, spec, settings, plan=plan)
+    except BaseException:
+        service.close()
+        raise
+    return _desk(service, key, Begun(run, spec, plan, experiment, settings, []))
+
+
+def resume_desk(
+    experiment: Experiment,
+    home: Home,
+    *,
+    database: str | None,
+    blobs: str | None,
+    build: Callable[[Experiment], Algorithm],
+    settings: RoundSettings,
+) -> Desk | None:
+    """Go on with the run of an experiment, if it was begun: without its data, and so at once."""
+
+    def look(db: Transaction) -> None:
+        """Refuse what cannot go on, while the database is as it was."""
+        run = find(db, experiment.name)
+        if run is not None:
+            kept(run, experiment, settings)
+            home.run_key(experiment.name, is_new=False)
+
+    service = _open_service(experiment, home, database, blobs, build, look)
+    try:
+        begun = service.resume_run(experiment, settings)
+        if begun is not None:
+            return _desk(service, home.run_key(experiment.name, is_new=False), begun)
+    except BaseException:
+        service.close()
+        raise
+    service.close()
+    return None
+
+
+def _open_service(
+    experiment: Experiment,
+    home: Home,
+    database: str | None,
+    blobs: str | None,
+    build: Callable[[Experiment], Algorithm],
+    look: Callable[[Transaction], object] = lambda _: None,
+) -> Service:
+    algorithm = build(experiment)
+    if algorithm.vectors != 1 or algorithm.client_vectors != 0:
+        raise ConfigError(
+            "algorithm.name must be one whose clients keep nothing and send one vector, "
+            f"got algorithm.name = {experiment.algorithm.name!r}. Use 'fedavg' or 'fedprox'."
+        )
+    if len(experiment.name) > 64:
+        raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
+    life = home.begin()
+    try:
+        return Service.open(
+            database or home.database,
+            blobs or home.blobs,
+            build=build,
+            life=life,
+            look=look,
+            aside=home.folder,
+        )
+    except BaseException:
+        life.close()
+        raise
+
+
+def _desk(service: Service, key: bytes, begun: Begun) -> Desk:
+    return Desk(
+        service=service,
+        run=begun.id,
+        key=key,
+        spec=begun.spec,
+        plan=begun.plan,
+        experiment=begun.experiment,
+        settings=begun.settings,
+        kept=begun.kept,
+    )
+
+
+def _phase(status: dict[str, Any]) -> tuple[Any, ...]:
+    """What devices that wait may profit from: another round or state, or (last) a free slot."""
+    current: dict[str, Any] = status["open"] or {}
+    taken = current.get("active", 0) + current.get("reported", 0)
+    return status["state"], status["version"], current.get("id"), current.get("state"), taken
+
+
+def _told(status: dict[str, Any]) -> dict[str, Any]:
+    current: dict[str, Any] = status["open"] or {}
+    names = ("kind", "number", "attempt", "state")
+    told = {f"open_{name}": current.get(name) for name in names} if current else {}
+    return told | {name: status[name] for name in ("state", "round", "version", "reason")}
+
+
+def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
+    if listen.plaintext:
+        if not is_loopback(listen.host):
+            raise ValueError(
+                "plain HTTP is for loopback alone, "
+                f"got host={listen.host}. Leave out --insecure-loopback."
+            )
+        return None, None
+    if (listen.certificate is None) != (listen.private_key is None):
+        raise ValueError("a certificate and its private key go together. Name both, or neither.")
+    if listen.certificate is None:
+        home.make()
+        ensure_certificate(home.certificate, home.private_key)
+        return home.certificate, home.private_key
+    assert listen.private_key is not None
+    certificate_fingerprint(listen.certificate)
+    check_pair(listen.certificate, listen.private_key)
+    return listen.certificate, listen.private_key
+
+
+def _address(listen: Listen, port: int) -> str:
+    """Where devices come. A named server without TLS is behind a proxy that has it."""
+    if not listen.names:
+        return f"http{'s' * (not listen.plaintext)}://{authority(listen.host, port)}"
+    name = listen.names[0]
+    is_whole = listen.plaintext or name != host_of(name)  # with a port
+    return f"https://{name if is_whole else authority(name, port)}"
+
+
+def _connection(server: uvicorn.Server, listener: Listener) -> Connection:
+    """What uvicorn makes for each connection, which knows where it came from."""
+    state = server.server_state
+    return Connection(config=server.config, server_state=state, app_state={}, listener=listener)
+
+
+def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+    return server
+
+
+def _owns_process() -> bool:
+    """Whether what belongs to the whole process is ours: signals, the search for unused objects."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Any:
+    if not _owns_process():
+        yield
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,1 @@
+"""A served run: enrolment, leases, uploads, commits, and who leads."""

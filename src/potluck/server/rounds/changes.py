@@ -1,0 +1,99 @@
+"""What an operator changes in a run that goes on: keys that decide no numbers, and its epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import select, update
+
+from potluck.config.experiment import RunSection
+from potluck.config.round_settings import RoundSettings
+from potluck.core import RefusedError
+from potluck.core.plain_json import to_json
+from potluck.server.rounds.check_in import open_round_of
+from potluck.server.rounds.state_machine import abandon_round, rearm
+from potluck.server.storage import audit
+from potluck.server.storage.database import Database
+from potluck.server.storage.database_tables import runs
+from potluck.server.storage.stored_run import CHANGEABLE
+
+
+def change(
+    database: Database, run: str, changes: Mapping[str, Any], now: int, *, actor: str
+) -> dict[str, list[Any]]:
+    """Change keys in a run; for each of them its old and its new value.
+
+    The open round keeps its goal, and its deadlines where they are not further away than the new
+    ones. More rounds begin a run again that was finished.
+
+    Raises:
+        RefusedError: malformed: a key that decides numbers of a model, or a value out of range.
+    """
+    checked = {_key(name): value for name, value in changes.items()}
+    done: dict[str, list[Any]] = {}
+    with database.write() as db:
+        row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+        rules, experiment = json.loads(row.settings), json.loads(row.experiment)
+        begun = json.loads(row.begun or "{}")
+        for key, value in checked.items():
+            section, _, name = key.partition(".")
+            _check(section, name, value)
+            content = rules if section == "server" else experiment[section]
+            done[key] = [content.get(name), value]
+            begun.setdefault(key, content.get(name))
+            content[name] = value
+        if "server.goal" in done:
+            rules["goal_part"] = None  # a count now, and no part of the devices
+        state = row.state
+        if "run.rounds" in done:
+            rules["num_rounds"] = experiment["run"]["rounds"]
+            if state == "finished" and rules["num_rounds"] > row.round:
+                state = "running"
+        values = {"settings": rules, "experiment": experiment, "begun": begun}
+        texts = {name: to_json(value) for name, value in values.items()}
+        db.execute(update(runs).where(runs.c.id == run).values(texts | {"state": state}))
+        rearm(db, now)
+        audit.append(db, now, actor, "set", run=run, changes=done)
+    return done
+
+
+def begin_epoch(database: Database, run: str, now: int, *, actor: str) -> None:
+    """Go on after a restore: devices take older models than they have seen, from here on.
+
+    The number follows the clock, so that it is a new one however often a backup is restored. The
+    open round is given up: its devices are at work on what is not known here.
+    """
+    with database.write() as db:
+        row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+        current = open_round_of(db, run, lock=True)
+        if current is not None:
+            abandon_round(db, row, current, "the server was restored", now, excused=True)
+        epoch = max(row.epoch + 1, now // 1000)
+        db.execute(update(runs).where(runs.c.id == run).values(epoch=epoch))
+        audit.append(db, now, actor, "restored", run=run, epoch=epoch)
+
+
+def _key(name: str) -> str:
+    """A key that may be changed; its section may be left out."""
+    for key in (name, f"server.{name}", f"run.{name}"):
+        if key in CHANGEABLE:
+            return key
+    raise RefusedError(
+        "malformed",
+        f"a key to set must be one that decides no numbers of the model, got {name!r:.80}. Set one "
+        f"of {', '.join(sorted(CHANGEABLE))}; for another value of {name:.80} begin another run.",
+    )
+
+
+def _check(section: str, name: str, value: Any) -> None:
+    try:
+        if section == "server":
+            RoundSettings.model_validate({"num_rounds": 1, name: value})
+        else:
+            RunSection.model_validate({"rounds": 1, name: value})
+    except ValidationError as error:
+        told = f"{section}.{name} must be right, got {value!r:.80}: {error.errors()[0]['msg']}"
+        raise RefusedError("malformed", f"{told}. Nothing was changed.") from None

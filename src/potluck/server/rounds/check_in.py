@@ -1,0 +1,379 @@
+"""What check-ins are answered from: the devices that ask, their run and its open round, seen once.
+
+A device is given a slot, or is told how long to wait: until the next round is expected to begin,
+plus its own place in a window, so that a thousand devices do not come at once (pace steering). What
+is expected is what was measured, and nothing at first. Checking in again is answered with the same
+assignment: a device that was restarted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from sqlalchemy import BindParameter, Connection, Row, bindparam, func, insert, select, update
+
+from potluck.config.round_settings import RoundSettings, milliseconds, settings_of
+from potluck.core import RefusedError, derive_seed
+from potluck.server.storage.database_tables import (
+    OPEN_ROUND,
+    TAKING,
+    assignments,
+    devices,
+    models,
+    reports,
+    rounds,
+    runs,
+)
+
+WaitReason = Literal[
+    "no round", "slots taken", "not selected", "reported", "not eligible", "paused", "failed"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attributes:
+    """What a device says of its condition; None where it does not know."""
+
+    charging: bool | None = None
+    idle: bool | None = None
+    unmetered: bool | None = None
+    free_memory_bytes: int | None = None
+
+
+class Assigned(NamedTuple):
+    """A device's work in one round."""
+
+    assignment: str
+    round: str
+    kind: Literal["train", "evaluate"]
+    number: int
+    attempt: int
+    client: int  # the device's index in random streams
+    seed: int
+    version: int  # of the model to start from
+    model_sha256: str
+    lease_seconds: float
+    deadline_ms: int
+    epoch: int
+    num_rounds: int  # of the run, as it is now
+    model: bytes | None = None  # if it is small
+
+
+class Wait(NamedTuple):
+    """No work now."""
+
+    reason: WaitReason
+    retry_after_seconds: float
+
+
+class Finished(NamedTuple):
+    """No work any more: the run is over."""
+
+    version: int
+
+
+Given: TypeAlias = Assigned | Wait | Finished | RefusedError
+
+
+class Asked(NamedTuple):
+    """A check-in."""
+
+    device: str
+    attributes: Attributes | None  # None: nothing is asked but that the number is noted
+    sequence: int | None = None  # of its request, where it was not noted before
+
+
+class Member(NamedTuple):
+    """A device of a run."""
+
+    id: str
+    run: str
+    client: int
+    revoked_ms: int | None
+    left: str | None
+
+
+class Slot(NamedTuple):
+    """An active assignment, as far as its device is told of it."""
+
+    id: str
+    client: int
+    lease_ms: int
+
+
+class Look:
+    """Devices of one run and its open round, seen in one transaction."""
+
+    def __init__(
+        self, db: Connection, names: Sequence[str], now: int, *, before: Look | None = None
+    ) -> None:
+        """`before`: a look at the same devices, just now; what hardly changes is taken from it."""
+        self._db, self._now = db, now
+        self._round: Row[Any] | None = None
+        self._length = 0.0
+        self._new: list[dict[str, Any]] = []
+        self._has_seen = False  # who takes part: not needed to say when to come back
+        found = [Member(*row) for row in db.execute(_MEMBERS, {"names": sorted(set(names))})]
+        self._members = {member.id: member for member in found}
+        if not found:
+            return
+        run = found[0].run
+        self._run = db.execute(_RUN, {"run": run}).one()
+        self._settings = settings_of(self._run.settings)
+        self._round = open_round_of(db, run)
+        cohort = None if self._round is None else self._round.cohort
+        self._cohort = None if cohort is None else set(json.loads(cohort))
+        self._length = usual_seconds(db, run, self._settings) if before is None else before._length
+        self._start, self._window = self._pace()
+
+    def lock(self) -> None:
+        """See the round once more, which stays as it is until the end of the transaction."""
+        if self._db.dialect.name == "postgresql":  # on SQLite a writer is alone
+            self._round = open_round_of(self._db, self._run.id, lock=True)
+            self._has_seen = False
+
+    def left(self, asked: Sequence[Asked]) -> list[str]:
+        """Those that were not counted on, as they could not train or were silent, and now could."""
+        return [
+            device
+            for device, attributes, _ in asked
+            if attributes is not None
+            and device in self._members
+            and self._members[device].left
+            and _is_eligible(self._settings, attributes)
+        ]
+
+    def expect(self, asked: Sequence[Asked]) -> None:
+        """Count on these again: they ask for work."""
+        back = self.left(asked)
+        if back:
+            self._db.execute(update(devices).where(devices.c.id.in_(back)).values(left=None))
+
+    def member(self, device: str) -> Member:
+        """A device that may take part.
+
+        Raises:
+            RefusedError: unknown, revoked.
+        """
+        member = self._members.get(device)
+        if member is None or member.run != self._run.id:  # those of another run look like none
+            raise unknown_device(device)
+        if member.revoked_ms is not None:
+            raise revoked()
+        return member
+
+    def answer(
+        self, device: str, attributes: Attributes
+    ) -> Assigned | Wait | Finished | RefusedError | None:
+        """The answer to a check-in, or None: give it a slot."""
+        try:
+            member = self.member(device)
+        except RefusedError as error:
+            return error
+        if self._run.state == "finished":
+            return Finished(self._run.version)
+        reason: WaitReason | None = "no round"
+        if self._cohort is not None and member.client not in self._cohort:
+            reason = "not selected"
+        if self._round is not None and self._round.state in TAKING:
+            if not self._has_seen:
+                self._see_round(self._round)
+            if device in self._active:
+                return self._describe(self._round, self._active[device])
+            reason = self._obstacle(self._round, member, attributes)
+        if self._run.state == "paused":
+            reason = "paused"
+        return None if reason is None else Wait(reason, self.retry_after(device))
+
+    def assign(self, device: str) -> Assigned:
+        """Give a slot to a device that nothing keeps from it; `write` makes it so."""
+        round, member = self._round, self.member(device)
+        assert round is not None
+        end = self._now + self._settings.lease_ms
+        if round.report_deadline_ms is not None:
+            end = min(end, round.report_deadline_ms)
+        slot = Slot(secrets.token_hex(16), member.client, end)
+        place = {"round": round.id, "device": device, "assigned_ms": self._now}
+        self._new.append(slot._asdict() | place | {"state": "active", "reason": ""})
+        self._active[device] = slot
+        self._taken += 1
+        return self._describe(round, slot)
+
+    def write(self) -> None:
+        """Write the slots that were given."""
+        round = self._round
+        if not self._new or round is None:
+            return
+        if round.started_ms is None:  # the first device starts the clock
+            deadline = self._now + milliseconds(self._settings.selection_seconds)
+            self._db.execute(_START, {"round": round.id, "deadline": deadline, "now": self._now})
+        self._db.execute(_ASSIGN, self._new)
+        self._new = []
+
+    def retry_after(self, device: str) -> float:
+        """Seconds to the next round's expected start, plus U(0, window), the same at every asking.
+
+        The window is as long as a round, and at most `pace_seconds`; but it grows with the
+        population, so that at most a hundred devices check in in a second. Before rounds were
+        measured there is nothing to wait for: a check-in may well be held until there is work.
+        """
+        number = 0 if self._round is None else self._round.number
+        place = derive_seed(self._run.seed, "pace", number, self.member(device).client) / 2**63
+        return round_up(self._start + place * self._window)
+
+    def _see_round(self, round: Row[Any]) -> None:
+        self._has_seen = True
+        here = {"round": round.id, "names": sorted(self._members)}
+        mine = self._db.execute(_MINE, here).all()
+        self._active = {
+            row.device: Slot(row.id, row.client, row.lease_ms)
+            for row in mine
+            if row.state == "active"
+        }
+        self._failed = {row.device for row in mine if row.state == "failed"}
+        self._done = set(self._db.scalars(_DONE, here))
+        self._taken = self._db.scalar(_TAKEN, {"round": round.id}) or 0
+        version = {"run": self._run.id, "version": round.version}
+        self._model = self._db.execute(_MODEL, version).one()
+
+    def _obstacle(
+        self, round: Row[Any], member: Member, attributes: Attributes
+    ) -> WaitReason | None:
+        if member.id in self._done:
+            return "reported"
+        if member.id in self._failed:
+            return "failed"
+        if not _is_eligible(self._settings, attributes):
+            return "not eligible"
+        if self._cohort is not None:
+            return None if member.client in self._cohort else "not selected"
+        return "slots taken" if self._taken >= round.slots else None
+
+    def _pace(self) -> tuple[float, float]:
+        """When the next round is expected, in seconds from now, and the window behind it."""
+        run, round, start = self._run, self._round, 0.0
+        if round is not None and round.state in TAKING and round.started_ms is not None:
+            start = max(self._length + (round.started_ms - self._now) / 1000, 0.0)
+        least = (run.last_client or 0) / 100
+        return start, max(min(self._settings.pace_seconds, self._length), least)
+
+    def _describe(self, round: Row[Any], slot: Slot) -> Assigned:
+        rules = self._settings
+        latest = self._now + milliseconds(rules.selection_seconds + rules.report_seconds)
+        return Assigned(
+            assignment=slot.id,
+            round=round.id,
+            kind=round.kind,
+            number=round.number,
+            attempt=round.attempt,
+            client=slot.client,
+            seed=self._run.seed,
+            version=round.version,
+            model_sha256=self._model.sha256,
+            lease_seconds=max(slot.lease_ms - self._now, 0) / 1000,
+            deadline_ms=round.report_deadline_ms or latest,
+            epoch=self._run.epoch,
+            num_rounds=rules.num_rounds,
+            model=self._model.content,
+        )
+
+
+def open_round_of(db: Connection, run: str, *, lock: bool = False) -> Row[Any] | None:
+    """The round of a run that is neither committed nor abandoned: there is at most one."""
+    return db.execute(_OPEN_LOCKED if lock else _OPEN, {"run": run}).one_or_none()
+
+
+def _is_eligible(settings: RoundSettings, attributes: Attributes) -> bool:
+    return (
+        (attributes.charging is True or not settings.needs_charging)
+        and (attributes.idle is True or not settings.needs_idle)
+        and (attributes.unmetered is True or not settings.needs_unmetered)
+        and (attributes.free_memory_bytes or 0) >= settings.needs_memory_bytes
+    )
+
+
+def unknown_device(device: str) -> RefusedError:
+    """What is said of a device that is not enrolled."""
+    return RefusedError("unknown", f"a device must be enrolled, got device={device!r}. Enrol.")
+
+
+def revoked() -> RefusedError:
+    """What a device is told that was thrown out."""
+    return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
+
+
+def usual_seconds(db: Connection, run: str, settings: RoundSettings) -> float:
+    """The median length of the last five committed rounds; 0 before the second.
+
+    A round begins with its first device: that nobody came says nothing. The first round is left
+    out, in which devices import, load and compile what they will use. None is longer than its
+    deadlines let it be, or the server's clock was set in the middle of it.
+    """
+    longest = milliseconds(settings.selection_seconds + settings.report_seconds)
+    measured = sorted(min(max(ms, 0), longest) for ms in db.scalars(_LENGTHS, {"run": run}))
+    return measured[(len(measured) - 1) // 2] / 1000 if measured else 0.0
+
+
+def round_up(seconds: float) -> float:
+    """To a tenth of a second, and never zero: a device must not spin."""
+    return max(round(seconds, 1), 0.1)
+
+
+# Built once: putting a statement together costs more than running it.
+_NAMES: BindParameter[Any] = bindparam("names", expanding=True)
+_MEMBERS = select(
+    devices.c.id, devices.c.run, devices.c.client, devices.c.revoked_ms, devices.c.left
+).where(devices.c.id.in_(_NAMES))
+_LAST = select(func.max(devices.c.client)).where(devices.c.run == runs.c.id)
+_RUN = select(
+    runs.c.id,
+    runs.c.state,
+    runs.c.version,
+    runs.c.seed,
+    runs.c.epoch,
+    runs.c.settings,
+    _LAST.scalar_subquery().label("last_client"),
+).where(runs.c.id == bindparam("run"))
+_OPEN = select(rounds).where(rounds.c.run == bindparam("run"), OPEN_ROUND)
+_OPEN_LOCKED = _OPEN.with_for_update()
+_LENGTHS = (
+    select(rounds.c.closed_ms - rounds.c.started_ms)
+    .where(
+        rounds.c.run == bindparam("run"),
+        rounds.c.state == "COMMITTED",
+        rounds.c.kind == "train",
+        rounds.c.number > 1,
+    )
+    .order_by(rounds.c.number.desc())
+    .limit(5)
+)
+_MINE = select(
+    assignments.c.id,
+    assignments.c.device,
+    assignments.c.client,
+    assignments.c.state,
+    assignments.c.lease_ms,
+).where(
+    assignments.c.round == bindparam("round"),
+    assignments.c.device.in_(_NAMES),
+    assignments.c.state.in_(("active", "failed")),
+)
+_DONE = select(reports.c.device).where(
+    reports.c.round == bindparam("round"), reports.c.device.in_(_NAMES)
+)
+_TAKEN = select(func.count()).where(
+    assignments.c.round == bindparam("round"), assignments.c.state.in_(("active", "reported"))
+)
+_MODEL = select(models.c.sha256, models.c.content).where(
+    models.c.run == bindparam("run"), models.c.version == bindparam("version")
+)
+_ASSIGN = insert(assignments)
+_START = (
+    update(rounds)
+    .where(rounds.c.id == bindparam("round"), rounds.c.started_ms.is_(None))
+    .values(selection_deadline_ms=bindparam("deadline"), started_ms=bindparam("now"))
+)

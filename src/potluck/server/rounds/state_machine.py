@@ -1,0 +1,296 @@
+"""The rounds of a run as a state machine: one function per transition, one transaction each.
+
+    SELECTING ──→ TRAINING ──→ AGGREGATING ──→ COMMITTED
+        └─────────────┴──────→ ABANDONED(reason)
+
+    SELECTING    devices that check in get a slot and start at once. It ends when the slots were
+                 taken, or `selection_seconds` after the first device. A drawn cohort of which none
+                 comes has as long as devices may have been told to wait, and `selection_seconds`.
+    TRAINING     ends `report_seconds` later. A slot whose lease ran out, or whose device failed,
+                 goes to the next device that checks in.
+    AGGREGATING  the accepted set is frozen; the model is made from it (`commit`).
+
+Reports are accepted in SELECTING and TRAINING. A round closes with the report that reaches the
+goal, in its transaction; and at its deadline when the minimum is reached. Otherwise it is
+abandoned: the model stays as it was, and the same number is tried again with the next attempt and a
+new id. After `attempts` in a row the run is paused, and says why; a federated evaluation that fails
+so often is given up instead.
+
+Only the leader calls these functions, but for `close_round`. Each one names the state that it
+leaves; where a round is in another one, nothing happens. `due` decides what comes next, from what
+it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
+
+from potluck.config.round_settings import RoundSettings, milliseconds, settings_of
+from potluck.core import derive_seed, sample_cohort
+from potluck.core.plain_json import to_json
+from potluck.server.rounds.check_in import usual_seconds
+from potluck.server.rounds.leaving import Present, goal_among, is_excused, present
+from potluck.server.storage import audit, fault_points
+from potluck.server.storage.database_tables import (
+    ACTIVE,
+    OPEN_ROUND,
+    assignments,
+    devices,
+    reports,
+    rounds,
+    runs,
+)
+
+Step = Literal["train", "close", "abandon", "wait"]
+LEASE_RAN_OUT = "the lease ran out"
+"""Why an assignment expired: its device was silent; and not: it was not needed any more."""
+ENOUGH = "this round has all the reports it needs"
+"""Why an assignment expired when its round closed at the goal."""
+_GRACE_MS = 30_000
+
+
+class Counts(NamedTuple):
+    """The devices of a round by what they do."""
+
+    active: int
+    reported: int
+    taken: int  # slots that were given, also to devices that failed or were silent
+    absent: int  # invited by name, and not to come any more; 0 where anybody may come
+
+
+def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
+    """∅ → SELECTING, the next round of a run. Returns its id, or None if it must wait."""
+    settings = settings_of(run.settings)
+    population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 0
+    if population < settings.population:
+        return None
+    kind, number = _next(run, settings)
+    if number > settings.num_rounds:
+        _finish_run(db, run, now)
+        return None
+    here = present(db, run.id)
+    cohort = _cohort(run, settings, kind, number, here)
+    goal = goal_among(settings, here) if cohort is None else len(cohort)
+    if goal == 0:
+        return None
+    slots = math.ceil(goal * settings.over_selection - 1e-9) if cohort is None else goal
+    id = secrets.token_hex(16)
+    away = max(settings.pace_seconds, population / 100) + usual_seconds(db, run.id, settings)
+    patience = milliseconds(settings.selection_seconds + away)
+    values = {
+        "id": id,
+        "run": run.id,
+        "kind": kind,
+        "number": number,
+        "attempt": run.attempt,
+        "state": "SELECTING",
+        "reason": "",
+        "goal": goal,
+        "minimum": settings.minimum_of(goal),
+        "slots": slots,
+        "version": run.version,
+        "cohort": None if cohort is None else to_json(cohort),
+        "selection_deadline_ms": None if cohort is None else now + patience,
+        "opened_ms": now,
+        "swept": False,
+    }
+    db.execute(insert(rounds).values(values))
+    fault_points.reach("open.inside")
+    return id
+
+
+def start_training(db: Connection, round: Row[Any], settings: RoundSettings, now: int) -> None:
+    """SELECTING → TRAINING: the report deadline is set."""
+    deadline = now + milliseconds(settings.report_seconds)
+    _move(db, round, "TRAINING", report_deadline_ms=deadline)
+    fault_points.reach("train.inside")
+
+
+def close_round(db: Connection, round: str, why: str = ENOUGH) -> None:
+    """SELECTING, TRAINING → AGGREGATING: no report is accepted any more."""
+    here = (rounds.c.id == round) & rounds.c.state.in_(("SELECTING", "TRAINING"))
+    if db.execute(update(rounds).where(here).values(state="AGGREGATING")).rowcount == 1:
+        _end_assignments(db, round, why)
+    fault_points.reach("close.inside")
+
+
+def abandon_round(
+    db: Connection,
+    run: Row[Any],
+    round: Row[Any],
+    reason: str,
+    now: int,
+    *,
+    excused: bool = False,
+    actor: str = "leader",
+) -> None:
+    """SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
+    if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
+        return
+    _end_assignments(db, round.id, "the round was abandoned")
+    settings = settings_of(run.settings)
+    # A pause or an operator is not the devices' fault, and who is gone fails no further round.
+    excused = excused or actor != "leader" or run.state != "running" or is_excused(db, round.id)
+    strikes = run.strikes + (not excused)
+    changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
+    if strikes >= settings.attempts and round.kind == "evaluate":
+        changes = {"attempt": 1, "strikes": 0, "evaluated": round.number}
+    elif strikes >= settings.attempts and run.state == "running":
+        told = f"round {round.number} was abandoned {strikes} times in a row; the last time: "
+        changes |= {"state": "paused", "reason": told + reason}
+    db.execute(update(runs).where(runs.c.id == run.id).values(changes))
+    name = {"round": round.number, "attempt": round.attempt, "kind": round.kind}
+    audit.append(db, now, actor, "abandon", run=run.id, reason=reason, **name)
+    if "state" in changes:
+        audit.append(db, now, "leader", "pause", run=run.id, reason=changes["reason"])
+    fault_points.reach("abandon.inside")
+
+
+def lock_run(db: Connection, run: str) -> Row[Any]:
+    """A run as it stays until the end of the transaction; its round is locked after it."""
+    return db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+
+
+def pause_run(db: Connection, run: str, reason: str, now: int) -> None:
+    """The leader finds that no round can be opened before a person does something."""
+    db.execute(update(runs).where(runs.c.id == run).values(state="paused", reason=reason))
+    audit.append(db, now, "leader", "pause", run=run, reason=reason)
+
+
+def expire_leases(db: Connection, now: int) -> None:
+    """Free the slots of devices that were silent for too long."""
+    late = and_(ACTIVE, assignments.c.lease_ms <= now)
+    theirs = rounds.c.id.in_(select(assignments.c.round).where(late))
+    # The rounds first, as everybody does: reports write many assignments at once, too.
+    db.execute(select(rounds.c.id).where(theirs).order_by(rounds.c.id).with_for_update()).all()
+    values = {"state": "expired", "reason": LEASE_RAN_OUT}
+    db.execute(update(assignments).where(late).values(values))
+
+
+def rearm(db: Connection, now: int) -> None:
+    """After nobody led for a while: no deadline is further away than when it was set, and one that
+    passed leaves some time for the reports that could not be sent."""
+    theirs = select(runs.c.settings).where(runs.c.id == rounds.c.run).scalar_subquery()
+    open_ones = select(rounds, theirs.label("settings")).where(OPEN_ROUND)
+    for round in db.execute(open_ones).all():
+        settings = settings_of(round.settings)
+        limits = {
+            "selection_deadline_ms": milliseconds(settings.selection_seconds),
+            "report_deadline_ms": milliseconds(settings.report_seconds),
+        }
+        changes = {
+            name: _rearmed(getattr(round, name), now, limit)
+            for name, limit in limits.items()
+            if getattr(round, name) is not None
+        }
+        if changes:
+            db.execute(update(rounds).where(rounds.c.id == round.id).values(changes))
+        active = (assignments.c.round == round.id) & (assignments.c.state == "active")
+        for lease in db.execute(select(assignments.c.id, assignments.c.lease_ms).where(active)):
+            values = {"lease_ms": _rearmed(lease.lease_ms, now, settings.lease_ms)}
+            db.execute(update(assignments).where(assignments.c.id == lease.id).values(values))
+
+
+def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
+    """What a round in SELECTING or TRAINING has to do next, and why."""
+    if counts.reported >= max(round.goal, 1):
+        return "close", "the goal is reached"
+    nobody_left = counts.absent + counts.reported >= round.slots and counts.active == 0
+    is_late = round.report_deadline_ms is not None and now >= round.report_deadline_ms
+    if is_late or (nobody_left and round.cohort is not None):
+        if counts.reported >= round.minimum:
+            return "close", "the deadline passed"
+        why = "no device is left" if not is_late else "the report deadline passed"
+        return "abandon", f"{why}: {counts.reported} reports of at least {round.minimum}"
+    if round.state == "SELECTING":
+        selected = counts.active + counts.reported
+        if max(counts.taken, selected + counts.absent) >= round.slots:
+            return "train", "all slots were taken"
+        if round.selection_deadline_ms is not None and now >= round.selection_deadline_ms:
+            if selected >= round.minimum:
+                return "train", "the selection deadline passed"
+            told = f"{selected} devices of at least {round.minimum}"
+            return "abandon", f"the selection deadline passed: {told}"
+    return "wait", ""
+
+
+def count(db: Connection, round: Row[Any]) -> Counts:
+    """Count the devices of a round."""
+    active, reported, taken = db.execute(_COUNTS, {"round": round.id}).one()
+    absent = len(_absent(db, round)) if round.cohort is not None else 0
+    return Counts(active, reported, taken, absent)
+
+
+_TAKEN = select(func.count()).where(assignments.c.round == bindparam("round"))
+_ACTIVE = _TAKEN.where(assignments.c.state == "active")
+_REPORTED = select(func.count()).where(reports.c.round == bindparam("round"))
+_COUNTS = select(_ACTIVE.scalar_subquery(), _REPORTED.scalar_subquery(), _TAKEN.scalar_subquery())
+
+
+def settle(db: Connection, run: Row[Any], round: Row[Any], *, version: int) -> None:
+    """The part of a commit that moves the run on to its next round."""
+    changes: dict[str, Any] = {"attempt": 1, "strikes": 0, "version": version}
+    changes["evaluated" if round.kind == "evaluate" else "round"] = round.number
+    db.execute(update(runs).where(runs.c.id == run.id).values(changes))
+
+
+def _next(run: Row[Any], settings: RoundSettings) -> tuple[str, int]:
+    every = settings.federated_every
+    if every and run.round and run.round % every == 0 and run.evaluated < run.round:
+        return "evaluate", run.round
+    return "train", run.round + 1
+
+
+def _cohort(
+    run: Row[Any], settings: RoundSettings, kind: str, number: int, here: Present
+) -> list[int] | None:
+    """The client indices of a sampled round: for training, those of the simulation.
+
+    They are drawn among the devices that are expected, and anew for another attempt.
+    """
+    if settings.selection == "open":
+        return None
+    seed = run.seed if kind == "train" else derive_seed(run.seed, "evaluate")
+    expected = len(here.clients)
+    size = min(settings.goal_of(expected), expected)
+    if size == 0:
+        return []
+    if run.attempt > 1:
+        seed = derive_seed(seed, "attempt", run.attempt)
+    drawn = sample_cohort(expected, size, seed=seed, round=number)
+    return [here.clients[place] for place in drawn]
+
+
+def _absent(db: Connection, round: Row[Any]) -> list[int]:
+    """The drawn clients that failed in this round, without a report."""
+    failed = select(assignments.c.client).where(
+        assignments.c.round == round.id, assignments.c.state == "failed"
+    )
+    done = select(reports.c.client).where(reports.c.round == round.id)
+    return sorted({*db.scalars(failed)} & {*json.loads(round.cohort)} - {*db.scalars(done)})
+
+
+def _move(db: Connection, round: Row[Any], state: str, **changes: Any) -> bool:
+    here = (rounds.c.id == round.id) & (rounds.c.state == round.state)
+    moved = db.execute(update(rounds).where(here).values(state=state, **changes))
+    return moved.rowcount == 1
+
+
+def _end_assignments(db: Connection, round: str, reason: str) -> None:
+    active = (assignments.c.round == round) & (assignments.c.state == "active")
+    values = {"state": "expired", "reason": reason}
+    db.execute(update(assignments).where(active).values(values))
+
+
+def _finish_run(db: Connection, run: Row[Any], now: int) -> None:
+    db.execute(update(runs).where(runs.c.id == run.id).values(state="finished"))
+    audit.append(db, now, "leader", "finish", run=run.id, round=run.round, version=run.version)
+
+
+def _rearmed(deadline: int, now: int, window: int) -> int:
+    return min(max(deadline, now + min(_GRACE_MS, window)), now + window)

@@ -1,0 +1,137 @@
+"""A run as it stands in the database, whichever version of Potluck began it.
+
+What the row says counts, never a default of today: a key that the experiment file leaves out keeps
+the value that the run was begun with. A key that the file gives must have the run's value, or the
+one that the file gave at the beginning where `potluck set` changed it since.
+
+Compatibility: a key that this version does not know is left out where it decides nothing: if it has
+no value, or is one of the settings. Any other is named, and the run is not served.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Row, inspect, select
+
+from potluck.config.experiment import Experiment
+from potluck.config.round_settings import RoundSettings, read_stored, settings_of
+from potluck.core import RefusedError, Spec
+from potluck.core.plain_json import flat, to_json
+from potluck.server.storage.database import one
+from potluck.server.storage.database_tables import runs
+from potluck.server.storage.vectors import read_spec
+
+_SHOWN = 3
+_FOLLOW = ("task.path", "server.num_rounds")
+"""Of no weight: the data may move, and the number of rounds is `run.rounds`."""
+_FIXED = ("selection", "goal_part", "num_rounds", "needs_charging", "needs_idle", "needs_unmetered")
+CHANGEABLE = {"run.rounds", "run.evaluate_every"} | {
+    f"server.{name}" for name in RoundSettings.model_fields if name not in _FIXED
+}
+"""The keys that decide no numbers of a model, and are not in its signed plan: `potluck set` changes
+them in a run."""
+
+
+class Kept(NamedTuple):
+    """A run that goes on, with its own values; those that its file has others of, in words."""
+
+    experiment: Experiment
+    settings: RoundSettings
+    told: list[str]
+
+
+def experiment_of(run: Row[Any]) -> Experiment:
+    """The experiment that a run was begun with.
+
+    Raises:
+        RefusedError: conflict: another version began it, with what this one does not have.
+    """
+    return _experiment(run.experiment)
+
+
+@lru_cache(maxsize=8)
+def _experiment(text: str) -> Experiment:
+    return read_stored(Experiment, text)
+
+
+def given_of(experiment: Experiment, settings: RoundSettings) -> dict[str, Any]:
+    """The keys that a file gives, with their values; `runs.begun` holds the first ones."""
+    return _values(experiment, settings, exclude_unset=True)
+
+
+def find(db: Connection, name: str) -> Row[Any] | None:
+    """The row of a run, in a schema of any version.
+
+    Raises:
+        RefusedError: conflict: of a version before the first that this one goes on with.
+    """
+    found = inspect(db)
+    if not found.has_table("runs"):
+        return None
+    there = {column["name"] for column in found.get_columns("runs")}
+    columns = [column for column in runs.c if column.name in there]
+    if "plan" not in there:
+        raise RefusedError(
+            "conflict",
+            "the database must be of a version that this one goes on with, got an older one, "
+            "without its plans. Finish its run with that version.",
+        )
+    return one(db, select(*columns).where(runs.c.name == name))
+
+
+def kept(
+    run: Row[Any], experiment: Experiment, settings: RoundSettings, spec: Spec | None = None
+) -> Kept:
+    """What a run goes on with that is served again.
+
+    Raises:
+        RefusedError: conflict: with the keys that it was begun with other values of.
+    """
+    old, rules = experiment_of(run), settings_of(run.settings)
+    begun: dict[str, Any] = json.loads(getattr(run, "begun", None) or "{}")
+    was, now = _values(old, rules), _values(experiment, settings)
+    given = given_of(experiment, settings)
+    different: dict[str, str] = {}
+    told: list[str] = []
+    for key in [key for key in {**was, **now} if was.get(key) != now.get(key)]:
+        here, there = _told(was.get(key)), _told(now.get(key))
+        is_left_out = key not in given and (key not in begun or key in CHANGEABLE)
+        if is_left_out or (key in begun and begun[key] == now.get(key)):
+            told.append(f"{key} = {here} in the run, and not {there}")
+        else:
+            different[key] = f"{key} = {here} and not {there}"
+    if spec is not None and spec != read_spec(run.spec):
+        different["model"] = "a model of other shapes"
+    if different:
+        raise RefusedError("conflict", _in_words(run.name, different))
+    task = old.task.model_copy(update={"path": experiment.task.path})
+    changes = {"task": task, "server": experiment.server}
+    return Kept(old.model_copy(update=changes), rules, told)
+
+
+def _in_words(name: str, different: Mapping[str, str]) -> str:
+    first = list(different.values())
+    more = f", and {len(first) - _SHOWN} more" if len(first) > _SHOWN else ""
+    change = "Change them in the run with `potluck set`" if different.keys() <= CHANGEABLE else ""
+    return (
+        f"the run {name!r} in this folder was begun with {', '.join(first[:_SHOWN])}{more}. "
+        f"{change or 'Go on with the old values'}, give the experiment another name, or begin anew "
+        "with --fresh."
+    )
+
+
+def _values(
+    experiment: Experiment, settings: RoundSettings, *, exclude_unset: bool = False
+) -> dict[str, Any]:
+    """Keys and values, but for those that follow from others."""
+    values = flat(experiment.model_dump(mode="json", exclude_unset=exclude_unset))
+    values |= flat(settings.model_dump(mode="json", exclude_unset=exclude_unset), "server.")
+    return {key: value for key, value in values.items() if key not in _FOLLOW}
+
+
+def _told(value: Any) -> str:
+    return "(left out)" if value is None else to_json(value)

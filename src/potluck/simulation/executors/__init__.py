@@ -1,0 +1,1 @@
+"""Ways to train a cohort: all give the numbers of the plain loop."""

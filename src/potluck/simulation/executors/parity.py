@@ -1,0 +1,120 @@
+"""A few steps in the plain loop beside the same in a faster program: they must agree.
+
+A model may do what nobody foresaw: draw from a stream of its own, keep Python state, mix the
+examples of a batch. So no program is trusted with a model before it was tried on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import get_args
+
+import numpy as np
+
+from potluck.core import Role, Spec, Vector
+from potluck.engine import TorchRuntime
+from potluck.engine.module.randomness import other_states
+from potluck.engine.vmap.cohort_trainer import LocalRun
+from potluck.simulation.executors.recording import Answer, Recorder
+
+TRIED_STEPS = 3
+TOLERANCE = 1e-3  # of the movement of the weights in so few steps, and of the loss
+
+
+class DisagreesError(Exception):
+    """A program does not give what the plain loop gives."""
+
+
+def shortened(run: LocalRun, num_steps: int = TRIED_STEPS) -> LocalRun:
+    """The first steps of a run."""
+    return run._replace(steps=run.steps[:num_steps])
+
+
+def play(plain: TorchRuntime, recorder: Recorder, num_steps: int = TRIED_STEPS) -> Answer:
+    """The first steps of what was recorded, in the plain runtime."""
+    run = recorder.run
+    plain.take(recorder.examples)
+    plain.begin(run.start, run.rows - recorder.first_row, run.seed, run.correction)
+    for batch, lr in run.steps[:num_steps]:
+        plain.step(batch, lr)
+    weights, loss = plain.end()
+    return Answer(weights.copy(), loss)
+
+
+def tried(plain: TorchRuntime, recorder: Recorder) -> Answer:
+    """The same, of a client that is to be compared.
+
+    Raises:
+        DisagreesError: the model keeps something of its own, which there is for each client that
+            trains alone, but once for all that train side by side.
+    """
+    found = play(plain, recorder)
+    name = plain.changed()
+    if name is not None:
+        raise DisagreesError(
+            f"while it trains, it writes {name!r}, and not by writing into a buffer in place"
+        )
+    return found
+
+
+@contextmanager
+def undrawn() -> Generator[None]:
+    """Within it, clients train side by side.
+
+    Raises:
+        DisagreesError: the model draws from a stream of which there is one for all of them.
+    """
+    before = other_states()
+    yield
+    if other_states() != before:
+        raise DisagreesError(
+            "the model draws from numpy.random or random, which give one stream to all clients "
+            "that train side by side"
+        )
+
+
+def compare(
+    spec: Spec, start: Vector, found: Answer, expected: Answer, tolerance: float = TOLERANCE
+) -> bool:
+    """Whether anything could be said: not where the plain loop gives what is not finite.
+
+    Parameters are compared together, and each buffer by itself: a counter is large and a mean is
+    small. What neither moved is equal, also where it is infinite.
+
+    Args:
+        tolerance: of the movement of the weights; and of the loss, of which it is 0.05 at most.
+
+    Raises:
+        DisagreesError: the two differ.
+    """
+    if not np.isfinite(expected.loss):
+        return False
+    groups = [slice(0, spec.num_parameters)]
+    groups += [part for part in spec.slices(*get_args(Role)) if part.start >= spec.num_parameters]
+    for part in groups:
+        if not _agree(start[part], found.weights[part], expected.weights[part], tolerance):
+            return False
+    if not abs(found.loss - expected.loss) <= min(tolerance, 0.05) * max(abs(expected.loss), 1.0):
+        raise DisagreesError(
+            f"its loss differs from the plain loop's {expected.loss:g}, got loss={found.loss:g}"
+        )
+    return True
+
+
+def _agree(start: Vector, found: Vector, expected: Vector, tolerance: float) -> bool:
+    """As `compare`, of some of the entries."""
+    bits = [vector.view(np.int32) for vector in (start, found, expected)]
+    moving = (bits[0] != bits[1]) | (bits[0] != bits[2])
+    start, found, expected = start[moving], found[moving], expected[moving]
+    if not (np.isfinite(expected).all() and np.isfinite(start).all()):
+        return False
+    moved = float(np.abs(expected - start).max(initial=0.0))
+    apart = float(np.abs(found - expected).max(initial=0.0))
+    allowed = tolerance * moved + 1e-6 * float(np.abs(start).max(initial=1.0))
+    if not apart <= allowed:  # also what is not a number
+        raise DisagreesError(
+            f"after {TRIED_STEPS} steps its weights differ from the plain loop's by {apart:.2g}, "
+            f"got a movement of {moved:.2g}"
+        )
+    return True

@@ -1,0 +1,356 @@
+"""The `vmap` executor: a cohort as one program.
+
+The clients of a cohort are recorded (`recording`), trained side by side in chunks
+(`CohortRuntime`), and the algorithm's own lines make the updates. Clients of similar size share a
+chunk, so that they are done together. Where all make one step from the same weights, the cohort is
+one large batch (`pooling`).
+
+A model is first tried on two clients for a few steps (`trial`). One that cannot be vectorised, or
+that gives something else then, is trained by the plain loop, and a line of the log "potluck" says
+why. When a chunk fails later, its clients are trained one by one, which names the one whose data
+it was.
+
+On a GPU it is another program (`potluck.engine.gpu.chunk_trainer`) for the same clients, and where
+the algorithm allows it the updates are summed there (`reducing`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from potluck.algorithms import Algorithm
+from potluck.core import FixedPointMean, TaskError, Vector
+from potluck.core.validate import as_count
+from potluck.data.trees import is_one
+from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches
+from potluck.engine.devices import device_of, unpacked_rnns
+from potluck.engine.evaluation import EVALUATION_BATCH
+from potluck.engine.gpu.chunk_trainer import DeviceCohort
+from potluck.engine.gpu.fedsgd_on_device import PooledOnDevice
+from potluck.engine.module.randomness import kept_randomness
+from potluck.engine.precision import Precision, check_precision, products
+from potluck.engine.task import Remade
+from potluck.engine.vmap.cohort_trainer import CohortRuntime, LocalRun
+from potluck.models.counting import may_count_nothing
+from potluck.simulation.executors.executor import (
+    NO_STATES,
+    CohortResult,
+    Outcome,
+    empty_mean,
+    kernel_threads,
+    summarise,
+)
+from potluck.simulation.executors.fedsgd import Pooling
+from potluck.simulation.executors.gpu_sum import is_reducible, reduce
+from potluck.simulation.executors.parity import (
+    TOLERANCE,
+    DisagreesError,
+    compare,
+    shortened,
+    tried,
+    undrawn,
+)
+from potluck.simulation.executors.recording import Answer, Recorder, Unanswered, Work
+
+_LOG = logging.getLogger("potluck")
+_CHUNK = 256  # clients, beyond which a larger chunk gains nothing
+_CHUNK_BYTES = 4 * 2**20  # of the models of a chunk, which the caches of a processor hold
+_COPIES = 8  # of each model: weights, gradient, result, what pulls, temporaries
+_EVALUATED = 1000  # examples at a time, on a device
+_TOLERANCES = {"tf32": 2e-2, "bf16": 0.5}  # of a trial, where products are not of float32
+Trained: TypeAlias = tuple[Outcome, Vector | None]  # as `train_client` gives it
+
+
+class Vmap:
+    """All clients of a chunk as one program, in this process.
+
+    Args:
+        task: as for every executor.
+        chunk: clients that are trained side by side; by the size of the model if None.
+        num_threads: of PyTorch's kernels.
+        compiles: compile a step that takes long, where a C++ compiler is at hand. When that is
+            depends on the clock, so the bits of a run do not repeat.
+        device: "cuda", "cuda:1" or "auto", a GPU if there is one; "cpu" runs the lines for a GPU on
+            a CPU, which is for tests. Without it, what is fast on a CPU.
+        precision: of products on a device: "float32", "tf32" or "bf16".
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        chunk: int | None = None,
+        num_threads: int = 1,
+        compiles: bool = False,
+        device: str | torch.device | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        if chunk is not None:
+            chunk = as_count("chunk", chunk, 1, "Leave it out to fit the model.")
+        self._task = task
+        self._num_threads = as_count("num_threads", num_threads)
+        self._may_skip = may_count_nothing(task.loss, task.data.train.targets)
+        self._asked = chunk, compiles, device
+        self._precision: Precision = precision
+        self._tolerance = _TOLERANCES.get(precision, TOLERANCE)
+        self.refused: str | None = None
+        """Why the plain loop trains this task; None if it does not."""
+        self._model = Remade(task, self._make)
+        size = EVALUATION_BATCH if self._device_cohort is None else _EVALUATED
+        self._test = evaluation_batches(task, size=size)
+
+    @property
+    def placed(self) -> DeviceCohort | None:
+        """What trains on a device, if one was named."""
+        return self._device_cohort
+
+    def train(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector] = NO_STATES,
+    ) -> CohortResult:
+        """Local training of one cohort, each client of which received the same."""
+        _, result = self.train_part(
+            algorithm, received, cohort, seed=seed, round=round, states=states
+        )
+        return result
+
+    def train_part(
+        self,
+        algorithm: Algorithm,
+        received: Vector,
+        cohort: NDArray[np.int64],
+        *,
+        seed: int,
+        round: int,
+        states: Mapping[int, Vector] = NO_STATES,
+    ) -> tuple[FixedPointMean, CohortResult]:
+        """The same, with the sum that the aggregate was made of."""
+        self.begin(seed)
+        offsets = self._task.data.offsets
+        sizes = offsets[cohort + 1] - offsets[cohort]
+        cohort = cohort[np.argsort(-sizes, kind="stable")]
+        mean = empty_mean(algorithm, len(received))
+        work = Work(self._task, algorithm, received, seed, round, states, mean)
+        outcomes: list[Outcome] = []
+        kept: dict[int, Vector] = {}
+        with kept_randomness(), kernel_threads(self._num_threads):
+            for outcome, state in self.train_clients(work, cohort):
+                outcomes.append(outcome)
+                if state is not None:
+                    kept[outcome.client] = state
+        return mean, summarise(mean, outcomes, kept)
+
+    def begin(self, seed: int) -> None:
+        """Train and evaluate the model of a run with this seed from now on."""
+        self._model.begin(seed)
+
+    def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
+        """The client halves of these clients, into the mean of `work`; neighbours side by side."""
+        fits = self._fits(clients)
+        pooled = self._pooling.train(work, clients) if fits.all() else None
+        if pooled is not None:
+            yield from ((outcome, None) for outcome in pooled)
+            return
+        done, rest = self._reduced(work, clients[fits])
+        yield from ((outcome, None) for outcome in done)
+        for i in range(0, len(rest), self.chunk):
+            yield from self._train(work, rest[i : i + self.chunk])
+        misfits = [Recorder(self._task, client) for client in map(int, clients[~fits])]
+        yield from self._train_plain(work, misfits)
+
+    def evaluate(self, weights: Vector) -> dict[str, float]:
+        """Central evaluation on the task's test examples."""
+        self._model.follow()
+        self._evaluator.load(weights)
+        precise = nullcontext() if self._device_cohort is None else products(self._precision)
+        with kernel_threads(self._num_threads), precise, unpacked_rnns():
+            return self._evaluator.evaluate(self._test)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _make(self) -> None:
+        """All that trains and evaluates."""
+        task, precision, (chunk, compiles, device) = self._task, self._precision, self._asked
+        self._slow: TorchRuntime | None = None
+        self._oracle = TorchRuntime(task, fused_from=None)
+        self._device_cohort = _placed(task, device, precision, chunk)
+        self._cohort: CohortRuntime | DeviceCohort
+        if self._device_cohort is None:
+            self._cohort = CohortRuntime(task, compiles=compiles)
+            self._pooling = Pooling(task, self._oracle)
+            self._evaluator = Evaluator(task)
+            self.chunk = chunk or chunk_for(self._oracle.spec.num_bytes)
+        else:
+            self._cohort = placed = self._device_cohort
+            pooled = PooledOnDevice(task, placed.device, precision, placed.resident())
+            self._pooling = Pooling(task, self._oracle, pooled, self._tolerance)
+            self._evaluator = Evaluator(task, placed.device)
+            self.chunk = placed.chunk
+        self._tried: set[object] = set()  # kinds of corrections that agreed with the plain loop
+        self.refused = None
+
+    def _fits(self, cohort: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which clients have data that the device may be given."""
+        placed = self._device_cohort
+        if placed is None or not placed.misfits:
+            return np.ones(len(cohort), bool)
+        return np.array([int(client) not in placed.misfits for client in cohort], bool)
+
+    def _reduced(
+        self, work: Work, cohort: NDArray[np.int64]
+    ) -> tuple[list[Outcome], NDArray[np.int64]]:
+        """The clients that are in the sum already, made on the device; and the others."""
+        placed = self._device_cohort
+        if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
+            return [], cohort
+        if self._may_skip:  # whose losses are looked at before they are in a sum
+            return [], cohort
+        recorders = [Recorder(self._task, client) for client in map(int, cohort)]
+        asking = work._replace(mean=empty_mean(work.algorithm, len(work.received)))
+        for recorder in recorders:
+            try:
+                asking.train(recorder.client, recorder)
+                return [], cohort  # without a step
+            except Unanswered:
+                pass
+        if not recorders:
+            return [], cohort
+        try:
+            self._trust(recorders)
+            done, left = reduce(work, recorders, placed)
+        except Exception:  # as in `_train`, which tells why
+            return [], cohort
+        return done, np.array([recorder.client for recorder in left], np.int64)
+
+    def _train(self, work: Work, chunk: NDArray[np.int64]) -> list[Trained]:
+        """Run the client halves of a chunk until each has its answers."""
+        waiting = [Recorder(self._task, client) for client in map(int, chunk)]
+        done: list[Trained] = []
+        while waiting and self.refused is None:
+            asking: list[Recorder] = []
+            for recorder in waiting:
+                try:
+                    done.append(work.train(recorder.client, recorder))
+                except Unanswered:
+                    asking.append(recorder)
+            waiting = asking
+            try:
+                for alike in _alike(asking):
+                    self._answer(alike)
+            except Exception as error:  # of the model, or of one client's data
+                plain = self._train_plain(work, asking)
+                if all(outcome.failure is None for outcome, _ in plain):
+                    self._refuse(error)
+                return done + plain
+        return done + self._train_plain(work, waiting)
+
+    @property
+    def _plain(self) -> TorchRuntime:
+        """What trains a model, or one client, that cannot be vectorised."""
+        if self._slow is None:
+            self._slow = TorchRuntime(self._task, one_thread=self._num_threads == 1)
+        return self._slow
+
+    def _train_plain(self, work: Work, recorders: Sequence[Recorder]) -> list[Trained]:
+        return [work.train(recorder.client, self._plain) for recorder in recorders]
+
+    def _trust(self, recorders: Sequence[Recorder]) -> None:
+        """Compare with the plain loop, unless corrections of this kind were compared before.
+
+        Raises:
+            Exception: it cannot be vectorised, or differs.
+        """
+        kind = _kind(recorders[0].run)
+        if kind not in self._tried and self._try(recorders[:2]):
+            self._tried.add(kind)
+
+    def _answer(self, recorders: Sequence[Recorder]) -> None:
+        """Train side by side what was recorded, with corrections of one kind.
+
+        Raises:
+            Exception: it cannot be.
+        """
+        self._trust(recorders)
+        weights, losses = self._cohort.train([recorder.run for recorder in recorders])
+        if self._may_skip and not np.isfinite(losses).all():  # the loop knows which steps to skip
+            raise DisagreesError("its loss is not finite where a batch counts nothing")
+        for recorder, row, loss in zip(recorders, weights, losses.tolist(), strict=True):
+            recorder.answers.append(Answer(row, loss))
+
+    def _try(self, recorders: Sequence[Recorder]) -> bool:
+        """Compare a few steps with the plain loop's; whether anything could be said.
+
+        Raises:
+            DisagreesError: they differ.
+        """
+        runs = [shortened(recorder.run) for recorder in recorders]
+        expected = [tried(self._oracle, recorder) for recorder in recorders]
+        with undrawn():
+            weights, losses = self._cohort.train(runs)
+        found = [Answer(row, loss) for row, loss in zip(weights, losses.tolist(), strict=True)]
+        said = [
+            compare(self._plain.spec, run.start, one, other, self._tolerance)
+            for run, one, other in zip(runs, found, expected, strict=True)
+        ]
+        return all(said)
+
+    def _refuse(self, error: Exception) -> None:
+        self.refused = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _LOG.warning("vmap cannot train this model, so loop does. %s", self.refused)
+
+
+def _placed(
+    task: Task, device: str | torch.device | None, precision: Precision, chunk: int | None
+) -> DeviceCohort | None:
+    """The clients of a task on a device, if one was named."""
+    if device is None:
+        if precision != "float32":
+            raise ValueError(
+                f"precision must be 'float32' without a device, got precision={precision!r}. "
+                "Name a GPU as the device."
+            )
+        return None
+    device = device_of(device) if isinstance(device, str) else device
+    check_precision(precision, device)
+    if not is_one(task.data.train.inputs):
+        raise TaskError(
+            "the inputs of an example must be one array on a GPU, got several together, device="
+            f"{str(device)!r}. Leave the device out, or put them into one array."
+        )
+    return DeviceCohort(task, device, precision, chunk)
+
+
+def chunk_for(model_bytes: int) -> int:
+    """How many clients are trained side by side: a function of the machine, not of the moment,
+    since the same chunks give the same bits."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = physical // 8 // (_COPIES * model_bytes)
+    return int(max(min(_CHUNK, max(_CHUNK_BYTES // model_bytes, 4), fits), 1))
+
+
+def _kind(run: LocalRun) -> tuple[float | None, float, bool, int]:
+    """What runs must have in common to be trained side by side."""
+    clip, proximal, drift = run.correction
+    return clip, proximal, drift is None, len(run.start)
+
+
+def _alike(recorders: Sequence[Recorder]) -> Iterable[list[Recorder]]:
+    """The clients by the kind of their corrections; of one kind almost always."""
+    kinds: dict[object, list[Recorder]] = {}
+    for recorder in recorders:
+        kinds.setdefault(_kind(recorder.run), []).append(recorder)
+    return kinds.values()

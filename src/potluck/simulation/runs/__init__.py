@@ -1,0 +1,1 @@
+"""Run directories: what was asked, what came of it, and reports."""

@@ -1,0 +1,1 @@
+"""Virtual time: what the rounds would have taken on real devices."""

@@ -1,0 +1,128 @@
+"""Every block of README.md that can be run here is run, from its own text, in its order."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ELSEWHERE = ("pip", "make", "git")  # they install, which tests do not
+MNIST = ("data get mnist", "experiments/mnist-", "--cells 'mnist-")  # downloads, or hours
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.language}: {self.text.splitlines()[0]}"
+
+
+BLOCKS = [Block(*match.groups()) for match in FENCE.finditer(README)]
+
+
+def blocks(*languages: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language in languages]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stands for the root of a clone; commands follow each other in it."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    return folder
+
+
+def test_every_block_is_of_a_kind_that_is_run_or_is_printed_output():
+    assert {block.language for block in BLOCKS} <= {"python", "bash", "console", "text", "sh"}
+    assert blocks("python")
+    assert blocks("bash", "console")
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.name)
+def test_python(block, tmp_path):
+    printed = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block.text],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # tests share the cores
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    following = BLOCKS[BLOCKS.index(block) + 1]
+    assert following.language == "text", "show what the program prints"
+    number = re.compile(r"\d\.\d+")
+    assert number.sub("#", printed) == number.sub("#", following.text)
+    for got, shown in zip(number.findall(printed), number.findall(following.text), strict=True):
+        assert float(got) == pytest.approx(float(shown), abs=0.03)  # machines round differently
+
+
+@pytest.mark.parametrize("block", blocks("bash", "console"), ids=lambda block: block.name)
+def test_commands(block, clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    ran = 0
+    for line in block.text.splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if not words or words[0] in ELSEWHERE or any(part in line for part in MNIST):
+            continue
+        (script,) = entry_points(group="console_scripts", name=words[0])
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as left:
+            script.load()()
+        assert left.value.code == 0, line
+        ran += 1
+    if ran == 0:
+        pytest.skip("installs, or needs MNIST")
+
+
+def test_the_program_is_at_most_twelve_lines():
+    for block in blocks("python"):
+        assert len([line for line in block.text.splitlines() if line.strip()]) <= 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_real_devices_are_served_as_the_page_says(clone, tmp_path):
+    """The four blocks of a server and its devices, as one script."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    for name, started in (("python", ""), ("potluck", "-m potluck")):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {started} "$@"\n')
+        (tmp_path / name).chmod(0o700)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    make, serve, join, take = (block.text for block in blocks("sh"))
+    make = make.partition("\n")[2]  # without pip
+    serve = serve.replace("&\n", "&\nserver=$!\n")
+    join = join.replace("&\n", '&\ndevices+=" $!"\n')
+    script = (
+        f"{make}{serve}{join}for d in $devices; do wait $d; done\n{take}kill $server; wait $server"
+    )
+    done = subprocess.run(
+        ["bash", "-euc", script.replace("8443", str(port))],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished round 3") == 3
+    assert "rounds committed" in done.stdout
+    assert "<All keys matched successfully>" in done.stdout

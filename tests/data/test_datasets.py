@@ -245,30 +245,30 @@ def test_missing_values_become_the_training_mean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("lines", "error"),
     [
-        (window() + ",1", "line 4 of .* must have 46 fields, got fields=47"),
-        (window(label="Flying"), "line 4 of .* got class='Flying'"),
-        (window(first="nan"), "line 4 of .* finite numbers and '\\?', got .*nan"),
-        (window(first="inf"), "line 4 of .* got .*inf"),
-        (window(first="x"), "line 4 of .* got .*'x'"),
-        (window(user="?"), "line 4 of .* got .*'\\?'"),
+        ([window(), window() + ",1"], "inhomogeneous"),
+        ([window() + ",1"], r"shape \(1, 47\)"),
+        ([window(), window(label="Flying")], "tuple.index"),
+        ([window(), window(first="inf")], "infinity or NaN"),
+        ([window(), window(first="nan")], "infinity or NaN"),
+        ([window(), window(first="x")], "'x'"),
+        ([window(), window(user="?")], r"'\?'"),
+        ([], r"shape \(0,\)"),
     ],
+    ids=["longer", "all-longer", "class", "infinite", "nan", "text", "no-user", "empty"],
 )
-def test_a_malformed_window_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_wisdm(arff(tmp_path / "w.arff", window(), line))
+def test_an_arff_file_of_other_lines_is_refused(
+    tmp_path: Path, lines: list[str], error: str
+) -> None:
+    with pytest.raises(DataError, match=rf"w\.arff must hold lines of .* got error=.*{error}"):
+        read_wisdm(arff(tmp_path / "w.arff", *lines))
 
 
-def test_an_arff_file_without_windows_is_refused(tmp_path: Path) -> None:
+def test_an_arff_file_that_is_not_ascii_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.arff"
-    with pytest.raises(DataError, match="must have windows behind @data"):
-        read_wisdm(arff(path))
-    path.write_text("@relation r\n")
-    with pytest.raises(DataError, match="must have a line @data"):
-        read_wisdm(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="must be a readable ASCII file"):
+    with pytest.raises(DataError, match=r"must hold lines of .* got error=.*codec"):
         read_wisdm(path)
 
 

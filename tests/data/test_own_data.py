@@ -122,7 +122,10 @@ def with_nan(row: int) -> np.ndarray:
             (np.ones((2, 2)), [0, -1]),
             r"from -1 to 1 in 6 examples \(see client 'x'",
         ),
-        ((np.ones((2, 2)), ["a", "b"]), "all numbers or all text, got 'a' in client 'x'"),
+        (
+            (np.ones((2, 2)), ["a", "b"]),
+            "all numbers or all text, got 'a' in example 0 of client 'x'",
+        ),
         (
             (np.ones((2, 2)), [{}, {}]),
             r"got \{\} in column '0', row 0 of the targets of client 'x'",

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from potluck.config.experiment import check_experiment
 from potluck.core import DataError
 from potluck.data import partitions
-from potluck.data.describe import describe
+from potluck.data.describe import compare_parts, describe
 from potluck.data.federated import Dataset, Examples, FederatedData, reread
 from potluck.data.own_data import from_clients, from_table
-from potluck.data.parts import compare_parts
 from potluck.data.tables.targets import IGNORED, KINDS, Part, label_text, understand
 from potluck.engine import evaluate
 from potluck.simulation import build_data, build_task
@@ -234,7 +233,7 @@ def test_left_out_labels_are_not_described() -> None:
     labels = np.array([0, 1, -100, 0, 1, -100, 1, 0, 0, 1])
     data = from_clients({"a": (np.ones((10, 2)), labels), "b": (np.ones((10, 2)), labels)})
     summary = describe(data)
-    assert summary.num_classes == 2
+    assert dict(summary.rows())["classes"] == "2"
     assert summary.label_skew == pytest.approx(0.0, abs=0.2)
     compare_parts(data)
 

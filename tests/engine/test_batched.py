@@ -14,7 +14,7 @@ from potluck.engine.gpu.layers import Rewritten, replace
 from potluck.engine.gpu.recurrence import _FusedRecurrence, has_fused_cell, recur
 from potluck.models import CharLSTM, PeepholeCharLSTM, PerCharacter, PerStep, cross_entropy
 from potluck.models import mean_squared_error as squared
-from potluck.models.by_example import by_example
+from potluck.models.losses import by_example
 
 CLIENTS, BATCH, STEPS, SYMBOLS = 3, 4, 9, 30
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

@@ -6,7 +6,7 @@ schema is computed from what is left, or a given one is taken, and applied to al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.data.federated import Array, Examples, FederatedData
-from potluck.data.tables.columns import Column
+from potluck.data.federated import Array, Examples, FederatedData, joined
+from potluck.data.tables.columns import Column, array_column
+from potluck.data.tables.features import Feature
 from potluck.data.tables.fitting import Given, Rules, fit_feature
 from potluck.data.tables.hold_out import HoldOut
-from potluck.data.tables.schema import Schema, array_column
-from potluck.data.tables.targets import Part, TargetKind, understand
+from potluck.data.tables.schema import Schema
+from potluck.data.tables.targets import Meaning, Part, TargetKind, understand
 
 Rows = NDArray[np.int64]
 
@@ -35,6 +36,11 @@ class Source(NamedTuple):
     @property
     def num_examples(self) -> int:
         return len(self.targets)
+
+    def column(self, name: str) -> Column:
+        """A feature: of a table by its name, of an array by its number."""
+        inputs = self.inputs
+        return inputs[name] if isinstance(inputs, Mapping) else array_column(inputs[:, int(name)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,94 +66,101 @@ def assemble(
     Raises:
         DataError: data that cannot be used; the message says where.
     """
-    sources = list(clients.values())
-    if isinstance(tests, Source):
-        sources.append(tests)
-    elif tests is not None:
-        sources += tests.values()
+    shared = tests if isinstance(tests, Source) else None
+    own: Mapping[str, Source] = {} if tests is None or isinstance(tests, Source) else tests
+    sources = [*clients.values(), *own.values(), *([] if shared is None else [shared])]
     for source in sources:
         _check(source, sources[0], asked)
-    targets, schema, notes = _targets(sources, asked)
-    hold_out = schema.hold_out if isinstance(schema, Schema) else asked.hold_out
-    everything = [np.arange(source.num_examples) for source in sources]
-    train, held = everything[: len(clients)], [rows[:0] for rows in everything[: len(clients)]]
+    targets, meaning = _targets(sources, asked)
+    hold_out = asked.hold_out if asked.schema is None else asked.schema.hold_out
+    rows = [(np.arange(source.num_examples), np.arange(0)) for source in clients.values()]
     if tests is None:
         # A device that is told no kind may have classes.
         is_untold = asked.schema is None and not asked.needs_test
-        divided = [
+        rows = [
             hold_out.divide(source.targets if is_untold else values, source.by, source.where)
             for source, values in zip(sources, targets, strict=True)
         ]
-        train, held = [rows for rows, _ in divided], [rows for _, rows in divided]
-    if not isinstance(schema, Schema):
-        schema = _fitted(sources, train, schema, asked)
+    train_rows = [train for train, _ in rows]
+    schema = asked.schema or _fitted(sources, train_rows, targets[0].shape[1:], meaning, asked)
     examples = [
         Examples(_inputs(source, schema), values)
         for source, values in zip(sources, targets, strict=True)
     ]
-    return _packed(clients, tests, examples, train, held, schema, notes, asked)
+    pairs = list(zip(clients, examples, rows, strict=False))
+    train, offsets = joined(part.rows(kept) for _, part, (kept, _) in pairs)
+    if shared is not None:
+        test, test_offsets = examples[-1], None
+    else:
+        given = dict(zip(own, examples[len(clients) :], strict=True))
+        test, test_offsets = joined(given.get(key, part.rows(out)) for key, part, (_, out) in pairs)
+        if test.num_examples == 0 and asked.needs_test:
+            raise DataError(
+                "there must be a test example, got none: a client with one example, or one group, "
+                "keeps it for training. Give `from_clients` a test set: test=(inputs, targets)."
+            )
+    return FederatedData(
+        name=asked.name,
+        train=train,
+        offsets=offsets,
+        test=test,
+        clients=tuple(clients),
+        num_classes=schema.num_classes,
+        test_offsets=test_offsets,
+        kind=schema.kind,
+        classes=schema.classes,
+        schema=schema,
+        notes=() if meaning.note is None else (meaning.note,),
+    )
 
 
-def _targets(
-    sources: Sequence[Source], asked: Asked
-) -> tuple[list[Array], Schema | dict[str, Any], tuple[str, ...]]:
-    """Targets, what is known of the schema by then, and what was taken for granted."""
-    if asked.schema is not None:
+def _targets(sources: Sequence[Source], asked: Asked) -> tuple[list[Array], Meaning]:
+    schema = asked.schema
+    if schema is not None:
         for source in sources:
-            asked.schema.check_is(isinstance(source.inputs, Mapping), source.where)
-        values = [asked.schema.targets_of(source.targets, source.where) for source in sources]
-        return values, asked.schema, ()
-    values, meaning = understand(
+            schema.check_is(isinstance(source.inputs, Mapping), source.where)
+        values = [schema.targets_of(source.targets, source.where) for source in sources]
+        return values, Meaning(schema.kind, schema.num_classes, schema.classes)
+    return understand(
         [Part(source.where, source.targets) for source in sources],
         kind=asked.kind,
         num_classes=asked.num_classes,
         in_tables=bool(asked.targets),
         columns=asked.columns,
     )
-    classes = asked.targets or None if meaning.kind == "multilabel" else meaning.classes
-    known: dict[str, Any] = {
-        "kind": meaning.kind,
-        "num_classes": meaning.num_classes,
-        "classes": classes,
-        "targets": asked.targets,
-        "target_shape": values[0].shape[1:],
-        "hold_out": asked.hold_out,
-    }
-    return values, known, () if meaning.note is None else (meaning.note,)
 
 
 def _fitted(
-    sources: Sequence[Source], train: Sequence[Rows], known: Mapping[str, Any], asked: Asked
+    sources: Sequence[Source],
+    train: Sequence[Rows],
+    target_shape: tuple[int, ...],
+    meaning: Meaning,
+    asked: Asked,
 ) -> Schema:
-    inputs = sources[0].inputs
-    rules = asked.rules
+    known: dict[str, Any] = {
+        "kind": meaning.kind,
+        "num_classes": meaning.num_classes,
+        "classes": asked.targets or None if meaning.kind == "multilabel" else meaning.classes,
+        "targets": asked.targets,
+        "target_shape": target_shape,
+        "hold_out": asked.hold_out,
+    }
+    inputs, rules = sources[0].inputs, asked.rules
     if not isinstance(inputs, Mapping) and not _by_feature(inputs, rules, sources[0].where):
-        dtype, divisor = inputs.dtype, 255.0 if rules.scale == "pixels" else 1.0
-        is_float = dtype.kind == "f" or divisor != 1.0
-        return Schema.checked(
-            {
-                **known,
-                "input_shape": inputs.shape[1:],
-                "input_dtype": "float32" if is_float else "int64",
-                "divisor": divisor,
-            }
-        )
-    names = list(inputs) if isinstance(inputs, Mapping) else list(map(str, range(inputs.shape[1])))
-    columns = [_columns(source, names) for source in sources]
+        known["input_shape"] = inputs.shape[1:]
+        known["divisor"] = 255.0 if rules.scale == "pixels" else 1.0
+        is_float = inputs.dtype.kind == "f" or known["divisor"] != 1.0
+        return Schema.checked(known | {"input_dtype": "float32" if is_float else "int64"})
     rows = [*train, *(np.arange(0) for _ in sources[len(train) :])]
-    features = [
-        fit_feature(
-            name,
-            [
-                Given(source.where, found[k], part)
-                for source, found, part in zip(sources, columns, rows, strict=True)
-            ],
-            rules,
-        )
-        for k, name in enumerate(names)
-    ]
+    features: list[Feature] = []
+    for name in inputs if isinstance(inputs, Mapping) else map(str, range(inputs.shape[1])):
+        given = [
+            Given(source.where, source.column(name), part)
+            for source, part in zip(sources, rows, strict=True)
+        ]
+        features.append(fit_feature(name, given, rules))
     width = sum(feature.width for feature in features)
-    return Schema.checked({**known, "features": tuple(features), "input_shape": (width,)})
+    return Schema.checked(known | {"features": tuple(features), "input_shape": (width,)})
 
 
 def _by_feature(inputs: Array, rules: Rules, where: str) -> bool:
@@ -168,57 +181,11 @@ def _by_feature(inputs: Array, rules: Rules, where: str) -> bool:
     return True
 
 
-def _columns(source: Source, names: Sequence[str]) -> list[Column]:
-    if isinstance(source.inputs, Mapping):
-        return [source.inputs[name] for name in names]
-    return [array_column(source.inputs[:, k]) for k in range(len(names))]
-
-
 def _inputs(source: Source, schema: Schema) -> Array:
     if isinstance(source.inputs, Mapping):
-        columns = [source.inputs[feature.name] for feature in schema.features]
+        columns = [source.column(feature.name) for feature in schema.features]
         return schema.encode(columns, source.where)
     return schema.inputs_of(source.inputs, source.where)
-
-
-def _packed(
-    clients: Mapping[str, Source],
-    tests: Source | Mapping[str, Source] | None,
-    examples: Sequence[Examples],
-    train: Sequence[Rows],
-    held: Sequence[Rows],
-    schema: Schema,
-    notes: tuple[str, ...],
-    asked: Asked,
-) -> FederatedData:
-    of_clients, of_tests = examples[: len(clients)], examples[len(clients) :]
-    packed, offsets = _joined(map(_taken, of_clients, train))
-    if isinstance(tests, Source):
-        tested, test_offsets = of_tests[0], None
-    else:
-        own = dict(zip(tests or (), of_tests, strict=True))
-        parts = zip(clients, of_clients, held, strict=True)
-        tested, test_offsets = _joined(
-            own.get(key, _taken(part, rows)) for key, part, rows in parts
-        )
-        if tested.num_examples == 0 and asked.needs_test:
-            raise DataError(
-                "there must be a test example, got none: a client with one example, or one group, "
-                "keeps it for training. Give `from_clients` a test set: test=(inputs, targets)."
-            )
-    return FederatedData(
-        name=asked.name,
-        train=packed,
-        offsets=offsets,
-        test=tested,
-        clients=tuple(clients),
-        num_classes=schema.num_classes,
-        test_offsets=test_offsets,
-        kind=schema.kind,
-        classes=schema.classes,
-        schema=schema,
-        notes=notes,
-    )
 
 
 def _check(source: Source, first: Source, asked: Asked) -> None:
@@ -245,19 +212,3 @@ def _check(source: Source, first: Source, asked: Asked) -> None:
                 f"{expected.dtype} as in {first.where}, got shape={got.shape[1:]}, "
                 f"dtype={got.dtype} in {source.where}. Convert them alike."
             )
-
-
-def _taken(examples: Examples, rows: Rows) -> Examples:
-    if len(rows) == examples.num_examples:
-        return examples
-    return Examples(examples.inputs[rows], examples.targets[rows])
-
-
-def _joined(parts: Iterable[Examples]) -> tuple[Examples, NDArray[np.int64]]:
-    parts = list(parts)
-    ends = np.cumsum([part.num_examples for part in parts], dtype=np.int64)
-    joined = Examples(
-        np.concatenate([part.inputs for part in parts]),
-        np.concatenate([part.targets for part in parts]),
-    )
-    return joined, np.concatenate([np.zeros(1, np.int64), ends])

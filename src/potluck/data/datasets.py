@@ -152,7 +152,13 @@ def read_digits(images: Path, labels: Path) -> Examples:
             f"{labels} must hold a label for each of the {len(pixels)} images of {images}, "
             f"got labels={len(targets)}. Take both from the same source."
         )
-    _check_labels(targets, 10, labels)
+    wrong = np.flatnonzero(targets > 9)  # they are bytes
+    if len(wrong) > 0:
+        row = int(wrong[0])
+        raise DataError(
+            f"labels must be from 0 to 9, got label={int(targets[row])} of example {row} in "
+            f"{labels}. {_DOWNLOAD_AGAIN}"
+        )
     inputs = pixels.astype(np.float32)
     inputs /= np.float32(255.0)
     return Examples(inputs[:, None], targets)
@@ -227,60 +233,29 @@ class Windows(NamedTuple):
 
 
 def read_wisdm(path: Path) -> Windows:
-    """Parse WISDM's ARFF file: after `@data`, lines of id, user, 43 features and class.
+    """The windows in WISDM's ARFF file: after `@data`, lines of id, user, 43 features and class.
+
+    `scipy.io.arff` refuses the file, in which an attribute has no type.
 
     Raises:
-        DataError: a line that is not such, which the message names by its number.
+        DataError: a file that has other lines than these, or none.
     """
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        rows = path.read_text(encoding="ascii").partition("@data")[2].split()
+        fields = np.array([row.split(",") for row in rows], np.str_)
+        if not rows or fields.shape[1] != _WISDM_FEATURES + 3:
+            raise ValueError(f"lines of shape {fields.shape}")
+        users, values = fields[:, 1].astype(np.int64), fields[:, 2:-1]
+        features = np.where(values == "?", "nan", values).astype(np.float64)
+        if not np.array_equal(np.isfinite(features), values != "?"):
+            raise ValueError("infinity or NaN")
+        targets = np.array([WISDM_CLASSES.index(name) for name in fields[:, -1]], np.int64)
+        return Windows(features, targets, users)
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} must be a readable ASCII file, got error={str(error)!r}. {_DOWNLOAD_AGAIN}"
+            f"{path} must hold lines of id, user, {_WISDM_FEATURES} finite numbers or '?', and one "
+            f"of {', '.join(WISDM_CLASSES)}, got error={str(error)!r}. {_DOWNLOAD_AGAIN}"
         ) from error
-    starts = [i for i, line in enumerate(lines) if line.strip().lower() == "@data"]
-    if not starts:
-        raise DataError(f"{path} must have a line @data, got none. {_DOWNLOAD_AGAIN}")
-    rows = [
-        _window(line, f"line {number} of {path}")
-        for number, line in enumerate(lines[starts[0] + 1 :], start=starts[0] + 2)
-        if line.strip()
-    ]
-    if not rows:
-        raise DataError(f"{path} must have windows behind @data, got none. {_DOWNLOAD_AGAIN}")
-    users, features, targets = zip(*rows, strict=True)
-    return Windows(
-        np.array(features, np.float64), np.array(targets, np.int64), np.array(users, np.int64)
-    )
-
-
-def _window(line: str, where: str) -> tuple[int, list[float], int]:
-    fields = [field.strip() for field in line.split(",")]
-    if len(fields) != _WISDM_FEATURES + 3:
-        raise DataError(
-            f"{where} must have {_WISDM_FEATURES + 3} fields, got fields={len(fields)}. "
-            f"{_DOWNLOAD_AGAIN}"
-        )
-    if fields[-1] not in WISDM_CLASSES:
-        raise DataError(
-            f"{where} must end with one of {', '.join(WISDM_CLASSES)}, got class={fields[-1]!r}. "
-            f"{_DOWNLOAD_AGAIN}"
-        )
-    try:
-        user = int(fields[1])
-        values = [math.nan if field == "?" else _finite(field) for field in fields[2:-1]]
-    except ValueError as error:
-        raise DataError(
-            f"{where} must hold finite numbers and '?', got error={str(error)!r}. {_DOWNLOAD_AGAIN}"
-        ) from error
-    return user, values, WISDM_CLASSES.index(fields[-1])
-
-
-def _finite(field: str) -> float:
-    value = float(field)
-    if not math.isfinite(value):
-        raise ValueError(f"not finite: {field}")
-    return value
 
 
 def _standardised(
@@ -295,13 +270,3 @@ def _standardised(
     deviation = np.sqrt((np.where(known, centred, 0.0) ** 2).sum(axis=0) / count)
     deviation[deviation == 0.0] = 1.0
     return (centred / deviation).astype(np.float32)
-
-
-def _check_labels(targets: NDArray[np.int64], num_classes: int, path: Path) -> None:
-    wrong = np.flatnonzero((targets < 0) | (targets >= num_classes))
-    if len(wrong) > 0:
-        row = int(wrong[0])
-        raise DataError(
-            f"labels must be from 0 to {num_classes - 1}, got label={int(targets[row])} "
-            f"of example {row} in {path}. {_DOWNLOAD_AGAIN}"
-        )

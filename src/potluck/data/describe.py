@@ -5,28 +5,36 @@ labels and everybody's: 0 where it has the same mixture, towards 1 where it has 
 nobody else has. A small client differs by chance, so even an IID partition is above 0.
 
 Text has no labels to compare: its sizes are told in characters beside examples, which are lines.
+
+A file that is sorted, by diagnosis or by time, has last rows that are not like the others, and a
+model is then judged on what it was not trained for. So the labels of training and test examples
+are shown side by side. They differ by more than chance where a test of homogeneity (χ², or the
+means of a regression) is four deviations out, and by more than a trifle.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.data.federated import Examples, FederatedData
-from potluck.data.parts import compare_parts
-from potluck.data.tables.schema import Schema
-from potluck.data.trees import is_one, mapped
+from potluck.data.federated import Examples, FederatedData, offsets_of
+from potluck.data.tables.columns import Array
+from potluck.data.tables.features import Feature
+from potluck.data.tables.row_places import listed
+from potluck.data.trees import is_one
 
 _MOST_BARS = 100  # clients in the picture
 _MOST_BINS = 50  # of the histogram
 _MOST_COLOURS = 10  # classes with a colour and a legend entry of their own
+_DEVIATIONS = 4.0  # beyond which a difference is more than chance
+_TRIFLE = 0.05  # total variation, or, of means, four times as many deviations
 
 
 class Spread(NamedTuple):
@@ -54,36 +62,24 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionSummary:
-    """What a partition is like. `characters` and `test_characters` are None but for text, the
-    last three without one label per example."""
+    """What a partition is like."""
 
-    name: str
-    clients: int
+    data: FederatedData
     examples: Spread  # for training
-    characters: Spread | None  # in them
-    test_examples: int
+    characters: Spread | None  # in them; None but for text
     test_characters: int | None
-    own_tests: bool  # clients have test examples of their own
-    input_shape: Any  # of one example; of each of its inputs, if there are several
-    input_dtype: Any
-    target_kind: str
-    target_dtype: str
-    classes: tuple[str, ...] | None  # names
-    notes: tuple[str, ...]  # what was taken for granted
-    num_classes: int | None
-    classes_per_client: float | None  # median
+    classes_per_client: float | None  # median; None without one label per example
     label_skew: float | None  # mean over the clients, from 0 to 1
-    features: str | None  # of tables: the columns and what becomes of them
-    parts: tuple[tuple[str, str], ...]  # labels of training and test, and whether they differ
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values, in order, for a table of two columns."""
+        data, whose = self.data, "shared" if self.data.test_offsets is None else "each client's own"
         rows = [
-            ("data set", self.name),
-            ("clients", f"{self.clients:,}"),
+            ("data set", data.name),
+            ("clients", f"{data.num_clients:,}"),
             ("training examples", f"{self.examples.total:,}"),
             ("per client: min / median / mean / max", str(self.examples)),
-            ("test examples", f"{self.test_examples:,}" + _whose(self.own_tests)),
+            ("test examples", f"{data.test.num_examples:,}, {whose}"),
         ]
         if self.characters is not None:
             rows += [
@@ -91,53 +87,124 @@ class PartitionSummary:
                 ("characters per client, likewise", str(self.characters)),
                 ("test characters", f"{self.test_characters:,}"),
             ]
-        rows += [
-            *_inputs(self.input_shape, self.input_dtype),
-            *([] if self.features is None else [("features", self.features)]),
-            ("target", f"{self.target_kind}, {self.target_dtype}"),
-            *(("note", note) for note in self.notes),
-        ]
+        rows += _inputs(data.train.inputs)
+        if data.schema is not None and data.schema.targets:
+            rows.append(("features", listed(map(_told, data.schema.features))))
+        rows.append(("target", f"{data.kind}, {data.train.targets.dtype}"))
+        rows += [("note", note) for note in data.notes]
         if self.classes_per_client is not None and self.label_skew is not None:
+            named = "" if data.classes is None else f": {listed(data.classes)}"
             rows += [
-                ("classes", f"{self.num_classes:,}{_named(self.classes)}"),
+                ("classes", f"{data.num_classes:,}" + named),
                 ("classes per client: median", f"{self.classes_per_client:g}"),
                 ("label skew: mean total variation", f"{self.label_skew:.3f}"),
             ]
-        return [*rows, *self.parts]
-
-    def markdown(self) -> str:
-        """The same rows as a Markdown table."""
-        lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.rows())]
-        return "\n".join(lines) + "\n"
+        return [*rows, *compare_parts(data)]
 
 
 def describe(data: FederatedData) -> PartitionSummary:
     """Summarise a partition; linear in the number of training examples."""
-    labelled = _has_labels(data)
-    classes, skew = _label_statistics(data) if labelled else (None, None)
+    classes, skew = _label_statistics(data) if _has_labels(data) else (None, None)
     characters = test_characters = None
     if data.padding is not None:
-        characters = Spread.of(_characters_per_client(data, data.padding))
+        ends = offsets_of(_characters(data.train, data.padding))
+        characters = Spread.of(np.diff(ends[data.offsets]))
         test_characters = int(_characters(data.test, data.padding).sum())
     return PartitionSummary(
-        name=data.name,
-        clients=data.num_clients,
+        data=data,
         examples=Spread.of(data.sizes),
         characters=characters,
-        test_examples=data.test.num_examples,
         test_characters=test_characters,
-        own_tests=data.test_offsets is not None,
-        input_shape=mapped(lambda part: part.shape[1:], data.train.inputs),
-        input_dtype=mapped(lambda part: str(part.dtype), data.train.inputs),
-        target_kind=data.kind,
-        target_dtype=str(data.train.targets.dtype),
-        classes=data.classes,
-        notes=data.notes,
-        num_classes=data.num_classes if labelled else None,
         classes_per_client=classes,
         label_skew=skew,
-        features=_features(data.schema),
-        parts=tuple(compare_parts(data)),
+    )
+
+
+def compare_parts(data: FederatedData) -> list[tuple[str, str]]:
+    """Rows for a table: the labels of training and test examples, and a warning if they differ."""
+    train, test = data.train.targets, data.test.targets
+    if len(test) == 0 or len(train) == 0:
+        return []
+    if data.kind == "classes" and train.ndim == 1 and train.dtype.kind in "iu":
+        return _classes(data, train.astype(np.int64), test.astype(np.int64))
+    if data.kind == "regression" and train.ndim == 1:
+        return _quantities(train.astype(np.float64), test.astype(np.float64))
+    if data.kind == "multilabel":
+        names = data.classes or list(map(str, range(data.num_classes)))
+        return _shares(names, train.mean(axis=0), test.mean(axis=0))
+    return []
+
+
+def _classes(data: FederatedData, train: Array, test: Array) -> list[tuple[str, str]]:
+    train, test = train[train >= 0], test[test >= 0]
+    if len(train) == 0 or len(test) == 0:
+        return []
+    size = max(data.num_classes, int(train.max()) + 1, int(test.max()) + 1)
+    counts = np.stack([np.bincount(part, minlength=size) for part in (train, test)])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    names = list(data.classes or ())
+    names += map(str, range(len(names), size))
+    rows = _shares(names, *shares)
+    distance = 0.5 * float(np.abs(shares[0] - shares[1]).sum())
+    alone = [names[k] for k in np.flatnonzero((counts[0] == 0) & (counts[1] > 0))]
+    if alone:
+        rows.append(
+            (
+                "warning",
+                f"the test has classes that no training example has: {listed(alone)}. Give "
+                "training examples of them",
+            )
+        )
+    elif distance > _TRIFLE and _is_beyond_chance(counts):
+        rows.append(_warning(f"total variation {distance:.2f}"))
+    return rows
+
+
+def _quantities(train: Array, test: Array) -> list[tuple[str, str]]:
+    rows = [
+        (
+            f"targets of {what}",
+            f"mean {part.mean():.4g}, deviation {part.std():.4g}, from {part.min():.4g} to "
+            f"{part.max():.4g}",
+        )
+        for what, part in (("training", train), ("the test", test))
+    ]
+    deviation = float(train.std()) or 1.0
+    apart = abs(float(train.mean() - test.mean())) / deviation
+    if apart > max(4 * _TRIFLE, _DEVIATIONS * np.sqrt(1 / len(train) + 1 / len(test))):
+        rows.append(_warning(f"the means are {apart:.2f} deviations apart"))
+    return rows
+
+
+def _shares(
+    names: Sequence[str], train: NDArray[np.float64], test: NDArray[np.float64]
+) -> list[tuple[str, str]]:
+    return [
+        (
+            f"labels of {what}",
+            listed(f"{name} {100 * share:.1f} %" for name, share in zip(names, part, strict=True)),
+        )
+        for what, part in (("training", train), ("the test", test))
+    ]
+
+
+def _is_beyond_chance(counts: NDArray[np.int64]) -> bool:
+    """χ² of homogeneity of two rows of counts, in normal deviations (Wilson and Hilferty)."""
+    counts = counts[:, counts.sum(axis=0) > 0]
+    freedom = counts.shape[1] - 1
+    if freedom < 1:
+        return False
+    expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / counts.sum()
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    spread = 2.0 / (9.0 * freedom)
+    return ((statistic / freedom) ** (1 / 3) - (1.0 - spread)) / spread**0.5 > _DEVIATIONS
+
+
+def _warning(how: str) -> tuple[str, str]:
+    return (
+        "warning",
+        f"training and test examples differ by more than chance: {how}. Hold out with split = "
+        '"shuffled", or give a test set that is like the rest',
     )
 
 
@@ -164,11 +231,6 @@ def _characters(examples: Examples, padding: int) -> NDArray[np.int64]:  # [exam
     """How many targets of each example count."""
     counted = examples.targets != padding
     return counted.reshape(len(counted), -1).sum(axis=1)
-
-
-def _characters_per_client(data: FederatedData, padding: int) -> NDArray[np.int64]:  # [clients]
-    ends = np.cumsum(_characters(data.train, padding))
-    return np.diff(np.concatenate([np.zeros(1, np.int64), ends])[data.offsets])
 
 
 def _owners(data: FederatedData) -> NDArray[np.int64]:  # [training examples]
@@ -248,36 +310,20 @@ def _draw_sizes(axes: Any, sizes: NDArray[np.int64]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _whose(own_tests: bool) -> str:
-    return ", each client's own" if own_tests else ", shared"
+def _told(feature: Feature) -> str:
+    made = [f"{len(feature.categories)} categories"] * bool(feature.categories)
+    made += ["filled"] * (feature.fill is not None)
+    made += ["scaled"] * ((feature.shift, feature.scale) != (0.0, 1.0))
+    return feature.name + (f" ({', '.join(made)})" if made else "")
 
 
-def _features(schema: Schema | None) -> str | None:
-    if schema is None or not schema.targets:
-        return None
-    words: list[str] = []
-    for feature in schema.features[:_MOST_COLOURS]:
-        made = [f"{len(feature.categories)} categories"] * bool(feature.categories)
-        made += ["filled"] * (feature.fill is not None)
-        made += ["scaled"] * ((feature.shift, feature.scale) != (0.0, 1.0))
-        words.append(feature.name + (f" ({', '.join(made)})" if made else ""))
-    return ", ".join(words) + ", …" * (len(schema.features) > _MOST_COLOURS)
-
-
-def _named(classes: tuple[str, ...] | None) -> str:
-    if classes is None:
-        return ""
-    shown = ", ".join(classes[:_MOST_COLOURS])
-    return f": {shown}" + (", …" if len(classes) > _MOST_COLOURS else "")
-
-
-def _inputs(shapes: Any, types: Any) -> list[tuple[str, str]]:
+def _inputs(inputs: Any) -> list[tuple[str, str]]:
     """The rows of a table that say what the model is given."""
-    if is_one(types):
-        return [("input", f"{_shape(shapes)} {types}")]
-    keys: Any = list(cast("Any", types)) if isinstance(types, Mapping) else range(len(types))
-    return [(f"input {key}", f"{_shape(shapes[key])} {types[key]}") for key in keys]
 
+    def told(array: Any) -> str:
+        return f"{'×'.join(map(str, array.shape[1:])) or 'scalar'} {array.dtype}"
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) if shape else "scalar"
+    if is_one(inputs):
+        return [("input", told(inputs))]
+    keys: Any = inputs.keys() if hasattr(inputs, "keys") else range(len(inputs))
+    return [(f"input {key}", told(inputs[key])) for key in keys]

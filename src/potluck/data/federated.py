@@ -9,7 +9,7 @@ copy at the start; afterwards a client's examples are a view, and a worker proce
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from potluck.core import DataError
 from potluck.core.validate import as_count, as_integer
 from potluck.data.tables.client_names import client_names
+from potluck.data.tables.row_places import listed
 from potluck.data.tables.schema import Schema
 from potluck.data.tables.targets import TAKEN, Part, TargetKind, understand
 from potluck.data.trees import leaves, mapped
@@ -48,6 +49,18 @@ class Examples(NamedTuple):
     def rows(self, index: Any) -> Examples:
         """Some of them, by a slice or an array of row numbers."""
         return Examples(mapped(lambda array: array[index], self.inputs), self.targets[index])
+
+
+def offsets_of(sizes: Iterable[int]) -> NDArray[np.int64]:
+    """Where parts of these sizes begin in all of them together, and where the last one ends."""
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def joined(parts: Iterable[Examples]) -> tuple[Examples, NDArray[np.int64]]:
+    """The examples of several clients, one behind another, and their offsets."""
+    parts = list(parts)
+    examples = Examples(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return examples, offsets_of(part.num_examples for part in parts)
 
 
 def lengths(inputs: Array, padding: int) -> NDArray[np.int64]:
@@ -137,7 +150,7 @@ class FederatedData:
         if any(note.startswith(TAKEN) for note in self.notes):
             what += " (taken from the values; say kind)"
         if self.classes is not None:
-            what += f": {', '.join(self.classes[:10])}" + ", …" * (len(self.classes) > 10)
+            what += f": {listed(self.classes)}"
         clients = f"{self.num_clients:,} client" + "s" * (self.num_clients != 1)
         return (
             f"FederatedData {self.name!r}: {clients}, {what}\n"
@@ -206,13 +219,11 @@ def divide(
                 f"every client must have at least one example, got client={name!r} with 0. "
                 "Use fewer clients or another partition."
             )
-    order = np.concatenate(parts)
-    sizes = np.array([len(part) for part in parts], dtype=np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    rows = dataset.train.rows(np.concatenate(parts))
     return FederatedData(
         name=dataset.name,
-        train=Examples(*mapped(np.ascontiguousarray, tuple(dataset.train.rows(order)))),
-        offsets=offsets,
+        train=Examples(*mapped(np.ascontiguousarray, tuple(rows))),
+        offsets=offsets_of(map(len, parts)),
         test=dataset.test,
         clients=names,
         num_classes=dataset.num_classes,

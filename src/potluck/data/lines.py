@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
+from potluck.core.validate import as_count
 from potluck.data.federated import Array, Dataset, Examples
 from potluck.data.tables.hold_out import num_test
-from potluck.data.tables.symbols import encode_symbols
+from potluck.data.tables.symbols import STEPS as STEPS
+from potluck.data.tables.symbols import Symbols
 
-SYMBOLS = 258
-START = 256
-PADDING = 257
-STEPS = 80  # of the paper's LSTM
+START, PADDING, SYMBOLS = Symbols().start, Symbols().padding, Symbols().size  # 256, 257, 258
 
 _NEWLINE = 10
 _TEST_FRACTION = 0.2
@@ -75,15 +74,12 @@ def encode_lines(lines: Sequence[bytes], steps: int = STEPS) -> Examples:
         lines: without their newlines.
         steps: positions in a row.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got steps={steps}.")
     text = np.frombuffer(b"".join(line + b"\n" for line in lines), np.uint8)
     if np.count_nonzero(text == _NEWLINE) != len(lines):
         wrong = next(line for line in lines if b"\n" in line)
         raise ValueError(f"a line must not contain a newline, got line={wrong!r}. Split it.")
     lengths = np.array([len(line) + 1 for line in lines], np.int64)
-    starts = np.cumsum(lengths) - lengths
-    return Examples(*encode_symbols(text, starts, lengths, START, PADDING, steps, "int16"))
+    return Examples(*Symbols(steps=as_count("steps", steps)).rows(text, lengths))
 
 
 def rows_per_line(lines: Sequence[bytes], steps: int = STEPS) -> NDArray[np.int64]:

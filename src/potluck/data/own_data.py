@@ -17,6 +17,9 @@ All three come down to one pair of arrays per client, checked and packed in the 
 
 All of this is one `Schema`, `data.schema`, which is made once for all clients, or given (`schema`).
 What cannot be used raises a `DataError` that names the client, and the file and column it is in.
+
+A server that has no client data has the schema alone (`read_schema`, `without_clients`), and
+perhaps a test file (`with_test_file`).
 """
 
 from __future__ import annotations
@@ -26,31 +29,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from potluck.core import DataError
-from potluck.core.validate import as_count, as_real
+from potluck.core.text_files import read_text
+from potluck.core.validate import as_count
 from potluck.data import several
 from potluck.data.assembly import Asked, assemble
-from potluck.data.central_data import read_schema as read_schema
-from potluck.data.central_data import with_test_file as with_test_file
-from potluck.data.central_data import without_clients as without_clients
-from potluck.data.federated import FederatedData
+from potluck.data.federated import Examples, FederatedData
 from potluck.data.own_text import from_text as from_text
-from potluck.data.own_text import text_of_file
+from potluck.data.own_text import text_of_file, units_of_file
 from potluck.data.sources import array_source, table_sources
 from potluck.data.tables.client_names import client_names
 from potluck.data.tables.fitting import Categories, Missing, Rules, Scale, check_rules
-from potluck.data.tables.hold_out import HoldOut, check_split
+from potluck.data.tables.hold_out import HoldOut
 from potluck.data.tables.schema import Schema
 from potluck.data.tables.table_files import (
     NOTES,
     Located,
+    client_tables,
     files_in,
-    named,
     read_npz,
     read_table,
     read_tables,
     rows_in,
-    split_by_client,
 )
 from potluck.data.tables.targets import TargetKind
 
@@ -92,69 +94,26 @@ def from_clients(
         )
     if not clients:
         raise DataError("there must be at least one client, got none. Give {name: (x, y)}.")
+    options = (split, test_fraction, seed)
+    asked = _asked(name, schema, kind, num_classes, Rules(missing, scale), options)
+    asked = replace(asked, columns=True)  # the loss may be one that takes them
     keys = several.keys_of(clients)
-    if keys is not None:
-        if (missing, scale, schema) != ("refuse", "none", None):
-            raise DataError(
-                "several inputs of an example are taken as they are, got "
-                f"missing={missing!r}, scale={scale!r}, schema={schema!r}. Prepare them before."
-            )
-
-        def prepare(key: Any) -> FederatedData:
-            tested = test
-            if isinstance(test, Mapping):
-                tested = {client: several.picked(pair, key) for client, pair in test.items()}
-            elif test is not None:
-                tested = several.picked(test, key)
-            return from_clients(
-                {client: several.picked(pair, key) for client, pair in clients.items()},
-                test=tested,
-                kind=kind,
-                num_classes=num_classes,
-                split=split,
-                test_fraction=test_fraction,
-                seed=seed,
-                name=name,
-            )
-
-        return several.together(keys, prepare)
-    if split not in ("shuffled", "last"):
+    if keys is not None and (missing, scale, schema) != ("refuse", "none", None):
+        raise DataError(
+            "several inputs of an example are taken as they are, got "
+            f"missing={missing!r}, scale={scale!r}, schema={schema!r}. Prepare them before."
+        )
+    if asked.hold_out.column is not None:
         raise DataError(
             f"arrays have no columns, got split={split!r}. Say 'shuffled' or 'last', or give a "
             "table."
         )
-    names = client_names(clients)
-    first = next(iter(clients.values()))
-    train = {
-        names[key]: array_source(pair, f"client {names[key]!r}", first)
-        for key, pair in clients.items()
-    }
-    asked = _asked(
-        name=name,
-        kind=kind,
-        num_classes=num_classes,
-        rules=Rules(missing, scale),
-        split=split,
-        test_fraction=test_fraction,
-        seed=seed,
-        schema=schema,
+    if keys is None:
+        return _of_pairs(clients, test, asked)
+    picked = several.picked
+    return several.together(
+        keys, lambda key: _of_pairs(picked(clients, key), picked(test, key), asked)
     )
-    asked = replace(asked, columns=True)  # the loss may be one that takes them
-    if test is None or not isinstance(test, Mapping):
-        shared = None if test is None else array_source(test, "the shared test set", first)
-        return assemble(train, shared, asked)
-    tests = client_names(test)
-    strangers = [key for key, tested in tests.items() if tested not in train]
-    if strangers:
-        raise DataError(
-            f"test must name only clients that train, got client={strangers[0]!r}. "
-            "Give its training examples too, or leave it out."
-        )
-    own = {
-        tests[key]: array_source(pair, f"the test of client {tests[key]!r}", first)
-        for key, pair in test.items()
-    }
-    return assemble(train, own, asked)
 
 
 def from_folder(
@@ -184,19 +143,10 @@ def from_folder(
     Raises:
         DataError: a folder or file that cannot be used; the message names it.
     """
-    paths = files_in(Path(folder))
-    asked = _asked(
-        name=name or Path(folder).name,
-        kind=kind,
-        num_classes=num_classes,
-        rules=Rules(missing, scale, categories),
-        split=split,
-        test_fraction=test_fraction,
-        seed=seed,
-        schema=schema,
-        target_column=target_column,
-    )
-    return _of_files(paths, asked)
+    rules, options = Rules(missing, scale, categories), (split, test_fraction, seed)
+    name = name or Path(folder).name
+    asked = _asked(name, schema, kind, num_classes, rules, options, target_column)
+    return _of_files(files_in(Path(folder)), asked)
 
 
 def from_file(
@@ -257,26 +207,10 @@ def from_table(
     Raises:
         DataError: a table that cannot be used; the message names the client and the column.
     """
+    rules, options = Rules(missing, scale, categories), (split, test_fraction, seed)
+    asked = _asked(name, schema, kind, num_classes, rules, options, target_column)
     client_column = str(client_column)
-    if isinstance(table, (str, Path)):
-        path = Path(table)
-        if path.suffix.lower() not in (".csv", ".parquet"):
-            raise DataError(
-                f"a table must be a .csv or .parquet file, got {path}. "
-                "For one .npz file per client call `from_folder`."
-            )
-        texts = [client_column]
-        frame = read_table(path, texts) if schema is None else schema.read(path, texts)
-        located = Located(frame, rows_in(path))
-    elif not hasattr(table, "columns") or not {"iloc", "to_pandas"} & set(dir(table)):
-        raise TypeError(
-            f"table must be a pandas DataFrame or a path, got {type(table).__name__}. "
-            "For arrays call `from_clients`."
-        )
-    else:
-        frame = table if hasattr(table, "iloc") else table.to_pandas()
-        located = Located(named(frame, "the table"), "the table")
-    if client_column in _column_names(target_column):
+    if client_column in asked.targets:
         raise DataError(
             f"clients and targets must be two columns, got column {client_column!r} for both. "
             "Name another."
@@ -286,21 +220,92 @@ def from_table(
             f"test examples are held out of each client, got split={split!r}, which is the column "
             "of the clients. Name another."
         )
-    tables = split_by_client(located, client_column)
-    if not tables:
-        raise DataError(f"a table must have at least one row, got none in {located.where}.")
-    asked = _asked(
-        name=name,
-        kind=kind,
-        num_classes=num_classes,
-        rules=Rules(missing, scale, categories),
-        split=split,
-        test_fraction=test_fraction,
-        seed=seed,
-        schema=schema,
-        target_column=target_column,
+    read = read_table if schema is None else schema.read
+    return _of_tables(client_tables(table, client_column, read), asked)
+
+
+def read_schema(path: str | Path) -> Schema:
+    """The schema in a JSON file.
+
+    Raises:
+        DataError: there is none; the message names the file.
+    """
+    try:
+        return Schema.from_json(read_text(Path(path)))
+    except OSError as error:
+        raise DataError(
+            f"the schema of the data must be in a readable file, got path={str(path)!r} "
+            f"({error.strerror}). Write one with `potluck data describe --schema`."
+        ) from None
+    except (DataError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def without_clients(schema: Schema, *, name: str) -> FederatedData:
+    """Federated data of which only the schema is known: no clients, no test examples."""
+    targets = {"classes": "int64", "text": schema.input_dtype}.get(schema.kind, "float32")
+    nothing = Examples(
+        np.zeros((0, *schema.input_shape), schema.input_dtype),
+        np.zeros((0, *schema.target_shape), targets),
     )
-    return _of_tables(tables, located.table.attrs.get(NOTES, ()), asked)
+    return FederatedData(
+        name=name,
+        train=nothing,
+        offsets=np.zeros(1, np.int64),
+        test=nothing,
+        clients=(),
+        num_classes=schema.num_classes,
+        padding=None if schema.symbols is None else schema.symbols.padding,
+        kind=schema.kind,
+        classes=schema.classes,
+        schema=schema,
+    )
+
+
+def with_test_file(data: FederatedData, path: str | Path) -> FederatedData:
+    """The same data with all examples of a file, which has their schema, as the only test set.
+
+    Raises:
+        DataError: the file cannot be used, or does not fit the schema.
+    """
+    path = Path(path)
+    if data.schema is None:
+        raise DataError(f"{data.name} has no schema to read {path} by. Give own data.")
+    if data.schema.symbols is not None:
+        units = units_of_file(path, data.schema.symbols)
+        inputs, targets = data.schema.symbols.encode([line for unit in units for line in unit])
+    elif path.suffix.lower() == ".npz":
+        inputs, targets = data.schema.apply_arrays(*read_npz(path), str(path))
+    else:
+        inputs, targets = data.schema.apply(data.schema.read(path), rows_in(path))
+    if len(inputs) == 0:
+        raise DataError(f"a test file must have at least one example, got 0 in {path}.")
+    return replace(data, test=Examples(inputs, targets), test_offsets=None)
+
+
+def _of_pairs(
+    clients: Mapping[Any, Pair], test: Pair | Mapping[Any, Pair] | None, asked: Asked
+) -> FederatedData:
+    names, first = client_names(clients), next(iter(clients.values()))
+    train = {
+        names[key]: array_source(pair, f"client {names[key]!r}", first)
+        for key, pair in clients.items()
+    }
+    if not isinstance(test, Mapping):
+        shared = None if test is None else array_source(test, "the shared test set", first)
+        return assemble(train, shared, asked)
+    names = client_names(test)
+    strangers = names.values() - train.keys()
+    if strangers:
+        raise DataError(
+            f"test must name only clients that train, got client={min(strangers)!r}. "
+            "Give its training examples too, or leave it out."
+        )
+    own = {
+        names[key]: array_source(pair, f"the test of client {names[key]!r}", first)
+        for key, pair in test.items()
+    }
+    return assemble(train, own, asked)
 
 
 def _of_files(paths: Sequence[Path], asked: Asked) -> FederatedData:
@@ -315,51 +320,37 @@ def _of_files(paths: Sequence[Path], asked: Asked) -> FederatedData:
             categories=asked.rules.categories != "refuse",
             classes=asked.targets if asked.kind == "classes" else (),
         )
+    return _of_tables(tables, asked)
+
+
+def _of_tables(tables: Mapping[str, Located], asked: Asked) -> FederatedData:
+    features, targets, hold_out = None, asked.targets, asked.hold_out
+    if asked.schema is not None:
+        asked.schema.check_is(True, next(iter(tables.values())).where)
+        features = [feature.name for feature in asked.schema.features]
+        targets, hold_out = asked.schema.targets, asked.schema.hold_out
+    data = assemble(table_sources(tables, features, targets, hold_out.column), None, asked)
     notes = [note for table, _ in tables.values() for note in table.attrs.get(NOTES, ())]
-    return _of_tables(tables, list(dict.fromkeys(notes)), asked)
-
-
-def _of_tables(tables: Mapping[str, Located], notes: Sequence[str], asked: Asked) -> FederatedData:
-    given = asked.schema
-    features = None if given is None else [feature.name for feature in given.features]
-    targets = asked.targets if given is None else given.targets
-    if given is not None:
-        given.check_is(True, next(iter(tables.values())).where)
-    hold_out = asked.hold_out if given is None else given.hold_out
-    sources = table_sources(tables, features, targets, hold_out.column)
-    data = assemble(sources, None, asked)
-    return replace(data, notes=(*notes, *data.notes))
+    return replace(data, notes=(*dict.fromkeys(notes), *data.notes))
 
 
 def _column_names(given: str | Sequence[str]) -> tuple[str, ...]:
     """One name or several, as text: a frame's columns may be numbers."""
-    if isinstance(given, (list, tuple)):
-        return tuple(map(str, given))
-    return (str(given),)
+    return tuple(map(str, given if isinstance(given, (list, tuple)) else (given,)))
 
 
 def _asked(
-    *,
     name: str,
+    schema: Schema | None,
     kind: TargetKind | None,
     num_classes: int | None,
     rules: Rules,
-    split: str,
-    test_fraction: float,
-    seed: int,
-    schema: Schema | None,
+    options: tuple[str, float, int],  # split, test_fraction, seed
     target_column: str | Sequence[str] = (),
 ) -> Asked:
     """What the user says, checked."""
-    fraction = as_real("test_fraction", test_fraction)
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(
-            f"test_fraction must be above 0 and below 1, got test_fraction={test_fraction!r}. "
-            "To train on every example, give `from_clients` a test set."
-        )
-    check_split(split)
+    hold_out = HoldOut.asked(*options)
     check_rules(rules)
-    hold_out = HoldOut(split=split, fraction=fraction, seed=as_count("seed", seed, 0))
     said = (kind, num_classes, rules, hold_out) != (None, None, Rules(), HoldOut())
     if schema is not None and said:
         raise ValueError(

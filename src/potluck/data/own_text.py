@@ -14,22 +14,21 @@ import numpy as np
 
 from potluck.core import DataError
 from potluck.core.text_files import read_text
-from potluck.core.validate import as_count, as_real
-from potluck.data.federated import Array, Examples, FederatedData
-from potluck.data.lines import STEPS
+from potluck.core.validate import as_count
+from potluck.data.federated import Examples, FederatedData, joined
 from potluck.data.tables.client_names import client_names
 from potluck.data.tables.columns import read_column
-from potluck.data.tables.hold_out import HoldOut, check_split
+from potluck.data.tables.hold_out import HoldOut
 from potluck.data.tables.row_places import place
 from potluck.data.tables.schema import Schema
-from potluck.data.tables.symbols import Symbols
+from potluck.data.tables.symbols import STEPS, Symbols
 from potluck.data.tables.table_files import (
     Located,
     check_column,
-    named,
+    client_tables,
+    files_in,
     read_table,
     rows_in,
-    split_by_client,
 )
 
 Level = Literal["bytes", "characters"]
@@ -63,19 +62,26 @@ def from_text(
     """
     if symbols not in ("bytes", "characters"):
         raise ValueError(f"symbols must be 'bytes' or 'characters', got symbols={symbols!r}.")
-    check_split(split)
-    hold_out = HoldOut(
-        split=split,
-        fraction=as_real("test_fraction", test_fraction),
-        seed=as_count("seed", seed, 0),
-    )
+    hold_out = HoldOut.asked(split, test_fraction, seed)
     if hold_out.column is not None:
         raise DataError(
             f"text is split by lines or rows, got split={split!r}. Say 'shuffled' or 'last'."
         )
-    is_folder = isinstance(source, (str, Path)) and Path(source).is_dir()
-    column = None if is_folder or isinstance(source, Mapping) else text_column
-    clients = _read(source, client_column, text_column)
+    called = name or (Path(source).stem if isinstance(source, (str, Path)) else "own text")
+    column = None
+    if isinstance(source, Mapping):
+        texts = cast("Mapping[Any, Any]", source)
+        if not texts:
+            raise DataError("there must be at least one client, got none. Give {name: text}.")
+        names = client_names(texts)
+        clients = {names[key]: _lines(text, names[key]) for key, text in texts.items()}
+    elif isinstance(source, (str, Path)) and Path(source).is_dir():
+        paths = files_in(Path(source), (".txt",))
+        clients = {path.stem: _lines(text_in(path), path.stem) for path in paths}
+    else:
+        column = text_column
+        tables = client_tables(source, client_column)
+        clients = {key: _column(part, text_column) for key, part in tables.items()}
     if schema is not None:
         rules = schema.symbols
         if rules is None:
@@ -84,77 +90,28 @@ def from_text(
     elif symbols == "bytes":
         rules = Symbols(steps=as_count("steps", steps), column=column)
     else:
-        texts = (text for units in clients.values() for unit in units for text in unit)
-        rules = Symbols.of(texts, as_count("steps", steps), column)
-    called = name or (Path(source).stem if isinstance(source, (str, Path)) else "own text")
-    return _packed(clients, rules, hold_out, called, needs_test=True)
+        found = (text for units in clients.values() for unit in units for text in unit)
+        rules = Symbols.of(found, as_count("steps", steps), column)
+    data = _packed(clients, rules, hold_out, called)
+    if data.test.num_examples == 0:
+        raise DataError(
+            "there must be a line for the test, got none: a client with one line keeps it for "
+            "training. Give more lines."
+        )
+    return data
 
 
 def text_of_file(path: Path, schema: Schema, symbols: Symbols) -> FederatedData:
     """One client from one text file or table, by the schema of its run."""
-    units = _units_of_file(path, symbols)
-    return _packed({path.stem: units}, symbols, schema.hold_out, path.stem, needs_test=False)
+    return _packed({path.stem: units_of_file(path, symbols)}, symbols, schema.hold_out, path.stem)
 
 
-def lines_of_file(path: Path, symbols: Symbols) -> list[str]:
-    """All lines of a text file, or of the column of text of a table."""
-    return [line for unit in _units_of_file(path, symbols) for line in unit]
-
-
-def _units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
+def units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
+    """What is held out as a whole, a line of a text file or a row of a table, as lines."""
     if path.suffix.lower() == ".txt":
         return _lines(text_in(path), path.stem)
     column = symbols.column or "text"  # also where all of its texts are numbers here
     return _column(Located(read_table(path, [column]), rows_in(path)), column)
-
-
-def _read(source: Any, client_column: str, text_column: str) -> dict[str, list[list[str]]]:
-    """Of each client its units, which are not taken apart, as lines."""
-    if isinstance(source, Mapping):
-        texts = dict(cast("Mapping[Any, Any]", source))
-        if not texts:
-            raise DataError("there must be at least one client, got none. Give {name: text}.")
-        names = client_names(texts)
-        return {names[key]: _lines(text, names[key]) for key, text in texts.items()}
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        return {path.stem: _lines(text_in(path), path.stem) for path in _files_in(Path(source))}
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.suffix.lower() not in (".csv", ".parquet"):
-            raise DataError(
-                "text must be a folder of .txt files, or a .csv or .parquet file with a column of "
-                f"text, got {path}. Name one of these."
-            )
-        located = Located(read_table(path, [client_column]), rows_in(path))
-    elif hasattr(source, "columns"):
-        located = Located(named(source, "the table"), "the table")
-    else:
-        raise TypeError(
-            "text must be a folder, a table, or a dictionary of clients, got "
-            f"{type(source).__name__}."
-        )
-    tables = split_by_client(located, client_column)
-    if not tables:
-        raise DataError(f"a table must have at least one row, got none in {located.where}.")
-    return {key: _column(part, text_column) for key, part in tables.items()}
-
-
-def _files_in(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    for path in paths:
-        if path.suffix.lower() != ".txt" or not path.is_file():
-            raise DataError(
-                f"{folder} must hold only .txt files, got {path.name}. Move it elsewhere."
-            )
-    if not paths:
-        raise DataError(f"{folder} must hold a .txt file for each client, got no files.")
-    stems = client_names([path.stem for path in paths])
-    if len(stems) < len(paths):
-        raise DataError(
-            f"the files of {folder} must differ in more than the case of their suffix, got "
-            f"{len(paths)} files of {len(stems)} names. Rename one."
-        )
-    return paths
 
 
 def text_in(path: Path) -> str:
@@ -189,9 +146,8 @@ def _lines(text: Any, client: str) -> list[list[str]]:
 def _column(located: Located, text_column: str) -> list[list[str]]:
     check_column(located, text_column)
     column = read_column(located.table[text_column], located.where)
-    missing = np.flatnonzero(column.missing)
-    if len(missing) > 0:
-        at = place(text_column, int(missing[0]), located.where)
+    if column.missing.any():
+        at = place(text_column, int(column.missing.argmax()), located.where)
         raise DataError(f"every row must have a text, got none in {at}. Remove the row.")
     if column.type != "text":
         raise DataError(
@@ -206,27 +162,17 @@ def _split(text: str) -> list[str]:
 
 
 def _packed(
-    clients: Mapping[str, list[list[str]]],
-    symbols: Symbols,
-    hold_out: HoldOut,
-    name: str,
-    needs_test: bool,
+    clients: Mapping[str, list[list[str]]], symbols: Symbols, hold_out: HoldOut, name: str
 ) -> FederatedData:
-    train_parts: list[tuple[Array, Array]] = []
-    test_parts: list[tuple[Array, Array]] = []
+    sides: tuple[list[Examples], list[Examples]] = [], []
     for client, units in clients.items():
         if not units:
             raise DataError(f"client {client!r} must have a line of text, got none. Leave it out.")
         parts = hold_out.divide(np.zeros(len(units), np.float32), None, client)
-        for side, rows in zip((train_parts, test_parts), parts, strict=True):
-            side.append(symbols.encode([line for row in rows for line in units[int(row)]]))
-    train, offsets = _joined(train_parts)
-    test, test_offsets = _joined(test_parts)
-    if needs_test and test.num_examples == 0:
-        raise DataError(
-            "there must be a line for the test, got none: a client with one line keeps it for "
-            "training. Give more lines."
-        )
+        for side, rows in zip(sides, parts, strict=True):
+            lines = [line for row in rows for line in units[int(row)]]
+            side.append(Examples(*symbols.encode(lines)))
+    (train, offsets), (test, test_offsets) = map(joined, sides)
     schema = Schema.checked(
         {
             "kind": "text",
@@ -250,12 +196,3 @@ def _packed(
         kind="text",
         schema=schema,
     )
-
-
-def _joined(parts: list[tuple[Array, Array]]) -> tuple[Examples, Any]:
-    ends = np.cumsum([len(inputs) for inputs, _ in parts], dtype=np.int64)
-    joined = Examples(
-        np.concatenate([inputs for inputs, _ in parts]),
-        np.concatenate([targets for _, targets in parts]),
-    )
-    return joined, np.concatenate([np.zeros(1, np.int64), ends])

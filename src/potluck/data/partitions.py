@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from potluck.core import DataError, stream
 from potluck.core.validate import as_count, as_integer, as_real
-from potluck.data.federated import Array, Dataset, Examples, FederatedData, divide
+from potluck.data.federated import Array, Dataset, FederatedData, divide, offsets_of
 
 Rows = NDArray[np.int64]
 
@@ -168,12 +168,7 @@ def _with_own_tests(
         raise DataError(
             "at least one client must have a test example, got none. Lower min_examples."
         )
-    ends = np.cumsum([len(rows) for rows in rows_of], dtype=np.int64)
-    return replace(
-        data,
-        test=Examples(dataset.test.inputs[order], dataset.test.targets[order]),
-        test_offsets=np.concatenate([np.zeros(1, np.int64), ends]),
-    )
+    return replace(data, test=dataset.test.rows(order), test_offsets=offsets_of(map(len, rows_of)))
 
 
 def _rows_by_code(codes: Array, num_codes: int) -> list[Rows]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import logging
 import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,77 +22,27 @@ from typing import Any
 from potluck.core import ChecksumError, DataError, DownloadError
 
 _TIMEOUT_SECONDS = 30.0  # until a host answers, and between two chunks
-_MNIST_HOSTS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "http://yann.lecun.com/exdb/mnist/",
-)
-_QMNIST_HOSTS = ("https://raw.githubusercontent.com/facebookresearch/qmnist/master/",)
-_SHAKESPEARE_HOSTS = ("https://ocw.mit.edu/ans7870/6/6.006/s08/lecturenotes/files/",)
-_WISDM_HOSTS = ("https://www.cis.fordham.edu/wisdm/includes/datasets/latest/",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedFile:
-    """One file as it was published.
-
-    `hosts` are the addresses of folders. Where `archive` is given, the hosts give that tar
-    archive, and the file is its member of the same name.
-    """
-
-    path: str  # folder/name, in POTLUCK_DATA and in the cache
-    md5: str
-    num_bytes: int
-    hosts: tuple[str, ...]
-    archive: str | None = None
-
-
-def _published(
-    folder: str,
-    hosts: tuple[str, ...],
-    files: Iterable[tuple[str, str, int]],  # name, md5, bytes
-    archive: str | None = None,
-) -> dict[str, PublishedFile]:
-    return {
-        f"{folder}/{name}": PublishedFile(
-            path=f"{folder}/{name}", md5=md5, num_bytes=size, hosts=hosts, archive=archive
-        )
-        for name, md5, size in files
-    }
-
-
-FILES: Mapping[str, PublishedFile] = {
-    **_published(
-        "mnist",
-        _MNIST_HOSTS,
-        [
-            ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", 9_912_422),
-            ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", 28_881),
-            ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", 1_648_877),
-            ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", 4_542),
-        ],
+_HOSTS: Mapping[str, tuple[str, ...]] = {  # by folder: addresses of folders, in this order
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "http://yann.lecun.com/exdb/mnist/",
     ),
-    **_published(
-        "qmnist",
-        _QMNIST_HOSTS,
-        [
-            ("qmnist-train-labels-idx2-int.gz", "0058f8dd561b90ffdd0f734c6a30e5e4", 463_024),
-            ("qmnist-test-labels-idx2-int.gz", "5b5b05890a5e13444e108efe57b788aa", 526_800),
-        ],
-    ),
-    **_published(
-        "shakespeare",
-        _SHAKESPEARE_HOSTS,
-        [("t8.shakespeare.txt", "d2028225a89d8b0b3093dddb720da91f", 5_458_199)],
-    ),
-    **_published(
-        "wisdm",
-        _WISDM_HOSTS,
-        [("WISDM_ar_v1.1_transformed.arff", "fcfb48d764d737bbadf26cb443d7443a", 1_197_772)],
-        archive="WISDM_ar_latest.tar.gz",
-    ),
+    "qmnist": ("https://raw.githubusercontent.com/facebookresearch/qmnist/master/",),
+    "shakespeare": ("https://ocw.mit.edu/ans7870/6/6.006/s08/lecturenotes/files/",),
+    "wisdm": ("https://www.cis.fordham.edu/wisdm/includes/datasets/latest/",),
 }
-
+_ARCHIVES = {"wisdm": "WISDM_ar_latest.tar.gz"}
+_FILES = (  # folder/name, md5, bytes
+    ("mnist/train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", 9_912_422),
+    ("mnist/train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", 28_881),
+    ("mnist/t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", 1_648_877),
+    ("mnist/t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", 4_542),
+    ("qmnist/qmnist-train-labels-idx2-int.gz", "0058f8dd561b90ffdd0f734c6a30e5e4", 463_024),
+    ("qmnist/qmnist-test-labels-idx2-int.gz", "5b5b05890a5e13444e108efe57b788aa", 526_800),
+    ("shakespeare/t8.shakespeare.txt", "d2028225a89d8b0b3093dddb720da91f", 5_458_199),
+    ("wisdm/WISDM_ar_v1.1_transformed.arff", "fcfb48d764d737bbadf26cb443d7443a", 1_197_772),
+)
 _ABOUT: Mapping[str, tuple[str, str]] = {  # name: (what, terms)
     "digits": (
         "1,797 handwritten digits of 8x8 pixels",
@@ -118,8 +66,32 @@ _ABOUT: Mapping[str, tuple[str, str]] = {  # name: (what, terms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedFile:
+    """One file as it was published.
+
+    Where `archive` is given, the hosts give that tar archive, and the file is its member of the
+    same name.
+    """
+
+    path: str  # folder/name, in POTLUCK_DATA and in the cache
+    md5: str
+    num_bytes: int
+    hosts: tuple[str, ...]
+    archive: str | None = None
+
+
+FILES: Mapping[str, PublishedFile] = {
+    path: PublishedFile(
+        path=path, md5=md5, num_bytes=size, hosts=_HOSTS[folder], archive=_ARCHIVES.get(folder)
+    )
+    for path, md5, size in _FILES
+    for folder in [path.partition("/")[0]]
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """What `potluck data list` says about one data set. Nothing is downloaded to find it out."""
+    """What `potluck data list` says about one data set, without a download."""
 
     name: str
     what: str
@@ -139,79 +111,69 @@ def fetch(file: str | PublishedFile) -> Path:
         ChecksumError: the copy in POTLUCK_DATA is not the published file.
         DownloadError: it lies nowhere, and no host gave it.
     """
-    wanted = _named(file) if isinstance(file, str) else file
-    own = _in_own_folder(wanted)
+    if isinstance(file, str):
+        if file not in FILES:
+            raise ValueError(f"file must be one of {', '.join(FILES)}, got file={file!r}.")
+        file = FILES[file]
+    own = _in_own_folder(file)
     if own is not None:
-        _check(own, wanted.md5)
+        _check(own, file.md5)
         return own
-    cached = cache_folder() / wanted.path
-    if cached.is_file() and _md5(cached) == wanted.md5:
-        return cached
-    return _download(wanted, cached)
+    cached = cache_folder() / file.path
+    if not cached.is_file() or _md5(cached) != file.md5:
+        _download(file, cached)
+    return cached
 
 
 def fetch_all(name: str) -> list[Path]:
     """Every file of one data set of the catalogue; none where a library brings it along."""
-    return [fetch(file) for file in _files_of(name)]
-
-
-def catalogue() -> list[CatalogueEntry]:
-    """Every data set, in the order of the names."""
-    entries: list[CatalogueEntry] = []
-    for name, (what, terms) in _ABOUT.items():
-        files = _files_of(name)
-        entries.append(
-            CatalogueEntry(
-                name=name,
-                what=what,
-                num_files=len(files),
-                num_bytes=sum(file.num_bytes for file in files),
-                present=all(_is_present(file) for file in files),
-                terms=terms,
-            )
-        )
-    return entries
-
-
-def checksums(*paths: str) -> dict[str, str]:
-    """The published md5 of each of these keys of `FILES`."""
-    return {path: _named(path).md5 for path in paths}
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: POTLUCK_CACHE, or the user's cache folder."""
-    named = os.environ.get("POTLUCK_CACHE")
-    if named:
-        return Path(named)
-    return Path(_pooch().os_cache("potluck"))
-
-
-def _named(path: str) -> PublishedFile:
-    if path not in FILES:
-        raise ValueError(f"file must be one of {', '.join(FILES)}, got file={path!r}.")
-    return FILES[path]
-
-
-def _files_of(name: str) -> list[PublishedFile]:
     if name not in _ABOUT:
         raise ValueError(
             f"the data set must be one of {', '.join(_ABOUT)}, got name={name!r}. "
             "`potluck data list` describes them."
         )
-    return [file for file in FILES.values() if file.path.startswith(f"{name}/")]
+    return [fetch(file) for file in _files_of(name)]
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """Every data set, in the order of the names."""
+    return [
+        CatalogueEntry(
+            name=name,
+            what=what,
+            num_files=len(_files_of(name)),
+            num_bytes=sum(file.num_bytes for file in _files_of(name)),
+            present=all(map(_is_present, _files_of(name))),
+            terms=terms,
+        )
+        for name, (what, terms) in _ABOUT.items()
+    ]
+
+
+def checksums(*paths: str) -> dict[str, str]:
+    """The published md5 of each of these keys of `FILES`."""
+    return {path: FILES[path].md5 for path in paths}
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: POTLUCK_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("POTLUCK_CACHE") or _pooch().os_cache("potluck"))
+
+
+def _files_of(name: str) -> list[PublishedFile]:
+    return [file for path, file in FILES.items() if path.startswith(f"{name}/")]
 
 
 def _in_own_folder(file: PublishedFile) -> Path | None:
     named = os.environ.get("POTLUCK_DATA")
     if not named:
         return None
-    folder = Path(named)
-    if not folder.is_dir():
+    if not Path(named).is_dir():
         raise DataError(
             f"POTLUCK_DATA must name a folder, got POTLUCK_DATA={named!r}. "
             "Create it, or unset the variable to download into the cache."
         )
-    path = folder / file.path
+    path = Path(named) / file.path
     return path if path.is_file() else None
 
 
@@ -242,7 +204,7 @@ def _check(path: Path, md5: str) -> None:
         )
 
 
-def _download(file: PublishedFile, target: Path) -> Path:
+def _download(file: PublishedFile, target: Path) -> None:
     """Ask the hosts in turn; keep the first genuine copy."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -253,11 +215,10 @@ def _download(file: PublishedFile, target: Path) -> Path:
         ) from error
     failures: list[str] = []
     for host in file.hosts:
-        try:
-            _download_from(host, file, target)
-            return target
         # Hosts fail in many ways (name, refusal, status, timeout, a false page); each is a reason
         # to ask the next, and all of them are named at the end.
+        try:
+            return _download_from(host, file, target)
         except (OSError, ValueError) as error:
             failures.append(f"{host} ({_reason(error)})")
     raise DownloadError(
@@ -272,54 +233,38 @@ def _download_from(host: str, file: PublishedFile, target: Path) -> None:
         _retrieve(host + target.name, target, f"md5:{file.md5}")
         return
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        # The archive has no published checksum; what is kept of it has one.
-        archive = Path(folder) / file.archive
+        # The archive has no published checksum; what is kept of it has one. pooch.Untar would
+        # take out all members, and, before Python 3.12, also such as lie outside the folder.
+        archive, member = Path(folder) / file.archive, Path(folder) / target.name
         _retrieve(host + file.archive, archive, None)
-        member = Path(folder) / target.name
-        _extract(archive, member, file.num_bytes)
+        try:
+            with tarfile.open(archive) as tar:
+                found = [m for m in tar if m.isfile() and PurePosixPath(m.name).name == member.name]
+                source = tar.extractfile(found[0]) if found else None
+                if source is None:
+                    raise DataError(f"{archive.name} holds no {member.name}")
+                # One byte too many is enough to see that it is another file.
+                member.write_bytes(source.read(file.num_bytes + 1))
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise DataError(f"{archive.name} is not a whole tar archive") from error
         _check(member, file.md5)
         member.replace(target)
 
 
 def _retrieve(url: str, target: Path, known_hash: str | None) -> None:
     pooch = _pooch()
-    with _quiet(pooch.get_logger()):
-        pooch.retrieve(
-            url,
-            known_hash=known_hash,
-            fname=target.name,
-            path=target.parent,
-            downloader=pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS),
-        )
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        downloader = pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS)
+        pooch.retrieve(url, known_hash, target.name, target.parent, downloader=downloader)
+    finally:
+        logger.setLevel(level)
 
 
 def _pooch() -> Any:
     return importlib.import_module("pooch")  # slow, and seldom needed; it has no types
-
-
-@contextmanager
-def _quiet(logger: logging.Logger) -> Generator[None]:
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _extract(archive: Path, target: Path, num_bytes: int) -> None:
-    """Write the one regular member called `target.name`, and nothing else, to `target`."""
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and PurePosixPath(member.name).name == target.name:
-                    source = tar.extractfile(member)
-                    # One byte too many is enough to see that it is another file.
-                    target.write_bytes(source.read(num_bytes + 1) if source else b"")
-                    return
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive.name} is not a whole tar archive") from error
-    raise DataError(f"{archive.name} holds no {target.name}")
 
 
 def _reason(error: Exception) -> str:

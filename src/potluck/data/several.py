@@ -39,7 +39,12 @@ def keys_of(clients: Mapping[Any, Any]) -> list[Key] | None:
 
 
 def picked(pair: Any, key: Key) -> Any:
-    """The same examples with one of their inputs."""
+    """The same examples, of one client or of each in a dictionary, with one of their inputs."""
+    if isinstance(pair, Mapping):
+        clients = cast("Mapping[Any, Any]", pair)
+        return {client: picked(own, key) for client, own in clients.items()}
+    if pair is None:
+        return None
     parts = _parts(pair)
     if parts is None or key not in parts:
         raise DataError(f"a test set must have the inputs of the clients, got none called {key!r}.")
@@ -60,15 +65,15 @@ def together(keys: Sequence[Key], prepare: Callable[[Key], FederatedData]) -> Fe
             raise DataError(f"input {key!r}: {error}") from None
     first = made[keys[0]]
 
-    def all_of(part: Callable[[FederatedData], Examples]) -> Examples:
-        inputs = {key: part(data).inputs for key, data in made.items()}
+    def all_of(parts: dict[Key, Examples]) -> Examples:
+        inputs = {key: part.inputs for key, part in parts.items()}
         is_tuple = keys == list(range(len(keys)))
-        return Examples(tuple(inputs.values()) if is_tuple else inputs, part(first).targets)
+        return Examples(tuple(inputs.values()) if is_tuple else inputs, parts[keys[0]].targets)
 
     return replace(
         first,
-        train=all_of(lambda data: data.train),
-        test=all_of(lambda data: data.test),
+        train=all_of({key: data.train for key, data in made.items()}),
+        test=all_of({key: data.test for key, data in made.items()}),
         schema=None,
     )
 

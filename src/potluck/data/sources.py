@@ -10,11 +10,10 @@ import numpy as np
 
 from potluck.core import DataError
 from potluck.data.assembly import Source
-from potluck.data.tables.columns import Array, Column, alike, read_column
-from potluck.data.tables.features import named_columns
+from potluck.data.tables.columns import Array, Column, alike, check_target, read_column
+from potluck.data.tables.features import check_finite
 from potluck.data.tables.row_places import place
-from potluck.data.tables.schema import check_target
-from potluck.data.tables.table_files import Located, check_column, first_line, first_text
+from potluck.data.tables.table_files import Located, check_column, first_line, named_columns
 
 
 def array_source(pair: Any, where: str, like: Any = None) -> Source:
@@ -82,19 +81,23 @@ def table_sources(
         if len(table) == 0:
             raise DataError(f"{where} must have at least one example, got 0. Leave it out.")
     wanted, beside = [*features, *targets], () if by is None else (by,)
+    if by is not None:
+        for table in tables.values():
+            check_column(table, by)
     read = {k: named_columns(table, wanted, beside, where) for k, (table, where) in tables.items()}
     for name in features:
         columns = alike([columns[name] for columns in read.values()])
         for key, column in zip(read, columns, strict=True):
             read[key][name] = column
-    for name in targets:
-        _check_one_type({tables[key].where: columns[name] for key, columns in read.items()}, name)
+    for (_, where), columns in zip(tables.values(), read.values(), strict=True):
+        for name in targets:
+            check_target(columns[name], name, where)
     return {
         key: Source(
             where,
             {name: read[key][name] for name in features},
             _target_columns([read[key][name] for name in targets], targets, where),
-            None if by is None else _one(tables[key], by),
+            None if by is None else tables[key].table[by],
         )
         for key, (_, where) in tables.items()
     }
@@ -106,12 +109,7 @@ def target_array(values: Any, what: str) -> Array:
     if array.ndim > 0 and array.dtype.kind in "Ub":
         return array
     array = _numbers(array, what)
-    wrong = np.argwhere(~np.isfinite(array))
-    if len(wrong) > 0:
-        raise DataError(
-            f"{what} must be finite numbers, got NaN or infinity in example {int(wrong[0][0])}. "
-            "Fill missing values in, or remove the example."
-        )
+    check_finite(array, what)
     return array
 
 
@@ -177,25 +175,6 @@ def _numbers(array: Array, what: str) -> Array:
             f"{what} must be whole numbers below 2**63, got {array.max()}. Give smaller ones."
         )
     return array.astype(np.int64)
-
-
-def _one(located: Located, name: str) -> Any:
-    check_column(located, name)
-    return located.table[name]
-
-
-def _check_one_type(columns: Mapping[str, Column], name: str) -> None:
-    """Raise a `DataError` where a target is text here and a number there."""
-    for where, column in columns.items():
-        check_target(column, name, where)
-    texts = {where: column for where, column in columns.items() if column.type == "text"}
-    if texts and len(texts) < len(columns):
-        where, column = next(iter(texts.items()))
-        row = first_text(column)
-        raise DataError(
-            f"targets must be all numbers or all text, got {str(column.values[row])!r} in "
-            f"{place(name, row, where)}. Make them alike for all clients."
-        )
 
 
 def _target_columns(columns: Sequence[Column], names: Sequence[str], where: str) -> Array:

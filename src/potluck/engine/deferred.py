@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from potluck.engine.gradients import read_in
 from potluck.engine.module.plain import has_hooks
 
 
@@ -139,19 +140,12 @@ def _read_once(loss: Tensor) -> set[int]:
     """The leaves that exactly one operation of a loss reads, by their identity; none at all where
     Python code runs in the backward pass besides that of Potluck, which may read any of them."""
     reads: Counter[int] = Counter()
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        for before, _ in () if node is None else node.next_functions:
-            leaf = getattr(before, "variable", None)
-            if leaf is not None:
-                if has_hooks(leaf):
-                    return set()
-                reads[id(leaf)] += 1
-            elif before is not None and before not in seen:
-                if isinstance(before, BackwardCFunction) and not hasattr(before, "deferred"):
-                    return set()
-                seen.add(before)
-                waiting.append(before)
+    for node in read_in(loss):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            if has_hooks(leaf):
+                return set()
+            reads[id(leaf)] += 1
+        elif isinstance(node, BackwardCFunction) and not hasattr(node, "deferred"):
+            return set()
     return {leaf for leaf, times in reads.items() if times == 1}

@@ -1,16 +1,12 @@
-"""The gradients of a loss, as `loss.backward()` leaves them for an optimizer."""
+"""The gradients of a loss, as `loss.backward()` leaves them for an optimizer, and its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-def clear_gradients(module: nn.Module) -> None:
-    """Forget what an earlier training may have left."""
-    module.zero_grad(set_to_none=True)
+from torch import Tensor
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -33,3 +29,18 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | No
     for parameter in parameters:
         parameter.grad = None
     return gradients
+
+
+def read_in(loss: Tensor) -> Iterator[Any]:
+    """The nodes of a loss's graph that another node of it reads, once for each that does. Those of
+    the leaves have them as `variable`."""
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        for before, _ in () if node is None else node.next_functions:
+            if before is not None:
+                yield before
+            if before not in seen:
+                seen.add(before)
+                waiting.append(before)

@@ -19,7 +19,7 @@ from potluck.engine.buffers import check_unaveraged, unaveraged
 from potluck.engine.corrected_step import CorrectedStep
 from potluck.engine.first_batch import checked_loss, in_words, outputs_of
 from potluck.engine.fused_sgd import SMALLEST, InPlaceLayers
-from potluck.engine.gradients import clear_gradients, gradients_of
+from potluck.engine.gradients import gradients_of
 from potluck.engine.module.foreign import Foreign
 from potluck.engine.module.pristine import Pristine
 from potluck.engine.module.randomness import seed_generators
@@ -78,7 +78,7 @@ class TorchRuntime:
             layers = InPlaceLayers(self.module, precision, compiled=one_thread, smallest=fused_from)
             self._layers = layers if layers.layers else None
         self._pristine.adopt()
-        clear_gradients(self.module)
+        self.module.zero_grad(set_to_none=True)  # what an earlier training may have left
         self._corrected = CorrectedStep(self.module, self._vector)
         self._is_corrected = False
 

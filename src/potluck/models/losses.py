@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -247,6 +248,46 @@ class PerStep:
         return _summed(outputs, targets, self.padding) / (len(targets) * self.steps)
 
 
+class ByExample(NamedTuple):
+    """A loss as sums over examples, so that an example can count for nothing, or more.
+
+        ℓ(batch) = Σ_i sum_i / max(Σ_i count_i, 1)
+
+    A batch that is filled up to a shape then weighs its real examples alone, and the examples of
+    many clients can share a batch, each with its client's weight.
+    """
+
+    sums: Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) to what each adds [examples]
+    counts: Callable[[Tensor], Tensor]  # targets to how many predictions of each count [examples]
+
+    def mean(self, outputs: Tensor, targets: Tensor, present: Tensor) -> Tensor:
+        """The loss of those examples for which `present` [examples] is 1 and not 0."""
+        total = (self.sums(outputs, targets) * present).sum()
+        return total / (self.counts(targets) * present).sum().clamp(min=1.0)
+
+
+def by_example(loss: Loss, targets_ndim: int, targets_dtype: torch.dtype) -> ByExample | None:
+    """A loss taken apart; None if it is not known, or its targets are not of the usual kind."""
+    whole = not targets_dtype.is_floating_point
+    ones = partial(torch.ones_like, dtype=torch.float32)
+    if loss in (cross_entropy, functional.cross_entropy) and whole and targets_ndim == 1:
+        return ByExample(_likelihoods, ones)
+    if loss is mean_squared_error and not whole and targets_ndim == 1:
+        return ByExample(_squares, ones)
+    if not isinstance(loss, (PerCharacter, PerStep)) or not whole or targets_ndim != 2:
+        return None
+
+    def characters(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (_likelihoods(outputs, targets) * (targets != loss.padding)).sum(-1)
+
+    def counts(targets: Tensor) -> Tensor:
+        if isinstance(loss, PerCharacter):
+            return (targets != loss.padding).float().sum(-1)
+        return torch.full_like(targets[..., 0], float(loss.steps), dtype=torch.float32)
+
+    return ByExample(characters, counts)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CharacterAccuracy:
     """1 where the largest logit is the target's, 0 where not, NaN at padding: [batch, width]."""
@@ -276,3 +317,13 @@ def _summed(outputs: Tensor, targets: Tensor, padding: int) -> Tensor:
     return functional.cross_entropy(
         outputs.flatten(0, 1), targets.flatten().long(), ignore_index=padding, reduction="sum"
     )
+
+
+def _likelihoods(outputs: Tensor, targets: Tensor) -> Tensor:
+    """−log p of each target: logits [examples, classes] and targets [examples]."""
+    chosen = outputs.float().log_softmax(-1).gather(-1, targets.long().unsqueeze(-1))
+    return -chosen.squeeze(-1)
+
+
+def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.float().reshape(targets.shape) - targets).square()

@@ -53,7 +53,7 @@ def read_column(series: Any, where: str = "the table") -> Column:
     """
     dtype: Any = series.dtype
     if isinstance(dtype, np.dtype) and dtype.kind in "bif":
-        return _of_numpy(series.to_numpy())
+        return array_column(series.to_numpy())
     if hasattr(series, "sparse"):
         series = series.sparse.to_dense()
     if series.dtype == object:
@@ -72,8 +72,9 @@ def read_column(series: Any, where: str = "the table") -> Column:
     return _of_objects(values, missing, str(series.name), where)
 
 
-def _of_numpy(values: Array) -> Column:
-    """What needs no look at its values: a table of many clients has many short columns."""
+def array_column(values: Array) -> Column:
+    """One feature of an array of numbers, whose holes are NaN. No value is looked at: a table of
+    many clients has many short columns."""
     kind = values.dtype.kind
     missing = np.isnan(values) if kind == "f" else np.zeros(len(values), np.bool_)
     if kind == "b":
@@ -98,6 +99,27 @@ def alike(columns: Sequence[Column]) -> list[Column]:
     ]
 
 
+def are_numbers(values: Array) -> NDArray[np.bool_]:
+    """Which of these texts or values can be read as numbers."""
+    return np.array([_is_number(value) for value in values.tolist()], np.bool_)
+
+
+def first_text(values: Array) -> int:
+    """The place of the first text that is no number, or of the first text that is not empty."""
+    numbers = are_numbers(values)
+    odd = ~numbers & (values != "")
+    return int((odd if odd.any() else numbers).argmax())
+
+
+def check_target(column: Column, name: str, where: str) -> None:
+    """Raise a `DataError` where a target column has holes."""
+    if column.missing.any():
+        raise DataError(
+            "every example must have a target, got none in "
+            f"{place(name, int(column.missing.argmax()), where)}. Fill it in, or remove the row."
+        )
+
+
 def check_told_apart(column: Column, become: NDArray[np.float32], name: str, where: str) -> None:
     """Raise a `DataError` where whole numbers become the same float32, as identifiers do.
 
@@ -117,6 +139,14 @@ def check_told_apart(column: Column, become: NDArray[np.float32], name: str, whe
         )
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _is_odd_hole(value: Any) -> bool:
     """A hole that pandas does not know, or fails on."""
     return value is np.ma.masked or (isinstance(value, decimal.Decimal) and value.is_nan())
@@ -125,52 +155,52 @@ def _is_odd_hole(value: Any) -> bool:
 def _of_objects(values: Array, missing: NDArray[np.bool_], name: str, where: str) -> Column:
     rows = np.flatnonzero(~missing)
     present: list[Any] = values[rows].tolist()
-    families = {kind: _family(kind) for kind in map(type, present)}
-    found = set(families.values())
-    if "other" in found:
-        index = next(i for i, value in enumerate(present) if families[type(value)] == "other")
-        raise DataError(
-            "a column must hold numbers, text or truth values, got "
-            f"{_shown(present[index])} in {place(name, int(rows[index]), where)}. "
-            f"{_advice(present[index])}"
-        )
-    if len(found) > 1 and found != {"numbers", "whole numbers"}:
-        _refuse_mixture(present, [families[type(value)] for value in present], rows, name, where)
-    if found == {"text"}:
-        texts = np.full(len(values), "", object)
-        texts[rows] = [str(value) for value in present]
+    families = list(map(_family, map(type, present)))
+    _check_families(present, families, rows, name, where)
+
+    def column(kind: ColumnType, fill: Any, made: list[Any]) -> Column:
+        full = np.full(len(values), fill, object if kind == "text" else None)
+        full[rows] = made
+        return Column(kind, full.astype(np.str_) if kind == "text" else full, missing)
+
+    if families[0] == "text":
         for row, text in zip(rows, present, strict=True):
             if "\0" in text:  # NumPy leaves it out at the end
                 raise DataError(
                     f"text must have no null characters, got {_shown(text)} in "
                     f"{place(name, int(row), where)}. Remove them."
                 )
-        return Column("text", texts.astype(np.str_), missing)
-    if found == {"truth values"}:
-        truths = np.zeros(len(values), np.bool_)
-        truths[rows] = [bool(value) for value in present]
-        return Column("boolean", truths, missing)
-    if found == {"whole numbers"} and _INT64.min <= min(present) <= max(present) <= _INT64.max:
-        whole = np.zeros(len(values), np.int64)
-        whole[rows] = present
-        return Column("number", whole, missing)
-    floats = np.full(len(values), np.nan)
-    for row, value in zip(rows, present, strict=True):
-        floats[row] = _float(value, name, int(row), where)
-    return Column("number", floats, missing)
+        return column("text", "", list(map(str, present)))
+    if families[0] == "truth values":
+        return column("boolean", False, list(map(bool, present)))
+    is_whole = set(families) == {"whole numbers"}
+    if is_whole and _INT64.min <= min(present) <= max(present) <= _INT64.max:
+        return column("number", np.int64(0), present)
+    floats = [
+        _float(value, name, int(row), where) for row, value in zip(rows, present, strict=True)
+    ]
+    return column("number", np.nan, floats)
 
 
-def _refuse_mixture(
-    present: list[Any], families: list[str], rows: Array, name: str, where: str
+def _check_families(
+    present: list[Any], families: Sequence[str], rows: Array, name: str, where: str
 ) -> None:
-    """Raise a `DataError` for the first value of another kind than the one at the top."""
+    """Raise a `DataError` for the first value of no family, or of another than the one on top."""
+    if "other" in families:
+        index = families.index("other")
+        raise DataError(
+            "a column must hold numbers, text or truth values, got "
+            f"{_shown(present[index])} in {place(name, int(rows[index]), where)}. "
+            f"{_advice(present[index])}"
+        )
     kinds = ["numbers" if family == "whole numbers" else family for family in families]
-    index = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
-    raise DataError(
-        f"a column must hold values of one kind, got {kinds[0]} ({_shown(present[0])}) and "
-        f"{kinds[index]} ({_shown(present[index])}) in {place(name, int(rows[index]), where)}. "
-        "Make them alike."
-    )
+    if len(set(kinds)) > 1:
+        index = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+        raise DataError(
+            f"a column must hold values of one kind, got {kinds[0]} ({_shown(present[0])}) and "
+            f"{kinds[index]} ({_shown(present[index])}) in {place(name, int(rows[index]), where)}. "
+            "Make them alike."
+        )
 
 
 def _float(value: Any, name: str, row: int, where: str) -> float:

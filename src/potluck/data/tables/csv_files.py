@@ -13,12 +13,12 @@ import importlib
 import io
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from potluck.core import DataError
 from potluck.core.text_files import encoding_of
@@ -35,8 +35,6 @@ _COMMA = re.compile(r"[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?")
 _EITHER = re.compile(r"[+-]?[1-9]\d{0,2}[,.]\d{3}")  # 1,234: a decimal, or a thousand
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?P<by>[,.' \u00a0\u202f])\d{3}((?P=by)\d{3})*([.,]\d+)?")
 
-Array = NDArray[Any]
-
 
 def read_csv(path: Path, texts: Collection[str] = ()) -> Any:
     """The table of a file as a pandas `DataFrame`, whose columns are named by the header.
@@ -49,16 +47,16 @@ def read_csv(path: Path, texts: Collection[str] = ()) -> Any:
         OSError: it cannot be read.
     """
     try:
-        encoding = encoding_of(path)
+        options = _options(path)
     except ValueError as error:
         raise DataError(str(error)) from None
-    with path.open(encoding=encoding) as file:
-        options = _options(file.read(1 << 16), path) | {"encoding": encoding}
-    table = _parsed(path, texts, options)
+    table = _parsed(path, options, dtype=dict.fromkeys(texts, str), na_values=[""])
+    if not table.index.equals(_pandas().RangeIndex(len(table))):
+        raise _too_many(path, options, table)
     _check_whole(path, options, table)
     has_commas = False
     for name in table.columns:
-        if name not in texts and _is_text(table[name]):
+        if name not in texts and getattr(table[name].dtype, "kind", "O") in "OU":
             table[name], commas = _typed(table[name], name, path)
             has_commas |= commas
     if has_commas:
@@ -68,27 +66,33 @@ def read_csv(path: Path, texts: Collection[str] = ()) -> Any:
 
 def rows_of(path: Path) -> Rows:
     """The rows of a file, which messages call by their lines, as an editor counts them."""
-    return Rows.of_table(str(path), lambda row: f"line {_line_of(path, row)}")
+
+    def find(row: int) -> str:
+        line, _ = next(islice(_records(path, _options(path)), row, None))
+        return f"line {line} of {path}"
+
+    return Rows.of(str(path), find)
 
 
-def _line_of(path: Path, row: int) -> int:
-    """The line at which a row begins; blank lines, and those within quotes, count."""
+def _records(path: Path, options: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
+    """The line at which each row below the header begins, and its fields; blank lines, and those
+    within quotes, count."""
+    above, begin = options["skiprows"] + 1, 1
+    with path.open(encoding=options["encoding"], newline="") as file:
+        lines = csv.reader(file, delimiter=options["sep"])
+        for fields in lines:
+            if fields and above > 0:
+                above -= 1
+            elif fields:
+                yield begin, fields
+            begin = lines.line_num + 1
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """How text is coded and fields are divided, from the header."""
     encoding = encoding_of(path)
     with path.open(encoding=encoding) as file:
-        options = _options(file.read(1 << 16), path)
-    with path.open(encoding=encoding, newline="") as file:
-        lines = csv.reader(file, delimiter=options["sep"])
-        before, records = 0, -1 - options["skiprows"]
-        for fields in lines:
-            if fields and records == row:
-                break
-            records += bool(fields)
-            before = lines.line_num
-    return before + 1
-
-
-def _options(start: str, path: Path) -> dict[str, Any]:
-    """How fields are divided, from the header."""
+        start = file.read(1 << 16)
     said = _EXCEL.match(start)  # by Excel, in a line of its own
     rows = {by: _first_row(start[said.end() :] if said else start, by) for by in _SEPARATORS}
     by = said[1] if said and said[1] in rows else max(rows, key=lambda by: len(rows[by]))
@@ -102,29 +106,22 @@ def _options(start: str, path: Path) -> dict[str, Any]:
             f"{header.count(twice[0])} times in {path}. Rename or remove one."
         )
     spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-    return {"sep": by, "skipinitialspace": spaced, "skiprows": int(bool(said))}
+    skipped = int(bool(said))
+    return {"sep": by, "skipinitialspace": spaced, "skiprows": skipped, "encoding": encoding}
 
 
 def _first_row(start: str, by: str) -> list[str]:
-    for row in csv.reader(io.StringIO(start), delimiter=by):
-        if row:
-            return row
-    return []
+    rows = [row for row in csv.reader(io.StringIO(start), delimiter=by) if row]
+    return rows[0] if rows else []
 
 
-def _parsed(path: Path, texts: Collection[str], options: dict[str, Any]) -> Any:
-    pandas: Any = importlib.import_module("pandas")
-    table = pandas.read_csv(
-        path,
-        dtype=dict.fromkeys(texts, str),
-        keep_default_na=False,
-        na_values=[""],
-        low_memory=False,
-        **options,
-    )
-    if not table.index.equals(pandas.RangeIndex(len(table))):
-        raise _too_many(path, options, table)
-    return table
+def _pandas() -> Any:
+    return importlib.import_module("pandas")
+
+
+def _parsed(path: Path, options: dict[str, Any], **how: Any) -> Any:
+    how |= options | {"keep_default_na": False, "low_memory": False}
+    return _pandas().read_csv(path, **how)
 
 
 def _too_many(path: Path, options: dict[str, Any], table: Any) -> DataError:
@@ -141,48 +138,34 @@ def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
     of which it takes the first field for a name of the row."""
     if table.shape[1] < 2 or not table.iloc[:, -1].isna().any():
         return
-    with path.open(encoding=options["encoding"], newline="") as file:
-        lines = (fields for fields in csv.reader(file, delimiter=options["sep"]) if fields)
-        for _ in range(options["skiprows"]):
-            next(lines)
-        next(lines)
-        for row, fields in enumerate(lines):
-            if len(fields) > table.shape[1]:
-                raise _too_many(path, options, table)
-            if len(fields) < table.shape[1]:
-                raise DataError(
-                    f"every row must have a field for each of the {table.shape[1]} columns, got "
-                    f"{len(fields)} in {rows_of(path).at(row)}. Write it anew."
-                )
-
-
-def _is_text(series: Any) -> bool:
-    return getattr(series.dtype, "kind", "O") in "OU"
+    for line, fields in _records(path, options):
+        if len(fields) > table.shape[1]:
+            raise _too_many(path, options, table)
+        if len(fields) < table.shape[1]:
+            raise DataError(
+                f"every row must have a field for each of the {table.shape[1]} columns, got "
+                f"{len(fields)} in line {line} of {path}. Write it anew."
+            )
 
 
 def _typed(series: Any, name: str, path: Path) -> tuple[Any, bool]:
     """A column with text in it, made numbers or truth values if all of it is; whether it has
     decimal commas."""
-    missing: Array = series.isna().to_numpy(np.bool_)
-    texts = [str(value).strip() for value in series.to_numpy(dtype=object)]
-    rows = [row for row in np.flatnonzero(~missing).tolist() if not is_hole(texts[row])]
-    if not rows:
+    rows = np.flatnonzero(series.notna().to_numpy(np.bool_)).tolist()
+    stripped = zip(rows, series.iloc[rows].astype(str).str.strip(), strict=True)
+    texts = {row: text for row, text in stripped if not is_hole(text)}
+    forms = {_form(text) for text in texts.values()}
+    if not texts or "text" in forms or ("truth" in forms and len(forms) > 1):
         return series, False
-    if all(texts[row].lower() in _TRUTHS for row in rows):
-        values = np.full(len(texts), None, object)
-        values[rows] = [_TRUTHS[texts[row].lower()] for row in rows]
-        return _series(values, series), False
-    forms = [_form(texts[row]) for row in rows]
-    if "text" in forms:
-        return series, False
-    _check_forms([(row, texts[row]) for row in rows], forms, name, path)
-    values = np.full(len(texts), np.nan, object)
-    for row in rows:
-        values[row] = _number(texts[row].replace(",", "."))
-    return _series(values, series), "comma" in forms
+    _check_forms(texts, forms, name, path)
+    values = np.full(len(series), None, object)
+    values[list(texts)] = [_value(text) for text in texts.values()]
+    return _pandas().Series(values, index=series.index, dtype=object), "comma" in forms
 
 
 def _form(text: str) -> str:
+    if text.lower() in _TRUTHS:
+        return "truth"
     if _POINT.fullmatch(text):
         return "point" if "." in text else "whole"
     if _COMMA.fullmatch(text):
@@ -190,35 +173,37 @@ def _form(text: str) -> str:
     return "thousands" if _THOUSANDS.fullmatch(text) else "text"
 
 
-def _check_forms(texts: list[tuple[int, str]], forms: list[str], name: str, path: Path) -> None:
+def _value(text: str) -> bool | int | float:
+    if text.lower() in _TRUTHS:
+        return _TRUTHS[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return float(text.replace(",", "."))
+
+
+def _check_forms(texts: dict[int, str], forms: set[str], name: str, path: Path) -> None:
     """Refuse separators of thousands, and what may be them."""
-
-    def refuse(form: str, what: str) -> DataError:
-        row, text = texts[forms.index(form)]
-        return DataError(
-            f"{what}, got {text!r} in {place(name, row, rows_of(path))}. Write numbers without "
-            "separators of thousands."
-        )
-
+    commas = [text for text in texts.values() if "," in text]
     if "thousands" in forms:
-        raise refuse("thousands", "numbers must have no separators of thousands")
-    if "comma" not in forms:
+        form, what = "thousands", "numbers must have no separators of thousands"
+    elif "comma" in forms and "point" in forms:
+        form, what = "comma", "numbers must have all decimal points or all decimal commas"
+    elif commas and all(map(_EITHER.fullmatch, commas)):
+        form = "comma"
+        what = "numbers must be plain, and a comma before three digits may be either"
+    else:
         return
-    if "point" in forms:
-        raise refuse("comma", "numbers must have all decimal points or all decimal commas")
-    commas = [text for (_, text), form in zip(texts, forms, strict=True) if form == "comma"]
-    if all(_EITHER.fullmatch(text) for text in commas):
-        raise refuse(
-            "comma", "numbers must be plain, and a comma before three digits may be either"
-        )
+    row = next(row for row, text in texts.items() if _form(text) == form)
+    raise DataError(
+        f"{what}, got {texts[row]!r} in {place(name, row, rows_of(path))}. Write numbers without "
+        "separators of thousands."
+    )
 
 
 def _check_points(path: Path, options: dict[str, Any], names: list[str]) -> None:
     """Refuse 1.234 where other columns have decimal commas: it is a thousand there."""
-    if not names:
-        return
-    pandas: Any = importlib.import_module("pandas")
-    raw = pandas.read_csv(path, dtype=str, usecols=names, keep_default_na=False, **options)
+    raw: Any = _parsed(path, options, dtype=str, usecols=names) if names else None
     for name in names:
         points = [(row, text) for row, text in enumerate(raw[name]) if "." in text]
         if points and all(_EITHER.fullmatch(text.strip()) for _, text in points):
@@ -228,15 +213,3 @@ def _check_points(path: Path, options: dict[str, Any], names: list[str]) -> None
                 f"be one where other columns have decimal commas, got {text!r} in "
                 f"{place(name, row, rows_of(path))}. Write numbers without them."
             )
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _series(values: Array, like: Any) -> Any:
-    pandas: Any = importlib.import_module("pandas")
-    return pandas.Series(values, index=like.index, dtype=object)

@@ -6,7 +6,6 @@ place among the categories, a truth value 0 or 1. What is missing is filled in, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from potluck.core import DataError
-from potluck.data.tables.columns import Column, alike, check_told_apart, read_column
-from potluck.data.tables.row_places import place
-from potluck.data.tables.targets import label_texts
+from potluck.data.tables.columns import Column, alike, are_numbers, check_told_apart
+from potluck.data.tables.row_places import listed, place
+from potluck.data.tables.targets import codes_of, label_texts
 
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,7 +26,6 @@ _FILL = (
     'Fill missing values in, remove the row, or say missing = "mean" (in an experiment, '
     "task.missing)."
 )
-_SHOWN = 10  # categories in a message
 
 
 class Feature(BaseModel):
@@ -71,42 +69,37 @@ class Feature(BaseModel):
         """
         if not self.categories:
             column = alike([column, Column("number", np.zeros(0), np.zeros(0, np.bool_))])[0]
-        missing = np.flatnonzero(column.missing)
-        if self.fill is None and len(missing) > 0:
-            raise self._odd(int(missing[0]), column, "finite", where, got="nan", advice=_FILL)
+        if self.fill is None and column.missing.any():
+            row = int(column.missing.argmax())
+            raise self._odd(row, column, "finite", where, got="nan", advice=_FILL)
         values = self._codes(column, where) if self.categories else self._numbers(column, where)
         if self.categories and self.one_hot:
             return (values[:, None] == np.arange(len(self.categories))).astype(np.float32)
         with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and found below
             scaled = ((values - self.shift) / self.scale).astype(np.float32)
-        wrong = np.flatnonzero(~np.isfinite(scaled))
-        if len(wrong) > 0:
-            raise self._odd(int(wrong[0]), column, "finite", where)
+        if not np.isfinite(scaled).all():
+            raise self._odd(int(np.isfinite(scaled).argmin()), column, "finite", where)
         check_told_apart(column, scaled, self.name, where)
         return scaled[:, None]
 
     def _numbers(self, column: Column, where: str) -> NDArray[np.float64]:
         if column.type == "text":
-            row = int(np.argmin(column.missing | are_numbers(column)))
+            row = int(np.argmin(column.missing | are_numbers(column.values)))
             raise self._odd(row, column, "numbers", where)
         if self.type == "boolean":
-            wrong = np.flatnonzero(~column.missing & ~np.isin(column.values, (0, 1)))
-            if len(wrong) > 0:
-                raise self._odd(int(wrong[0]), column, "True or False", where)
+            wrong = ~column.missing & ~np.isin(column.values, (0, 1))
+            if wrong.any():
+                raise self._odd(int(wrong.argmax()), column, "True or False", where)
         fill = self.fill if isinstance(self.fill, float) else 0.0
         return np.where(column.missing, fill, column.values.astype(np.float64))
 
-    def _codes(self, column: Column, where: str) -> NDArray[np.float64]:
-        known = {name: code for code, name in enumerate(self.categories)}
+    def _codes(self, column: Column, where: str) -> NDArray[np.int64]:
         texts = label_texts(column.values)
         texts[column.missing] = self.fill if isinstance(self.fill, str) else ""
-        distinct, inverse = np.unique(texts, return_inverse=True)
-        codes = np.array([known.get(str(text), -1) for text in distinct], np.float64)[inverse]
-        wrong = np.flatnonzero(codes < 0)
-        if len(wrong) > 0:
-            shown = ", ".join(map(repr, self.categories[:_SHOWN]))
-            more = ", …" if len(self.categories) > _SHOWN else ""
-            raise self._odd(int(wrong[0]), column, f"one of {shown}{more}", where)
+        codes = codes_of(texts, self.categories)
+        if (codes < 0).any():
+            expected = f"one of {listed(map(repr, self.categories))}"
+            raise self._odd(int((codes < 0).argmax()), column, expected, where)
         return codes
 
     def _odd(
@@ -124,33 +117,6 @@ class Feature(BaseModel):
         )
 
 
-def named_columns(
-    table: Any, expected: Sequence[str], others: Collection[str] | None, where: str
-) -> dict[str, Column]:
-    """The expected columns by name, in their order, of a `DataFrame` that may have the others.
-
-    Args:
-        others: None: any.
-
-    Raises:
-        DataError: a column is missing, there twice, or too many.
-    """
-    names = [str(name) for name in table.columns]
-    for name in expected:
-        if names.count(name) != 1:
-            raise DataError(
-                f"{where} must have one column {name!r}, got columns {_listed(names)}. "
-                "Rename one, or name another."
-            )
-    extra = [name for name in names if name not in expected and name not in (others or ())]
-    if extra and others is not None:
-        raise DataError(
-            f"{where} must have the columns {_listed(expected)} alone, got column {extra[0]!r} "
-            "too. Remove it."
-        )
-    return {name: read_column(table.iloc[:, names.index(name)], where) for name in expected}
-
-
 def as_float32(values: NDArray[Any], what: str) -> NDArray[np.float32]:
     """Numbers as float32.
 
@@ -159,13 +125,18 @@ def as_float32(values: NDArray[Any], what: str) -> NDArray[np.float32]:
     """
     with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and found below
         array = values.astype(np.float32)
-    if not np.isfinite(array).all():
-        row = int(np.argwhere(~np.isfinite(array))[0][0])
+    check_finite(array, what)
+    return array
+
+
+def check_finite(values: NDArray[Any], what: str) -> None:
+    """Raise a `DataError` for NaN and infinity among numbers."""
+    if not np.isfinite(values).all():
+        row = int(np.argwhere(~np.isfinite(values))[0][0])
         raise DataError(
             f"{what} must be finite numbers, got NaN or infinity in example {row}. "
             "Fill missing values in, or remove the example."
         )
-    return array
 
 
 def check_pixels(values: NDArray[Any], what: str) -> None:
@@ -180,20 +151,3 @@ def check_pixels(values: NDArray[Any], what: str) -> None:
             f'{what} must be from 0 to 255 for scale = "pixels", got values from {low:.6g} to '
             f'{high:.6g}. Give them so; if all are scaled already, say scale = "none".'
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return (", ".join(names[:10]) + (", …" if len(names) > 10 else "")) or "none"
-
-
-def are_numbers(column: Column) -> NDArray[np.bool_]:  # [rows]
-    """Which values can be read as numbers."""
-    return np.array([_is_number(value) for value in column.values.tolist()], np.bool_)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.data.tables.columns import Column
-from potluck.data.tables.features import Feature, are_numbers, check_pixels
+from potluck.data.tables.columns import Column, are_numbers, first_text
+from potluck.data.tables.features import Feature, check_pixels
 from potluck.data.tables.row_places import place
-from potluck.data.tables.table_files import first_text
 from potluck.data.tables.targets import check_spaces, label_texts
 
 Missing: TypeAlias = Literal["refuse", "mean", "median"] | float
@@ -82,9 +81,9 @@ def fit_feature(name: str, given: Sequence[Given], rules: Rules) -> Feature:
         if column.values.dtype.kind == "f" and np.isinf(column.values).any():
             Feature(name=name, fill=0.0).encode(column, where)  # raises, with the row
     values = _training_values(given)
+    fill = _fill(name, values, rules, given, kind)
     if kind == "boolean":
-        return Feature(name=name, type="boolean", fill=_boolean_fill(name, values, rules))
-    fill = _number_fill(name, values, rules, given)
+        return Feature(name=name, type="boolean", fill=fill)
     if rules.scale == "pixels":
         for where, column, _ in given:
             if column.type == "number":
@@ -119,7 +118,7 @@ def _type_of(name: str, given: Sequence[Given], rules: Rules) -> str:
 
 
 def _no_number(name: str, part: Given, advice: str) -> DataError:
-    row = first_text(part.column)
+    row = first_text(part.column.values)
     return DataError(
         f"features must be numbers, got {str(part.column.values[row])!r} in "
         f"{place(name, row, part.where)}. {advice}"
@@ -130,14 +129,13 @@ def _category(name: str, given: Sequence[Given], rules: Rules) -> Feature:
     texts = [label_texts(column.values)[~column.missing] for _, column, _ in given]
     names, counts = np.unique(np.concatenate(texts).astype(np.str_), return_counts=True)
     check_spaces(names.tolist(), f"the texts of column {name!r}", given[0].where)
-    column = Column("text", names, np.zeros(len(names), np.bool_))
     if len(names) > _FEW and (len(names) > counts.sum() / 2 or len(names) > _MOST):
         raise DataError(
             f"categories must repeat, got {len(names):,} different texts in {counts.sum():,} "
             f"rows of column {name!r}, as {str(names[0])!r} (see {given[0].where}). Remove the "
             "column, or write numbers with a decimal point."
         )
-    share = are_numbers(column).mean()
+    share = are_numbers(names).mean()
     if 0.5 <= share < 1:
         raise _no_number(name, _odd_one(given), "Mend the value; the others are numbers.")
     fill = None
@@ -161,7 +159,7 @@ def _category(name: str, given: Sequence[Given], rules: Rules) -> Feature:
 
 def _odd_one(given: Sequence[Given]) -> Given:
     return next(
-        part for part in given if not (part.column.missing | are_numbers(part.column)).all()
+        part for part in given if not (part.column.missing | are_numbers(part.column.values)).all()
     )
 
 
@@ -190,21 +188,15 @@ def _training_values(given: Sequence[Given]) -> NDArray[np.float64]:
     return np.zeros(0)
 
 
-def _boolean_fill(name: str, values: NDArray[np.float64], rules: Rules) -> float | None:
-    if rules.missing == "refuse":
-        return None
-    if isinstance(rules.missing, str):
-        return float(values.mean() > 0.5)
-    return float(rules.missing)
-
-
-def _number_fill(
-    name: str, values: NDArray[np.float64], rules: Rules, given: Sequence[Given]
+def _fill(
+    name: str, values: NDArray[np.float64], rules: Rules, given: Sequence[Given], kind: str
 ) -> float | None:
     if rules.missing == "refuse":
         return None
     if not isinstance(rules.missing, str):
         return float(rules.missing)
+    if kind == "boolean":
+        return float(values.mean() > 0.5)
     if len(values) == 0:
         raise DataError(
             f"a column must have a value to take the {rules.missing} of, got none in column "

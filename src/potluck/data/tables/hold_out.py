@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from potluck.core import DataError, stream
+from potluck.core.validate import as_count, as_real
 from potluck.data.tables.row_places import at
 
 Rows = NDArray[np.int64]
@@ -38,6 +39,22 @@ class HoldOut(BaseModel):
     split: Annotated[str, Field(pattern=SPLIT_PATTERN)] = "shuffled"
     fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @classmethod
+    def asked(cls, split: str, test_fraction: Any, seed: Any) -> HoldOut:
+        """What a caller says, checked."""
+        fraction = as_real("test_fraction", test_fraction)
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(
+                f"test_fraction must be above 0 and below 1, got test_fraction={test_fraction!r}. "
+                "To train on every example, give `from_clients` a test set."
+            )
+        if not re.fullmatch(SPLIT_PATTERN, split):
+            raise ValueError(
+                "split must be 'shuffled', 'last', 'time:COLUMN' or 'group:COLUMN', got "
+                f"split={split!r}."
+            )
+        return cls(split=split, fraction=fraction, seed=as_count("seed", seed, 0))
 
     @property
     def column(self) -> str | None:
@@ -69,15 +86,6 @@ class HoldOut(BaseModel):
         is_test = np.zeros(len(targets), np.bool_)
         is_test[test] = True
         return np.flatnonzero(~is_test), np.flatnonzero(is_test)
-
-
-def check_split(split: str) -> None:
-    """Raise a `ValueError` for a split that there is not."""
-    if not re.fullmatch(SPLIT_PATTERN, split):
-        raise ValueError(
-            "split must be 'shuffled', 'last', 'time:COLUMN' or 'group:COLUMN', got "
-            f"split={split!r}."
-        )
 
 
 def num_test(num_examples: int, fraction: float) -> int:
@@ -141,9 +149,9 @@ def _whole_groups(groups: Any, count: int, random: np.random.Generator, where: s
 
 
 def _check_whole(column: Any, where: str) -> None:
-    missing = np.flatnonzero(column.isna().to_numpy())
-    if len(missing) > 0:
+    missing = column.isna().to_numpy()
+    if missing.any():
         raise DataError(
             f"every row must have a value in column {str(column.name)!r}, by which the examples "
-            f"are split, got none in {at(int(missing[0]), where)}. Fill it in."
+            f"are split, got none in {at(int(missing.argmax()), where)}. Fill it in."
         )

@@ -6,54 +6,29 @@ use to whoever looks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 class Rows(str):
-    """The name of a client's rows in messages, and where each of them is found."""
+    """The name of some rows in messages, and where each of them is found."""
 
-    __slots__ = ("_name_of", "_positions", "_table")
+    __slots__ = ("name_of",)
 
-    _table: str
-    _name_of: Callable[[int], str]
-    _positions: NDArray[np.int64] | None
+    name_of: Callable[[int], str]
 
     @classmethod
-    def of_table(cls, table: str, name_of: Callable[[int], str]) -> Self:
-        """All rows of a table.
-
-        Args:
-            name_of: what a row is called, such as "line 7"; called for a message only.
-        """
-        rows = cls(table)
-        rows._table, rows._name_of, rows._positions = table, name_of, None
+    def of(cls, name: str, name_of: Callable[[int], str]) -> Self:
+        """The rows of this name, of which `name_of` says, for a message only, where one is that is
+        counted from 0: "line 7 of t.csv"."""
+        rows = cls(name)
+        rows.name_of = name_of
         return rows
-
-    def some(self, name: str, positions: NDArray[np.int64]) -> Self:
-        """Those of one client: their numbers in the table, in order."""
-        rows = type(self)(f"{name} of {self._table}")
-        rows._table, rows._name_of = f"{self._table} ({name})", self._name_of
-        rows._positions = positions
-        return rows
-
-    def at(self, row: int) -> str:
-        """Where a row is, which is counted from 0 within these."""
-        position = row if self._positions is None else int(self._positions[row])
-        return f"{self._name_of(position)} of {self._table}"
-
-
-def numbered(row: int) -> str:
-    """The name of a row that has no line, counted from 0."""
-    return f"row {row}"
 
 
 def at(row: int, where: str, what: str = "row") -> str:
     """Where a row is."""
-    return where.at(row) if isinstance(where, Rows) else f"{what} {row} of {where}"
+    return where.name_of(row) if isinstance(where, Rows) else f"{what} {row} of {where}"
 
 
 def place(column: str, row: int, where: str) -> str:
@@ -61,6 +36,7 @@ def place(column: str, row: int, where: str) -> str:
     return f"column {column!r}, {at(row, where)}"
 
 
-def table_rows(where: Any) -> Rows:
-    """The rows of a table that is in no file, or that has no lines."""
-    return where if isinstance(where, Rows) else Rows.of_table(str(where), numbered)
+def listed(names: Iterable[Any], most: int = 10) -> str:
+    """The first of some names."""
+    shown = list(map(str, names))
+    return ", ".join(shown[:most]) + ", …" * (len(shown) > most)

@@ -17,26 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potluck.core import DataError
-from potluck.data.tables.columns import Column, read_column
-from potluck.data.tables.features import (
-    Feature,
-    Names,
-    Positive,
-    as_float32,
-    check_pixels,
-    named_columns,
-)
+from potluck.data.tables.columns import Array, Column, array_column, check_target, read_column
+from potluck.data.tables.features import Feature, Names, Positive, as_float32, check_pixels
 from potluck.data.tables.hold_out import HoldOut
-from potluck.data.tables.row_places import place
 from potluck.data.tables.symbols import Symbols
-from potluck.data.tables.table_files import named, read_table, rows_in
+from potluck.data.tables.table_files import named, named_columns, read_table, rows_in
 from potluck.data.tables.targets import Part, TargetKind, encode_labels, understand
-
-Array = NDArray[Any]
 
 Shape: TypeAlias = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(max_length=8, strict=False)
@@ -235,20 +224,3 @@ class Schema(BaseModel):
             raise DataError(
                 f"the data of this run must be {expected}, got {got} in {where}. Convert them."
             )
-
-
-def array_column(values: Array) -> Column:
-    """One feature of an array as a column, whose holes are NaN."""
-    missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), np.bool_)
-    kind = "boolean" if values.dtype.kind == "b" else "number"
-    return Column(kind, values, missing)
-
-
-def check_target(column: Column, name: str, where: str) -> None:
-    """Raise a `DataError` where a target column has holes."""
-    missing = np.flatnonzero(column.missing)
-    if len(missing) > 0:
-        raise DataError(
-            "every example must have a target, got none in "
-            f"{place(name, int(missing[0]), where)}. Fill it in, or remove the row."
-        )

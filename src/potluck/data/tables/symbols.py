@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from potluck.data.tables.columns import Array
 
 UNKNOWN = "\ufffd"
+STEPS = 80  # of the paper's LSTM
 
 _INT16 = 2**15
 
@@ -27,7 +28,7 @@ class Symbols(BaseModel):
 
     alphabet: Annotated[str, Field(max_length=100_000)] | None = None
     """The characters in the order of their codes; None: the bytes of UTF-8."""
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 80
+    steps: Annotated[int, Field(ge=1, le=100_000)] = STEPS
     """Positions in a row; a longer line goes on in the next row."""
     column: Annotated[str, Field(max_length=200)] | None = None
     """Of a table; None: a text file."""
@@ -73,12 +74,24 @@ class Symbols(BaseModel):
         A line of n symbols fills ⌈(n + 1) / steps⌉ rows.
         """
         codes = [self._codes(line + "\n") for line in lines]
-        flat = np.concatenate([np.zeros(0, np.int64), *codes])
         lengths = np.array([len(line) for line in codes], np.int64)
+        return self.rows(np.concatenate([np.zeros(0, np.int64), *codes]), lengths)
+
+    def rows(self, flat: Array, lengths: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Inputs and targets [rows, steps] of the symbols of lines of these lengths, which lie
+        behind each other in `flat`, newlines included."""
         starts = np.cumsum(lengths) - lengths
-        return encode_symbols(
-            flat, starts, lengths, self.start, self.padding, self.steps, self.dtype
-        )
+        rows = -(-lengths // self.steps)
+        positions = np.arange(len(flat)) - np.repeat(starts, lengths)
+        # Where in its line a symbol is, and in which row and column that puts it.
+        row = np.repeat(np.cumsum(rows) - rows, lengths) + positions // self.steps
+        places = row * self.steps + positions % self.steps
+        before = np.full(len(flat), self.start, self.dtype)
+        before[1:] = flat[:-1]
+        before[starts] = self.start
+        sides = np.full((2, int(rows.sum()), self.steps), self.padding, self.dtype)
+        sides.reshape(2, -1)[:, places] = before, flat
+        return sides[0], sides[1]
 
     def decode(self, rows: Array) -> str:
         """The text in some rows, without START and PADDING."""
@@ -96,32 +109,6 @@ class Symbols(BaseModel):
         codes = np.searchsorted(known, points).clip(max=len(known) - 1)
         unknown = self.alphabet.index(UNKNOWN)
         return np.where(known[codes] == points, codes, unknown).astype(np.int64)
-
-
-def encode_symbols(
-    flat: Array,
-    starts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    start: int,
-    padding: int,
-    steps: int,
-    dtype: str,
-) -> tuple[Array, Array]:
-    """Rows of the symbols of lines that lie behind each other in `flat`, newlines included."""
-    rows = -(-lengths // steps)
-    positions = np.arange(len(flat)) - np.repeat(starts, lengths)
-    # Where in its line a symbol is, and in which row and column that puts it.
-    row = np.repeat(np.cumsum(rows) - rows, lengths) + positions // steps
-    places = row * steps + positions % steps
-    before = np.full(len(flat), start, np.dtype(dtype))
-    before[1:] = flat[:-1]
-    before[starts] = start
-    sides: list[Array] = []
-    for values in (before, flat):
-        side = np.full(int(rows.sum()) * steps, padding, np.dtype(dtype))
-        side[places] = values
-        sides.append(side.reshape(-1, steps))
-    return sides[0], sides[1]
 
 
 def _points(text: str) -> NDArray[np.uint32]:

@@ -10,7 +10,8 @@ import importlib
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from potluck.core import DataError
 from potluck.data.tables.client_names import client_name, client_names
 from potluck.data.tables.columns import Array, Column, is_hole, read_column
 from potluck.data.tables.csv_files import read_csv, rows_of
-from potluck.data.tables.row_places import Rows, numbered, place, table_rows
+from potluck.data.tables.row_places import Rows, at, listed, place
 from potluck.data.tables.targets import check_spaces
 
 NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
@@ -37,35 +38,31 @@ class Located(NamedTuple):
     where: str
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path, suffixes: Sequence[str] = _SUFFIXES) -> list[Path]:
     """The files of a folder, one a client, in the order of their names."""
     if not folder.is_dir():
         raise DataError(f"the folder of the clients must exist, got folder={str(folder)!r}.")
+    kinds = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not paths:
-        raise DataError(
-            f"{folder} must hold a .npz, .csv or .parquet file for each client, got no files."
-        )
-    for path in paths:
-        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
-            raise DataError(
-                f"{folder} must hold only .npz, .csv or .parquet files, got {path.name}. "
-                "Move it elsewhere."
-            )
+        raise DataError(f"{folder} must hold a {kinds} file for each client, got no files.")
     called: dict[str, Path] = {}
     for path in paths:
-        if path.stem in called:
+        if path.suffix.lower() not in suffixes or not path.is_file():
+            raise DataError(
+                f"{folder} must hold only {kinds} files, got {path.name}. Move it elsewhere."
+            )
+        if called.setdefault(path.stem, path) != path:
             raise DataError(
                 f"the files of {folder} must differ in more than the case of their suffix, got "
                 f"{called[path.stem].name} and {path.name}, both for client {path.stem!r}. "
                 "Rename one."
             )
-        called[path.stem] = path
     client_names(called)
-    kinds = sorted({path.suffix.lower() for path in paths})
-    if len(kinds) > 1:
+    found = sorted({path.suffix.lower() for path in paths})
+    if len(found) > 1:
         raise DataError(
-            f"the files in {folder} must be of one kind, got {' and '.join(kinds)}. "
+            f"the files in {folder} must be of one kind, got {' and '.join(found)}. "
             "Convert them, or make a folder for each kind."
         )
     return paths
@@ -140,28 +137,28 @@ def read_tables(
         classes: columns of labels that are classes whatever they look like.
     """
     tables = {path: read_table(path) for path in paths}
-    types: dict[str, set[str]] = {}
-    found: dict[Path, dict[str, str]] = {}
-    for path, table in tables.items():
-        found[path] = {name: _type_of(table[name], rows_in(path)) for name in table.columns}
-        for name, kind in found[path].items():
-            types.setdefault(name, set()).add(kind)
+    types = {
+        path: {name: _type_of(table[name], rows_in(path)) for name in table.columns}
+        for path, table in tables.items()
+    }
+    kinds_of: dict[str, set[str]] = {}
+    for name, kind in chain.from_iterable(found.items() for found in types.values()):
+        kinds_of.setdefault(name, set()).add(kind)
     texts = {
         name
-        for name, kinds in types.items()
+        for name, kinds in kinds_of.items()
         if "text" in kinds and (categories or name in classes or "number" not in kinds)
     }
     for path in paths:
-        odd = {name for name in texts if found[path].get(name) in ("number", "boolean")}
+        odd = {name for name in texts if types[path].get(name) in ("number", "boolean")}
         if odd and path.suffix.lower() == ".csv":
             tables[path] = read_table(path, odd)
     return {path.stem: Located(table, rows_in(path)) for path, table in tables.items()}
 
 
-def rows_in(path: Path) -> Rows:
+def rows_in(path: Path) -> str:
     """The rows of a file, for messages."""
-    is_csv = path.suffix.lower() == ".csv"
-    return rows_of(path) if is_csv else Rows.of_table(str(path), numbered)
+    return rows_of(path) if path.suffix.lower() == ".csv" else str(path)
 
 
 def _type_of(series: Any, where: str) -> str:
@@ -214,6 +211,37 @@ def _unnamed(series: Any, position: int, where: str) -> str:
     )
 
 
+def client_tables(
+    source: Any, client_column: str, read: Callable[[Path, list[str]], Any] = read_table
+) -> dict[str, Located]:
+    """The rows of each client in a table: a path, a `DataFrame`, or what has a `to_pandas`.
+
+    Args:
+        read: (path, columns that stay text) to the table of a file.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.suffix.lower() not in (".csv", ".parquet"):
+            raise DataError(
+                f"a table must be a .csv or .parquet file, got {path}. Name one, or a folder with "
+                "a file for each client."
+            )
+        located = Located(read(path, [client_column]), rows_in(path))
+    elif not hasattr(source, "columns") or not {"iloc", "to_pandas"} & set(dir(source)):
+        raise TypeError(
+            f"table must be a pandas DataFrame or a path, got {type(source).__name__}. "
+            "Arrays go to `from_clients`."
+        )
+    else:
+        frame = source if hasattr(source, "iloc") else source.to_pandas()
+        located = Located(named(frame, "the table"), "the table")
+    tables = split_by_client(located, client_column)
+    if not tables:
+        raise DataError(f"a table must have at least one row, got none in {located.where}.")
+    next(iter(tables.values())).table.attrs[NOTES] = located.table.attrs.get(NOTES, ())
+    return tables
+
+
 def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
     """The rows of each client, clients in the order of their first row.
 
@@ -223,46 +251,54 @@ def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
     if client_column in table.index.names and client_column not in table.columns:
         table = table.reset_index(level=client_column)
     check_column(Located(table, where), client_column)
-    missing = np.flatnonzero(table[client_column].isna().to_numpy(np.bool_))
-    if len(missing) > 0:
+    missing = table[client_column].isna().to_numpy(np.bool_)
+    if missing.any():
         raise DataError(
             "every row must name its client, got none in "
-            f"{place(client_column, int(missing[0]), where)}. Fill it in, or remove the row."
+            f"{place(client_column, int(missing.argmax()), where)}. Fill it in, or remove the row."
         )
     keys = table[client_column].astype(object).map(client_name).to_numpy(dtype=object)
     check_spaces(list(dict.fromkeys(keys)), "clients", where)
     table = table.drop(columns=[client_column])
     table.attrs = {}  # every column of every client would copy them
-    rows = table_rows(where)
     groups = table.groupby(keys, sort=False)
-    return {
-        key: Located(part, rows.some(f"client {key!r}", groups.indices[key]))
-        for key, part in groups
-    }
+
+    def rows_of_client(key: str) -> Rows:
+        rows, name = groups.indices[key], f"client {key!r}"
+        return Rows.of(f"{name} of {where}", lambda row: f"{at(int(rows[row]), where)} ({name})")
+
+    return {key: Located(part, rows_of_client(key)) for key, part in groups}
+
+
+def named_columns(
+    table: Any, expected: Sequence[str], others: Collection[str], where: str
+) -> dict[str, Column]:
+    """The expected columns by name, in their order, of a table that may have the others.
+
+    Raises:
+        DataError: a column is missing, or too many.
+    """
+    for name in expected:
+        check_column(Located(table, where), name)
+    known = {*expected, *others}
+    extra = [name for name in table.columns if name not in known]
+    if extra:
+        raise DataError(
+            f"{where} must have the columns {listed(expected)} alone, got column {extra[0]!r} "
+            "too. Remove it."
+        )
+    return {name: read_column(table[name], where) for name in expected}
 
 
 def check_column(located: Located, column: str) -> None:
-    """Raise a `DataError` unless the table has exactly one such column."""
-    names = list(located.table.columns)
-    if names.count(column) != 1:
-        got = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
+    """Raise a `DataError` unless the table has such a column."""
+    if column not in located.table.columns:
         raise DataError(
-            f"{located.where} must have one column {column!r}, got columns {got or 'none'}. "
-            "Rename one, or name another."
+            f"{located.where} must have one column {column!r}, got columns "
+            f"{listed(located.table.columns) or 'none'}. Rename one, or name another."
         )
 
 
 def first_line(error: Exception) -> str:
     """What an error says, without its details; its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def first_text(column: Column) -> int:
-    """The row of the first text that is no number, or of the first text."""
-    rows = np.flatnonzero(~column.missing)
-    for row in rows:
-        try:
-            float(column.values[row])
-        except ValueError:
-            return int(row)
-    return int(rows[0])

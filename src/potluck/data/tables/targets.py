@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.core import DataError
-from potluck.data.tables.row_places import at
+from potluck.data.tables.columns import Array, first_text
+from potluck.data.tables.row_places import at, listed
 
 TargetKind: TypeAlias = Literal["classes", "regression", "multilabel", "text"]
 KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
-
-Array = NDArray[Any]
 
 IGNORED = -100  # the class that PyTorch's losses leave out if no other is named
 
@@ -87,14 +86,11 @@ def understand(
     note = None
     if kind is None:
         kind, note = _proposed(parts, num_classes, in_tables)
+    as_kind = {"regression": _as_quantities, "multilabel": _as_many_labels, "text": _as_symbols}
     if kind == "classes":
-        values, meaning = _as_classes(parts, num_classes, columns=columns)
-    elif kind == "regression":
-        values, meaning = _as_quantities(parts, num_classes)
-    elif kind == "multilabel":
-        values, meaning = _as_many_labels(parts, num_classes)
-    else:
-        values, meaning = _as_symbols(parts, num_classes)
+        for part in parts:
+            _check_label_shape(part, columns)
+    values, meaning = as_kind.get(kind, _as_classes)(parts, num_classes)
     return values, meaning._replace(note=note)
 
 
@@ -112,19 +108,18 @@ def encode_labels(values: Array, classes: Sequence[str], where: str) -> Array:
     Raises:
         DataError: a label that is none of the classes.
     """
-    known = {name: code for code, name in enumerate(classes)}
-    distinct, inverse = np.unique(label_texts(values).astype(np.str_), return_inverse=True)
-    codes = np.array([known.get(str(name), -1) for name in distinct], np.int64)
-    coded = codes[inverse].reshape(values.shape)
-    wrong = np.argwhere(coded < 0)
-    if len(wrong) > 0:
-        row = int(wrong[0][0])
-        shown = ", ".join(map(repr, classes[:10])) + (", …" if len(classes) > 10 else "")
-        raise DataError(
-            f"a label must be one of {shown}, got {values[tuple(wrong[0])].item()!r} in "
-            f"{at(row, where, 'example')}. Mend it."
-        )
-    return coded
+    codes = codes_of(label_texts(values), classes)
+    must = f"a label must be one of {listed(map(repr, classes))}"
+    _check(codes < 0, Part(where, values), must, "Mend it.")
+    return codes
+
+
+def codes_of(texts: Array, names: Sequence[str]) -> NDArray[np.int64]:
+    """The place of each text among the names; −1 for one that is none of them."""
+    known = {name: code for code, name in enumerate(names)}
+    distinct, inverse = np.unique(texts.astype(np.str_), return_inverse=True)
+    codes = np.array([known.get(str(text), -1) for text in distinct], np.int64)
+    return codes[inverse].reshape(texts.shape)
 
 
 def check_spaces(names: Sequence[str], what: str, where: str) -> None:
@@ -152,16 +147,13 @@ def _check_one_type(parts: Sequence[Part]) -> None:
     texts = [part for part in parts if part.values.dtype.kind == "U"]
     numbers = [part for part in parts if part.values.dtype.kind != "U"]
     if texts and numbers:
+        odd, values = texts[0].where, texts[0].values
+        spot = np.unravel_index(first_text(values.ravel()), values.shape)
         raise DataError(
-            f"targets must be all numbers or all text, got {_first_text(texts[0])!r} in "
-            f"{texts[0].where} and numbers in {numbers[0].where}. Make them alike for all clients."
+            f"targets must be all numbers or all text, got {str(values[spot])!r} in "
+            f"{at(int(spot[0]), odd, 'example')}, and numbers in {numbers[0].where}. "
+            "Make them alike for all clients."
         )
-
-
-def _first_text(part: Part) -> str:
-    """The first text that is no number, if there is one."""
-    texts = part.values.ravel().tolist()
-    return next((text for text in texts if not text.strip().lstrip("+-")[:1].isdigit()), texts[0])
 
 
 def _proposed(
@@ -234,11 +226,7 @@ def _are_codes(distinct: Array) -> bool:
     return len(distinct) > 0 and distinct[0] == 0 and int(distinct[-1]) == len(distinct) - 1
 
 
-def _as_classes(
-    parts: Sequence[Part], num_classes: int | None, *, columns: bool
-) -> tuple[list[Array], Meaning]:
-    for part in parts:
-        _check_label_shape(part, columns)
+def _as_classes(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
     if parts[0].values.dtype.kind == "U":
         return _numbered(parts, num_classes)
     if all(part.values.dtype.kind == "b" for part in parts):
@@ -256,13 +244,26 @@ def _as_classes(
             )
         if not _are_codes(codes) and len(codes) > 0:
             return _numbered(whole, None)
-        distinct = codes
-        num_classes = len(distinct)
-    if num_classes is None:  # label maps and sequences: not every label need occur
+        num_classes = len(codes)
+    return _coded("classes", whole, num_classes)
+
+
+def _as_symbols(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
+    _check_numbers(parts, "text")
+    return _coded("text", [Part(part.where, _whole(part)) for part in parts], num_classes)
+
+
+def _coded(
+    kind: TargetKind, whole: Sequence[Part], num_classes: int | None
+) -> tuple[list[Array], Meaning]:
+    """Codes from 0, of which not every one need occur: label maps, sequences."""
+    if num_classes is None:
         num_classes = 1 + max(int(part.values.max(initial=0)) for part in whole)
     for part in whole:
-        _check_range(part, num_classes)
-    return [part.values for part in whole], Meaning("classes", num_classes)
+        wrong = (part.values != IGNORED) & ((part.values < 0) | (part.values >= num_classes))
+        must = f"labels must be from 0 to {num_classes - 1} (num_classes={num_classes})"
+        _check(wrong, part, must, "Mend the label, or raise num_classes.", "label=")
+    return [part.values for part in whole], Meaning(kind, num_classes)
 
 
 def _numbered(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
@@ -286,20 +287,12 @@ def _as_quantities(parts: Sequence[Part], num_classes: int | None) -> tuple[list
             'kind = "classes".'
         )
     _check_numbers(parts, "regression")
-    return [_as_float32(part) for part in parts], Meaning("regression", 0)
-
-
-def _as_float32(part: Part) -> Array:
     with np.errstate(over="ignore"):  # what float32 cannot hold is inf
-        values = part.values.astype(np.float32)
-    wrong = np.argwhere(~np.isfinite(values))
-    if len(wrong) > 0:
-        spot = tuple(map(int, wrong[0]))
-        raise DataError(
-            f"targets must be finite in float32, got {part.values[spot].item()!r} in "
-            f"{at(spot[0], part.where, 'example')}. Use another unit."
-        )
-    return values
+        values = [part.values.astype(np.float32) for part in parts]
+    for part, numbers in zip(parts, values, strict=True):
+        must = "targets must be finite in float32"
+        _check(~np.isfinite(numbers), part, must, "Use another unit.")
+    return values, Meaning("regression", 0)
 
 
 def _as_many_labels(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
@@ -312,24 +305,9 @@ def _as_many_labels(parts: Sequence[Part], num_classes: int | None) -> tuple[lis
                 f"targets of kind 'multilabel' must have the shape [examples, {wanted}], got "
                 f"shape={part.values.shape} in {part.where}. Give a 0 or 1 for each label."
             )
-        wrong = np.argwhere((part.values != 0) & (part.values != 1))
-        if len(wrong) > 0:
-            row, label = map(int, wrong[0])
-            raise DataError(
-                f"targets of kind 'multilabel' must be 0 or 1, got {part.values[row, label]!s} for "
-                f"label {label} in {at(row, part.where, 'example')}. Mend it."
-            )
+        wrong = (part.values != 0) & (part.values != 1)
+        _check(wrong, part, "targets of kind 'multilabel' must be 0 or 1", "Mend it.")
     return [part.values.astype(np.float32) for part in parts], Meaning("multilabel", num_labels)
-
-
-def _as_symbols(parts: Sequence[Part], num_classes: int | None) -> tuple[list[Array], Meaning]:
-    _check_numbers(parts, "text")
-    whole = [Part(part.where, _whole(part)) for part in parts]
-    if num_classes is None:
-        num_classes = 1 + max(int(part.values.max(initial=0)) for part in whole)
-    for part in whole:
-        _check_range(part, num_classes)
-    return [part.values for part in whole], Meaning("text", num_classes)
 
 
 def _check_label_shape(part: Part, columns: bool) -> None:
@@ -362,23 +340,17 @@ def _check_numbers(parts: Sequence[Part], kind: str) -> None:
 def _whole(part: Part) -> Array:
     values = part.values
     if values.dtype.kind == "f":
-        wrong = np.argwhere((values != np.floor(values)) | (np.abs(values) > _EXACT))
-        if len(wrong) > 0:
-            row = tuple(map(int, wrong[0]))
-            raise DataError(
-                f"classes must be whole numbers or text, got {values[row]!s} in "
-                f"{at(row[0], part.where, 'example')}. Mend it, or say kind = 'regression'."
-            )
+        wrong = (values != np.floor(values)) | (np.abs(values) > _EXACT)
+        must = "classes must be whole numbers or text"
+        _check(wrong, part, must, "Mend it, or say kind = 'regression'.")
     return values.astype(np.int64)
 
 
-def _check_range(part: Part, num_classes: int) -> None:
-    counts = part.values != IGNORED
-    wrong = np.argwhere(counts & ((part.values < 0) | (part.values >= num_classes)))
-    if len(wrong) > 0:
-        spot = tuple(map(int, wrong[0]))
-        raise DataError(
-            f"labels must be from 0 to {num_classes - 1} (num_classes={num_classes}), got "
-            f"label={int(part.values[spot])} in {at(spot[0], part.where, 'example')}. "
-            "Mend the label, or raise num_classes."
-        )
+def _check(wrong: Array, part: Part, must: str, advice: str, name: str = "") -> None:
+    """Raise a `DataError` for the first target of a part that is wrong."""
+    if wrong.any():
+        row, *rest = (int(k) for k in np.unravel_index(wrong.argmax(), wrong.shape))
+        got = f"{name}{part.values[(row, *rest)].item()!r}"
+        if len(rest) == 1:
+            got += f" for label {rest[0]}"
+        raise DataError(f"{must}, got {got} in {at(row, part.where, 'example')}. {advice}")

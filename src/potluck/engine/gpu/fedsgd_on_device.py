@@ -25,7 +25,7 @@ from potluck.engine.gpu.device_examples import Resident
 from potluck.engine.precision import Precision, autocast, products
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task, bind, spec_of
-from potluck.models.by_example import by_example
+from potluck.models.losses import by_example
 
 _OUTPUTS = 2**27  # logits that are made at a time, or so
 _BYTES = 640  # of free memory that there must be for each of them

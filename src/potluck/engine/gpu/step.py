@@ -27,7 +27,7 @@ from potluck.engine.task import Task
 from potluck.engine.vmap.dropout import Given, Recording
 from potluck.engine.vmap.functional import refuse_hooks, slow_operators_refused
 from potluck.engine.vmap.mlp import Layer, Stack
-from potluck.models.by_example import by_example
+from potluck.models.losses import by_example
 
 _Tensors = Mapping[str, Tensor]
 

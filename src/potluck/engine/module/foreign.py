@@ -7,12 +7,10 @@ first losses is looked through for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from torch import Tensor, nn
 
 from potluck.core import TaskError
+from potluck.engine.gradients import read_in
 
 _LOOKS = 2  # losses: a tensor that is made anew for every batch is in one of them
 
@@ -34,7 +32,8 @@ class Foreign:
         if self._looks == 0:
             return
         self._looks -= 1
-        found = [leaf for leaf in _leaves(loss) if id(leaf) not in self._own]
+        leaves = (getattr(node, "variable", None) for node in read_in(loss))
+        found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in self._own]
         for leaf in found:
             if isinstance(leaf, nn.Parameter) or any(leaf is other for other in self._last):
                 self._looks = _LOOKS  # as often as it is asked
@@ -46,18 +45,3 @@ class Foreign:
                     "register the layer (nn.ModuleList instead of a list)."
                 )
         self._last = found if self._looks else []
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors at the ends of a loss's graph that get a gradient."""
-    waiting: list[Any] = [loss.grad_fn]
-    seen: set[Any] = {None}
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            yield leaf
-        waiting += [before for before, _ in node.next_functions]

@@ -24,7 +24,7 @@ from potluck.core import Vector
 from potluck.data.trees import called, mapped
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task, bind, spec_of
-from potluck.models.by_example import by_example
+from potluck.models.losses import by_example
 
 _EXAMPLES = 1000  # that go through the model together, at least one client's
 

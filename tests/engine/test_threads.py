@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -35,14 +36,14 @@ EVALUATOR = """
 import torch
 from potluck.server.evaluator import Judge
 from potluck.config.experiment import check_experiment
-from potluck.models import metrics
+from potluck.models import losses
 seen = []
 torch.set_num_threads(4)
-original = metrics.functional.cross_entropy
+original = losses.functional.cross_entropy
 def spy(*args, **kwargs):
     seen.append(torch.get_num_threads())
     return original(*args, **kwargs)
-metrics.functional.cross_entropy = spy
+losses.functional.cross_entropy = spy
 content = {
     "name": "e", "task": {"data": "digits", "model": "logistic"}, "partition": {"kind": "iid"},
     "algorithm": {"client_lr": 0.1}, "run": {"rounds": 1},
@@ -59,3 +60,32 @@ def test_one_thread_is_the_default_where_pytorch_would_take_four(program):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["4", "1"]
+
+
+FORKED = """
+import os, signal, threading
+from potluck.engine.module.randomness import borrowed_randomness
+taken, free = threading.Event(), threading.Event()
+def hold():
+    with borrowed_randomness():
+        taken.set()
+        free.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+taken.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # a lock that nobody releases
+    with borrowed_randomness():
+        os._exit(0)
+free.set()
+thread.join()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_child_does_not_wait_for_a_thread_that_it_was_forked_without():
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["0"]

@@ -76,10 +76,7 @@ def _flat(state: Any) -> Any:
 def _in_child() -> None:
     """A lock that another thread held when this process was forked would never be released."""
     global _alone
-    _numpy: Any = np.random  # some of whose functions NumPy's annotations leave out
-
-
-_alone = threading.RLock()
+    _alone = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks

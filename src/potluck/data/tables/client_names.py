@@ -14,11 +14,7 @@ from potluck.core.validate import plain
 
 
 def client_names(keys: Iterable[Any]) -> dict[Any, str]:
-    """What each client is called, in the same order.
-
-    Raises:
-        DataError: two keys give one name, or a name is not Unicode.
-    """
+    """What each client is called, in the same order."""
     names: dict[Any, str] = {}
     keys_of: dict[str, Any] = {}
     for key in keys:
@@ -33,11 +29,7 @@ def client_names(keys: Iterable[Any]) -> dict[Any, str]:
 
 
 def client_name(key: Any) -> str:
-    """What one client is called.
-
-    Raises:
-        DataError: the name is not Unicode.
-    """
+    """What one client is called."""
     if isinstance(key, bytes):
         key = key.decode("utf-8", "surrogateescape")
     elif isinstance(key, tuple):

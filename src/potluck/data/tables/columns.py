@@ -47,9 +47,6 @@ def read_column(series: Any, where: str = "the table") -> Column:
 
     Args:
         where: the file or the client that it is of, for messages.
-
-    Raises:
-        DataError: it holds what cannot be used; the message names column and row.
     """
     dtype: Any = series.dtype
     if isinstance(dtype, np.dtype) and dtype.kind in "bif":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from potluck.core import DataError
-from potluck.data.tables.columns import Column, alike, are_numbers, check_told_apart
+from potluck.data.tables.columns import Column, alike, check_told_apart, first_text
 from potluck.data.tables.row_places import listed, place
 from potluck.data.tables.targets import codes_of, label_texts
 
@@ -62,34 +62,27 @@ class Feature(BaseModel):
         return len(self.categories) if self.type == "category" and self.one_hot else 1
 
     def encode(self, column: Column, where: str) -> NDArray[np.float32]:  # [rows, width]
-        """The numbers of a column.
-
-        Raises:
-            DataError: a value that is not of this feature; the message names row and column.
-        """
+        """The numbers of a column."""
         if not self.categories:
             column = alike([column, Column("number", np.zeros(0), np.zeros(0, np.bool_))])[0]
-        if self.fill is None and column.missing.any():
-            row = int(column.missing.argmax())
-            raise self._odd(row, column, "finite", where, got="nan", advice=_FILL)
+        if self.fill is None:
+            self._check(column.missing, column, "finite", where, _FILL)
         values = self._codes(column, where) if self.categories else self._numbers(column, where)
         if self.categories and self.one_hot:
             return (values[:, None] == np.arange(len(self.categories))).astype(np.float32)
         with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and found below
             scaled = ((values - self.shift) / self.scale).astype(np.float32)
-        if not np.isfinite(scaled).all():
-            raise self._odd(int(np.isfinite(scaled).argmin()), column, "finite", where)
+        self._check(~np.isfinite(scaled), column, "finite", where)
         check_told_apart(column, scaled, self.name, where)
         return scaled[:, None]
 
     def _numbers(self, column: Column, where: str) -> NDArray[np.float64]:
         if column.type == "text":
-            row = int(np.argmin(column.missing | are_numbers(column.values)))
-            raise self._odd(row, column, "numbers", where)
+            odd = np.arange(len(column.values)) == first_text(column.values)
+            self._check(odd, column, "numbers", where)
         if self.type == "boolean":
             wrong = ~column.missing & ~np.isin(column.values, (0, 1))
-            if wrong.any():
-                raise self._odd(int(wrong.argmax()), column, "True or False", where)
+            self._check(wrong, column, "True or False", where)
         fill = self.fill if isinstance(self.fill, float) else 0.0
         return np.where(column.missing, fill, column.values.astype(np.float64))
 
@@ -97,32 +90,30 @@ class Feature(BaseModel):
         texts = label_texts(column.values)
         texts[column.missing] = self.fill if isinstance(self.fill, str) else ""
         codes = codes_of(texts, self.categories)
-        if (codes < 0).any():
-            expected = f"one of {listed(map(repr, self.categories))}"
-            raise self._odd(int((codes < 0).argmax()), column, expected, where)
+        expected = f"one of {listed(map(repr, self.categories))}"
+        self._check(codes < 0, column, expected, where)
         return codes
 
-    def _odd(
+    def _check(
         self,
-        row: int,
+        wrong: NDArray[np.bool_],
         column: Column,
         expected: str,
         where: str,
-        got: str = "",
         advice: str = "Mend it, or remove the row.",
-    ) -> DataError:
-        got = got or repr(column.values[row].item())
-        return DataError(
-            f"features must be {expected}, got {got} in {place(self.name, row, where)}. {advice}"
-        )
+    ) -> None:
+        """Raise a `DataError` for the first row that is wrong."""
+        if wrong.any():
+            row = int(wrong.argmax())
+            got = "nan" if column.missing[row] else repr(column.values[row].item())
+            raise DataError(
+                f"features must be {expected}, got {got} in {place(self.name, row, where)}. "
+                f"{advice}"
+            )
 
 
 def as_float32(values: NDArray[Any], what: str) -> NDArray[np.float32]:
-    """Numbers as float32.
-
-    Raises:
-        DataError: one is NaN, or infinite in float32.
-    """
+    """Numbers as float32."""
     with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and found below
         array = values.astype(np.float32)
     check_finite(array, what)

@@ -69,11 +69,7 @@ def check_rules(rules: Rules) -> None:
 
 
 def fit_feature(name: str, given: Sequence[Given], rules: Rules) -> Feature:
-    """The feature of one column of all clients.
-
-    Raises:
-        DataError: the column is of no one type, or has holes that nothing fills.
-    """
+    """The feature of one column of all clients."""
     kind = _type_of(name, given, rules)
     if kind == "category":
         return _category(name, given, rules)

@@ -76,9 +76,6 @@ def understand(
         num_classes: labels are then their own codes, from 0 to num_classes − 1; 0 for a regression.
         in_tables: a whole number is then no sign of intent.
         columns: a class may be [1] of each example, for a loss that takes it so.
-
-    Raises:
-        DataError: targets that are not of the kind, or that could be of two.
     """
     if kind is not None and kind not in KINDS:
         raise DataError(f"kind must be one of {', '.join(map(repr, KINDS))}, got kind={kind!r}.")
@@ -103,11 +100,7 @@ def label_texts(values: Array) -> Array:
 
 
 def encode_labels(values: Array, classes: Sequence[str], where: str) -> Array:
-    """The codes of labels whose names are known.
-
-    Raises:
-        DataError: a label that is none of the classes.
-    """
+    """The codes of labels whose names are known."""
     codes = codes_of(label_texts(values), classes)
     must = f"a label must be one of {listed(map(repr, classes))}"
     _check(codes < 0, Part(where, values), must, "Mend it.")

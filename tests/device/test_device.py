@@ -13,11 +13,11 @@ import pytest
 from test_protocol_messages import REPORT
 
 from potluck.core import DataError, PotluckError, RunError
+from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.data.federated import reread
 from potluck.device import DailyLimitError, Enrolment, Home, LinuxSensor, Record, SystemClock
 from potluck.device.clock import Stopped
 from potluck.device.connection import Backoff
-from potluck.device.folder import write_file
 from potluck.device.lease import NotEligibleError
 from potluck.device.outbox import Outbox
 from potluck.device.owner_data import one_client, read_own
@@ -77,7 +77,7 @@ def test_a_key_that_others_can_read_is_refused(home):
 
 @pytest.mark.parametrize("content", ["", "ab", "z" * 64, "ab" * 33])
 def test_a_key_that_is_none_is_refused(home, content):
-    write_file(home.folder / "device.key", content.encode())
+    write_whole(home.folder / "device.key", content.encode(), PRIVATE)
     with pytest.raises(RunError, match="must hold 64 hex digits"):
         home.key()
 
@@ -110,7 +110,7 @@ def test_an_enrolment_comes_back_as_it_was_kept(home):
     )
     home.keep_enrolment(enrolment)
     assert home.enrolment() == enrolment
-    write_file(home.folder / "enrolment.json", b'{"url": 1}')
+    write_whole(home.folder / "enrolment.json", b'{"url": 1}', PRIVATE)
     with pytest.raises(RunError, match="must be as it was written"):
         home.enrolment()
 

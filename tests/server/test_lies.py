@@ -20,11 +20,11 @@ from sqlalchemy import select
 from federation import Federation, UnitTrainer
 from intermediary import Answer, Intermediary
 from potluck.core import PotluckError, RefusedError, Spec
+from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.device import Home, Record, SystemClock
 from potluck.device.agent import OFFERS
 from potluck.device.connection import LATEST_MS, Connection
 from potluck.device.download import receive_model
-from potluck.device.folder import write_file
 from potluck.protocol import CODECS, Manifest, ManifestSpec, new_key, sign_manifest
 from potluck.protocol.keys import sign_bytes
 from potluck.server.storage.database_tables import assignments, rounds
@@ -295,7 +295,7 @@ def test_a_download_that_is_none_is_tried_again_slowly_and_fills_nothing(tmp_pat
     model = np.ones(100, "<f4").tobytes()
     (home.folder / "models").mkdir()
     old = home.folder / "models" / ("0" * 64)
-    write_file(old, b"the old model")
+    write_whole(old, b"the old model", PRIVATE)
     try:
         with (
             Answers(HOSTILE_DOWNLOADS[kind]) as server,

@@ -15,8 +15,9 @@ from typing import Any, TypeAlias, cast
 
 from potluck.config.experiment import AlgorithmSection
 from potluck.config.plan import Plan
+from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.core.plain_json import flat
-from potluck.device.folder import Home, write_file
+from potluck.device.folder import Home
 from potluck.device.policy import DeclinedError, Policy, num_steps
 from potluck.device.trainer import Trainer
 from potluck.protocol import Manifest
@@ -64,7 +65,7 @@ class Consent:
             told = in_words(manifest, plan, self._key, num_examples, changes)
             if not self._ask(told):
                 raise DeclinedError(_declined(changes))
-        write_file(self._file, encode_json(terms))
+        write_whole(self._file, encode_json(terms), PRIVATE)
         self._checked = terms
 
     def _agreed(self) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ last change, and no sequence number is used twice.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -27,6 +26,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from potluck.core import RunError
+from potluck.core.atomic_files import PRIVATE, lock_file, write_whole
 from potluck.protocol import Message, new_key
 from potluck.protocol.keys import KEY_BYTES
 from potluck.protocol.messages import Digest, Id, Key, Name
@@ -53,21 +53,17 @@ class Home:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+            self._lock = lock_file(
+                self.folder / "lock",
+                f"a device's folder serves one process at a time, got home={str(self.folder)!r}, "
+                "which is in use. Stop the other one, or name another folder with --home.",
+            )
         except OSError as error:
             if error.errno in _PASSING:
                 raise
             raise RunError(
                 f"a device's folder must be its own, got {error.strerror!r} for "
                 f"home={str(self.folder)!r}. Name another one with --home."
-            ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise RunError(
-                f"a device's folder serves one process at a time, got home={str(self.folder)!r}, "
-                "which is in use. Stop the other one, or name another folder with --home."
             ) from None
 
     def close(self) -> None:
@@ -87,8 +83,8 @@ class Home:
         shutil.rmtree(self.folder / "outbox", ignore_errors=True)
         for name in ("manifest", "audit"):
             (self.folder / name).unlink(missing_ok=True)
-        write_file(self.folder / "device.key", new_key().hex().encode())
-        write_file(path, token.encode())
+        write_whole(self.folder / "device.key", new_key().hex().encode(), PRIVATE)
+        write_whole(path, token.encode(), PRIVATE)
 
     def token(self) -> str | None:
         """The token that this device enrolled with, or tried to."""
@@ -103,7 +99,7 @@ class Home:
         """
         path = self.folder / "device.key"
         if not path.exists():
-            write_file(path, new_key().hex().encode())
+            write_whole(path, new_key().hex().encode(), PRIVATE)
         if path.stat().st_mode & 0o077:
             raise RunError(
                 f"{path} must be readable by its owner alone, got mode="
@@ -140,7 +136,7 @@ class Home:
 
     def keep_enrolment(self, enrolment: Enrolment) -> None:
         """Pin a server and its run."""
-        write_file(self.folder / "enrolment.json", encode_json(enrolment.model_dump()))
+        write_whole(self.folder / "enrolment.json", encode_json(enrolment.model_dump()), PRIVATE)
 
     def next_sequence(self, at_least: int) -> int:
         """A number for one request, above all earlier ones; it is stored before it is returned.
@@ -150,7 +146,7 @@ class Home:
         path = self.folder / "sequence"
         last = _read_number(path)
         number = at_least if last is None else max(last + 1, at_least)
-        write_file(path, str(number).encode())
+        write_whole(path, str(number).encode(), PRIVATE)
         return number
 
     def double_sequence(self) -> None:
@@ -177,37 +173,12 @@ class Home:
         """Refuse what is older from now on."""
         if (epoch, version) > self.manifest:
             text = f"{version} {epoch}" if epoch else str(version)
-            write_file(self.folder / "manifest", text.encode())
+            write_whole(self.folder / "manifest", text.encode(), PRIVATE)
 
     def keep_audit(self, head: str | None) -> None:
         """Keep a hash of the server's audit log: `potluck audit --since` must find it there."""
         if head is not None:
-            write_file(self.folder / "audit", head.encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file for its owner alone: whole and on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(file, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            write_whole(self.folder / "audit", head.encode(), PRIVATE)
 
 
 def _read_number(path: Path) -> int | None:

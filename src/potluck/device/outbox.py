@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from potluck.core import ProtocolError, Vector
-from potluck.device.folder import write_file
+from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.protocol import Report, encode_message, parse_message
 
 
@@ -40,9 +40,9 @@ class Outbox:
 
     def put(self, report: Report, body: bytes, residual: Vector) -> None:
         """Owe an update. When this returns it survives a power cut."""
-        write_file(self._body, body)
-        write_file(self._next, residual.astype("<f4").tobytes())
-        write_file(self._report, encode_message(report))
+        write_whole(self._body, body, PRIVATE)
+        write_whole(self._next, residual.astype("<f4").tobytes(), PRIVATE)
+        write_whole(self._report, encode_message(report), PRIVATE)
 
     def owed(self) -> Owed | None:
         """What is to be sent, if anything."""

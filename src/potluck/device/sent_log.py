@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from potluck.core import PotluckError
+from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.core.plain_json import to_json
 from potluck.core.validate import as_count
-from potluck.device.folder import write_file
 from potluck.device.policy import Policy
 
 DAY_MS = 86_400_000
@@ -103,7 +103,7 @@ class Record:
         if self._policy.keep_updates:
             folder = self._folder / "updates"
             folder.mkdir(mode=0o700, exist_ok=True)
-            write_file(folder / sha256, body)
+            write_whole(folder / sha256, body, PRIVATE)
 
     def check_rounds(self, now_ms: int) -> None:
         """Whether one more assignment may be taken today.

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from potluck.core import RunError
-from potluck.server.storage.state_folder import write_private
+from potluck.core.atomic_files import PRIVATE, write_whole
 
 _BEGIN = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)  # a device's clock may be years behind
 _END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)  # "no expiry", RFC 5280
@@ -44,8 +44,8 @@ def ensure_certificate(certificate: Path, private_key: Path) -> None:
     )
     form = serialization.PrivateFormat.PKCS8
     plain = serialization.NoEncryption()
-    write_private(private_key, key.private_bytes(serialization.Encoding.PEM, form, plain))
-    write_private(certificate, made.public_bytes(serialization.Encoding.PEM))
+    write_whole(private_key, key.private_bytes(serialization.Encoding.PEM, form, plain), PRIVATE)
+    write_whole(certificate, made.public_bytes(serialization.Encoding.PEM), PRIVATE)
 
 
 def check_pair(certificate: Path, private_key: Path) -> None:

@@ -21,13 +21,14 @@ from typing import NamedTuple
 from sqlalchemy import Connection, inspect, select
 
 from potluck.core import ConfigError, RunError, StorageError
+from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.server.storage import audit
 from potluck.server.storage.blobs import BlobStore, FolderStore, open_blobs
 from potluck.server.storage.common_time import SystemClock
 from potluck.server.storage.copy_database import copy_all, copy_to_file
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import models, runs
-from potluck.server.storage.state_folder import Home, write_private
+from potluck.server.storage.state_folder import Home
 
 _SECRETS = ("run-*.key", "certificate.pem", "tls.key")
 
@@ -94,7 +95,7 @@ def _copy_secrets(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             there, content = target / path.name, path.read_bytes()
             if not there.exists():
-                write_private(there, content)
+                write_whole(there, content, PRIVATE)
             elif there.read_bytes() != content:
                 raise RunError(
                     f"{there} must be missing or the same as {path}, got another server's. Name "

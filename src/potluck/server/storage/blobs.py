@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Protocol
 
 from potluck.core import StorageError
+from potluck.core.atomic_files import sync_folder
 from potluck.core.errors import LostError
 from potluck.server.storage import fault_points
 
@@ -164,7 +165,7 @@ class FolderStore:
                 with contextlib.suppress(OSError):  # an unwritten rest is not tried again
                     file.close()
         if offset == 0:
-            _sync_folder(self._parts)
+            sync_folder(self._parts)
         fault_points.reach("chunk.after-sync")
         return offset + len(data)
 
@@ -242,18 +243,10 @@ def _place(path: Path, move: Callable[[Path], object], source: Path | None = Non
     if not path.parent.is_dir():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (path.parent.parent, path.parent.parent.parent):
-            _sync_folder(folder)
+            sync_folder(folder)
     move(source or path)
     fault_points.reach("blob.renamed")
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager

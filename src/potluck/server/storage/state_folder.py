@@ -13,13 +13,13 @@ several servers of one run share the keys.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import time
 from pathlib import Path
 
 from potluck.core import RunError
+from potluck.core.atomic_files import PRIVATE, lock_file, write_whole
 
 _KEY_DIGITS = 64  # of a private key
 
@@ -34,15 +34,11 @@ class Life:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._file)
-            raise RunError(
-                f"a server's folder serves one process at a time, got {str(path.parent)!r}, where "
-                "another server is at work. Stop it, or name another --home."
-            ) from None
+        self._file = lock_file(
+            path,
+            f"a server's folder serves one process at a time, got {str(path.parent)!r}, where "
+            "another server is at work. Stop it, or name another --home.",
+        )
         self.before = os.pread(self._file, 64, 0).decode("ascii", "replace")
         self.id = secrets.token_hex(16)
         os.pwrite(self._file, self.id.encode(), 0)
@@ -96,7 +92,7 @@ class Home:
             aside.mkdir(mode=0o700)
             for path in (self.certificate, self.private_key):
                 if path.exists():
-                    write_private(aside / path.name, path.read_bytes())
+                    write_whole(aside / path.name, path.read_bytes(), PRIVATE)
             with contextlib.closing(sqlite3.connect(self.folder / "potluck.db")) as db:
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of it is in the one file then
             # The database last: what is interrupted before can be tried again.
@@ -153,7 +149,7 @@ class Home:
 
         path = self.folder / f"run-{name}.key"
         if is_new and not path.exists():
-            write_private(path, new_key().hex().encode())
+            write_whole(path, new_key().hex().encode(), PRIVATE)
         key = _read(path, "the key of a run is made with the run")
         if len(key) != _KEY_DIGITS:
             raise RunError(f"{path} must hold {_KEY_DIGITS} hex digits, got {len(key)} bytes.")
@@ -163,7 +159,7 @@ class Home:
         """The operators' credential, made at the first start."""
         path = self.folder / "admin.key"
         if not path.exists():
-            write_private(path, secrets.token_urlsafe(32).encode())
+            write_whole(path, secrets.token_urlsafe(32).encode(), PRIVATE)
         return self.credential()
 
     def credential(self) -> str:
@@ -173,18 +169,6 @@ class Home:
             RunError: there is none that we may read.
         """
         return _read(self.folder / "admin.key", "`potluck serve` makes it").decode().strip()
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone may read; whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(file, content)
-        os.fsync(file)
-    finally:
-        os.close(file)
-    temporary.replace(path)
 
 
 def _read(path: Path, origin: str) -> bytes:

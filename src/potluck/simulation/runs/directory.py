@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Generator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from potluck.core import RunError, Vector
+from potluck.core.atomic_files import lock_file
 
 PER_CLIENT = "per-client.jsonl"
 _FILES = (
@@ -127,41 +127,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:
         raise RunError(f"{path} must be a safetensors file: {error}. Remove it.") from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once: a reader or a crash sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 @contextlib.contextmanager
 def locked(directory: Path) -> Generator[None]:
     """Hold a run directory for this process alone."""
+    told = (
+        f"a run directory must have one writer, got {str(directory)!r} in use. "
+        "Wait for the other process, or name another directory (--out)."
+    )
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"a run directory must have one writer, got {str(directory)!r} in use. "
-                "Wait for the other process, or name another directory (--out)."
-            ) from None
+        lock = lock_file(directory / ".lock", told, 0o666)
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

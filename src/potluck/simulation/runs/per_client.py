@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from potluck.core import higher_is_better, is_result
+from potluck.core.atomic_files import write_whole
 from potluck.core.plain_json import to_json
 from potluck.data import FederatedData
 from potluck.engine import FederatedMetric
-from potluck.simulation.runs.directory import PER_CLIENT, disk_errors, write_whole
+from potluck.simulation.runs.directory import PER_CLIENT, disk_errors
 
 
 def by_client(data: FederatedData, metrics: Mapping[str, FederatedMetric]) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from potluck.algorithms.scaffold import CONTROL
 from potluck.config.build import build_algorithm, build_data, build_task
 from potluck.config.experiment import Experiment, TargetSection
 from potluck.core import ConfigError, RunError, Target, Vector
+from potluck.core.atomic_files import write_whole
 from potluck.core.plain_json import to_json
 from potluck.core.validate import as_seed
 from potluck.data import FederatedData
@@ -40,13 +41,7 @@ from potluck.simulation.executors.choose import make_executor
 from potluck.simulation.executors.train_loss import WithTrainLoss
 from potluck.simulation.handed import own_states
 from potluck.simulation.rounds import ClientStates, Round, handed_out, rounds
-from potluck.simulation.runs.directory import (
-    disk_errors,
-    locked,
-    read_tensors,
-    whole_lines,
-    write_whole,
-)
+from potluck.simulation.runs.directory import disk_errors, locked, read_tensors, whole_lines
 from potluck.simulation.runs.run_manifest import difference, make_manifest
 from potluck.simulation.virtual_time.from_experiment import build_virtual_time
 from potluck.simulation.virtual_time.timeline import VirtualTime

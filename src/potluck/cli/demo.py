@@ -125,7 +125,7 @@ def defaults(experiment: Experiment, devices: int) -> list[str]:
     }
     if experiment.server.selection == "sampled":
         values = {"population": devices, "lease_seconds": _LATE_SECONDS, "pace_seconds": 1.0}
-    given = experiment.server.model_dump(exclude_none=True)
+    given = experiment.server.model_fields_set
     return [f"server.{name}={value}" for name, value in values.items() if name not in given]
 
 

@@ -402,10 +402,7 @@ def open_server(
     restored: bool = False,
 ) -> Server:
     """A server for an experiment file, bound to its sockets."""
-    from pydantic import ValidationError
-
     from potluck.config.experiment import load_experiment
-    from potluck.config.explain import explain
     from potluck.config.round_settings import RoundSettings
     from potluck.core import ConfigError
     from potluck.server.evaluator import is_evaluated, judge_of
@@ -413,10 +410,7 @@ def open_server(
     from potluck.server.storage.state_folder import Home
 
     experiment = load_experiment(file, overrides)
-    try:
-        settings = RoundSettings.served(experiment)
-    except ValidationError as error:
-        raise ConfigError(f"{file}: server.{explain(error, RoundSettings)}") from None
+    settings = RoundSettings.served(experiment)
     home = Home(home_folder)
     places: dict[str, Any] = {"database": database, "blobs": blobs, "build": _algorithm}
     desk = resume_desk(experiment, home, settings=settings, **places)

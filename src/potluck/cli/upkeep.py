@@ -35,7 +35,7 @@ def set_keys(
     These are the keys of [server] but for selection and needs_*, run.rounds and
     run.evaluate_every. The experiment file may stay as it is.
     """
-    from potluck.config.experiment import override
+    from potluck.config.section import override
     from potluck.core.plain_json import to_json
 
     asked: dict[str, Any] = {}

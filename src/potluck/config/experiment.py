@@ -1,49 +1,26 @@
 """An experiment: everything that decides the numbers of a run, in one checked TOML file.
 
-The schema is strict: an unknown key, a wrong type or a value out of range is refused with its
-name, what was expected and, for an unknown key, the nearest right one. `potluck init` writes a
-commented example.
+`potluck init` writes a commented example.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import Field, Tag
 
-from potluck.config.explain import explain
+from potluck.config.round_settings import RoundRules, ServeSection
+from potluck.config.section import Section, named, override, read_toml, validated
 from potluck.core import Codec, ConfigError
-from potluck.core.text_files import read_text
-from potluck.core.validate import plain
-
-M = TypeVar("M", bound=BaseModel)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _named(default: str | None = None) -> Discriminator:
-    """Tells the sections of a union apart by their `name`."""
-
-    def name_of(value: Any) -> str | None:
-        if isinstance(value, dict):
-            given = cast("dict[str, Any]", value).get("name", default)
-            return None if given is None else str(given)
-        return getattr(value, "name", None)
-
-    return Discriminator(name_of)
-
 
 _Positive: TypeAlias = Annotated[float, Field(gt=0)]
 _Count: TypeAlias = Annotated[int, Field(ge=1)]
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """[task]: the data set and the model."""
 
     data: Literal[
@@ -93,7 +70,7 @@ class TaskSection(_Section):
     """Of a client's examples; None is 0.2."""
 
 
-class PartitionSection(_Section):
+class PartitionSection(Section):
     """[partition]: how one data set becomes many clients."""
 
     kind: Literal[
@@ -106,14 +83,14 @@ class PartitionSection(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class AverageSection(_Section):
+class AverageSection(Section):
     """[algorithm.server]: what the server does with the aggregate."""
 
     name: Literal["average"] = "average"
     server_lr: _Positive = 1.0
 
 
-class MomentumSection(_Section):
+class MomentumSection(Section):
     """FedAvgM, plain or looking ahead."""
 
     name: Literal["momentum", "nesterov"]
@@ -121,7 +98,7 @@ class MomentumSection(_Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
-class AdagradSection(_Section):
+class AdagradSection(Section):
     """FedAdagrad."""
 
     name: Literal["adagrad"]
@@ -129,7 +106,7 @@ class AdagradSection(_Section):
     tau: _Positive = 1e-3
 
 
-class AdaptiveSection(_Section):
+class AdaptiveSection(Section):
     """FedAdam and FedYogi."""
 
     name: Literal["adam", "yogi"]
@@ -146,24 +123,24 @@ ServerSection: TypeAlias = Annotated[
     | Annotated[AdagradSection, Tag("adagrad")]
     | Annotated[AdaptiveSection, Tag("adam")]
     | Annotated[AdaptiveSection, Tag("yogi")],
-    _named("average"),
+    named("average"),
 ]
 
 
-class ConstantSection(_Section):
+class ConstantSection(Section):
     """A schedule: the factor on a rate in each round; here always 1."""
 
     name: Literal["constant"]
 
 
-class ExponentialSection(_Section):
+class ExponentialSection(Section):
     """Times `decay` after every round."""
 
     name: Literal["exponential"]
     decay: Annotated[float, Field(gt=0, le=1)]
 
 
-class StepSection(_Section):
+class StepSection(Section):
     """Times `factor` after every `every` rounds."""
 
     name: Literal["step"]
@@ -171,7 +148,7 @@ class StepSection(_Section):
     factor: Annotated[float, Field(gt=0, le=1)]
 
 
-class RampSection(_Section):
+class RampSection(Section):
     """Down to `floor` after `rounds` rounds, in a straight line or along a cosine."""
 
     name: Literal["linear", "cosine"]
@@ -185,11 +162,11 @@ _AfterWarmup: TypeAlias = Annotated[
     | Annotated[StepSection, Tag("step")]
     | Annotated[RampSection, Tag("linear")]
     | Annotated[RampSection, Tag("cosine")],
-    _named(),
+    named(),
 ]
 
 
-class WarmupSection(_Section):
+class WarmupSection(Section):
     """Up to 1 in the first `rounds` rounds, then another schedule."""
 
     name: Literal["warmup"]
@@ -204,11 +181,11 @@ ScheduleSection: TypeAlias = Annotated[
     | Annotated[RampSection, Tag("linear")]
     | Annotated[RampSection, Tag("cosine")]
     | Annotated[WarmupSection, Tag("warmup")],
-    _named(),
+    named(),
 ]
 
 
-class _RoundsSection(_Section):
+class _RoundsSection(Section):
     """What every [algorithm] has."""
 
     client_lr: _Positive
@@ -256,11 +233,11 @@ AlgorithmSection: TypeAlias = Annotated[
     | Annotated[FedSgdSection, Tag("fedsgd")]
     | Annotated[FedProxSection, Tag("fedprox")]
     | Annotated[ScaffoldSection, Tag("scaffold")],
-    _named("fedavg"),
+    named("fedavg"),
 ]
 
 
-class TargetSection(_Section):
+class TargetSection(Section):
     """[run.target]: a metric, and the score at which a run has come far enough."""
 
     metric: Annotated[str, Field(min_length=1)]
@@ -268,7 +245,7 @@ class TargetSection(_Section):
     at_most: float | None = None
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """[run]: rounds, cohorts and how they are executed."""
 
     rounds: Annotated[int, Field(ge=1)]
@@ -298,13 +275,10 @@ class RunSection(_Section):
     skip_failures: bool = False
 
 
-_Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10**7)]
-
-
-class DevicesSection(_Section):
+class DevicesSection(RoundRules):
     """[devices]: simulated devices, whose rounds take virtual time.
 
-    The keys from `selection` on are those of a server's rounds, with its defaults.
+    Its other keys are those of a server's rounds.
     """
 
     profile: Literal["ideal", "hospitals", "phones", "browsers"] | None = None
@@ -314,56 +288,13 @@ class DevicesSection(_Section):
     """After so many the windows of a trace come again."""
     examples_per_second: _Positive | None = None
     """Local training of this model on the middle device; None is the profile's round figure."""
-    utc_offsets: Annotated[list[Annotated[float, Field(ge=-12, le=14)]], Field(min_length=1)] = [
-        0.0
-    ]
+    utc_offsets: list[Annotated[float, Field(ge=-12, le=14)]] = Field(default=[0.0], min_length=1)
     """Hours; the time zones in which a profile's devices live."""
     start_hour: Annotated[float, Field(ge=0, lt=24)] = 0.0
     """The hour of the day, UTC, at which the run begins."""
-    selection: Literal["open", "sampled"] = "open"
-    minimum: Annotated[float, Field(gt=0, le=1)] = 0.8
-    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3
-    selection_seconds: _Seconds = 120.0
-    report_seconds: _Seconds = 600.0
-    lease_seconds: _Seconds | None = None
-    pace_seconds: _Seconds = 10.0
-    attempts: Annotated[int, Field(ge=1)] = 3
 
 
-class ServeSection(_Section):
-    """[server]: what `potluck serve` does with the experiment; it decides no numbers of a model.
-
-    What is left out has the default that `potluck.server.RoundSettings` gives it, and is checked
-    there; `goal` is the experiment's cohort then.
-    """
-
-    selection: Literal["open", "sampled"] | None = None
-    goal: int | None = None
-    minimum: float | None = None
-    over_selection: float | None = None
-    population: int | None = None
-    selection_seconds: float | None = None
-    report_seconds: float | None = None
-    lease_seconds: float | None = None
-    pace_seconds: float | None = None
-    attempts: int | None = None
-    federated_every: int | None = None
-    max_weight: float | None = None
-    max_norm: float | None = None
-    max_weight_times: float | None = None
-    max_pull_times: float | None = None
-    needs_charging: bool | None = None
-    needs_idle: bool | None = None
-    needs_unmetered: bool | None = None
-    needs_memory_bytes: int | None = None
-    test: str | None = None
-    """A file of which all examples are for evaluation on the server, relative to the experiment
-    file; None: the data set's own test examples, of which there are none with data = "devices"."""
-    long_poll_seconds: Annotated[float, Field(ge=0, le=30)] = 25.0
-    """How long a check-in may wait for work before it is answered."""
-
-
-class Experiment(_Section):
+class Experiment(Section):
     """A whole experiment file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -398,37 +329,6 @@ def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
     if experiment.devices is not None:
         _check_devices(experiment.devices, origin)
     return experiment
-
-
-def read_toml(path: Path, what: str, if_missing: str, if_other: str) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ConfigError: it cannot be read, with what to do.
-    """
-    try:
-        return tomllib.loads(read_text(path))
-    except OSError as error:
-        raise ConfigError(
-            f"{what} must be a readable file, got path={str(path)!r} ({error.strerror}). "
-            f"{if_missing}"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not a TOML file: {error}. {if_other}") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def validated(model: type[M], content: dict[str, Any], origin: str) -> M:
-    """The content of a file as a `model`.
-
-    Raises:
-        ConfigError: all that is wrong with it, in words.
-    """
-    try:
-        return model.model_validate(plain(content))
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {explain(error, model)}") from None
 
 
 def _check_target(target: float | TargetSection | None, origin: str) -> None:
@@ -519,28 +419,3 @@ def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
         )
     absolute = str((folder / task.path).resolve())
     return experiment.model_copy(update={"task": task.model_copy(update={"path": absolute})})
-
-
-def override(content: dict[str, Any], change: str) -> None:
-    """Change a value ("run.rounds=20") in the content of an experiment file.
-
-    Raises:
-        ConfigError: it does not look like that.
-    """
-    key, equals, text = change.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(
-            f"an override must look like run.rounds=20, got {change!r}. Put = between the two."
-        )
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-    *path, last = key.strip().split(".")
-    table: dict[str, Any] = content
-    for part in path:
-        inner: Any = table.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{part} must be a table, got override={change!r}.")
-        table = cast("dict[str, Any]", inner)
-    table[last] = value

@@ -109,14 +109,9 @@ stop_at_target = true
 # examples_per_second = 100.0 # local training of this model on the middle device: measure it
 # utc_offsets = [0.0]         # the time zones of the devices
 # start_hour = 0.0            # UTC, at the beginning of the run
-# selection = "open"          # this key and those below: as in [server]
-# minimum = 0.8
-# over_selection = 1.3
-# selection_seconds = 120.0
-# report_seconds = 600.0
-# lease_seconds = 600.0
-# pace_seconds = 10.0
-# attempts = 3                # abandoned in a row, then the run stops
+# selection = "open"          # this key and minimum, over_selection, selection_seconds,
+                              # report_seconds, lease_seconds, pace_seconds and attempts are those
+                              # of [server]; after so many attempts the run stops
 
 # [server]                    # for `potluck serve`; `train` passes over it
 # selection = "open"          # open: whoever comes; sampled: the cohorts of the simulation

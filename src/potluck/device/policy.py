@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from potluck.config.experiment import read_toml, validated
 from potluck.config.plan import Plan
+from potluck.config.section import Section, read_toml, validated
 from potluck.core import ConfigError, Update
 from potluck.protocol import Manifest
 
@@ -30,10 +30,8 @@ class DeclinedError(ConfigError):
     """The owner of a device, or their policy, does not agree to what a run is to do."""
 
 
-class Policy(BaseModel):
+class Policy(Section):
     """The keys of the file; all of them are optional."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     min_batch_size: _Count | None = None
     """Examples in a local step; the last, shorter batch of an epoch is not looked at."""

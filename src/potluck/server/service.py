@@ -30,7 +30,7 @@ from sqlalchemy import Connection, Row, and_, insert, select, update
 
 from potluck.algorithms import Algorithm, with_statistics
 from potluck.config.experiment import Experiment
-from potluck.config.round_settings import RoundSettings, settings_of
+from potluck.config.round_settings import RoundSettings
 from potluck.core import RefusedError, Spec, Vector
 from potluck.core.errors import LostError
 from potluck.core.plain_json import read_results, to_json
@@ -68,7 +68,7 @@ from potluck.server.storage.database import Database, as_dict, one
 from potluck.server.storage.database_tables import devices, evaluations, ledger, models, runs
 from potluck.server.storage.database_tables import rounds as all_rounds
 from potluck.server.storage.state_folder import Life
-from potluck.server.storage.stored_run import experiment_of, find, given_of, kept
+from potluck.server.storage.stored_run import experiment_of, find, given_of, kept, settings_of
 from potluck.server.storage.vectors import read_spec, read_vector, tries, write_spec
 
 _LOG = logging.getLogger("potluck.server")

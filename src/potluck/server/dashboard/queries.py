@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, case, func, select
 
-from potluck.config.round_settings import settings_of
 from potluck.core import higher_is_better
 from potluck.core.plain_json import read_results
 from potluck.server.rounds.bounds import read_lowered
@@ -33,6 +32,7 @@ from potluck.server.storage.database_tables import (
     rounds,
     runs,
 )
+from potluck.server.storage.stored_run import settings_of
 
 LATELY_MS = 15 * 60_000
 SHOWN_ROUNDS = 15

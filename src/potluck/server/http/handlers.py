@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potluck.config.experiment import Experiment
-from potluck.config.round_settings import RoundSettings, settings_of
+from potluck.config.round_settings import RoundSettings
 from potluck.core import ProtocolError, RefusedError, Spec, update_bytes
 from potluck.protocol import (
     INLINE,
@@ -49,6 +49,7 @@ from potluck.server.rounds import leases, uploads
 from potluck.server.rounds.check_in import Asked, Assigned, Attributes
 from potluck.server.rounds.inline_reports import Arrival, Outcome
 from potluck.server.service import Service
+from potluck.server.storage.stored_run import settings_of
 
 _CODES: dict[str, ErrorCode] = {
     "unknown": "not_found",

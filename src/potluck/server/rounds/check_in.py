@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sqlalchemy import BindParameter, Connection, Row, bindparam, func, insert, select, update
 
-from potluck.config.round_settings import RoundSettings, milliseconds, settings_of
+from potluck.config.round_settings import RoundSettings, milliseconds
 from potluck.core import RefusedError, derive_seed
 from potluck.server.storage.database_tables import (
     OPEN_ROUND,
@@ -28,6 +28,7 @@ from potluck.server.storage.database_tables import (
     rounds,
     runs,
 )
+from potluck.server.storage.stored_run import settings_of
 
 WaitReason = Literal[
     "no round", "slots taken", "not selected", "reported", "not eligible", "paused", "failed"

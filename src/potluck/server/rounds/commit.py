@@ -31,7 +31,6 @@ from safetensors.numpy import load, save
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from potluck.algorithms import Algorithm, ServerState, with_statistics
-from potluck.config.round_settings import settings_of
 from potluck.core import Spec, Vector
 from potluck.core.errors import LostError
 from potluck.core.plain_json import to_json
@@ -52,6 +51,7 @@ from potluck.server.storage.database_tables import (
     reports,
     rounds,
 )
+from potluck.server.storage.stored_run import settings_of
 from potluck.server.storage.vectors import (
     ROW_BYTES,
     Updates,

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, and_, select, update
 
 from potluck.algorithms import Algorithm
 from potluck.config.experiment import Experiment
-from potluck.config.round_settings import settings_of
+from potluck.config.round_step import due
 from potluck.core.errors import LostError
 from potluck.server.rounds.check_in import open_round_of
 from potluck.server.rounds.commit import Works, abandon, commit_round, load_version
@@ -23,11 +23,11 @@ from potluck.server.rounds.state_machine import (
     abandon_round,
     close_round,
     count,
-    due,
     expire_leases,
     lock_run,
     open_round,
     pause_run,
+    phase_of,
     rearm,
     start_training,
 )
@@ -43,7 +43,7 @@ from potluck.server.storage.database_tables import (
     sign_ins,
     tokens,
 )
-from potluck.server.storage.stored_run import experiment_of
+from potluck.server.storage.stored_run import experiment_of, settings_of
 from potluck.server.storage.vectors import tries
 
 
@@ -97,7 +97,7 @@ def _step(works: Works, id: str, build: Callable[[Experiment], Algorithm]) -> bo
     if round.state == "AGGREGATING":
         commit_round(works, run, round, build(experiment_of(run)))
         return True
-    if due(round, counts, works.now())[0] == "wait":
+    if due(phase_of(round), counts, works.now())[0] == "wait":
         return False
     _move(works, id, round.id)
     return True
@@ -158,7 +158,7 @@ def _move(works: Works, id: str, round_id: str) -> None:
         run = lock_run(db, id)
         here = select(rounds).where(rounds.c.id == round_id)
         round = db.execute(here.with_for_update()).one()
-        step, reason = due(round, count(db, round), now)
+        step, reason = due(phase_of(round), count(db, round), now)
         settings = settings_of(run.settings)
         silent = step in ("close", "abandon") and note_silent(db, round)
         if step == "train":

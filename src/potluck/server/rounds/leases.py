@@ -14,7 +14,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, select, update
 
-from potluck.config.round_settings import settings_of
 from potluck.core import RefusedError
 from potluck.server.rounds.check_in import (
     Asked,
@@ -32,6 +31,7 @@ from potluck.server.rounds.leaving import REASONS, leave
 from potluck.server.storage import fault_points
 from potluck.server.storage.database import Database, one
 from potluck.server.storage.database_tables import TAKING, assignments, devices, rounds, runs
+from potluck.server.storage.stored_run import settings_of
 
 
 def check_in(

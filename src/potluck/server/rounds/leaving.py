@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, case, func, select, update
 
-from potluck.config.round_settings import RoundSettings, settings_of
+from potluck.config.round_settings import RoundSettings
 from potluck.core.plain_json import to_json
 from potluck.protocol import FailureReason
 from potluck.server.storage import audit
@@ -35,6 +35,7 @@ from potluck.server.storage.database_tables import (
     rounds,
     runs,
 )
+from potluck.server.storage.stored_run import settings_of
 
 REASONS: tuple[FailureReason, ...] = ("unsupported", "no_data", "declined")
 """Why a device does not train, now and later."""

@@ -17,20 +17,20 @@ new id. After `attempts` in a row the run is paused, and says why; a federated e
 so often is given up instead.
 
 Only the leader calls these functions, but for `close_round`. Each one names the state that it
-leaves; where a round is in another one, nothing happens. `due` decides what comes next, from what
-it is shown.
+leaves; where a round is in another one, nothing happens. `potluck.core.round_step.due` decides what
+comes next.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import secrets
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
 
-from potluck.config.round_settings import RoundSettings, milliseconds, settings_of
+from potluck.config.round_settings import RoundSettings, milliseconds
+from potluck.config.round_step import Counts, Phase
 from potluck.core import derive_seed, sample_cohort
 from potluck.core.plain_json import to_json
 from potluck.server.rounds.check_in import usual_seconds
@@ -45,22 +45,13 @@ from potluck.server.storage.database_tables import (
     rounds,
     runs,
 )
+from potluck.server.storage.stored_run import settings_of
 
-Step = Literal["train", "close", "abandon", "wait"]
 LEASE_RAN_OUT = "the lease ran out"
 """Why an assignment expired: its device was silent; and not: it was not needed any more."""
 ENOUGH = "this round has all the reports it needs"
 """Why an assignment expired when its round closed at the goal."""
 _GRACE_MS = 30_000
-
-
-class Counts(NamedTuple):
-    """The devices of a round by what they do."""
-
-    active: int
-    reported: int
-    taken: int  # slots that were given, also to devices that failed or were silent
-    absent: int  # invited by name, and not to come any more; 0 where anybody may come
 
 
 def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
@@ -78,7 +69,7 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
     goal = goal_among(settings, here) if cohort is None else len(cohort)
     if goal == 0:
         return None
-    slots = math.ceil(goal * settings.over_selection - 1e-9) if cohort is None else goal
+    slots = settings.slots_of(goal) if cohort is None else goal
     id = secrets.token_hex(16)
     away = max(settings.pace_seconds, population / 100) + usual_seconds(db, run.id, settings)
     patience = milliseconds(settings.selection_seconds + away)
@@ -196,27 +187,16 @@ def rearm(db: Connection, now: int) -> None:
             db.execute(update(assignments).where(assignments.c.id == lease.id).values(values))
 
 
-def due(round: Row[Any], counts: Counts, now: int) -> tuple[Step, str]:
-    """What a round in SELECTING or TRAINING has to do next, and why."""
-    if counts.reported >= max(round.goal, 1):
-        return "close", "the goal is reached"
-    nobody_left = counts.absent + counts.reported >= round.slots and counts.active == 0
-    is_late = round.report_deadline_ms is not None and now >= round.report_deadline_ms
-    if is_late or (nobody_left and round.cohort is not None):
-        if counts.reported >= round.minimum:
-            return "close", "the deadline passed"
-        why = "no device is left" if not is_late else "the report deadline passed"
-        return "abandon", f"{why}: {counts.reported} reports of at least {round.minimum}"
-    if round.state == "SELECTING":
-        selected = counts.active + counts.reported
-        if max(counts.taken, selected + counts.absent) >= round.slots:
-            return "train", "all slots were taken"
-        if round.selection_deadline_ms is not None and now >= round.selection_deadline_ms:
-            if selected >= round.minimum:
-                return "train", "the selection deadline passed"
-            told = f"{selected} devices of at least {round.minimum}"
-            return "abandon", f"the selection deadline passed: {told}"
-    return "wait", ""
+def phase_of(round: Row[Any]) -> Phase:
+    """What a round in SELECTING or TRAINING needs, and until when."""
+    return Phase(
+        goal=round.goal,
+        minimum=round.minimum,
+        slots=round.slots,
+        selection_deadline=round.selection_deadline_ms,
+        report_deadline=round.report_deadline_ms,
+        is_drawn=round.cohort is not None,
+    )
 
 
 def count(db: Connection, round: Row[Any]) -> Counts:

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
-from potluck.config.round_settings import settings_of
 from potluck.core import RefusedError, update_bytes
 from potluck.core.errors import LostError
 from potluck.core.plain_json import to_json
@@ -50,6 +49,7 @@ from potluck.server.storage import audit, fault_points
 from potluck.server.storage.blobs import BlobStore
 from potluck.server.storage.database import Database, one
 from potluck.server.storage.database_tables import assignments, reports, rounds, runs, uploads
+from potluck.server.storage.stored_run import settings_of
 from potluck.server.storage.vectors import read_spec
 
 CHUNK_BYTES = 1 << 20

@@ -13,17 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection, Row, inspect, select
 
 from potluck.config.experiment import Experiment
-from potluck.config.round_settings import RoundSettings, read_stored, settings_of
+from potluck.config.round_settings import RoundSettings
 from potluck.core import RefusedError, Spec
 from potluck.core.plain_json import flat, to_json
 from potluck.server.storage.database import one
 from potluck.server.storage.database_tables import runs
 from potluck.server.storage.vectors import read_spec
+
+M = TypeVar("M", bound=BaseModel)
 
 _SHOWN = 3
 _FOLLOW = ("task.path", "server.num_rounds")
@@ -135,3 +138,46 @@ def _values(
 
 def _told(value: Any) -> str:
     return "(left out)" if value is None else to_json(value)
+
+
+@lru_cache(maxsize=64)
+def settings_of(text: str) -> RoundSettings:
+    """Those of a run, from the JSON in its row."""
+    return read_stored(RoundSettings, text)
+
+
+def read_stored(model: type[M], text: str) -> M:
+    """What an object was stored as, by this version or another.
+
+    A key that this version does not know is left out where it decides no numbers of a model: where
+    it has no value, and in settings.
+
+    Raises:
+        RefusedError: conflict: there is something else that this version does not have.
+    """
+    content = json.loads(text)
+    while True:
+        try:
+            return model.model_validate_json(to_json(content))
+        except ValidationError as error:
+            if any(_drop(model, content, detail) for detail in error.errors()):
+                continue
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise RefusedError(
+                "conflict",
+                "the run must have been begun by a version that this one knows, got "
+                f"{place} = {first['input']!r:.80} ({first['msg']}). Serve it with that version.",
+            ) from None
+
+
+def _drop(model: type[BaseModel], content: Any, detail: Any) -> bool:
+    """Remove a key that this version does not know, if it decides nothing."""
+    if detail["type"] != "extra_forbidden" or (
+        detail["input"] is not None and model is not RoundSettings
+    ):
+        return False
+    *path, last = detail["loc"]
+    for part in path:
+        content = content.get(part, content)  # the name of a section stands in the path, too
+    return content.pop(last, content) is not content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from potluck.config.experiment import Experiment
 from potluck.simulation.virtual_time.profiles import PROFILES, draw_fleet
-from potluck.simulation.virtual_time.timeline import RoundRules, VirtualTime
+from potluck.simulation.virtual_time.timeline import VirtualTime
 from potluck.simulation.virtual_time.trace import read_trace
 
 
@@ -31,5 +31,4 @@ def build_virtual_time(experiment: Experiment, population: int, seed: int) -> Vi
             utc_offsets=section.utc_offsets,
             start_hour=section.start_hour,
         )
-    rules = RoundRules(**section.model_dump(include={*RoundRules.__dataclass_fields__}))
-    return VirtualTime(fleet=fleet, rules=rules, passes=experiment.algorithm.local_epochs)
+    return VirtualTime(fleet=fleet, rules=section, passes=experiment.algorithm.local_epochs)

@@ -29,11 +29,13 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from potluck.config.round_settings import RoundRules
+from potluck.config.round_step import Counts, Phase, due
 from potluck.core import AbandonedError, Poisson, sample_cohort, stream
 from potluck.core.cohorts import cohort_size
 from potluck.core.validate import as_count
@@ -43,35 +45,6 @@ OVERHEAD_BYTES = 4000
 """Each way, besides the model: a signed manifest, some requests, headers. A round figure."""
 
 _REPORT, _LEASE, _CHECK_IN, _DEADLINE = range(4)  # in this order, of what happens at one moment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundRules:
-    """How devices are selected and when a round counts: as a server's settings of these names.
-
-    Args:
-        selection: "open": whoever comes first, with over-selection; "sampled": the cohort that the
-            simulation without devices draws, with as many slots as the goal.
-        minimum: the part of the goal without which an attempt is abandoned, above 0, at most 1.
-        over_selection: slots of an open round, as a multiple of the goal, at least 1.
-        selection_seconds: from the first device on.
-        report_seconds: from the end of the selection on.
-        lease_seconds: how long a device may be silent; `report_seconds` if None.
-        pace_seconds: over which waiting devices come back.
-        attempts: abandoned in a row, after which the run stops.
-    """
-
-    selection: Literal["open", "sampled"] = "open"
-    minimum: float = 0.8
-    over_selection: float = 1.3
-    selection_seconds: float = 120.0
-    report_seconds: float = 600.0
-    lease_seconds: float | None = None
-    pace_seconds: float = 10.0
-    attempts: int = 3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "attempts", as_count("attempts", self.attempts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,11 +130,11 @@ def _timeline(
         sent = received = 0
         for attempt in range(1, rules.attempts + 1):
             invited, goal, slots = _invited(len(fleet), rules, cohort, seed, number)
-            plan = _Plan(goal, max(math.ceil(goal * rules.minimum - 1e-9), 1), slots)
+            phase = Phase(goal, rules.minimum_of(goal), slots, selection_deadline=None)
             if goal == 0:  # an empty Poisson cohort
                 yield Timing(now, np.empty(0, np.int64), 0, 0, 0, attempt - 1, sent, received)
                 break
-            went = _attempt(fleet, rules, work, plan, invited, now, seed, number, attempt)
+            went = _attempt(fleet, rules, work, phase, invited, now, seed, number, attempt)
             now = went.closed
             sent += went.assigned
             received += len(went.reported)
@@ -187,14 +160,6 @@ def _timeline(
                 )
 
 
-class _Plan(NamedTuple):
-    """What an attempt needs."""
-
-    goal: int
-    minimum: int
-    slots: int
-
-
 class _Attempt(NamedTuple):
     """How an attempt went."""
 
@@ -213,14 +178,14 @@ def _invited(
         invited = sample_cohort(population, cohort, seed=seed, round=number)
         return invited, len(invited), len(invited)
     goal = cohort_size(population, cohort)
-    return np.arange(population), goal, math.ceil(goal * rules.over_selection - 1e-9)
+    return np.arange(population), goal, rules.slots_of(goal)
 
 
 def _attempt(
     fleet: Fleet,
     rules: RoundRules,
     work: NDArray[np.float64],
-    plan: _Plan,
+    phase: Phase,
     invited: NDArray[np.int64],
     opened: float,
     seed: int,
@@ -237,7 +202,7 @@ def _attempt(
     order = np.lexsort((invited, times))
     order = order[np.isfinite(times[order])]
     lost = np.where(coins < fleet.dropout, parts * work, np.inf)
-    state = _OpenRound(fleet, rules, work, plan, lost)
+    state = _OpenRound(fleet, rules, work, phase, lost)
     return state.run(opened, times[order].tolist(), invited[order].tolist())
 
 
@@ -249,28 +214,30 @@ class _OpenRound:
         fleet: Fleet,
         rules: RoundRules,
         work: NDArray[np.float64],
-        plan: _Plan,
+        phase: Phase,
         lost: NDArray[np.float64],
     ) -> None:
-        self._fleet, self._rules, self._plan = fleet, rules, plan
+        self._fleet, self._rules, self._phase = fleet, rules, phase
         self._work, self._lost = work, lost
-        self._lease = rules.report_seconds if rules.lease_seconds is None else rules.lease_seconds
         self._events: list[tuple[float, int, int]] = []  # time, what, device
         self._silent: list[float] = []  # since when, of the lost devices
         self._reported: list[int] = []
         self._active = self._assigned = 0
-        self._selecting = True
-        self._deadline = math.inf  # of the selection, then of the reports
 
     def run(self, opened: float, times: Sequence[float], devices: Sequence[int]) -> _Attempt:
         """From opening to closing; `devices` check in at these ascending `times`."""
         now, coming = opened, 0
         while True:
-            step = self._step(now)
-            if step is not None:
-                return self._end(now, step)
-            upcoming = [(self._deadline, _DEADLINE, -1)]
-            if coming < len(times) and self._active + len(self._reported) < self._plan.slots:
+            active, reported = self._active, len(self._reported)
+            counts = Counts(active, reported, taken=active + reported, absent=0)
+            step, reason = due(self._phase, counts, now)
+            if step == "train":
+                deadline = now + self._rules.report_seconds
+                self._phase = self._phase._replace(report_deadline=deadline)
+            elif step != "wait":
+                return self._end(now, reason if step == "abandon" else "")
+            upcoming = [(self._deadline(), _DEADLINE, -1)]
+            if coming < len(times) and self._active + len(self._reported) < self._phase.slots:
                 upcoming.append((max(now, times[coming]), _CHECK_IN, devices[coming]))
             if self._events:
                 upcoming.append(self._events[0])
@@ -284,46 +251,32 @@ class _OpenRound:
                 self._assign(device, times[coming], now)
                 coming += 1
             elif what == _DEADLINE:
-                continue  # `_step` sees it
+                continue  # `due` sees it
             else:
                 heapq.heappop(self._events)
                 self._active -= 1
                 if what == _REPORT:
                     self._reported.append(device)
 
-    def _step(self, now: float) -> str | None:
-        """Move on from selecting; None if the round goes on, and how it ended if it does not:
-        empty if it counts."""
-        plan, reported = self._plan, len(self._reported)
-        if reported >= plan.goal:
-            return ""
-        if self._selecting:
-            selected = self._active + reported
-            passed = now >= self._deadline
-            if passed and selected < plan.minimum:
-                return f"{selected} devices of at least {plan.minimum} had come in time"
-            if passed or selected >= plan.slots:
-                self._selecting = False
-                self._deadline = now + self._rules.report_seconds
-        elif now >= self._deadline:
-            if reported >= plan.minimum:
-                return ""
-            return f"{reported} reports of at least {plan.minimum} had come in time"
-        return None
+    def _deadline(self) -> float:
+        """Of the reports, once the devices are selected."""
+        deadlines = self._phase.report_deadline, self._phase.selection_deadline
+        return next((found for found in deadlines if found is not None), math.inf)
 
     def _assign(self, device: int, came: float, now: float) -> None:
         leaves = self._fleet.free_until(device, came)
         if leaves <= now:  # it waited for a slot, and is gone
             return
         if self._assigned == 0:
-            self._deadline = now + self._rules.selection_seconds
+            deadline = now + self._rules.selection_seconds
+            self._phase = self._phase._replace(selection_deadline=deadline)
         self._assigned += 1
         self._active += 1
         done = now + float(self._work[device])
         silent = min(leaves, now + float(self._lost[device]))
         if silent < done:
             self._silent.append(silent)
-            heapq.heappush(self._events, (silent + self._lease, _LEASE, device))
+            heapq.heappush(self._events, (silent + self._rules.silence_seconds, _LEASE, device))
         else:
             heapq.heappush(self._events, (done, _REPORT, device))
 

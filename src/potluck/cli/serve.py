@@ -16,8 +16,6 @@ import typer
 from potluck.cli.options import Debug, ExperimentFile, Overrides, command, private_files
 
 if TYPE_CHECKING:
-    from potluck.algorithms import Algorithm
-    from potluck.config.experiment import Experiment
     from potluck.config.plan import Need
     from potluck.server.admin.client import Operator
     from potluck.server.process import Server
@@ -403,6 +401,7 @@ def open_server(
 ) -> Server:
     """A server for an experiment file, bound to its sockets."""
     from potluck.config.experiment import load_experiment
+    from potluck.config.model_task import build_algorithm
     from potluck.config.round_settings import RoundSettings
     from potluck.core import ConfigError
     from potluck.server.evaluator import is_evaluated, judge_of
@@ -412,7 +411,7 @@ def open_server(
     experiment = load_experiment(file, overrides)
     settings = RoundSettings.served(experiment)
     home = Home(home_folder)
-    places: dict[str, Any] = {"database": database, "blobs": blobs, "build": _algorithm}
+    places: dict[str, Any] = {"database": database, "blobs": blobs, "build": build_algorithm}
     desk = resume_desk(experiment, home, settings=settings, **places)
     judge = judge_of(experiment if desk is None else desk.experiment)
     if desk is None:
@@ -453,12 +452,6 @@ def _begin_anew(folder: Path, database: str | None, blobs: str | None) -> None:
     typer.echo(f"{'fresh':12} the old state and signing keys are in {aside}; nothing was deleted")
     typer.echo(f"{'':12} to go on with the old run: potluck serve OLD.toml --home {aside}")
     typer.echo(f"{'':12} devices of the old run need new invitations (and another --home)")
-
-
-def _algorithm(experiment: Experiment) -> Algorithm:
-    from potluck.config.plan import build_planned_algorithm
-
-    return build_planned_algorithm(experiment.algorithm)
 
 
 def operator_of(home: Path) -> Operator:

@@ -7,14 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from potluck.algorithms import FedAvg, FedProx, Scaffold
-from potluck.config.experiment import Experiment
-from potluck.config.plan import (
-    LANGUAGE_MODELS,
-    build_planned_algorithm,
-    build_planned_task,
-    plan_of,
-)
+from potluck.config import model_task
+from potluck.config.experiment import LANGUAGE_MODELS, Experiment
 from potluck.core import ConfigError
 from potluck.data import Dataset, FederatedData, datasets, own_data, partitions
 from potluck.engine import Task
@@ -106,12 +100,7 @@ def build_task(experiment: Experiment, data: FederatedData) -> Task:
             f"another one with other data, got task.model = {section.model!r} with "
             f"task.data = {section.data!r}. Change one of the two."
         )
-    return build_planned_task(plan_of(experiment, data).task, data)
-
-
-def build_algorithm(experiment: Experiment) -> FedAvg | FedProx | Scaffold:
-    """The algorithm of an experiment."""
-    return build_planned_algorithm(experiment.algorithm)
+    return model_task.build_task(section, data)
 
 
 def _check_fit(experiment: Experiment) -> None:

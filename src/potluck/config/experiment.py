@@ -20,7 +20,22 @@ _Positive: TypeAlias = Annotated[float, Field(gt=0)]
 _Count: TypeAlias = Annotated[int, Field(ge=1)]
 
 
-class TaskSection(Section):
+LANGUAGE_MODELS = ("char-lstm", "char-lstm-peephole")
+
+
+class ModelSection(Section):
+    """A model of ours, and how it is trained: the part of [task] that devices are told."""
+
+    model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """For the LSTMs: the width of a layer; None is the paper's 256."""
+    loss: Literal["per-character", "per-step"] | None = None
+    """For text: what the loss is averaged over, the real characters (the default) or all steps."""
+    batches: Literal["by-length", "random"] | None = None
+    """For text: None is by-length."""
+
+
+class TaskSection(ModelSection):
     """[task]: the data set and the model."""
 
     data: Literal[
@@ -34,15 +49,8 @@ class TaskSection(Section):
         "text",
         "devices",
     ]
-    model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
     variant: Literal["clean", "paper"] | None = None
     """For data = "shakespeare"; None is clean."""
-    hidden: Annotated[int, Field(ge=1)] | None = None
-    """For the LSTMs: the width of a layer; None is the paper's 256."""
-    loss: Literal["per-character", "per-step"] | None = None
-    """For text: what the loss is averaged over, the real characters (the default) or all steps."""
-    batches: Literal["by-length", "random"] | None = None
-    """For text: None is by-length."""
     kind: Literal["classes", "regression", "multilabel"] | None = None
     """For data = "folder" and "table": what the targets are; None asks the values."""
     path: str | None = None

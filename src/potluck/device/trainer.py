@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from potluck.algorithms import with_statistics
-from potluck.config.plan import Plan, PlannedTask, build_planned_algorithm, build_planned_task
+from potluck.config.model_task import build_algorithm
+from potluck.config.plan import Plan, PlannedTask, build_planned_task
 from potluck.core import (
     ConfigError,
     Correction,
@@ -161,7 +162,7 @@ class TorchTrainer:
     ) -> Update:
         """Local training; see `Trainer`."""
         task, model, whole = self._prepare(plan, spec)
-        algorithm = build_planned_algorithm(plan.algorithm)
+        algorithm = build_algorithm(plan)
         if algorithm.vectors != 1:
             raise ConfigError(
                 f"a device trains algorithms that send one vector, got algorithm.name = "

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_data, build_task
 from potluck.config.experiment import check_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import FixedPointMean, sample_cohort
 from potluck.engine import TorchRuntime, evaluate
 from potluck.server import Claims, RoundSettings, Service

@@ -38,8 +38,8 @@ def test_a_schedule_travels_to_other_processes(schedule):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Exponential(0.0), "decay must be above 0, got decay=0.0"),
-        (lambda: Exponential(1.5), "decay must be from 0 to 1, got decay=1.5"),
+        (lambda: Exponential(0.0), "decay must be above 0 and at most 1, got decay=0.0"),
+        (lambda: Exponential(1.5), "decay must be above 0 and at most 1, got decay=1.5"),
         (lambda: Step(0, 0.5), "every must be at least 1, got every=0"),
         (lambda: Step(5, 2.0), "factor=2.0"),
         (lambda: Linear(0), "rounds must be at least 1, got rounds=0"),

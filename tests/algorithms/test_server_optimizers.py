@@ -262,7 +262,11 @@ def test_a_run_resumed_from_its_checkpoint_is_the_uninterrupted_one(server, tmp_
         (Adagrad, {"server_lr": 1.0, "tau": 0.0}, "tau must be above 0, got tau=0.0"),
         (Adam, {"server_lr": 1.0, "beta1": 1.0}, "beta1=1.0"),
         (Adam, {"server_lr": float("nan")}, "server_lr=nan"),
-        (Yogi, {"server_lr": 1.0, "beta2": 1.5}, "beta2 must be from 0 to 1, got beta2=1.5"),
+        (
+            Yogi,
+            {"server_lr": 1.0, "beta2": 1.5},
+            "at least 0 and at most 1, got beta2=1.5",
+        ),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(kind, arguments, message):

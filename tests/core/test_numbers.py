@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import inspect
 import json
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -206,7 +207,7 @@ def _integers(function: Callable[..., Any]) -> list[str]:
     return [
         name
         for name, parameter in parameters.items()
-        if "int" in str(parameter.annotation).replace("|", " ").split()
+        if re.search(r"(^|\| ?|Annotated\[)int\b", str(parameter.annotation))
     ]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import Spec
 from potluck.server import Accepted, Assigned, Claims, RoundSettings, Service
 from potluck.server.storage.object_store import ObjectStore

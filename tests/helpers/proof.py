@@ -12,8 +12,8 @@ import numpy as np
 from sqlalchemy import select
 
 from fleet import Clock, claims, fingerprint
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import Experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import Spec
 from potluck.server import Assigned, RoundSettings, Service
 from potluck.server.rounds.check_in import Asked, Attributes

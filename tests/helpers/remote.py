@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 
 from fleet import CONTENT, fingerprint
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import Spec
 from potluck.protocol import (
     MESSAGES,

@@ -4,7 +4,7 @@ import pytest
 
 from federation import Federation, UnitTrainer
 from fleet import Fleet
-from potluck.config.model_task import build_algorithm
+from potluck.config.algorithm_section import build_algorithm
 from potluck.core import RefusedError
 from potluck.device.folder import Home
 from potluck.server import Service

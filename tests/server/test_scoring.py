@@ -5,13 +5,12 @@ import json
 import pytest
 
 from fleet import Fleet
-from potluck.config.experiment import FedAvgSection
 from potluck.config.plan import Plan, PlannedTask, write_plan
 from potluck.core import RefusedError
 from potluck.server.rounds.scoring import checked_sums, measured
 
 TASK = PlannedTask(model="logistic", num_classes=10)
-PLAN = json.dumps(write_plan(Plan(task=TASK, algorithm=FedAvgSection(client_lr=0.1))))
+PLAN = json.dumps(write_plan(Plan.model_validate({"task": TASK, "algorithm": {"client_lr": 0.1}})))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import nn
 
 from fleet import CONTENT, Clock, claims
 from potluck import Task
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.config.plan import plan_of
 from potluck.core import (
     ConfigError,

@@ -10,9 +10,9 @@ from safetensors.numpy import load
 from sqlalchemy import select
 
 from fleet import CONTENT, Clock, Fleet, claims
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_task
 from potluck.config.experiment import check_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import RefusedError
 from potluck.engine import TorchRuntime
 from potluck.server import Assigned, Attributes, Finished, RoundSettings, Service, Wait

@@ -19,7 +19,7 @@ from obstore.store import MemoryStore
 from sqlalchemy import delete, select, text, update
 
 from fleet import Clock, Fleet
-from potluck.config.model_task import build_algorithm
+from potluck.config.algorithm_section import build_algorithm
 from potluck.core import RefusedError, RunError, Spec, StorageError
 from potluck.protocol import decode_blocks
 from potluck.server import Service

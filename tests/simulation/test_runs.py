@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_task
 from potluck.config.experiment import check_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import DivergedError, RunError
 from potluck.simulation import build_data, read_run, read_weights, rounds, train
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_task
 from potluck.config.experiment import check_experiment, load_experiment
-from potluck.config.model_task import build_algorithm
 from potluck.core import AbandonedError, ConfigError, Poisson, sample_cohort
 from potluck.simulation import build_data, read_run, rounds, train
 from potluck.simulation.runs.report import draw, header, measure, table

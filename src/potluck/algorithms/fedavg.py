@@ -59,9 +59,6 @@ class FedAvg(LocalTraining):
     server: ServerOptimizer = field(default_factory=Average)
     server_schedule: Schedule = field(default_factory=Constant)
 
-    def __post_init__(self) -> None:
-        self.check()
-
     @property
     def proximal(self) -> float:
         """The weight μ of the proximal term of FedProx; FedAvg has none."""

@@ -21,12 +21,14 @@ here; it has no server rate, which is η_s = 1; η_s may follow a schedule.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval
 
-from potluck.algorithms.ranges import check_above, check_decay
 from potluck.algorithms.server_optimizer import OptimizerState, scaled
 from potluck.core import Vector
+from potluck.core.validate import check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +40,11 @@ class Momentum:
         momentum: β in [0, 1); 0 is plain averaging.
     """
 
-    server_lr: float = 1.0
-    momentum: float = 0.9
+    server_lr: Annotated[float, Interval(gt=0), "Start with 1.0."] = 1.0
+    momentum: Annotated[float, Interval(ge=0, lt=1), "Start with 0.9."] = 0.9
 
     def __post_init__(self) -> None:
-        _check(self.server_lr, self.momentum)
+        check_ranges(self)
 
     def init(self, weights: Vector) -> OptimizerState:
         """v = 0."""
@@ -65,11 +67,11 @@ class Nesterov:
         momentum: β in [0, 1); 0 is plain averaging.
     """
 
-    server_lr: float = 1.0
-    momentum: float = 0.9
+    server_lr: Annotated[float, Interval(gt=0), "Start with 1.0."] = 1.0
+    momentum: Annotated[float, Interval(ge=0, lt=1), "Start with 0.9."] = 0.9
 
     def __post_init__(self) -> None:
-        _check(self.server_lr, self.momentum)
+        check_ranges(self)
 
     def init(self, weights: Vector) -> OptimizerState:
         """v = 0."""
@@ -82,8 +84,3 @@ class Nesterov:
         velocity = scaled(self.momentum, state["momentum"]) + aggregate
         ahead = aggregate + scaled(self.momentum, velocity)
         return {"momentum": velocity}, weights + scaled(self.server_lr * scale, ahead)
-
-
-def _check(server_lr: float, momentum: float) -> None:
-    check_above("server_lr", server_lr, 0.0, "Start with 1.0.")
-    check_decay("momentum", momentum, "Start with 0.9.")

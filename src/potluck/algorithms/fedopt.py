@@ -26,12 +26,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval
 
-from potluck.algorithms.ranges import check_above, check_decay, check_within
 from potluck.algorithms.server_optimizer import OptimizerState, scaled
 from potluck.core import Vector
+from potluck.core.validate import check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +45,11 @@ class Adagrad:
         tau: τ > 0, the adaptivity: entries of Δ far below it move in proportion to Δ.
     """
 
-    server_lr: float
-    tau: float = 1e-3
+    server_lr: Annotated[float, Interval(gt=0), "Start with 0.01 and tune it."]
+    tau: Annotated[float, Interval(gt=0), "Start with 0.001."] = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self.server_lr, self.tau)
+        check_ranges(self)
 
     def init(self, weights: Vector) -> OptimizerState:
         """v = τ²."""
@@ -65,15 +67,13 @@ class Adagrad:
 class _WithMoments(ABC):
     """What FedAdam and FedYogi share: all but the line for v."""
 
-    server_lr: float
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
+    server_lr: Annotated[float, Interval(gt=0), "Start with 0.01 and tune it."]
+    beta1: Annotated[float, Interval(ge=0, lt=1), "Start with 0.9."] = 0.9
+    beta2: Annotated[float, Interval(ge=0, le=1), "Start with 0.99."] = 0.99
+    tau: Annotated[float, Interval(gt=0), "Start with 0.001."] = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self.server_lr, self.tau)
-        check_decay("beta1", self.beta1, "Start with 0.9.")
-        check_within("beta2", self.beta2, 0.0, 1.0, "Start with 0.99.")
+        check_ranges(self)
 
     def init(self, weights: Vector) -> OptimizerState:
         """m = 0, v = τ²."""
@@ -117,11 +117,6 @@ class Yogi(_WithMoments):
 
     def _next_v(self, v: Vector, square: Vector) -> Vector:
         return v - scaled(1.0 - self.beta2, square * np.sign(v - square))
-
-
-def _check(server_lr: float, tau: float) -> None:
-    check_above("server_lr", server_lr, 0.0, "Start with 0.01 and tune it.")
-    check_above("tau", tau, 0.0, "Start with 0.001.")
 
 
 def _moved(weights: Vector, rate: float, m: Vector, v: Vector, tau: float) -> Vector:

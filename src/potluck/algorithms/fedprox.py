@@ -27,9 +27,11 @@ FedAvg.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
 
 from potluck.algorithms.fedavg import FedAvg
-from potluck.algorithms.ranges import check_at_least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +43,7 @@ class FedProx(FedAvg):
             below 1.
     """
 
-    mu: float
-
-    def __post_init__(self) -> None:
-        self.check()
-        check_at_least("mu", self.mu, 0.0, "Use 0.0 for FedAvg; start with 0.01.")
+    mu: Annotated[float, Interval(ge=0), "Use 0.0 for FedAvg; start with 0.01."]
 
     @property
     def proximal(self) -> float:

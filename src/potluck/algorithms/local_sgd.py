@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from potluck.algorithms.contract import Runtime
-from potluck.algorithms.ranges import check_above
 from potluck.algorithms.schedules import Constant, Schedule
 from potluck.core import Correction, Vector, derive_seed, stream
-from potluck.core.validate import as_count
+from potluck.core.validate import check_ranges
 
 W = TypeVar("W")  # vectors, tensors, batches of either
 
@@ -34,10 +34,13 @@ class Trained(NamedTuple):
     num_steps: int
 
 
+_ALL_AT_ONCE = "Use None for all of a client's examples in one step."
+_AS_THEY_ARE = "Use None to leave gradients alone."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTraining:
-    """The hyperparameters of local training; an algorithm adds its two halves, and calls `check`
-    when it is made.
+    """The hyperparameters of local training; an algorithm adds its two halves.
 
     Args:
         client_lr: η > 0, the learning rate of a local step.
@@ -48,30 +51,14 @@ class LocalTraining:
             scaled down to it; None leaves gradients as they are.
     """
 
-    client_lr: float
-    local_epochs: int = 1
-    batch_size: int | None = 10
+    client_lr: Annotated[float, Interval(gt=0), "Start with 0.1."]
+    local_epochs: Annotated[int, Interval(ge=1), "Use 1 for a single pass."] = 1
+    batch_size: Annotated[int, Interval(ge=1), _ALL_AT_ONCE] | None = 10
     client_schedule: Schedule = field(default_factory=Constant)
-    gradient_clip: float | None = None
+    gradient_clip: Annotated[float, Interval(gt=0), _AS_THEY_ARE] | None = None
 
-    def check(self) -> None:
-        """Refuse hyperparameters of local training that are out of range.
-
-        Raises:
-            ValueError: one is; it is named.
-        """
-        check_above("client_lr", self.client_lr, 0.0, "Start with 0.1.")
-        epochs = as_count("local_epochs", self.local_epochs, 1, "Use 1 for a single pass.")
-        object.__setattr__(self, "local_epochs", epochs)
-        if self.batch_size is not None:
-            advice = "Use None for all of a client's examples in one step."
-            object.__setattr__(
-                self, "batch_size", as_count("batch_size", self.batch_size, 1, advice)
-            )
-        if self.gradient_clip is not None:
-            check_above(
-                "gradient_clip", self.gradient_clip, 0.0, "Use None to leave gradients alone."
-            )
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def client_lr_at(self, round: int) -> float:
         """η in a round (from 1)."""

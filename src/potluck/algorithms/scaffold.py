@@ -62,9 +62,6 @@ class Scaffold(LocalTraining):
     server: ServerOptimizer = field(default_factory=Average)
     server_schedule: Schedule = field(default_factory=Constant)
 
-    def __post_init__(self) -> None:
-        self.check()
-
     def broadcast(self, state: ServerState) -> Vector:
         """w and c."""
         return np.concatenate([state.weights, state.algorithm[CONTROL]])

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from potluck.algorithms.ranges import check_above, check_within
-from potluck.core.validate import as_count
+from annotated_types import Interval
+
+from potluck.core.validate import check_ranges
 
 _ROUNDS = "Give a number of rounds."
 
@@ -40,11 +41,10 @@ class Constant:
 class Exponential:
     """decay^(t − 1) in round t, with 0 < decay ≤ 1."""
 
-    decay: float
+    decay: Annotated[float, Interval(gt=0, le=1), "Use 0.99 for one per cent less each round."]
 
     def __post_init__(self) -> None:
-        check_above("decay", self.decay, 0.0, "Use 0.99 for one per cent less each round.")
-        check_within("decay", self.decay, 0.0, 1.0, "Use 1.0 for a constant rate.")
+        check_ranges(self)
 
     def __call__(self, round: int, /) -> float:
         """decay^(t − 1)."""
@@ -55,13 +55,11 @@ class Exponential:
 class Step:
     """Times `factor` after every `every` rounds: 1 in the first `every`, then factor, factor², …"""
 
-    every: int
-    factor: float
+    every: Annotated[int, Interval(ge=1), _ROUNDS]
+    factor: Annotated[float, Interval(gt=0, le=1), "Use 0.1 for a tenth."]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "every", as_count("every", self.every, 1, _ROUNDS))
-        check_above("factor", self.factor, 0.0, "Use 0.1 for a tenth.")
-        check_within("factor", self.factor, 0.0, 1.0, "Use 0.1 for a tenth.")
+        check_ranges(self)
 
     def __call__(self, round: int, /) -> float:
         """factor^⌊(t − 1) / every⌋."""
@@ -72,11 +70,11 @@ class Step:
 class Linear:
     """From 1 in round 1 in a straight line to `floor`, reached after `rounds` rounds."""
 
-    rounds: int
-    floor: float = 0.0
+    rounds: Annotated[int, Interval(ge=1), _ROUNDS]
+    floor: Annotated[float, Interval(ge=0, le=1), "Use 0.0 to go down to nothing."] = 0.0
 
     def __post_init__(self) -> None:
-        _check_ramp(self)
+        check_ranges(self)
 
     def __call__(self, round: int, /) -> float:
         """1 − (1 − floor) (t − 1) / rounds, and then the floor."""
@@ -87,11 +85,11 @@ class Linear:
 class Cosine:
     """From 1 in round 1 along half a cosine to `floor`, reached after `rounds` rounds."""
 
-    rounds: int
-    floor: float = 0.0
+    rounds: Annotated[int, Interval(ge=1), _ROUNDS]
+    floor: Annotated[float, Interval(ge=0, le=1), "Use 0.0 to go down to nothing."] = 0.0
 
     def __post_init__(self) -> None:
-        _check_ramp(self)
+        check_ranges(self)
 
     def __call__(self, round: int, /) -> float:
         """floor + (1 − floor) (1 + cos(π (t − 1) / rounds)) / 2, and then the floor."""
@@ -103,23 +101,17 @@ class Cosine:
 class Warmup:
     """t / (rounds + 1) in the first `rounds` rounds, then another schedule from its round 1."""
 
-    rounds: int
+    rounds: Annotated[int, Interval(ge=1), _ROUNDS]
     then: Schedule = field(default_factory=Constant)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rounds", as_count("rounds", self.rounds, 1, _ROUNDS))
+        check_ranges(self)
 
     def __call__(self, round: int, /) -> float:
         """t / (rounds + 1) while t ≤ rounds, then `then(t − rounds)`."""
         if round <= self.rounds:
             return round / (self.rounds + 1)
         return self.then(round - self.rounds)
-
-
-def _check_ramp(ramp: Linear | Cosine) -> None:
-    rounds = as_count("rounds", ramp.rounds, 1, "Give the number of rounds to the floor.")
-    object.__setattr__(ramp, "rounds", rounds)
-    check_within("floor", ramp.floor, 0.0, 1.0, "Use 0.0 to go down to nothing.")
 
 
 def _done(round: int, rounds: int) -> float:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Annotated, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from annotated_types import Interval
 
-from potluck.algorithms.ranges import check_above
 from potluck.core import Vector
+from potluck.core.validate import check_ranges
 
 OptimizerState: TypeAlias = Mapping[str, Vector]  # by name, each [dim]
 
@@ -50,10 +51,10 @@ class ServerOptimizer(Protocol):
 class Average:
     """w ← w + server_lr · Δ; with the default 1.0 the plain average of the cohort's models."""
 
-    server_lr: float = 1.0
+    server_lr: Annotated[float, Interval(gt=0), "Use 1.0 for plain averaging."] = 1.0
 
     def __post_init__(self) -> None:
-        check_above("server_lr", self.server_lr, 0.0, "Use 1.0 for plain averaging.")
+        check_ranges(self)
 
     def init(self, weights: Vector) -> OptimizerState:
         """No state."""

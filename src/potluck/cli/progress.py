@@ -16,12 +16,8 @@ from typing import Any, NamedTuple, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from potluck.config.experiment import (
-    AlgorithmSection,
-    AverageSection,
-    Experiment,
-    ScheduleSection,
-)
+from potluck.config.algorithm_section import AlgorithmSection
+from potluck.config.experiment import Experiment
 from potluck.core import is_result, main_metric
 from potluck.core.formats import format_bytes, format_score, format_seconds
 from potluck.engine import FederatedMetric
@@ -195,32 +191,26 @@ def summary(experiment: Experiment) -> list[tuple[str, str]]:
 
 def _algorithm_rows(algorithm: AlgorithmSection) -> list[tuple[str, str]]:
     """The algorithm, and what was chosen beyond its defaults."""
-    settings = f"client_lr {algorithm.client_lr:g}"
-    if algorithm.name != "fedsgd":
-        settings += f", local_epochs {algorithm.local_epochs}, batch_size {algorithm.batch_size}"
-    if algorithm.name == "fedprox":
-        settings += f", mu {algorithm.mu:g}"
-    if algorithm.gradient_clip is not None:
-        settings += f", gradient_clip {algorithm.gradient_clip:g}"
-    rows = [("algorithm", f"{algorithm.name}, {settings}")]
-    if algorithm.server != AverageSection():
-        rows.append(("server", _named_settings(algorithm.server.model_dump())))
-    for name in ("client_schedule", "server_schedule"):
-        schedule: ScheduleSection | None = getattr(algorithm, name)
-        if schedule is not None:
-            rows.append((name, _named_settings(schedule.model_dump())))
+    fixed = {"local_epochs", "batch_size"} if algorithm.name == "fedsgd" else set[str]()
+    values = algorithm.model_dump(exclude=fixed, exclude_none=True)
+    tables = [key for key, value in values.items() if isinstance(value, dict)]
+    numbers = {key: value for key, value in values.items() if key not in tables}
+    rows = [("algorithm", _named_settings(numbers))]
+    for key in tables:
+        if getattr(algorithm, key) != type(algorithm).model_fields[key].default:
+            rows.append((key, _named_settings(values[key])))
     return rows
 
 
 def _named_settings(settings: Mapping[str, Any]) -> str:
     """adam, server_lr 0.01, …; a schedule after a warm-up comes last."""
-    parts = [
-        f"{key} {_named_settings(cast('dict[str, Any]', value))}"
-        if isinstance(value, dict)
-        else f"{key} {value:g}"
-        for key, value in settings.items()
-        if key != "name"
-    ]
+
+    def told(value: Any) -> str:
+        if isinstance(value, dict):
+            return _named_settings(cast("dict[str, Any]", value))
+        return value if isinstance(value, str) else f"{value:g}"
+
+    parts = [f"{key} {told(value)}" for key, value in settings.items() if key != "name"]
     return ", ".join([str(settings["name"]), *parts])
 
 

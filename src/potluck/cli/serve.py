@@ -400,8 +400,8 @@ def open_server(
     restored: bool = False,
 ) -> Server:
     """A server for an experiment file, bound to its sockets."""
+    from potluck.config.algorithm_section import build_algorithm
     from potluck.config.experiment import load_experiment
-    from potluck.config.model_task import build_algorithm
     from potluck.config.round_settings import RoundSettings
     from potluck.core import ConfigError
     from potluck.server.evaluator import is_evaluated, judge_of

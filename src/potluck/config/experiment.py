@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, Tag
+from pydantic import Field
 
+from potluck.config.algorithm_section import AlgorithmTable
 from potluck.config.round_settings import RoundRules, ServeSection
-from potluck.config.section import Section, named, override, read_toml, validated
+from potluck.config.section import Section, override, read_toml, validated
 from potluck.core import Codec, ConfigError
 
 _Positive: TypeAlias = Annotated[float, Field(gt=0)]
-_Count: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 LANGUAGE_MODELS = ("char-lstm", "char-lstm-peephole")
@@ -91,160 +91,6 @@ class PartitionSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class AverageSection(Section):
-    """[algorithm.server]: what the server does with the aggregate."""
-
-    name: Literal["average"] = "average"
-    server_lr: _Positive = 1.0
-
-
-class MomentumSection(Section):
-    """FedAvgM, plain or looking ahead."""
-
-    name: Literal["momentum", "nesterov"]
-    server_lr: _Positive = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-
-
-class AdagradSection(Section):
-    """FedAdagrad."""
-
-    name: Literal["adagrad"]
-    server_lr: _Positive
-    tau: _Positive = 1e-3
-
-
-class AdaptiveSection(Section):
-    """FedAdam and FedYogi."""
-
-    name: Literal["adam", "yogi"]
-    server_lr: _Positive
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, le=1)] = 0.99
-    tau: _Positive = 1e-3
-
-
-ServerSection: TypeAlias = Annotated[
-    Annotated[AverageSection, Tag("average")]
-    | Annotated[MomentumSection, Tag("momentum")]
-    | Annotated[MomentumSection, Tag("nesterov")]
-    | Annotated[AdagradSection, Tag("adagrad")]
-    | Annotated[AdaptiveSection, Tag("adam")]
-    | Annotated[AdaptiveSection, Tag("yogi")],
-    named("average"),
-]
-
-
-class ConstantSection(Section):
-    """A schedule: the factor on a rate in each round; here always 1."""
-
-    name: Literal["constant"]
-
-
-class ExponentialSection(Section):
-    """Times `decay` after every round."""
-
-    name: Literal["exponential"]
-    decay: Annotated[float, Field(gt=0, le=1)]
-
-
-class StepSection(Section):
-    """Times `factor` after every `every` rounds."""
-
-    name: Literal["step"]
-    every: _Count
-    factor: Annotated[float, Field(gt=0, le=1)]
-
-
-class RampSection(Section):
-    """Down to `floor` after `rounds` rounds, in a straight line or along a cosine."""
-
-    name: Literal["linear", "cosine"]
-    rounds: _Count
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-
-_AfterWarmup: TypeAlias = Annotated[
-    Annotated[ConstantSection, Tag("constant")]
-    | Annotated[ExponentialSection, Tag("exponential")]
-    | Annotated[StepSection, Tag("step")]
-    | Annotated[RampSection, Tag("linear")]
-    | Annotated[RampSection, Tag("cosine")],
-    named(),
-]
-
-
-class WarmupSection(Section):
-    """Up to 1 in the first `rounds` rounds, then another schedule."""
-
-    name: Literal["warmup"]
-    rounds: _Count
-    then: _AfterWarmup = ConstantSection(name="constant")
-
-
-ScheduleSection: TypeAlias = Annotated[
-    Annotated[ConstantSection, Tag("constant")]
-    | Annotated[ExponentialSection, Tag("exponential")]
-    | Annotated[StepSection, Tag("step")]
-    | Annotated[RampSection, Tag("linear")]
-    | Annotated[RampSection, Tag("cosine")]
-    | Annotated[WarmupSection, Tag("warmup")],
-    named(),
-]
-
-
-class _RoundsSection(Section):
-    """What every [algorithm] has."""
-
-    client_lr: _Positive
-    gradient_clip: _Positive | None = None
-    client_schedule: ScheduleSection | None = None
-    server: ServerSection = AverageSection()
-    server_schedule: ScheduleSection | None = None
-
-
-class FedAvgSection(_RoundsSection):
-    """[algorithm]: federated averaging."""
-
-    name: Literal["fedavg"] = "fedavg"
-    local_epochs: _Count = 1
-    batch_size: _Count | Literal["full"] = 10
-
-
-class FedSgdSection(_RoundsSection):
-    """Federated SGD: E = 1, B = ∞."""
-
-    name: Literal["fedsgd"]
-    local_epochs: Literal[1] = 1
-    batch_size: Literal["full"] = "full"
-
-
-class FedProxSection(_RoundsSection):
-    """FedProx."""
-
-    name: Literal["fedprox"]
-    mu: Annotated[float, Field(ge=0)]
-    local_epochs: _Count = 1
-    batch_size: _Count | Literal["full"] = 10
-
-
-class ScaffoldSection(_RoundsSection):
-    """SCAFFOLD."""
-
-    name: Literal["scaffold"]
-    local_epochs: _Count = 1
-    batch_size: _Count | Literal["full"] = 10
-
-
-AlgorithmSection: TypeAlias = Annotated[
-    Annotated[FedAvgSection, Tag("fedavg")]
-    | Annotated[FedSgdSection, Tag("fedsgd")]
-    | Annotated[FedProxSection, Tag("fedprox")]
-    | Annotated[ScaffoldSection, Tag("scaffold")],
-    named("fedavg"),
-]
-
-
 class TargetSection(Section):
     """[run.target]: a metric, and the score at which a run has come far enough."""
 
@@ -308,7 +154,7 @@ class Experiment(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     task: TaskSection
     partition: PartitionSection
-    algorithm: AlgorithmSection
+    algorithm: AlgorithmTable
     run: RunSection
     devices: DevicesSection | None = None
     server: Annotated[ServeSection, Field(exclude=True)] = ServeSection()

@@ -1,59 +1,17 @@
-"""From the names in an experiment, or in a plan, to the objects: tasks and algorithms."""
+"""From the name of a model, in an experiment or in a plan, to a task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-from potluck.algorithms import (
-    Adagrad,
-    Adam,
-    Average,
-    FedAvg,
-    FedProx,
-    Momentum,
-    Nesterov,
-    Scaffold,
-    Schedule,
-    ServerOptimizer,
-    Yogi,
-    schedules,
-)
-from potluck.config.experiment import (
-    LANGUAGE_MODELS,
-    AlgorithmSection,
-    ModelSection,
-    ScheduleSection,
-)
+from potluck.config.experiment import LANGUAGE_MODELS, ModelSection
 from potluck.core import ConfigError
 
 if TYPE_CHECKING:
     from potluck.data import FederatedData
     from potluck.engine import Task
-
-# The keys of a section are the arguments of what it names.
-_SERVERS: Mapping[str, Callable[..., ServerOptimizer]] = {
-    "average": Average,
-    "momentum": Momentum,
-    "nesterov": Nesterov,
-    "adagrad": Adagrad,
-    "adam": Adam,
-    "yogi": Yogi,
-}
-_SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
-    "constant": schedules.Constant,
-    "exponential": schedules.Exponential,
-    "step": schedules.Step,
-    "linear": schedules.Linear,
-    "cosine": schedules.Cosine,
-}
-
-
-class _NamesAlgorithm(Protocol):
-    @property
-    def algorithm(self) -> AlgorithmSection: ...
 
 
 def build_task(section: ModelSection, data: FederatedData) -> Task:
@@ -140,32 +98,3 @@ def _language_task(section: ModelSection, data: FederatedData) -> Task:
         },
         batches="random" if section.batches == "random" else "by length",
     )
-
-
-def build_algorithm(named: _NamesAlgorithm) -> FedAvg | FedProx | Scaffold:
-    """The algorithm of an experiment or a plan."""
-    section = named.algorithm
-    shared: dict[str, Any] = {
-        "client_lr": section.client_lr,
-        "local_epochs": section.local_epochs,
-        "batch_size": None if section.batch_size == "full" else section.batch_size,
-        "gradient_clip": section.gradient_clip,
-        "client_schedule": _schedule(section.client_schedule),
-        "server": _SERVERS[section.server.name](**section.server.model_dump(exclude={"name"})),
-        "server_schedule": _schedule(section.server_schedule),
-    }
-    match section.name:
-        case "fedavg" | "fedsgd":
-            return FedAvg(**shared)
-        case "fedprox":
-            return FedProx(mu=section.mu, **shared)
-        case "scaffold":
-            return Scaffold(**shared)
-
-
-def _schedule(section: ScheduleSection | None) -> Schedule:
-    if section is None:
-        return schedules.Constant()
-    if section.name == "warmup":
-        return schedules.Warmup(section.rounds, then=_schedule(section.then))
-    return _SCHEDULES[section.name](**section.model_dump(exclude={"name"}))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
-from potluck.config.experiment import AlgorithmSection, Experiment, ModelSection
+from potluck.config.algorithm_section import AlgorithmTable
+from potluck.config.experiment import Experiment, ModelSection
 from potluck.config.model_task import build_task
 from potluck.config.section import Section
 from potluck.core import ConfigError, DataError
@@ -46,7 +47,7 @@ class Plan(Section):
     """Task, algorithm, and the condition in which a device must stay while it trains."""
 
     task: PlannedTask
-    algorithm: AlgorithmSection
+    algorithm: AlgorithmTable
     needs: tuple[Need, ...] = Field(default=(), strict=False)
     data: dict[str, JsonValue] | None = None
     """The schema of the run's own data (`potluck.data.tables.schema`), which a device applies to

@@ -9,7 +9,28 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, SupportsFloat, SupportsIndex, cast
+from contextlib import suppress
+from functools import cache
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    SupportsFloat,
+    SupportsIndex,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from annotated_types import Interval
+
+_BOUNDS = {
+    "gt": (operator.gt, "above"),
+    "ge": (operator.ge, "at least"),
+    "lt": (operator.lt, "below"),
+    "le": (operator.le, "at most"),
+}
 
 
 def is_integer(value: object) -> bool:
@@ -71,6 +92,60 @@ def as_real(name: str, value: Any, advice: str = "") -> float:
 def as_seed(value: Any) -> int:
     """The seed of a run, a partition or a stream as an `int`; any integer is one."""
     return as_integer("seed", value, "Give an integer, such as 0.")
+
+
+def check_ranges(thing: object) -> None:
+    """Refuse a dataclass of which a number is outside the range that its annotation says.
+
+        tau: Annotated[float, Interval(gt=0), "Start with 0.001."]
+
+    The text is the advice for the user. Integers are kept as Python's own.
+
+    Raises:
+        TypeError: a field is no number, or no integer.
+        ValueError: it is out of range, or NaN.
+    """
+    for name, number, is_optional, limits, advice in _ranges(type(thing)):
+        value = getattr(thing, name)
+        if value is None and is_optional:
+            continue
+        if number is int:
+            value = as_integer(name, value, advice)
+            object.__setattr__(thing, name, value)
+        real = as_real(name, value, advice)
+        if not all(_BOUNDS[key][0](real, limit) for key, limit in limits.items()):
+            expected = " and ".join(f"{_BOUNDS[key][1]} {limits[key]:g}" for key in limits)
+            raise ValueError(_words(f"{name} must be {expected}", name, value, advice))
+
+
+class _Range(NamedTuple):
+    """What the annotation of a field says."""
+
+    name: str
+    number: type  # float or int
+    is_optional: bool
+    limits: dict[str, float]
+    advice: str
+
+
+@cache
+def _ranges(kind: type) -> list[_Range]:
+    """The fields of a dataclass that have one."""
+    hints: dict[str, Any] = {}
+    for each in reversed(kind.__mro__):
+        with suppress(NameError):  # names that a user's module has for type checkers alone
+            hints |= get_type_hints(each, include_extras=True)
+    found: list[_Range] = []
+    for name, hint in hints.items():
+        for part in (hint, *get_args(hint)):  # X, or X | None
+            about = get_args(part)[1:] if get_origin(part) is Annotated else ()
+            advice = "".join(each for each in about if isinstance(each, str))
+            for interval in about:
+                if isinstance(interval, Interval):
+                    limits = {key: getattr(interval, key) for key in _BOUNDS}
+                    limits = {key: limit for key, limit in limits.items() if limit is not None}
+                    found.append(_Range(name, get_args(part)[0], part is not hint, limits, advice))
+    return found
 
 
 def plain(content: Any) -> Any:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
-from potluck.config.experiment import AlgorithmSection
+from potluck.config.algorithm_section import AlgorithmSection
 from potluck.config.plan import Plan
 from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.core.plain_json import flat

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from potluck.algorithms import with_statistics
-from potluck.config.model_task import build_algorithm
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.plan import Plan, PlannedTask, build_planned_task
 from potluck.core import (
     ConfigError,

@@ -1,7 +1,7 @@
 """Federated training on one machine: rounds, executors and run directories."""
 
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_data, build_task
-from potluck.config.model_task import build_algorithm
 from potluck.simulation.executors.auto import Auto
 from potluck.simulation.executors.choose import make_executor
 from potluck.simulation.executors.executor import CohortResult, Executor, Failure, Loop

@@ -28,9 +28,9 @@ from safetensors.numpy import save
 
 from potluck.algorithms import Algorithm, ServerState
 from potluck.algorithms.scaffold import CONTROL
+from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_data, build_task
 from potluck.config.experiment import Experiment, TargetSection
-from potluck.config.model_task import build_algorithm
 from potluck.core import ConfigError, RunError, Target, Vector
 from potluck.core.atomic_files import write_whole
 from potluck.core.plain_json import to_json

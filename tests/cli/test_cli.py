@@ -296,8 +296,8 @@ def test_train_says_what_the_algorithm_is_made_of(folder):
     shown = dict(line.split("  ", 1) for line in result.output.splitlines()[:6])
     assert {name: value.strip() for name, value in shown.items()} == {
         "experiment": "tiny",
-        "algorithm": "fedprox, client_lr 0.5, local_epochs 1, batch_size 10, mu 0.5, "
-        "gradient_clip 2",
+        "algorithm": "fedprox, client_lr 0.5, local_epochs 1, batch_size 10, gradient_clip 2, "
+        "mu 0.5",
         "server": "adam, server_lr 0.01, beta1 0.9, beta2 0.99, tau 0.001",
         "client_schedule": "warmup, rounds 2, then cosine, rounds 9, floor 0",
         "model": "logistic",

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from potluck.core.allocator import (
+from potluck.server.memory import (
     GROWTH_BYTES,
     LOOK_PART,
     Looker,

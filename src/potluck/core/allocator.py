@@ -1,14 +1,4 @@
-"""Memory that a server gives back, and that training keeps.
-
-What a burst of a thousand devices needed is needed once.
-
-Python looks through everything that is alive for cycles that nobody uses, again and again: with ten
-thousand connections each look stops the process for half a second. Most of what a server drops is
-in no cycle, or in a young one; so a server looks when it has grown, and mostly at what is new.
-
-glibc keeps what was freed, in a heap for each thread and between what is still in use; the peak of
-a server would be the sum of what its phases needed, instead of the most that one of them needs.
-Elsewhere than on glibc nothing is given back.
+"""Memory that training keeps.
 
 A step of training needs what the step before it freed. glibc would give large pieces back to the
 system in between, which clears every page anew: up to a fifth of a step of the paper's LSTM.
@@ -16,121 +6,22 @@ system in between, which clears every page anew: up to a fifth of a step of the 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import gc
 import os
-import time
-from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
-GROWTH_BYTES = 1 << 23
-"""Since memory was last given back; at least, since it was last looked through."""
-LOOK_PART = 1 / 40
-"""Of the time, at most, in which the process stands still to look."""
-_HOUR = 3600.0
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
-_LARGE_BYTES = 1 << 18
-_NEVER = 1 << 30
+_M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MOST = (1 << 31) - 1  # that malloc's settings can be
-_STATM = Path("/proc/self/statm")
-
-
-def share_heaps() -> None:
-    """Let all threads share two heaps, and what is large come from the system and go back there.
-
-    glibc would keep what is large in its heaps too, once a large piece was freed.
-    """
-    mallopt = _of_libc("mallopt")
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 2)
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def keep_freed() -> None:
     """Keep what is freed in this process, for the next step of training."""
-    mallopt = _of_libc("mallopt")
+    mallopt = of_libc("mallopt")
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MOST)
+        mallopt(M_MMAP_THRESHOLD, _MOST)
         mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 
-class Trimmer:
-    """Gives memory back whenever the process has grown."""
-
-    def __init__(
-        self,
-        resident: Callable[[], int] | None = None,
-        trim: Callable[[int], object] | None = None,
-    ) -> None:
-        """`resident` tells how much the process has, `trim` gives back; None: the system's."""
-        self._resident = resident or resident_bytes
-        self._trim = trim or _of_libc("malloc_trim")
-        self._kept = 0
-
-    def look(self) -> bool:
-        """Give back, if it is time to. Returns whether it was."""
-        if self._trim is None or self._resident() < self._kept + GROWTH_BYTES:
-            return False
-        self._trim(0)
-        self._kept = self._resident()
-        return True
-
-
-@contextlib.contextmanager
-def no_long_looks() -> Generator[None]:
-    """In the block Python looks for cycles among young objects alone. A `Looker` does the rest."""
-    young, middle, old = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(young, middle, _NEVER)
-    try:
-        yield
-    finally:
-        gc.set_threshold(young, middle, old)
-        gc.unfreeze()
-
-
-class Looker:
-    """Looks for cycles when the process has grown by a tenth, among what is new since the last
-    look; and among all, which takes long, when it has doubled, or an hour has passed."""
-
-    def __init__(
-        self,
-        resident: Callable[[], int] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """`resident` tells how much memory the process has; `clock` in seconds."""
-        self._resident, self._clock = resident or resident_bytes, clock
-        self._next, self._hour = clock(), clock() + _HOUR
-        self._kept = self._kept_of_all = self._resident()
-
-    def look(self) -> bool:
-        """Look, if it is time to. Returns whether it was."""
-        start, size = self._clock(), self._resident()
-        at_all = size >= 2 * self._kept_of_all or start >= self._hour
-        has_grown = size >= self._kept + max(GROWTH_BYTES, self._kept // 10)
-        if start < self._next or not (at_all or has_grown):
-            return False
-        if at_all:
-            gc.unfreeze()
-        gc.collect()
-        gc.freeze()
-        self._kept = self._resident()
-        end = self._clock()
-        if at_all:
-            self._kept_of_all, self._hour = self._kept, end + _HOUR
-        self._next = end + (end - start) / LOOK_PART
-        return True
-
-
-def resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def _of_libc(name: str) -> Any:
+def of_libc(name: str) -> Any:
+    """A function of the C library; None where there is none of this name."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

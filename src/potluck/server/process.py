@@ -28,7 +28,6 @@ from potluck.algorithms import Algorithm
 from potluck.config.experiment import Experiment
 from potluck.config.round_settings import RoundSettings
 from potluck.core import ConfigError, Spec, StorageError, Vector
-from potluck.core.allocator import Looker, Trimmer, no_long_looks, share_heaps
 from potluck.protocol.routes import is_loopback
 from potluck.server.admin.admin_app import AdminApp
 from potluck.server.console import Lines
@@ -44,6 +43,7 @@ from potluck.server.http.handlers import Desk
 from potluck.server.http.listening import Listen, Listener, authority, listen_unix, open_listener
 from potluck.server.http.notifier import Bell
 from potluck.server.http.server_connection import Connection
+from potluck.server.memory import Looker, Trimmer, no_long_looks, share_heaps
 from potluck.server.metrics import Meters
 from potluck.server.service import Begun, Service
 from potluck.server.storage.state_folder import Home

@@ -19,6 +19,7 @@ import potluck
 from potluck.cli.data import app as data_app
 from potluck.cli.demo import demo_serve
 from potluck.cli.join import app as joining_app
+from potluck.cli.operate import app as operate_app
 from potluck.cli.options import Debug, ExperimentFile, Overrides, command
 from potluck.cli.reproduce import reproduce
 from potluck.cli.serve import app as serving_app
@@ -43,6 +44,7 @@ demo_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 demo_app.command("serve")(demo_serve)
 app.add_typer(demo_app, name="demo")
 app.add_typer(serving_app)
+app.add_typer(operate_app)
 app.add_typer(joining_app)
 app.add_typer(upkeep_app)
 

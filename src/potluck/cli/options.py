@@ -25,6 +25,11 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a value of the file: run.rounds=20. Repeatable."
     ),
 ]
+HomeFolder = Annotated[
+    Path,
+    typer.Option("--home", metavar="DIR", help="The server's folder: state, keys, admin socket."),
+]
+HOME = Path("potluck-server")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 _SERVER_MODULES = (

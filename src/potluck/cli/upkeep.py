@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potluck.cli.options import Debug, command, private_files
-from potluck.cli.serve import HOME, HomeFolder, operator_of
+from potluck.cli.operate import operator_of
+from potluck.cli.options import HOME, Debug, HomeFolder, command, private_files
 
 if TYPE_CHECKING:
     from potluck.server.storage.backup import Copied

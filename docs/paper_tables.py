@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from potluck.models.losses import AFTER_FIRST
+from potluck.models.task_metrics import AFTER_FIRST
 from potluck.reproduction import interpolation, paper
 from potluck.reproduction.comparison import HEADER, LOSS_HEADER, gather, loss_rows, rows
 from potluck.reproduction.grid import Grid

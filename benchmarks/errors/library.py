@@ -14,7 +14,7 @@ from torch.nn import functional
 from watched import Mistakes
 
 import potluck
-from potluck.models.losses import accuracy
+from potluck.models.task_metrics import accuracy
 
 models = Mistakes("models")
 judges = Mistakes("losses and metrics")

@@ -15,7 +15,7 @@ from potluck.data.federated import FederatedData
 from potluck.engine import Evaluator, bind, evaluate, evaluation_batches, federated_evaluation
 from potluck.engine.evaluation import batches_of
 from potluck.models import mean_squared_error
-from potluck.models.losses import RootMeanSquaredError, RSquared, accuracy
+from potluck.models.task_metrics import RootMeanSquaredError, RSquared, accuracy
 
 SIZES = (1, 2, 7, 40)
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from potluck.models.losses import AFTER_FIRST
+from potluck.models.task_metrics import AFTER_FIRST
 from potluck.reproduction import comparison, curves
 from potluck.reproduction.comparison import Result, gather, keep, loss_rows, page, rows
 from potluck.reproduction.estimates import seconds_per_round, work

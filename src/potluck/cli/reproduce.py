@@ -205,7 +205,7 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
 
 def _write(what: str, grid: Grid, folder: Path, words: str) -> None:
     from potluck.cli.table_output import show_table
-    from potluck.models.losses import AFTER_FIRST
+    from potluck.models.task_metrics import AFTER_FIRST
     from potluck.reproduction import comparison
     from potluck.reproduction.curves import draw_accuracy, draw_train_loss
 

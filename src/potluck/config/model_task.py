@@ -78,7 +78,7 @@ def _language_task(section: ModelSection, data: FederatedData) -> Task:
         PerCharacter,
         PerStep,
     )
-    from potluck.models.losses import AFTER_FIRST
+    from potluck.models.task_metrics import AFTER_FIRST
 
     if data.padding is None:
         raise ConfigError(

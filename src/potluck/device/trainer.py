@@ -198,7 +198,7 @@ class TorchTrainer:
     ) -> Sums:
         """Sums of metrics; see `Trainer`."""
         from potluck.engine import Evaluator, evaluation_batches
-        from potluck.models.losses import is_statistic
+        from potluck.models.task_metrics import is_statistic
 
         task, _, whole = self._prepare(plan, spec)
         if task.data.client_test(0).num_examples == 0:

@@ -26,7 +26,7 @@ from potluck.engine.module.randomness import borrowed_randomness, seed_generator
 from potluck.engine.module.variables import Variables
 from potluck.engine.scores import WHOLE, Score, Totals, number_in, scores_of, value_of
 from potluck.engine.task import Task, averaged_tensors, bind, spec_of
-from potluck.models.losses import defaults
+from potluck.models.task_metrics import defaults
 
 _STREAM = derive_seed(0, "evaluation")
 EVALUATION_BATCH = 100  # examples; whose activations a cache can hold

@@ -19,8 +19,7 @@ from torch import Tensor
 from potluck.core import PotluckError, TaskError
 from potluck.data.trees import called, first, is_one, leaves, mapped, shown
 from potluck.engine.module.randomness import borrowed_randomness
-from potluck.models.counting import Weighted, count_of, counts_nothing
-from potluck.models.losses import Loss
+from potluck.models.losses import Loss, Weighted, count_of, counts_nothing
 
 _IN_A_FUNCTION = re.compile(r"[\w.]*<locals>\.")  # where a class is defined, in its full name
 _SAME = 1e-4  # relative, of two ways to compute the same number

@@ -26,7 +26,7 @@ from potluck.engine.module.randomness import seed_generators
 from potluck.engine.module.variables import Variables
 from potluck.engine.precision import Precision, autocast, check_precision, floated
 from potluck.engine.task import Task, averaged_tensors, bind, in_training, spec_of
-from potluck.models.counting import counts_nothing, may_count_nothing
+from potluck.models.losses import counts_nothing, may_count_nothing
 
 _NO_CORRECTION = Correction()
 

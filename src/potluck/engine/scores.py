@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from potluck.core import TaskError
 from potluck.data.trees import is_one, leaves, mapped, shown
 from potluck.engine.first_batch import checked_loss, in_words, tensors, variants
-from potluck.models.counting import Weighted, count_of
-from potluck.models.losses import Loss, Metric, Statistic, accuracy, is_statistic
+from potluck.models.losses import Loss, Weighted, count_of
+from potluck.models.task_metrics import Metric, Statistic, accuracy, is_statistic
 
 Way: TypeAlias = Literal["values", "counted", "mean", "terms", "whole"]
 Totals: TypeAlias = NDArray[np.float64]

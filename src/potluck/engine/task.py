@@ -21,7 +21,8 @@ from potluck.engine.module.copies import copy_of
 from potluck.engine.module.kinds import averaged_buffers, averaged_tensors
 from potluck.engine.module.making import Making
 from potluck.engine.module.rebinding import rebound
-from potluck.models.losses import Loss, Metric, check_judges, defaults
+from potluck.models.losses import Loss
+from potluck.models.task_metrics import Metric, check_judges, defaults
 
 _BY_KIND: Any = None  # stands for what follows from the kind of the targets
 
@@ -46,8 +47,8 @@ class Task:
         data: the examples of all clients.
         loss: (outputs, targets) to the batch's mean loss. By default cross-entropy of classes,
             the mean squared error of a regression, binary cross-entropy of many labels.
-        metrics: name to (outputs, targets) to values; see `potluck.models.losses`. By default the
-            accuracy, or "mae", "rmse" and "r2" of a regression.
+        metrics: name to (outputs, targets) to values; see `potluck.models.task_metrics`. By default
+            the accuracy, or "mae", "rmse" and "r2" of a regression.
         batches: for sequences (data that have a padding symbol), "by length" puts sequences of
             similar length into one batch, so that little is padded; "random" draws batches as for
             other data.

@@ -2,19 +2,21 @@
 
 from potluck.models.language import CharLSTM, PeepholeCharLSTM, WordLSTM
 from potluck.models.losses import (
-    CharacterAccuracy,
     Loss,
-    Metric,
     PerCharacter,
     PerStep,
+    binary_cross_entropy,
+    cross_entropy,
+    mean_squared_error,
+)
+from potluck.models.task_metrics import (
+    CharacterAccuracy,
+    Metric,
     RootMeanSquaredError,
     RSquared,
     Statistic,
     accuracy,
-    binary_cross_entropy,
-    cross_entropy,
     mean_absolute_error,
-    mean_squared_error,
 )
 from potluck.models.vision import CNN, LogisticRegression, TwoNN
 

@@ -1,15 +1,14 @@
-"""Losses and metrics.
+"""Losses, and what is known of them: by what they divide, and what each example adds.
 
 A loss takes (outputs, targets) of a batch to one scalar tensor, the mean over the batch. It may
 have a method `count(targets)`: the number, or the weight, of the predictions that the mean is over.
+Cross-entropy with class weights or an ignored class is a mean over Σ weight of the targets that
+count, not over examples. Two batches with means ℓ_a, ℓ_b and counts n_a, n_b have together
 
-A metric takes the same to one value per example, [batch], or per position of an example,
-[batch, …]; NaN marks what does not count (padding). Values are averaged over all that count. A
-metric that gives one number for a batch is taken of the whole test set at once where it is no mean
-over examples. A `Statistic` is a metric that is made of sums over examples by a last step, as the
-root mean squared error is. An attribute `higher_is_better` of a metric says which way is better.
+    (n_a ℓ_a + n_b ℓ_b) / (n_a + n_b)
 
-Which loss and metrics a task has by default follows from what its targets are; see `defaults`.
+which is the loss of both as one batch, however they were cut. A batch in which nothing counts has
+the loss 0/0; it takes no part in a mean, and there is no step for it.
 
 For sequences, targets are [batch, steps], padded at their end, and outputs are the logits
 [batch, steps, symbols]; a runtime leaves out of both the steps that are padding in the whole batch.
@@ -20,41 +19,23 @@ characters and 80 steps the second is about half the first, and wants twice the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from potluck.core import TaskError
-from potluck.data.tables.targets import TargetKind
+from potluck.data.tables.targets import IGNORED
 from potluck.data.trees import shown
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
-
-
-class Statistic(Protocol):
-    """A metric that is made of sums over examples by a last step."""
-
-    higher_is_better: bool
-
-    def terms(self, outputs: Any, targets: Tensor) -> Tensor:
-        """What each example adds to the sums: [batch, terms]."""
-        ...
-
-    def value(self, totals: NDArray[np.float64]) -> float:
-        """The metric, from the sums [terms] over all examples."""
-        ...
-
-
-Metric: TypeAlias = Callable[[Any, Tensor], Any] | Statistic
-
-AFTER_FIRST = "accuracy_after_first"  # the name of the metric of text without first characters
+Count: TypeAlias = Callable[[Tensor], float]
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -72,153 +53,6 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of logits [batch, labels] against as many labels, 0 or 1 each."""
     logits = paired(outputs, targets)
     return functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
-
-
-def accuracy(
-    outputs: Tensor, targets: Tensor, *, threshold: float | None = 0.0, ignored: int | None = None
-) -> Tensor:
-    """1 where the prediction is the target, 0 where not, NaN where the target does not count.
-
-    Of logits [batch, classes, …] and classes [batch, …], the prediction is the largest logit's
-    class. Of one output per target ([batch] or [batch, 1]; or [batch, labels] of many labels, each
-    0 or 1) it is whether the output is above `threshold`.
-
-    Args:
-        threshold: between label 0 and label 1, where there is one output per target: 0 for logits,
-            0.5 for probabilities. With None such targets are the probabilities of classes.
-        ignored: a target that does not count; a class below 0 never does.
-
-    Raises:
-        TaskError: outputs and targets of shapes for which there is no accuracy.
-    """
-    whole = not targets.is_floating_point()
-    labels = targets.squeeze(1) if _is_column(outputs, targets) and whole else targets
-    if whole and outputs.ndim == labels.ndim + 1 and outputs.shape[1] > 1:
-        if outputs.shape[2:] == labels.shape[1:]:
-            right = (outputs.argmax(dim=1) == labels).float()
-            hidden = labels < 0 if ignored is None else (labels < 0) | (labels == ignored)
-            return right.masked_fill(hidden, float("nan"))
-    elif _size(outputs.shape) == _size(targets.shape):
-        if threshold is None:
-            return (outputs.argmax(dim=1) == targets.argmax(dim=1)).float()
-        if bool(((targets == 0) | (targets == 1)).all()):
-            return ((outputs.reshape(targets.shape) > threshold) == (targets > 0.5)).float()
-        raise TaskError(
-            "accuracy needs classes, or labels that are 0 or 1, got other numbers as targets "
-            f"({shown(targets)}). For a regression use mean_absolute_error, or leave metrics out."
-        )
-    raise TaskError(
-        "accuracy needs logits [batch, classes] and classes [batch], or one output per target that "
-        f"is 0 or 1, got outputs={shown(outputs)}, targets={shown(targets)}. Give a metric of your "
-        "own, or metrics={}."
-    )
-
-
-def mean_absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The distance of each output from its target, in the targets' shape."""
-    return (paired(outputs, targets).double() - targets.double()).abs()
-
-
-@dataclass(frozen=True, slots=True)
-class RootMeanSquaredError:
-    """The root of the mean, over all examples, of the squared errors."""
-
-    higher_is_better = False
-
-    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The squared errors of each example and their number: [batch, 2]."""
-        errors = paired(outputs, targets).double() - targets.double()
-        squares = errors.reshape(len(targets), -1).square()
-        return torch.stack([squares.sum(1), torch.full_like(squares[:, 0], squares.shape[1])], 1)
-
-    def value(self, totals: NDArray[np.float64]) -> float:
-        """NaN of no examples."""
-        return float(np.sqrt(totals[0] / totals[1])) if totals[1] > 0 else float("nan")
-
-
-@dataclass(frozen=True, slots=True)
-class RSquared:
-    """1 − Σ (y − ŷ)² / Σ (y − ȳ)², with the mean ȳ of all targets; of several targets per example
-    the mean over them. NaN where all targets are alike."""
-
-    higher_is_better = True
-
-    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(y − ŷ)², y, y² of each target, and 1: [batch, 3 · targets + 1]."""
-        wanted = targets.double().reshape(len(targets), -1)
-        errors = paired(outputs, targets).double().reshape(wanted.shape) - wanted
-        ones = torch.ones_like(wanted[:, :1])
-        return torch.cat([errors.square(), wanted, wanted.square(), ones], dim=1)
-
-    def value(self, totals: NDArray[np.float64]) -> float:
-        """NaN where the targets do not vary."""
-        errors, sums, squares = totals[:-1].reshape(3, -1)
-        spread = squares - sums**2 / max(totals[-1], 1.0)
-        if not (spread > 1e-12 * np.maximum(squares, 1e-300)).all():
-            return float("nan")
-        return float((1.0 - errors / spread).mean())
-
-
-_RMSE, _R2 = RootMeanSquaredError(), RSquared()
-
-
-def defaults(kind: TargetKind) -> tuple[Loss, dict[str, Metric]]:
-    """The loss and the metrics of targets of a kind."""
-    if kind == "regression":
-        metrics: dict[str, Metric] = {"mae": mean_absolute_error, "rmse": _RMSE, "r2": _R2}
-        return mean_squared_error, metrics
-    loss = binary_cross_entropy if kind == "multilabel" else cross_entropy
-    return loss, {"accuracy": accuracy}
-
-
-def check_judges(loss: Any, metrics: Any) -> None:
-    """Refuse what can be no loss, or no metrics.
-
-    Raises:
-        TypeError, ValueError: it cannot.
-    """
-    if not callable(loss) or isinstance(loss, type):
-        raise TypeError(
-            "loss must be a function of (outputs, targets), or a module, got "
-            f"loss={loss!r}. Give one, such as torch.nn.functional.cross_entropy or "
-            "torch.nn.CrossEntropyLoss()."
-        )
-    if not isinstance(metrics, Mapping):
-        raise TypeError(
-            "metrics must be a dictionary of names and functions of (outputs, targets), got "
-            f"{type(metrics).__name__}. Give {{'accuracy': accuracy}}, or {{}} for none."
-        )
-    for name, metric in cast("Mapping[Any, Any]", metrics).items():
-        if isinstance(metric, type) or not (callable(metric) or is_statistic(metric)):
-            raise TypeError(
-                "a metric must be a function of (outputs, targets), or have terms and value, got "
-                f"{name!r}={metric!r}. Give a function, or an instance."
-            )
-        if not isinstance(name, str) or name == "loss":
-            raise ValueError(
-                "metrics must be called by text other than 'loss', which is the name of the "
-                f"task's loss, got a metric called {name!r}. Call it otherwise."
-            )
-
-
-def is_statistic(metric: Any) -> bool:
-    """Whether a metric is made of sums over examples by a last step."""
-    return callable(getattr(metric, "terms", None)) and callable(getattr(metric, "value", None))
-
-
-def paired(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Outputs in the shape of the targets, where these differ by axes of length 1 only.
-
-    Raises:
-        TaskError: they differ otherwise.
-    """
-    if outputs.shape != targets.shape and _size(outputs.shape) != _size(targets.shape):
-        raise TaskError(
-            "there must be one output for each target, got "
-            f"outputs={shown(outputs)}, targets={shown(targets)}. Give the model's last layer as "
-            "many outputs as an example has targets."
-        )
-    return outputs.reshape(targets.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,27 +122,80 @@ def by_example(loss: Loss, targets_ndim: int, targets_dtype: torch.dtype) -> ByE
     return ByExample(characters, counts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CharacterAccuracy:
-    """1 where the largest logit is the target's, 0 where not, NaN at padding: [batch, width]."""
-
-    padding: int  # the target that does not count
-    skipped: int = 0  # positions at the beginning of every row that do not count either
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, width]."""
-        right = (outputs.argmax(dim=2) == targets).float()
-        right = right.masked_fill(targets == self.padding, float("nan"))
-        right[:, : self.skipped] = float("nan")
-        return right
+_MEANS: tuple[Any, ...] = (cross_entropy, functional.cross_entropy, functional.nll_loss)
 
 
-def _is_column(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether classes come as [batch, 1] beside logits [batch, classes]."""
-    return targets.ndim == outputs.ndim == 2 and targets.shape[1] == 1 < outputs.shape[1]
+class Weighted(NamedTuple):
+    """The weight of all targets that count."""
+
+    weight: Tensor | None  # [classes]
+    ignored: int
+
+    def __call__(self, targets: Tensor) -> float:
+        if targets.is_floating_point():  # the probabilities of classes, [batch, classes, …]
+            return targets.numel() / (targets.shape[1] if targets.ndim > 1 else targets.shape[0])
+        counts = targets != self.ignored
+        if self.weight is None:
+            return float(counts.sum())
+        weights = self.weight.detach().to(targets.device)[(targets * counts).long()]
+        return float((weights.double() * counts).sum())
 
 
-def _size(shape: torch.Size) -> tuple[int, ...]:
+def count_of(loss: Any) -> Count | None:
+    """What a loss divides by, as a function of the targets of a batch; None if it is not known."""
+    own: Any = getattr(loss, "count", None)
+    if inspect.ismethod(own) or inspect.isfunction(own):  # tuples have another
+        return lambda targets: float(own(targets))
+    options: dict[str, Any] = {}
+    kind = cast("type[Any]", type(loss))
+    if kind is partial and not loss.args and loss.func in _MEANS[1:]:
+        options = dict(loss.keywords)
+    elif kind in (nn.CrossEntropyLoss, nn.NLLLoss):
+        options = {name: getattr(loss, name) for name in ("weight", "ignore_index", "reduction")}
+    elif loss not in _MEANS:
+        return None
+    if options.get("reduction", "mean") != "mean" or {"size_average", "reduce"} & options.keys():
+        return None
+    return Weighted(options.get("weight"), int(options.get("ignore_index", IGNORED)))
+
+
+def may_count_nothing(loss: Loss, targets: NDArray[Any]) -> bool:
+    """Whether there may be batches of these targets in which nothing counts."""
+    if targets.dtype.kind not in "iu":
+        return False
+    count = count_of(loss)
+    if not isinstance(count, Weighted):
+        return bool((targets < 0).any())
+    if count.weight is not None and bool((count.weight == 0).any()):
+        return True
+    return bool((targets == count.ignored).any())
+
+
+def counts_nothing(loss: Loss, targets: Tensor) -> bool:
+    """Whether a loss of these targets is 0/0. Of a loss that is not known here, this is so where
+    every target is a class below 0."""
+    count = count_of(loss)
+    if count is not None:
+        return count(targets) == 0.0
+    return not targets.is_floating_point() and bool((targets < 0).all())
+
+
+def paired(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Outputs in the shape of the targets, where these differ by axes of length 1 only.
+
+    Raises:
+        TaskError: they differ otherwise.
+    """
+    if outputs.shape != targets.shape and squeezed(outputs.shape) != squeezed(targets.shape):
+        raise TaskError(
+            "there must be one output for each target, got "
+            f"outputs={shown(outputs)}, targets={shown(targets)}. Give the model's last layer as "
+            "many outputs as an example has targets."
+        )
+    return outputs.reshape(targets.shape)
+
+
+def squeezed(shape: torch.Size) -> tuple[int, ...]:
     """A shape without its axes of length 1, apart from that of the batch."""
     return (shape[0], *(size for size in shape[1:] if size != 1)) if shape else ()
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from potluck.engine.module.rebinding import Rebinding, twins
 
-_TABLES = ("_parameters", "_buffers", "_modules")
-_PLUMBING = frozenset(vars(nn.Module()))  # of every module: its tables and hooks
+TABLES = ("_parameters", "_buffers", "_modules")
+PLUMBING = frozenset(vars(nn.Module()))  # of every module: its tables and hooks
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type)
 
 
@@ -71,9 +71,9 @@ def _script_copied(module: torch.jit.ScriptModule) -> Any:
 def _rebind(attributes: dict[str, Any], rebinding: Rebinding) -> None:
     """Have what a copied module holds hold the copy."""
     for key, value in attributes.items():
-        if key in _TABLES:
+        if key in TABLES:
             continue
-        if key not in _PLUMBING:
+        if key not in PLUMBING:
             attributes[key] = rebinding.of(value)
         elif isinstance(value, dict):
             hooks = cast("dict[Any, Any]", value)
@@ -128,9 +128,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, torch.jit.ScriptModule):  # which has no tables of its own
         yield from ((f".{key}", inner) for key, inner in value.state_dict(keep_vars=True).items())
     elif isinstance(value, nn.Module):
-        for table in _TABLES:
+        for table in TABLES:
             yield from ((f".{key}", inner) for key, inner in vars(value)[table].items())
-        own = {key: inner for key, inner in vars(value).items() if key not in _PLUMBING}
+        own = {key: inner for key, inner in vars(value).items() if key not in PLUMBING}
         yield from ((f".{key}", inner) for key, inner in own.items())
     elif isinstance(value, Mapping):
         pairs = cast("Mapping[Any, Any]", value)

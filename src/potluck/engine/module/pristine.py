@@ -22,10 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potluck.engine.module.copies import ATOMS, differences, leaves
+from potluck.engine.module.copies import ATOMS, PLUMBING, TABLES, differences, leaves
 
-_TABLES = ("_parameters", "_buffers", "_modules")
-_PLUMBING = frozenset(vars(nn.Module()))
 _SMALL = 4096  # entries, which are written back without a look
 _FIXED = (
     *ATOMS,
@@ -134,7 +132,7 @@ class Pristine:
         self._values = self._copied([m.table.live[m.key] for m in self._mutable])
 
     def _note(self, prefix: str, attributes: dict[str, Any], ours: dict[int, str]) -> None:
-        for name in _TABLES:
+        for name in TABLES:
             inner = attributes[name]
             self._tables.append(_Table(prefix, inner, dict(inner)))
             for key, value in inner.items():
@@ -144,7 +142,7 @@ class Pristine:
                     self._places.append(place)
         own = self._note_attributes(prefix, attributes, ours)
         for key, value in own.before.items():
-            if key in _PLUMBING and key not in _TABLES and isinstance(value, dict):
+            if key in PLUMBING and key not in TABLES and isinstance(value, dict):
                 self._hooks.append(value)
 
     def _note_attributes(
@@ -153,7 +151,7 @@ class Pristine:
         table = _Table(prefix, attributes, dict(attributes))
         self._tables.append(table)
         for key, value in attributes.items():
-            if key in _PLUMBING:
+            if key in PLUMBING:
                 continue
             if isinstance(value, Tensor):
                 if id(value) not in ours and value.is_leaf and not value.is_meta:
@@ -285,10 +283,7 @@ def _same(mutable: _Mutable, one: Any, other: Any) -> bool:
             return type(one) is type(other) and bool(one == other)
         except (RuntimeError, ValueError, TypeError):
             return False
-    holders = nn.Module(), nn.Module()
-    for holder, value in zip(holders, (one, other), strict=True):
-        vars(holder)["value"] = value
-    return not differences(leaves(holders[0]), leaves(holders[1]))
+    return not differences(leaves(one), leaves(other))
 
 
 def _is_fixed(value: Any) -> bool:

@@ -39,7 +39,7 @@ from potluck.engine.module.randomness import kept_randomness
 from potluck.engine.precision import Precision, check_precision, products
 from potluck.engine.task import Remade
 from potluck.engine.vmap.cohort_trainer import CohortRuntime, LocalRun
-from potluck.models.counting import may_count_nothing
+from potluck.models.losses import may_count_nothing
 from potluck.simulation.executors.executor import (
     NO_STATES,
     CohortResult,

@@ -37,7 +37,7 @@ BELOW = {
     "server.storage": "core protocol config",
     "server.rounds": "core algorithms protocol config server.storage",
     "server.http": "core protocol config server server.rounds server.storage",
-    "server.admin": "core protocol server server.http server.storage",
+    "server.admin": "core protocol server server.http server.rounds server.storage",
     "server.dashboard": "core config server server.http server.rounds server.storage",
     "server": "core algorithms protocol config engine simulation.executors server.storage"
     " server.rounds server.http server.admin server.dashboard",

@@ -23,10 +23,20 @@ from potluck.config.build import build_data, build_task
 from potluck.config.experiment import check_experiment
 from potluck.core import FixedPointMean, sample_cohort
 from potluck.engine import TorchRuntime, evaluate
-from potluck.server import Claims, RoundSettings, Service
-from potluck.server.rounds.bounds import WINDOW, Weighed, counted, limits_of, shortened
-from potluck.server.rounds.check_in import Asked, Attributes
-from potluck.server.rounds.inline_reports import Arrival, Taken
+from potluck.protocol import Accepted, Claim, Eligibility, Report, encode_inline
+from potluck.server import RoundSettings, Service
+from potluck.server.rounds.bounds import (
+    WINDOW,
+    Weighed,
+    counted,
+    limits_of,
+    read_lowered,
+    shortened,
+)
+from potluck.server.rounds.check_in import Asked, check_ins
+from potluck.server.rounds.enrolment import enrol, issue_tokens
+from potluck.server.rounds.inline_reports import take_in
+from potluck.server.storage.vectors import find_version, read_model
 from potluck.simulation.executors.executor import kernel_threads
 
 ROUNDS = 50
@@ -101,25 +111,26 @@ def hostile(clients, attack=None, *, rounds=ROUNDS, order=None, **settings):
         service = Service.open(*place, build=build_algorithm)
         start = clients.task.initial_weights(seed)
         run = service.create_run(experiment, start, clients.runtime.spec, limits)
-        tokens = service.issue_tokens(run, count, actor="benchmark")
-        names = [service.enrol(t, bytes([k]) * 32).device for k, t in enumerate(tokens)]
+        tokens = issue_tokens(service, run, count, actor="benchmark")
+        names = [enrol(service, t, bytes([k]) * 32).id for k, t in enumerate(tokens)]
         for number in range(1, rounds + 1):
             service.tick()
-            weights = np.frombuffer(b"".join(service.read_model(run, number - 1)), "<f4")
-            works = service.check_ins([Asked(name, Attributes()) for name in names])
+            weights = np.frombuffer(_model(service, run, number - 1), "<f4")
+            works = check_ins(service, [Asked(name, Eligibility()) for name in names])
             made = [clients.train(weights, work.client, number) for work in works]
             sent = [(update.weight, update.delta) for update in made]
             if attack is not None:
                 honest = np.mean([update.delta for update in made[1:]], axis=0)
                 sent[0] = attack(*sent[0], honest)
             came = [_arrival(*one) for one in zip(names, works, sent, made, strict=True)]
-            answers = service.take_in([came[k] for k in (order or range(count))])
-            if not all(isinstance(answer, Taken) for answer in answers):
+            answers = take_in(service, [came[k] for k in (order or range(count))], "float32")
+            if not all(isinstance(answer, Accepted) for answer in answers):
                 break  # without bounds the others' updates soon are beyond what is accepted
         service.tick()
         last = service.status(run)["version"]
-        weights = np.frombuffer(b"".join(service.read_model(run, last)), "<f4").copy()
-        told = service.lowered(run)
+        weights = np.frombuffer(_model(service, run, last), "<f4").copy()
+        with service.database.read() as db:
+            told = read_lowered(db, run)
         service.close()
     named = [names.index(row["id"]) for row in told]
     return {"accuracy": clients.score(weights), "named": named, "weights": weights}
@@ -127,15 +138,23 @@ def hostile(clients, attack=None, *, rounds=ROUNDS, order=None, **settings):
 
 def _arrival(name, work, sent, update):
     body = sent[1].astype("<f4").tobytes()
-    claims = Claims(
+    report = Report.model_construct(  # larger than a device may send inside a message
+        assignment=work.assignment,
+        round=work.number,
+        attempt=work.attempt,
+        codec="float32",
+        length_bytes=len(body),
         sha256=hashlib.sha256(body).hexdigest(),
-        num_bytes=len(body),
         weight=float(sent[0]),
         loss=update.loss,
         num_steps=update.num_steps,
+        update=encode_inline(body),
     )
-    place = (work.assignment, work.number, work.attempt)
-    return Arrival(name, time.time_ns(), *place, claims, body)
+    return Claim(name, time.time_ns(), 0, "", b""), report
+
+
+def _model(service, run, version):
+    return b"".join(read_model(service, run, find_version(service, run, version)))
 
 
 def honest(clients, *, rounds=ROUNDS, **settings):

@@ -37,6 +37,7 @@ from potluck.device.consent import Consent, differences, in_words
 from potluck.device.enrol import bounded_memory
 from potluck.protocol import CODECS, public_key, verify_manifest
 from potluck.protocol.routes import ROUTES
+from potluck.server.rounds.changes import change
 
 LEAVES = Path(__file__).parents[2] / "docs" / "what-leaves.md"
 ONE = "goal = 1\npopulation = 1\nover_selection = 1.0"
@@ -193,7 +194,7 @@ def test_more_rounds_by_the_operator_are_signed_at_once_and_need_a_word(tmp_path
     asked = []
 
     def more():
-        federation.service.change(federation.run, {"run.rounds": 4}, actor="test")
+        change(federation.service, federation.run, {"run.rounds": 4}, actor="test")
 
     with Federation(tmp_path, clients=1, rounds=2, server=ONE) as federation:
         device = federation.join(

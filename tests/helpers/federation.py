@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from messages import read_version
 from potluck.cli.serve import open_server
 from potluck.config.experiment import load_experiment
 from potluck.core import Update
@@ -208,4 +209,4 @@ class Federation:
 
     def weights(self, version=None):
         version = self.status()["version"] if version is None else version
-        return np.frombuffer(b"".join(self.service.read_model(self.run, version)), "<f4")
+        return np.frombuffer(b"".join(read_version(self.service, self.run, version)), "<f4")

@@ -5,15 +5,19 @@ Device i sends e_i, the i-th unit vector, with weight 1: the model tells who is 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from messages import begin, check_in, claims, read_version
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
 from potluck.core import Spec
-from potluck.server import Accepted, Assigned, Claims, RoundSettings, Service
+from potluck.protocol import Accepted, Eligibility
+from potluck.server import RoundSettings, Service
+from potluck.server.rounds.check_in import Assigned
+from potluck.server.rounds.enrolment import enrol, issue_tokens
+from potluck.server.rounds.uploads import append_chunk, finish_report
 from potluck.server.storage.object_store import ObjectStore
 
 CONTENT = {
@@ -51,14 +55,11 @@ def fingerprint(client: int, dim: int) -> np.ndarray:
     return vector
 
 
-def claims(vector: np.ndarray, **changes) -> Claims:
-    body = vector.astype("<f4").tobytes()
-    values = {"sha256": hashlib.sha256(body).hexdigest(), "num_bytes": len(body)}
-    return Claims(**(values | {"weight": 1.0, "loss": 0.5, "num_steps": 1} | changes))
-
-
 class Fleet:
     """A service with one run and `count` enrolled devices."""
+
+    eligibility = Eligibility()
+    """Of all devices."""
 
     def __init__(
         self, url, blobs, *, count=4, dim=None, clock=None, run=None, algorithm=None, **settings
@@ -83,25 +84,25 @@ class Fleet:
         )
 
     def enrol(self, i: int) -> str:
-        token = self.service.issue_token(self.run, actor="test")
-        return self.service.enrol(token, bytes([i % 256, i // 256]) * 16).device
+        token = issue_tokens(self.service, self.run, actor="test")[0]
+        return enrol(self.service, token, bytes([i % 256, i // 256]) * 16).id
 
     def vector(self, device: str) -> np.ndarray:
         return fingerprint(self.devices.index(device), self.dim)
 
     def assign(self, device: str) -> Assigned:
-        answer = self.service.check_in(device)
+        answer = check_in(self.service, device, self.eligibility)
         assert isinstance(answer, Assigned), answer
         return answer
 
     def send(self, device: str, assignment: str, vector=None, **changes) -> Accepted:
         vector = self.vector(device) if vector is None else vector
-        upload = self.service.begin_report(device, assignment, claims(vector, **changes))
+        upload = begin(self.service, device, assignment, claims(vector, **changes))
         if isinstance(upload, Accepted):
             return upload
         body = vector.astype("<f4").tobytes()
-        self.service.append_chunk(device, upload.upload, upload.offset, body[upload.offset :])
-        return self.service.finish_report(device, upload.upload)
+        append_chunk(self.service, device, upload.upload, upload.offset, body[upload.offset :])
+        return finish_report(self.service, device, upload.upload)
 
     def take_part(self, device: str) -> Accepted:
         return self.send(device, self.assign(device).assignment)
@@ -115,7 +116,7 @@ class Fleet:
 
     def weights(self, version=None) -> np.ndarray:
         version = self.status()["version"] if version is None else version
-        return np.frombuffer(b"".join(self.service.read_model(self.run, version)), "<f4")
+        return np.frombuffer(b"".join(read_version(self.service, self.run, version)), "<f4")
 
     def status(self) -> dict:
         return self.service.status(self.run)

@@ -20,12 +20,18 @@ import traceback
 
 import numpy as np
 
+from messages import arrival, begin, check_in, claims, device_of, read_version
 from potluck.algorithms import FedAvg, Momentum
 from potluck.config.experiment import check_experiment
 from potluck.core import RefusedError, Spec
-from potluck.server import Accepted, Assigned, Claims, Finished, RoundSettings, Service
-from potluck.server.rounds.enrolment import device_id
-from potluck.server.rounds.inline_reports import Arrival, Taken
+from potluck.protocol import Accepted, Finished, fingerprint
+from potluck.server import RoundSettings, Service
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.check_in import Assigned
+from potluck.server.rounds.enrolment import enrol, issue_tokens
+from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.leases import extend_lease, fail
+from potluck.server.rounds.uploads import append_chunk, finish_report
 
 NUM = 4
 KEYS = [bytes([i]) * 32 for i in range(NUM)]
@@ -51,22 +57,22 @@ def live(url: str, blobs: str, num_rounds: int) -> dict:
     run = service.create_run(experiment, np.zeros(NUM, np.float32), spec, settings)
     for key in KEYS:
         try:
-            service.device(device_id(key))
+            device_of(service, fingerprint(key))
         except RefusedError:
-            service.enrol(service.issue_token(run, actor="mortal"), key)
+            enrol(service, issue_tokens(service, run, actor="mortal")[0], key)
     done = False
     while not done:
         if not service.tick():
             time.sleep(0.005)  # until the lease of the one that was killed is over
-        answers = [service.check_in(device_id(key)) for key in KEYS]
+        answers = [check_in(service, fingerprint(key)) for key in KEYS]
         service.tick()  # with all slots taken, on to TRAINING
         done = isinstance(answers[0], Finished)
         for i, work in enumerate(answers):
             if isinstance(work, Assigned):
-                take_part(service, i, device_id(KEYS[i]), work)
+                take_part(service, i, fingerprint(KEYS[i]), work)
     history = service.history(run)
-    model = b"".join(service.read_model(run, num_rounds))
-    assert service.verify_audit() is None
+    model = b"".join(read_version(service, run, num_rounds))
+    assert audit_check.check(service) is None
     names = ("number", "attempt", "version", "model_sha256", "accepted", "accepted_sha256")
     result = {
         "model": hashlib.sha256(model).hexdigest(),
@@ -80,36 +86,23 @@ def live(url: str, blobs: str, num_rounds: int) -> dict:
 
 def take_part(service: Service, i: int, device: str, work: Assigned) -> None:
     if (work.number, work.attempt, i) == (2, 1, NUM - 1):  # this attempt is to be abandoned
-        service.fail(device, work.assignment, "asked to")
+        fail(service, device, work.assignment, "asked to")
         return
-    service.extend_lease(device, work.assignment)
+    extend_lease(service, device, work.assignment)
     vector = np.zeros(NUM, "<f4")
     vector[work.client] = work.number
     body = vector.tobytes()
-    claims = Claims(
-        sha256=hashlib.sha256(body).hexdigest(), num_bytes=len(body), weight=1.0, loss=0.5,
-        num_steps=1,
-    )  # fmt: skip
     if i % 2:
-        arrival = Arrival(
-            device, sequence_of(service, device), work.assignment, work.number, work.attempt,
-            claims, body,
-        )  # fmt: skip
-        [taken] = service.take_in([arrival])
-        assert isinstance(taken, Taken) or taken.code == "late", taken
+        [taken] = take_in(service, [arrival(service, device, work.assignment, vector)], "float32")
+        assert isinstance(taken, Accepted) or taken.code == "late", taken
         return
-    upload = service.begin_report(device, work.assignment, claims)
+    upload = begin(service, device, work.assignment, claims(vector))
     if isinstance(upload, Accepted):
         return
     while upload.offset < len(body):
         chunk = body[upload.offset : upload.offset + 10]
-        upload = service.append_chunk(device, upload.upload, upload.offset, chunk)
-    service.finish_report(device, upload.upload)
-
-
-def sequence_of(service: Service, device: str) -> int:
-    """The next sequence number of a device's requests."""
-    return service.device(device).sequence + 1
+        upload = append_chunk(service, device, upload.upload, upload.offset, chunk)
+    finish_report(service, device, upload.upload)
 
 
 def born(url: str, blobs: str, num_rounds: int, point: str = "") -> int:

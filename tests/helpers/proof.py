@@ -11,14 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from sqlalchemy import select
 
-from fleet import Clock, claims, fingerprint
+from fleet import Clock, fingerprint
+from messages import arrival
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import Experiment
 from potluck.core import Spec
-from potluck.server import Assigned, RoundSettings, Service
-from potluck.server.rounds.check_in import Asked, Attributes
+from potluck.protocol import Accepted, Eligibility
+from potluck.server import RoundSettings, Service
+from potluck.server.rounds.check_in import Asked, Assigned, check_ins
 from potluck.server.rounds.commit import load_version
-from potluck.server.rounds.inline_reports import Arrival, Taken
+from potluck.server.rounds.enrolment import enrol, issue_tokens
+from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.mending import fall_back
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import (
     audit,
@@ -122,10 +126,10 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent, fallen) -
     names, back = [], sorted(fallen)
     for i in range(count):
         key = i.to_bytes(2, "little") * 16
-        names.append(service.enrol(service.issue_token(id, actor="proof"), key).device)
+        names.append(enrol(service, issue_tokens(service, id, actor="proof")[0], key).id)
     for number in sorted(committed):
         while back and back[0][0] <= committed[number][3]:
-            service.fall_back(id, version=back.pop(0)[1], actor="proof")
+            fall_back(service, id, version=back.pop(0)[1], actor="proof")
         service.tick()
         told = {
             names[client]: sent.get(client) or (fingerprint(client, spec.dim), 1.0)
@@ -147,12 +151,11 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent, fallen) -
 
 def _take_part(service: Service, number: int, told) -> None:
     """The reports of a round, all in one transaction: device → (vector, weight)."""
-    given = service.check_ins([Asked(device, Attributes()) for device in told])
+    given = check_ins(service, [Asked(device, Eligibility()) for device in told])
     came = []
     for work, (device, (vector, weight)) in zip(given, told.items(), strict=True):
         assert isinstance(work, Assigned), work
-        place = (work.assignment, work.number, work.attempt)
-        body = np.asarray(vector, "<f4").tobytes()
-        came.append(Arrival(device, number, *place, claims(vector, weight=weight), body))
-    outcomes = service.take_in(came)
-    assert all(isinstance(one, Taken) for one in outcomes), outcomes
+        said = {"sequence": number, "weight": weight}
+        came.append(arrival(service, device, work.assignment, vector, **said))
+    outcomes = take_in(service, came, "float32")
+    assert all(isinstance(one, Accepted) for one in outcomes), outcomes

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 
 from fleet import CONTENT, fingerprint
+from messages import read_version
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
 from potluck.core import Spec
@@ -146,7 +147,7 @@ class Served:
     def weights(self) -> list[float]:
         service, run = self.desk.service, self.desk.run
         version = service.status(run)["version"]
-        return np.frombuffer(b"".join(service.read_model(run, version)), "<f4").tolist()
+        return np.frombuffer(b"".join(read_version(service, run, version)), "<f4").tolist()
 
 
 class Caller:

@@ -7,24 +7,26 @@ blob store. A schedule says whose step is next.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from sqlalchemy import select
 
-from fleet import Fleet, claims, fingerprint
+from fleet import Fleet, fingerprint
+from messages import begin, claims
 from potluck.core import RefusedError
 from potluck.protocol import Accepted
+from potluck.server.rounds.check_in import wait
 from potluck.server.rounds.commit import sweep
+from potluck.server.rounds.enrolment import revoke
 from potluck.server.rounds.state_machine import abandon_round
-from potluck.server.rounds.uploads import CHUNK_BYTES
-from potluck.server.rounds.uploads import Accepted as Counted
+from potluck.server.rounds.uploads import CHUNK_BYTES, append_chunk, find_report, finish_report
 from potluck.server.storage.database_tables import reports, rounds, runs
 from remote import Served, read
 
@@ -126,22 +128,22 @@ class Kitchen:
         service = fleet.service
         work = fleet.assign(device)
         partner = fleet.assign(fleet.devices[0])
-        upload = service.begin_report(device, work.assignment, claims(good)).upload
+        upload = begin(service, device, work.assignment, claims(good)).upload
         for start in range(0, len(sent) - CUT, CUT):
-            service.append_chunk(device, upload, start, sent[start : start + CUT])
+            append_chunk(service, device, upload, start, sent[start : start + CUT])
 
         def complete(server):
             start = len(sent) - CUT
-            server.append_chunk(device, upload, start, sent[start:])
-            return server.finish_report(device, upload)
+            append_chunk(server, device, upload, start, sent[start:])
+            return finish_report(server, device, upload)
 
         def again(server):
-            found = server.begin_report(device, work.assignment, claims(good))
-            if not isinstance(found, Counted):
+            found = begin(server, device, work.assignment, claims(good))
+            if not isinstance(found, Accepted):
                 body = good.tobytes()
                 for start in range(found.offset, len(body), CUT):
-                    found = server.append_chunk(device, upload, start, body[start : start + CUT])
-                found = server.finish_report(device, upload)
+                    found = append_chunk(server, device, upload, start, body[start : start + CUT])
+                found = finish_report(server, device, upload)
             return found
 
         def end(server):
@@ -152,15 +154,17 @@ class Kitchen:
 
         def sweep_it(server):
             end(server)
-            sweep(replace(server._works, check=lambda db: None))
+            free = copy.copy(server)
+            free.check = lambda db: None
+            sweep(free)
 
         acts = [
-            lambda s: s.come_back(device),
+            lambda s: wait(s, device, "noted").retry_after_seconds,
             complete,
             again,
-            lambda s: s.begin_report(device, work.assignment, claims(other)),
-            lambda s: s.revoke(device, actor="test"),
-            lambda s: s.find_report(device, upload),
+            lambda s: begin(s, device, work.assignment, claims(other)),
+            lambda s: revoke(s, device, actor="test"),
+            lambda s: find_report(s, device, upload),
             end,
             sweep_it,
         ]
@@ -186,7 +190,7 @@ class Kitchen:
         rows = [row for row in self.rows() if (row.device, row.round) == (device, work.round)]
         for result in results.values():
             assert not isinstance(result, Exception) or isinstance(result, RefusedError), told
-            if isinstance(result, Counted):
+            if isinstance(result, Accepted):
                 assert [row.sha256 for row in rows] == [result.sha256], told
         if not is_over:  # what was accepted is there, whole
             for row in rows:

@@ -23,6 +23,7 @@ from potluck.server.admin.admin_app import AdminApp
 from potluck.server.http.device_app import DeviceApp
 from potluck.server.http.notifier import Bell
 from potluck.server.metrics import Meters
+from potluck.server.rounds.enrolment import enrol, issue_tokens
 from remote import RUNTIME, Caller, Served
 
 
@@ -269,7 +270,7 @@ def _another_run(served) -> str:
     experiment = check_experiment(CONTENT | {"name": "another"}, "test")
     weights = np.zeros(served.dim, np.float32)
     run = service.create_run(experiment, weights, served.desk.spec, served.settings)
-    return service.issue_token(run, actor="test")
+    return issue_tokens(service, run, actor="test")[0]
 
 
 def _faulty(served, work, fault, method, path, body, newcomer):
@@ -329,7 +330,7 @@ def _faulty(served, work, fault, method, path, body, newcomer):
             if newcomer:  # with a token of that run
                 content = json.loads(body) | {"public_key": _public(stranger), "token": token}
                 return stranger, None, json.dumps(content).encode(), {"token"}
-            served.desk.service.enrol(token, bytes.fromhex(_public(stranger)))
+            enrol(served.desk.service, token, bytes.fromhex(_public(stranger)))
             return stranger, None, body, {"unknown"}
     raise AssertionError(fault)
 

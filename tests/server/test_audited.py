@@ -9,7 +9,10 @@ from sqlalchemy import delete, insert, select, update
 
 from federation import Federation, UnitTrainer
 from fleet import Fleet
+from messages import head_of
 from potluck.core.plain_json import to_json
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.enrolment import revoke
 from potluck.server.storage.database_tables import audit, devices, ledger, models, runs, tokens
 
 OTHER = b"\xff" * 32
@@ -26,7 +29,7 @@ def fleet(tmp_path):
 def _fleet(url, blobs):
     made = Fleet(url, blobs, count=3, goal=2, minimum=1.0)
     made.round(made.devices[:2])
-    made.service.revoke(made.devices[2], actor="test")
+    revoke(made.service, made.devices[2], actor="test")
     made.devices.append(made.enrol(3))
     made.round(made.devices[:2])
     return made
@@ -90,41 +93,41 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_table_that_was_changed_by_hand_is_found(fleet, name):
     change, reason = CHANGES[name]
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
     with fleet.service.database.write() as db:
         device = db.execute(select(devices).where(devices.c.client == 0)).one()
         db.execute(change(device))
-    found = fleet.service.verify_audit()
+    found = audit_check.check(fleet.service)
     assert found is not None
     assert reason in found.reason
 
 
 def test_it_is_found_wherever_the_state_is(places):
     fleet = _fleet(*places())
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
     with fleet.service.database.write() as db:
         db.execute(update(devices).values(revoked_ms=None))
-    assert "takes part again" in fleet.service.verify_audit().reason
+    assert "takes part again" in audit_check.check(fleet.service).reason
     fleet.service.close()
 
 
 def test_an_end_that_was_cut_off_is_found_by_the_tables_or_by_a_hash(fleet):
-    rows, kept = fleet.service.audit_head()
+    rows, kept = head_of(fleet.service)
     fleet.service.export(fleet.run, actor="somebody")
-    _, last = fleet.service.audit_head()
-    assert fleet.service.verify_audit(kept) is None
+    _, last = head_of(fleet.service)
+    assert audit_check.check(fleet.service, kept) is None
     with fleet.service.database.write() as db:
         db.execute(delete(audit).where(audit.c.number > rows))
-    assert fleet.service.verify_audit() is None  # nothing else tells of it
-    assert fleet.service.verify_audit(kept) is None
-    assert last in fleet.service.verify_audit(last).reason
+    assert audit_check.check(fleet.service) is None  # nothing else tells of it
+    assert audit_check.check(fleet.service, kept) is None
+    assert last in audit_check.check(fleet.service, last).reason
     with fleet.service.database.write() as db:
         db.execute(delete(audit).where(audit.c.number > rows - 2))
-    assert fleet.service.verify_audit() is not None  # a round was committed in it
+    assert audit_check.check(fleet.service) is not None  # a round was committed in it
 
 
 def test_a_log_that_was_rewritten_is_found_by_a_hash(fleet):
-    kept = fleet.service.audit_head()[1]
+    kept = head_of(fleet.service)[1]
     with fleet.service.database.write() as db:
         previous = "0" * 64
         for row in db.execute(select(audit).order_by(audit.c.number)).all():
@@ -136,8 +139,8 @@ def test_a_log_that_was_rewritten_is_found_by_a_hash(fleet):
             changes = {"actor": actor, "previous": previous, "hash": made}
             db.execute(update(audit).where(here).values(changes))
             previous = made
-    assert fleet.service.verify_audit() is None
-    assert "all rewritten" in fleet.service.verify_audit(kept).reason
+    assert audit_check.check(fleet.service) is None
+    assert "all rewritten" in audit_check.check(fleet.service, kept).reason
 
 
 def test_every_device_keeps_a_signed_hash_with_which_a_cut_end_is_found(tmp_path):
@@ -151,7 +154,7 @@ def test_every_device_keeps_a_signed_hash_with_which_a_cut_end_is_found(tmp_path
             number = db.scalar(select(audit.c.number).where(audit.c.hash == kept))
             commit = db.scalar(select(audit.c.number).where(audit.c.action == "commit").limit(1))
         assert number >= commit  # of the round before the last
-        assert service.verify_audit(kept) is None
+        assert audit_check.check(service, kept) is None
         told = federation.operator.get(f"audit?since={kept}")
         assert told["broken"] is None
         with service.database.write() as db:

@@ -15,8 +15,11 @@ from potluck.core import ConfigError, ProtocolError, RunError, StorageError
 from potluck.protocol import Manifest, ManifestSpec, new_key, public_key, sign_manifest
 from potluck.protocol.manifest import verify_manifest
 from potluck.server.process import Listen
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.changes import begin_epoch
 from potluck.server.storage.backup import back_up, restore
 from potluck.server.storage.state_folder import Home
+from potluck.server.storage.stored_run import run_of
 
 TEXT = """name = "kept"
 [task]
@@ -108,7 +111,7 @@ def test_a_restored_server_has_its_devices_back(places, tmp_path, caplog):
             )
         )
         assert served.status()["devices"] == 4
-        assert served.service.verify_audit() is None
+        assert audit_check.check(served.service) is None
         assert [device.died for device in devices] == [None] * 4
         for device in devices:
             device.stop()
@@ -152,7 +155,8 @@ def test_only_a_higher_epoch_brings_older_versions(seen, given, is_taken, tmp_pa
 
 
 def epoch(fleet):
-    return fleet.service.newest(fleet.run)[0].epoch
+    with fleet.service.database.read() as db:
+        return run_of(db, fleet.run).epoch
 
 
 def test_each_restore_of_one_backup_begins_another_epoch(tmp_path):
@@ -161,7 +165,7 @@ def test_each_restore_of_one_backup_begins_another_epoch(tmp_path):
     fleet.assign(fleet.devices[0])
     epochs = []
     for _ in range(3):
-        fleet.service.begin_epoch(fleet.run, actor="test")
+        begin_epoch(fleet.service, fleet.run, actor="test")
         epochs.append(epoch(fleet))
     assert epochs == [epochs[0], epochs[0] + 1, epochs[0] + 2]
     assert epochs[0] == fleet.clock.wall // 1000  # as after another restore of an older copy

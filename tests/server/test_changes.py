@@ -13,7 +13,9 @@ from potluck.cli.main import app
 from potluck.cli.serve import open_server
 from potluck.core import RefusedError
 from potluck.server.process import Listen
+from potluck.server.rounds.changes import change as change_in
 from potluck.server.storage.database_tables import audit
+from potluck.server.storage.stored_run import run_of
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def fleet(tmp_path):
 
 
 def change(fleet, **changes):
-    return fleet.service.change(fleet.run, changes, actor="test")
+    return change_in(fleet.service, fleet.run, changes, actor="test")
 
 
 def test_deadlines_change_in_an_open_round_too(fleet):
@@ -83,10 +85,12 @@ def test_bounds_and_evaluations_change(fleet):
     ],
 )
 def test_what_may_not_be_changed_is_named_and_nothing_is(fleet, changes, told):
-    before = fleet.service.newest(fleet.run)[0]
+    with fleet.service.database.read() as db:
+        before = run_of(db, fleet.run)
     with pytest.raises(RefusedError, match=told):
         change(fleet, **changes)
-    assert fleet.service.newest(fleet.run)[0] == before
+    with fleet.service.database.read() as db:
+        assert run_of(db, fleet.run) == before
 
 
 def test_a_changed_run_is_served_again_with_its_old_file_or_the_new_one(tmp_path):

@@ -4,10 +4,13 @@ import pytest
 
 from federation import Federation, UnitTrainer
 from fleet import Fleet
+from messages import check_in, device_of
 from potluck.config.algorithm_section import build_algorithm
 from potluck.core import RefusedError
 from potluck.device.folder import Home
 from potluck.server import Service
+from potluck.server.rounds.check_in import wait
+from potluck.server.rounds.enrolment import claim_sequences, enrol, issue_tokens
 from potluck.server.storage.common_time import EARLIEST_MS
 from swarm import PatientClock
 
@@ -30,8 +33,8 @@ def test_a_server_that_was_started_years_ahead_is_right_after_its_next_start(pla
     fleet.service.tick()
     first, second = fleet.devices
     work = fleet.assign(first)
-    fleet.service.claim_sequence(first, 5)
-    token, late = (fleet.service.issue_token(fleet.run, actor="test") for _ in range(2))
+    claim_sequences(fleet.service, [(first, 5)])
+    token, late = (issue_tokens(fleet.service, fleet.run, actor="test")[0] for _ in range(2))
     fleet.service.database.close()  # as if killed
     fleet.clock.jump(-YEARS)
     fleet.service = fleet.open()
@@ -39,22 +42,22 @@ def test_a_server_that_was_started_years_ahead_is_right_after_its_next_start(pla
         fleet.clock.pass_(3)
         fleet.service.tick()
     assert is_right(fleet.service, fleet.clock)
-    assert fleet.service.check_in(second).lease_seconds <= 600
+    assert check_in(fleet.service, second).lease_seconds <= 600
     fleet.send(first, work.assignment)
-    assert fleet.service.come_back(first) < 800
+    assert wait(fleet.service, first, "noted").retry_after_seconds < 800
     fleet.clock.pass_(121 + 600)
     fleet.service.tick()
     fleet.clock.pass_(600)
     fleet.service.tick()
     assert fleet.status()["version"] == 1  # at a deadline, not after four years
-    assert fleet.service.enrol(token, bytes([9]) * 32).client == 2
+    assert enrol(fleet.service, token, bytes([9]) * 32).client == 2
     fleet.clock.pass_(8 * 86_400)
     with pytest.raises(RefusedError, match="not expired"):
-        fleet.service.enrol(late, bytes([8]) * 32)
-    seen = fleet.service.device(first).seen_ms
+        enrol(fleet.service, late, bytes([8]) * 32)
+    seen = device_of(fleet.service, first).seen_ms
     assert seen <= fleet.clock.wall_ms()
     fleet.round(fleet.devices)
-    assert fleet.service.come_back(first) < 800
+    assert wait(fleet.service, first, "noted").retry_after_seconds < 800
     assert [row["number"] for row in fleet.service.history(fleet.run)] == [1, 2]
     fleet.service.close()
 
@@ -73,7 +76,7 @@ def test_a_round_in_which_the_clock_was_set_says_nothing_of_the_length_of_rounds
     fleet.service.tick()
     assert fleet.status()["version"] == 2
     fleet.take_part(fleet.devices[0])
-    assert fleet.service.come_back(fleet.devices[0]) <= 120 + 600 + 10
+    assert wait(fleet.service, fleet.devices[0], "noted").retry_after_seconds <= 120 + 600 + 10
     fleet.service.close()
 
 
@@ -102,14 +105,14 @@ def test_a_machine_without_a_clock_goes_on_from_the_last_time(tmp_path):
     fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2)
     fleet.service.tick()
     before = fleet.service.time.now()
-    token = fleet.service.issue_token(fleet.run, actor="test")
+    token = issue_tokens(fleet.service, fleet.run, actor="test")[0]
     fleet.service.close()
     fleet.clock.wall = EARLIEST_MS - YEARS
     fleet.service = Service.open(fleet.url, fleet.blobs, build=build_algorithm, clock=fleet.clock)
     fleet.service.tick()
     assert 0 <= fleet.service.time.now() - before < 1000
     fleet.clock.pass_(6 * 86_400)
-    assert fleet.service.enrol(token, bytes([9]) * 32).client == 2
+    assert enrol(fleet.service, token, bytes([9]) * 32).client == 2
     fleet.service.close()
 
 

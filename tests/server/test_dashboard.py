@@ -28,6 +28,9 @@ from potluck.server.dashboard.sign_in import (
     sign_out,
 )
 from potluck.server.http.notifier import Bell
+from potluck.server.rounds.changes import pause
+from potluck.server.rounds.enrolment import enrol, issue_tokens
+from potluck.server.rounds.leases import fail
 from potluck.server.storage.database_tables import sign_ins
 from remote import Caller, Served
 
@@ -248,7 +251,7 @@ def test_sections_tell_the_rounds_of_the_database(fleet):
     fleet.round()
     fleet.service.tick()
     given = fleet.assign(fleet.devices[0])
-    fleet.service.fail(fleet.devices[0], given.assignment, "out_of_memory")
+    fail(fleet.service, fleet.devices[0], given.assignment, "out_of_memory")
     fleet.assign(fleet.devices[1])
     told = showing.look().sections
     assert "0 of 3 reports accepted, at least 3 needed" in told["round"]
@@ -267,8 +270,8 @@ def test_sections_tell_the_rounds_of_the_database(fleet):
 
 
 def test_reports_are_divided_among_device_classes(fleet):
-    token = fleet.service.issue_token(fleet.run, actor="test")
-    fleet.service.enrol(token, b"x" * 32, device_class="phone")
+    token = issue_tokens(fleet.service, fleet.run, actor="test")[0]
+    enrol(fleet.service, token, b"x" * 32, device_class="phone")
     fleet.round()
     rows = re.findall(r"<tr>.*?</tr>", Showing(fleet.service, fleet.run).look().sections["classes"])
     cells = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
@@ -277,13 +280,13 @@ def test_reports_are_divided_among_device_classes(fleet):
 
 
 def test_nothing_hostile_becomes_html(fleet):
-    token = fleet.service.issue_token(fleet.run, actor="test")
-    device = fleet.service.enrol(token, b"x" * 32, name=HOSTILE, device_class=HOSTILE).device
+    token = issue_tokens(fleet.service, fleet.run, actor="test")[0]
+    device = enrol(fleet.service, token, b"x" * 32, name=HOSTILE, device_class=HOSTILE).id
     fleet.service.tick()
     given = fleet.assign(device)
-    fleet.service.fail(device, given.assignment, HOSTILE)
+    fail(fleet.service, device, given.assignment, HOSTILE)
     fleet.service.evaluate(fleet.run, lambda _: {HOSTILE: 0.5})
-    fleet.service.pause(fleet.run, HOSTILE, actor="test")
+    pause(fleet.service, fleet.run, HOSTILE, actor="test")
     showing = Showing(fleet.service, fleet.run)
     page = showing.page(showing.look())
     assert "<script>alert" not in page

@@ -22,6 +22,7 @@ import torch
 
 from hostile import written
 from potluck.protocol import ROUTES, STATUS, Error, Upload, encode_vector, parse_message
+from potluck.server.rounds.enrolment import enrol, issue_tokens
 from remote import Served
 
 SOURCE = Path(__file__).parents[2] / "src" / "potluck"
@@ -287,11 +288,11 @@ def test_a_token_for_another_run_of_the_database_is_not_used_up(tmp_path):
     from potluck.core import RefusedError
 
     fleet = Fleet(f"sqlite:///{tmp_path / 'db'}", tmp_path / "blobs", count=1)
-    service, token = fleet.service, fleet.service.issue_token(fleet.run, actor="test")
+    service, token = fleet.service, issue_tokens(fleet.service, fleet.run, actor="test")[0]
     with pytest.raises(RefusedError) as caught:
-        service.enrol(token, b"k" * 32, into="another")
+        enrol(service, token, b"k" * 32, into="another")
     assert caught.value.code == "token"
-    assert service.enrol(token, b"l" * 32, into=fleet.run).run == fleet.run
+    assert enrol(service, token, b"l" * 32, into=fleet.run).run == fleet.run
     service.close()
 
 

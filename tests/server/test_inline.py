@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
+import messages
 from federation import Federation, UnitTrainer
-from fleet import Fleet, claims, fingerprint
+from fleet import Fleet, fingerprint
 from intermediary import Intermediary
 from potluck.core import RefusedError
 from potluck.protocol import (
@@ -27,7 +28,9 @@ from potluck.protocol import (
     encode_inline,
     encode_message,
 )
-from potluck.server.rounds.inline_reports import Arrival, Taken
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.enrolment import revoke
+from potluck.server.rounds.inline_reports import Arrival, take_in
 from potluck.server.storage.database_tables import assignments, audit, reports
 from remote import Caller, Served, read
 
@@ -190,7 +193,7 @@ def test_a_bad_one_is_refused_by_itself(served, body, changes, code, is_final):
         assert report(device, given, good).code == "late"
     else:
         assert isinstance(report(device, given, unit(given, 64)), Accepted)
-    assert served.desk.service.verify_audit() is None
+    assert audit_check.check(served.desk.service) is None
 
 
 def test_a_report_that_is_replayed_is_refused_whatever_it_holds(served):
@@ -233,23 +236,14 @@ def test_a_device_that_was_thrown_out_is_unknown_at_once(tmp_path, places):
         device = served.device()
         served.until(lambda told: told["open"])
         given = assigned(device)
-        served.desk.service.revoke(device.id, actor="test")
+        revoke(served.desk.service, device.id, actor="test")
         assert report(device, given, unit(given, 4)).code == "unknown"
         assert device.check_in(BOTH).code == "unknown"
 
 
 def arrival(fleet: Fleet, device: str, assignment, vector=None, **changes) -> Arrival:
     vector = fleet.vector(device) if vector is None else vector
-    values = {
-        "device": device,
-        "sequence": fleet.service.device(device).sequence + 1,
-        "assignment": assignment.assignment,
-        "round": assignment.number,
-        "attempt": assignment.attempt,
-        "claims": claims(vector),
-        "body": vector.astype("<f4").tobytes(),
-    }
-    return Arrival(**(values | changes))
+    return messages.arrival(fleet.service, device, assignment.assignment, vector, **changes)
 
 
 def test_one_batch_holds_the_good_the_bad_and_the_same_twice(places):
@@ -269,14 +263,14 @@ def test_one_batch_holds_the_good_the_bad_and_the_same_twice(places):
         arrival(fleet, e, works[e]),
         arrival(fleet, f, works[f]),  # one more than the goal
     ]
-    told = [getattr(one, "code", "taken") for one in fleet.service.take_in(batch)]
-    expected = ["taken", "taken", "not_finite", "late", "unknown", "replayed", "taken", "taken"]
+    told = [getattr(one, "code", "taken") for one in take_in(fleet.service, batch, "float32")]
+    expected = ["taken", "taken", "not_finite", "late", "not_found", "replayed", "taken", "taken"]
     assert told == [*expected, "late"]
     assert fleet.status()["open"]["state"] == "AGGREGATING"
     fleet.service.tick()
     third = np.float32(1 / 3)
     assert fleet.weights().tolist() == [third, 0.0, 0.0, third, third, 0.0]
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
     fleet.service.close()
 
 
@@ -284,7 +278,7 @@ def test_what_came_inside_is_gone_when_its_round_is_over(places):
     fleet = Fleet(*places())
     fleet.service.tick()
     batch = [arrival(fleet, device, fleet.assign(device)) for device in fleet.devices]
-    assert all(isinstance(one, Taken) for one in fleet.service.take_in(batch))
+    assert all(isinstance(one, Accepted) for one in take_in(fleet.service, batch, "float32"))
     fleet.service.tick()
     assert fleet.status()["version"] == 1
     with fleet.service.database.read() as db:
@@ -299,7 +293,7 @@ def test_a_row_that_was_damaged_abandons_the_attempt_and_not_the_server(places):
     fleet = Fleet(*places())
     fleet.service.tick()
     batch = [arrival(fleet, device, fleet.assign(device)) for device in fleet.devices]
-    fleet.service.take_in(batch)
+    take_in(fleet.service, batch, "float32")
     with fleet.service.database.write() as db:
         one = reports.c.device == fleet.devices[0]
         db.execute(reports.update().where(one).values(content=bytes([1]) * 16))
@@ -336,10 +330,10 @@ def test_a_report_of_many_updates_says_unknown_to_none_but_strangers(places):
     fleet = Fleet(*places(), count=2, goal=2)
     fleet.service.tick()
     work = fleet.assign(fleet.devices[0])
-    stranger = arrival(fleet, fleet.devices[0], work)._replace(device="f" * 32)
-    mine = arrival(fleet, fleet.devices[0], work)
-    refused, taken = fleet.service.take_in([stranger, mine])
+    claim, said = mine = arrival(fleet, fleet.devices[0], work)
+    stranger = (claim._replace(device="f" * 32), said)
+    refused, taken = take_in(fleet.service, [stranger, mine], "float32")
     assert isinstance(refused, RefusedError)
-    assert refused.code == "revoked"  # or never enrolled
-    assert isinstance(taken, Taken)
+    assert refused.code == "unknown"  # revoked, or never enrolled
+    assert isinstance(taken, Accepted)
     fleet.service.close()

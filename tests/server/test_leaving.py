@@ -9,8 +9,11 @@ import pytest
 
 from federation import Federation, UnitTrainer
 from fleet import Fleet
+from messages import check_in
 from potluck.core import sample_cohort
-from potluck.server import Attributes, Wait
+from potluck.protocol import Eligibility, Wait
+from potluck.server.rounds.enrolment import revoke
+from potluck.server.rounds.leases import fail
 
 
 def local(folder: Path) -> tuple[str, str]:
@@ -18,7 +21,7 @@ def local(folder: Path) -> tuple[str, str]:
 
 
 def leave(fleet: Fleet, device: str, reason: str = "unsupported") -> None:
-    fleet.service.fail(device, fleet.assign(device).assignment, reason)
+    fail(fleet.service, device, fleet.assign(device).assignment, reason)
 
 
 def committed(fleet: Fleet) -> list[int]:
@@ -50,7 +53,7 @@ def test_the_round_goes_on_at_once_without_a_device_that_was_revoked(places, sel
     fleet.service.tick()
     if works:
         fleet.assign(fleet.devices[2])
-    fleet.service.revoke(fleet.devices[2], actor="test")
+    revoke(fleet.service, fleet.devices[2], actor="test")
     others = [device for device in fleet.devices if device != fleet.devices[2]]
     fleet.round(others)  # no time has passed
     fleet.round(others)
@@ -63,7 +66,7 @@ def test_what_a_revoked_device_had_reported_counts(tmp_path):
     fleet = Fleet(*local(tmp_path), count=3, selection="sampled", minimum=1.0, population=3)
     fleet.service.tick()
     fleet.take_part(fleet.devices[0])
-    fleet.service.revoke(fleet.devices[0], actor="test")
+    revoke(fleet.service, fleet.devices[0], actor="test")
     fleet.round(fleet.devices[1:])
     assert committed(fleet) == [3]
     fleet.service.close()
@@ -94,7 +97,7 @@ def test_a_drawn_device_that_is_silent_twice_is_drawn_no_more_until_it_is_back(p
     assert committed(fleet) == [2, 2]
     status = fleet.service.status(fleet.run)
     assert (status["state"], status["left"]) == ("running", 1)
-    assert isinstance(fleet.service.check_in(fleet.devices[0]), Wait)  # not in this round
+    assert isinstance(check_in(fleet.service, fleet.devices[0]), Wait)  # not in this round
     fleet.round(fleet.devices[1:])
     fleet.round()
     assert committed(fleet) == [2, 2, 2, 3]
@@ -104,18 +107,17 @@ def test_a_drawn_device_that_is_silent_twice_is_drawn_no_more_until_it_is_back(p
 def test_a_drawn_device_that_may_not_train_now_is_waited_for_twice_and_no_more(tmp_path):
     settings = {"selection": "sampled", "minimum": 1.0, "attempts": 1, "needs_charging": True}
     fleet = Fleet(*local(tmp_path), count=3, **settings)
-    check_in, charging = fleet.service.check_in, Attributes(charging=True)
-    fleet.service.check_in = lambda device: check_in(device, charging)
+    fleet.eligibility = charging = Eligibility(charging=True)
     fleet.service.tick()
     for _ in range(2):
         for device in fleet.devices[1:]:
             fleet.take_part(device)
-        assert check_in(fleet.devices[0]).reason == "not eligible"
+        assert check_in(fleet.service, fleet.devices[0]).reason == "ineligible"
         lapse(fleet)
-    check_in(fleet.devices[0])  # not charging still
+    check_in(fleet.service, fleet.devices[0])  # not charging still
     assert fleet.service.status(fleet.run)["left"] == 1
     fleet.round(fleet.devices[1:])
-    fleet.service.check_in(fleet.devices[0])  # on mains again
+    check_in(fleet.service, fleet.devices[0], charging)  # on mains again
     fleet.round(fleet.devices[1:])
     fleet.round()
     assert committed(fleet) == [2, 2, 3]
@@ -130,7 +132,7 @@ def test_where_nobody_is_there_a_sampled_run_waits_and_is_not_paused(tmp_path):
     status = fleet.service.status(fleet.run)
     assert (status["state"], status["open"], status["left"]) == ("running", None, 4)
     for device in fleet.devices:
-        assert isinstance(fleet.service.check_in(device), Wait)
+        assert isinstance(check_in(fleet.service, device), Wait)
     fleet.service.tick()
     cohort = json.loads(fleet.service.status(fleet.run)["open"]["cohort"])
     fleet.round([fleet.devices[client] for client in cohort])
@@ -145,7 +147,7 @@ def test_another_attempt_draws_anew(tmp_path):
         fleet.service.tick()
         drawn.append(json.loads(fleet.service.status(fleet.run)["open"]["cohort"]))
         for client in drawn[-1]:
-            fleet.service.check_in(fleet.devices[client])
+            check_in(fleet.service, fleet.devices[client])
         lapse(fleet)
     assert drawn[0] == sample_cohort(40, 20, seed=0, round=1).tolist()  # of the simulation
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
@@ -160,7 +162,7 @@ def test_a_round_whose_slots_were_taken_ends_at_its_report_deadline(tmp_path, wa
     if waits:  # the server looks before they fail, or only afterwards
         fleet.service.tick()
     for device, work in zip(fleet.devices[1:], works[1:], strict=True):
-        fleet.service.fail(device, work.assignment, "error")
+        fail(fleet.service, device, work.assignment, "error")
     fleet.service.tick()
     fleet.clock.pass_(5)
     fleet.service.tick()
@@ -173,7 +175,7 @@ def test_a_device_whose_data_were_mended_is_counted_again(tmp_path, selection):
     fleet = Fleet(*local(tmp_path), count=3, selection=selection, minimum=1.0, population=3)
     fleet.service.tick()
     leave(fleet, fleet.devices[0])
-    assert isinstance(fleet.service.check_in(fleet.devices[0]), Wait)  # not in this round
+    assert isinstance(check_in(fleet.service, fleet.devices[0]), Wait)  # not in this round
     for device in fleet.devices[1:]:
         fleet.take_part(device)
     fleet.service.tick()
@@ -192,7 +194,7 @@ def test_without_any_device_the_run_waits_and_is_not_paused(tmp_path, selection)
         fleet.service.tick()
     status = fleet.service.status(fleet.run)
     assert (status["state"], status["open"], status["devices"]) == ("running", None, 2)
-    assert isinstance(fleet.service.check_in(fleet.devices[0]), Wait)
+    assert isinstance(check_in(fleet.service, fleet.devices[0]), Wait)
     fleet.round(fleet.devices[:1])
     assert committed(fleet) == [1]
     fleet.service.close()

@@ -14,15 +14,23 @@ from safetensors.numpy import load
 from sqlalchemy import select, update
 from typer.testing import CliRunner
 
-from fleet import Fleet, claims
+from fleet import Fleet
+from messages import arrival, begin, check_in, claims, read_version
 from potluck.cli.main import app
 from potluck.core import RefusedError, StorageError
 from potluck.core.errors import LostError
-from potluck.server import Accepted, Assigned
-from potluck.server.rounds.inline_reports import Arrival
+from potluck.protocol import Accepted
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.changes import pause, resume
+from potluck.server.rounds.check_in import Assigned
+from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.leases import fail
+from potluck.server.rounds.mending import abandon, fall_back
+from potluck.server.rounds.uploads import append_chunk, finish_report
 from potluck.server.storage.blobs import FolderStore
 from potluck.server.storage.database_tables import assignments, audit, ledger, models, reports
 from potluck.server.storage.object_store import ObjectStore
+from potluck.server.storage.vectors import find_version
 from remote import Served
 
 KINDS = ("update", "update in its row", "model", "model in its row", "optimizer", "part")
@@ -75,7 +83,7 @@ def spoil(fleet: Fleet, kind: str, damage) -> None:
     if prefix is not None:
         keys = sorted(key for key in fleet.stored() if key.startswith(prefix))
     else:
-        newest = fleet.service.model(fleet.run, fleet.status()["version"])
+        newest = find_version(fleet.service, fleet.run, fleet.status()["version"])
         keys = [newest.key if kind == "model" else newest.optimizer_key]
     for key in keys[:1]:
         damage_blob(fleet, key, damage)
@@ -90,15 +98,15 @@ class Line:
     def fetch(self, device: str):
         """The device's work, if it has some and could receive the model."""
         service = self.fleet.service
-        work = service.check_in(device)
+        work = check_in(service, device)
         if not isinstance(work, Assigned):
             return None
         try:
-            body = work.model or b"".join(service.read_model(self.fleet.run, work.version))
+            body = work.model or b"".join(read_version(service, self.fleet.run, work.version))
         except StorageError:
             return None  # it asks again, until the round is over
         if hashlib.sha256(body).hexdigest() != work.model_sha256:
-            service.fail(device, work.assignment, "model_digest")
+            fail(service, device, work.assignment, "model_digest")
             return None
         return work
 
@@ -107,9 +115,9 @@ class Line:
         found = claims(self.fleet.vector(device))
         if self.inside:
             return None
-        upload = self.fleet.service.begin_report(device, work.assignment, found).upload
+        upload = begin(self.fleet.service, device, work.assignment, found).upload
         body = self.fleet.vector(device).tobytes()
-        self.fleet.service.append_chunk(device, upload, 0, body[: len(body) // 2])
+        append_chunk(self.fleet.service, device, upload, 0, body[: len(body) // 2])
         return upload
 
     def finish(self, device: str, work) -> None:
@@ -117,20 +125,18 @@ class Line:
         service, vector = self.fleet.service, self.fleet.vector(device)
         body, found = vector.tobytes(), claims(vector)
         if self.inside:
-            sequence = service.device(device).sequence + 1
-            place = (device, sequence, work.assignment, work.number, work.attempt)
-            service.take_in([Arrival(*place, found, body)])
+            take_in(service, [arrival(service, device, work.assignment, vector)], "float32")
             return
         for _ in range(3):
-            answer = service.begin_report(device, work.assignment, found)
+            answer = begin(service, device, work.assignment, found)
             try:
                 if not isinstance(answer, Accepted):
                     rest = body[answer.offset :]
-                    service.append_chunk(device, answer.upload, answer.offset, rest)
-                    service.finish_report(device, answer.upload)
+                    append_chunk(service, device, answer.upload, answer.offset, rest)
+                    finish_report(service, device, answer.upload)
                 return
             except RefusedError as error:
-                if error.code not in ("digest", "incomplete"):
+                if error.code not in ("digest", "offset"):
                     raise
         raise AssertionError("the update was refused three times")
 
@@ -146,10 +152,10 @@ def play(places, kind: str, damage, moment: str) -> Fleet:
     for _ in range(2):
         fleet.round()
     if moment == "between rounds":  # the server was stopped, and no round is open
-        service.pause(fleet.run, "the test", actor="test")
-        service.abandon(fleet.run, "the test", actor="test")
+        pause(service, fleet.run, "the test", actor="test")
+        abandon(service, fleet.run, "the test", actor="test")
         spoil(fleet, kind, damage)
-        service.resume(fleet.run, actor="test")
+        resume(service, fleet.run, actor="test")
     service.tick()
     works = {device: line.fetch(device) for device in fleet.devices}
     if moment == "at work":
@@ -174,8 +180,8 @@ def play(places, kind: str, damage, moment: str) -> Fleet:
             break
         if status["state"] == "paused":
             assert "potluck fall-back" in status["reason"], status
-            commands.append(service.fall_back(fleet.run, actor="test"))
-            service.resume(fleet.run, actor="test")
+            commands.append(fall_back(service, fleet.run, actor="test"))
+            resume(service, fleet.run, actor="test")
         service.tick()
         for device in fleet.devices:
             work = line.fetch(device)
@@ -186,7 +192,7 @@ def play(places, kind: str, damage, moment: str) -> Fleet:
     status = fleet.status()
     assert (status["round"] >= 5, status["state"]) == (True, "running"), status
     assert len(commands) <= 1
-    assert service.verify_audit() is None
+    assert audit_check.check(service) is None
     is_model = "model" in kind or kind == "optimizer"
     if is_model and damage != DAMAGES["long"]:  # of a long one, what it should have is read
         assert commands
@@ -234,7 +240,7 @@ def test_without_a_lost_update_a_round_is_committed_if_its_minimum_holds(places,
     assert (third.attempt, third.accepted, len(kept), len(told)) == (1, 2, 2, 1)
     found = claims(fleet.vector(gone.device))
     with pytest.raises(RefusedError, match="the server lost its update"):
-        fleet.service.begin_report(gone.device, gone.id, found)
+        begin(fleet.service, gone.device, gone.id, found)
     fleet.service.close()
 
 
@@ -251,7 +257,7 @@ def test_an_operator_abandons_an_attempt_and_falls_back(places, tmp_path):
         served.until(lambda status: status["version"] == 1 and status["open"])
         assert "abandoned" in potluck("abandon", "--reason", "it hangs")
         served.until(lambda status: (status["open"] or {}).get("attempt") == 2)
-        model = service.model(served.desk.run, 1)
+        model = find_version(service, served.desk.run, 1)
         service.blobs.delete(model.key)
         path = f"/v1/models/{model.sha256}"
         assert device.send("GET", path).status_code == 503  # and the leader looks at it
@@ -265,8 +271,8 @@ def test_an_operator_abandons_an_attempt_and_falls_back(places, tmp_path):
         served.until(lambda status: status["version"] == 3)
         assert served.weights()[:2] == [1.0, 0.0]
         with pytest.raises(RefusedError, match="version 3, which can be read"):
-            service.fall_back(served.desk.run, actor="test")
-        assert service.fall_back(served.desk.run, 0, actor="test") == (0, 4)
+            fall_back(service, served.desk.run, actor="test")
+        assert fall_back(service, served.desk.run, 0, actor="test") == (0, 4)
 
 
 def test_blobs_that_are_away_are_waited_for_and_not_lost(tmp_path):
@@ -306,7 +312,7 @@ def test_a_model_that_is_lost_is_not_evaluated_and_keeps_no_other_from_it(places
     fleet.service.on_lost = lambda: lost.append(1)
     for _ in range(2):
         fleet.round()
-    fleet.service.blobs.delete(fleet.service.model(fleet.run, 1).key)
+    fleet.service.blobs.delete(find_version(fleet.service, fleet.run, 1).key)
     for _ in range(2):
         fleet.service.evaluate(fleet.run, lambda w: {"sum": float(w.sum())})
     found = {row["round"]: row["metrics"]["sum"] for row in fleet.service.evaluations(fleet.run)}
@@ -314,7 +320,7 @@ def test_a_model_that_is_lost_is_not_evaluated_and_keeps_no_other_from_it(places
     assert len(lost) == 1
     with pytest.raises(RefusedError, match="the model of version 1 is lost"):
         fleet.service.export(fleet.run, 1, actor="test")
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
     fleet.service.close()
 
 

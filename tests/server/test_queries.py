@@ -18,6 +18,7 @@ from sqlalchemy import event, insert, text, update
 from test_dashboard import browser, enter, key_of
 
 from fleet import Fleet, fingerprint
+from messages import check_in
 from potluck.core import RefusedError
 from potluck.protocol import (
     ROUTES,
@@ -37,6 +38,7 @@ from potluck.protocol import (
 )
 from potluck.server.console import Lines
 from potluck.server.dashboard.render import Showing
+from potluck.server.rounds.uploads import find_report
 from potluck.server.storage.database_tables import (
     assignments,
     evaluations,
@@ -252,10 +254,10 @@ def work(folder, num_rounds):
 
     def unknown_upload():
         with pytest.raises(RefusedError):
-            service.find_report(fleet.devices[0], "f" * 32)
+            find_report(service, fleet.devices[0], "f" * 32)
 
     measured("tick", service.tick)
-    measured("check-in", lambda: service.check_in(fleet.devices[0]))
+    measured("check-in", lambda: check_in(service, fleet.devices[0]))
     measured("unknown upload", unknown_upload)
     measured("report", lambda: fleet.take_part(fleet.devices[0]))
     for device in fleet.devices[1:]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fleet import CONTENT, Clock, claims
+from fleet import CONTENT, Clock
+from messages import begin, check_in, claims, read_version
 from potluck import Task
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
@@ -26,10 +27,12 @@ from potluck.core import (
 from potluck.core.codecs import CODECS, decode_blocks
 from potluck.device import TorchTrainer, one_client
 from potluck.engine.buffers import roles
-from potluck.protocol import Manifest, ManifestSpec, sign_manifest, verify_manifest
+from potluck.protocol import Manifest, ManifestSpec, Wait, sign_manifest, verify_manifest
 from potluck.protocol.keys import public_key
-from potluck.server import RoundSettings, Service, Wait
+from potluck.server import RoundSettings, Service
 from potluck.server.rounds.aggregate import BLOCK, Stored, aggregate, check_update
+from potluck.server.rounds.enrolment import enrol, issue_tokens
+from potluck.server.rounds.uploads import append_chunk, finish_report
 from potluck.server.storage.vectors import read_spec, write_spec
 from potluck.simulation import build_data, rounds
 
@@ -172,8 +175,8 @@ def begun(places, make, codec):
     service = Service.open(*places(), build=build_algorithm, clock=Clock())
     settings = RoundSettings.sampled(experiment)
     run = service.create_run(experiment, spec.pack(weights), spec.packed(), settings)
-    tokens = [service.issue_token(run, actor="test") for _ in range(6)]
-    devices = [service.enrol(t, bytes([i]) * 32).device for i, t in enumerate(tokens)]
+    tokens = [issue_tokens(service, run, actor="test")[0] for _ in range(6)]
+    devices = [enrol(service, t, bytes([i]) * 32).id for i, t in enumerate(tokens)]
     return experiment, task, spec, service, run, devices
 
 
@@ -192,10 +195,10 @@ def test_a_served_run_with_statistics_is_the_simulated_one(places, codec):
     for number in range(1, 4):
         service.tick()
         for device in devices:
-            work = service.check_in(device)
+            work = check_in(service, device)
             if isinstance(work, Wait):
                 continue
-            received = np.frombuffer(b"".join(service.read_model(run, work.version)), "<f4")
+            received = np.frombuffer(b"".join(read_version(service, run, work.version)), "<f4")
             place = {"seed": work.seed, "round": work.number, "client": work.client}
             update = trainers[work.client].train(
                 plan, packed, received, **place, check=lambda: None
@@ -214,14 +217,14 @@ def test_a_served_run_with_statistics_is_the_simulated_one(places, codec):
                 loss=update.loss,
                 sha256=hashlib.sha256(encoded.body).hexdigest(),
                 codec=codec,
-                num_bytes=len(encoded.body),
+                length_bytes=len(encoded.body),
             )
-            upload = service.begin_report(device, work.assignment, said)
-            service.append_chunk(device, upload.upload, 0, encoded.body)
-            service.finish_report(device, upload.upload)
+            upload = begin(service, device, work.assignment, said, codec)
+            append_chunk(service, device, upload.upload, 0, encoded.body)
+            finish_report(service, device, upload.upload)
             sent.append(len(encoded.body))
         service.tick()
-        weights = np.frombuffer(b"".join(service.read_model(run, number)), "<f4")
+        weights = np.frombuffer(b"".join(read_version(service, run, number)), "<f4")
         np.testing.assert_allclose(
             weights, spec.pack(simulated[number].weights), rtol=1e-6, atol=1e-6
         )

@@ -9,14 +9,22 @@ import pytest
 from safetensors.numpy import load
 from sqlalchemy import select
 
-from fleet import CONTENT, Clock, Fleet, claims
+from fleet import CONTENT, Clock, Fleet
+from messages import begin, check_in, claims, device_of, read_version, report_metrics
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_task
 from potluck.config.experiment import check_experiment
 from potluck.core import RefusedError
 from potluck.engine import TorchRuntime
-from potluck.server import Assigned, Attributes, Finished, RoundSettings, Service, Wait
+from potluck.protocol import Eligibility, Finished, Wait
+from potluck.server import RoundSettings, Service
 from potluck.server.dashboard.render import Showing
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.changes import pause, resume
+from potluck.server.rounds.check_in import Assigned, wait
+from potluck.server.rounds.enrolment import enrol, issue_tokens, revoke
+from potluck.server.rounds.leases import extend_lease, fail
+from potluck.server.rounds.uploads import append_chunk, find_report, finish_report
 from potluck.server.storage.database_tables import evaluations
 from potluck.simulation import build_data, rounds
 from potluck.simulation.executors.executor import kernel_threads
@@ -36,7 +44,7 @@ def test_a_round_adds_the_mean_of_its_reports_to_the_model(fleet):
     fleet.round()
     assert fleet.weights().tolist() == [0.5] * 4
     assert [row["number"] for row in fleet.service.history(fleet.run)] == [1, 2]
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
 
 
 def test_the_order_of_arrival_changes_no_bit(places):
@@ -69,57 +77,58 @@ def test_a_served_run_is_the_simulated_one(places):
     runtime = TorchRuntime(task)
     run = service.create_run(experiment, task.initial_weights(7), runtime.spec, settings)
     devices = [
-        service.enrol(service.issue_token(run, actor="test"), bytes([i]) * 32).device
+        enrol(service, issue_tokens(service, run, actor="test")[0], bytes([i]) * 32).id
         for i in range(12)
     ]
     for number in range(1, 5):
         service.tick()
         trained = []
         for device in devices:
-            work = service.check_in(device)
+            work = check_in(service, device)
             if isinstance(work, Wait):
-                assert work.reason == "not selected"
+                assert work.reason == "not_selected"
                 continue
-            received = np.frombuffer(b"".join(service.read_model(run, work.version)), "<f4")
+            received = np.frombuffer(b"".join(read_version(service, run, work.version)), "<f4")
             examples = task.data.client(work.client)
             runtime.take(examples)
             place = {"seed": work.seed, "round": work.number, "client": work.client}
             with kernel_threads(1):  # as `loop` has, for the same bits
                 update = algorithm.client_update(runtime, received, examples.num_examples, **place)
             said = claims(update.delta, weight=update.weight, loss=update.loss)
-            upload = service.begin_report(device, work.assignment, said)
-            service.append_chunk(device, upload.upload, 0, update.delta.astype("<f4").tobytes())
-            service.finish_report(device, upload.upload)
+            upload = begin(service, device, work.assignment, said)
+            append_chunk(service, device, upload.upload, 0, update.delta.astype("<f4").tobytes())
+            finish_report(service, device, upload.upload)
             trained.append(work.client)
         assert trained == simulated[number].cohort.tolist()
         service.tick()
-        weights = np.frombuffer(b"".join(service.read_model(run, number)), "<f4")
+        weights = np.frombuffer(b"".join(read_version(service, run, number)), "<f4")
         assert np.array_equal(weights, simulated[number].weights)
     service.tick()
-    assert isinstance(service.check_in(devices[0]), Finished)
+    assert isinstance(check_in(service, devices[0]), Finished)
     service.close()
 
 
 def test_an_open_round_over_selects_and_closes_at_the_goal(places):
     fleet = Fleet(*places(), count=10, goal=5, over_selection=1.3)
     fleet.service.tick()
-    works = [fleet.service.check_in(device) for device in fleet.devices]
+    works = [check_in(fleet.service, device) for device in fleet.devices]
     assert [isinstance(work, Assigned) for work in works] == [True] * 7 + [False] * 3
-    assert works[7].reason == "slots taken"
+    assert works[7].reason == "full"
     assert works[7].retry_after_seconds >= 0.1
     fleet.service.tick()
     assert fleet.status()["open"]["state"] == "TRAINING"
-    answers = [
+    goals, told = [], []
+    fleet.service.on_goal = lambda: goals.append(1)
+    for device, work in zip(fleet.devices[:5], works[:5], strict=True):
         fleet.send(device, work.assignment)
-        for device, work in zip(fleet.devices[:5], works[:5], strict=True)
-    ]
-    assert [answer.is_goal for answer in answers] == [False] * 4 + [True]
+        told.append(len(goals))
+    assert told == [0] * 4 + [1]
     with pytest.raises(RefusedError, match="all the reports it needs") as late:
         fleet.send(fleet.devices[5], works[5].assignment)
     assert late.value.code == "late"
     fleet.service.tick()
     with pytest.raises(RefusedError) as late:
-        fleet.service.begin_report(fleet.devices[6], works[6].assignment, claims(np.ones(10)))
+        begin(fleet.service, fleet.devices[6], works[6].assignment, claims(np.ones(10)))
     assert late.value.code == "late"
     assert fleet.weights()[:6].tolist() == [np.float32(0.2)] * 5 + [0.0]
     fleet.service.close()
@@ -152,7 +161,8 @@ def test_the_minimum_commits_at_the_deadline_and_one_less_abandons(places):
     assert status["open"]["id"] != first[0].round
     for device, work in zip(fleet.devices, first, strict=False):
         if device != fleet.devices[3]:  # it reported, and may hear so again
-            assert fleet.send(device, work.assignment).round == first[0].round
+            answer = fleet.send(device, work.assignment)
+            assert (answer.round, answer.attempt) == (first[0].number, first[0].attempt)
             continue
         with pytest.raises(RefusedError) as late:
             fleet.send(device, work.assignment)
@@ -171,8 +181,8 @@ def test_three_abandoned_attempts_pause_the_run_and_say_why(places):
     status = fleet.status()
     assert (status["state"], status["version"], status["open"]) == ("paused", 0, None)
     assert "1 devices of at least 4" in status["reason"]
-    assert fleet.service.check_in(fleet.devices[0]).reason == "paused"
-    fleet.service.resume(fleet.run, actor="test")
+    assert check_in(fleet.service, fleet.devices[0]).reason == "paused"
+    resume(fleet.service, fleet.run, actor="test")
     fleet.service.tick()
     assert fleet.status()["open"]["attempt"] == 4
     fleet.round()
@@ -184,9 +194,9 @@ def test_an_expired_lease_frees_the_slot_and_progress_keeps_it(places):
     fleet = Fleet(*places(), count=3, goal=2, lease_seconds=30.0)
     fleet.service.tick()
     silent, busy = (fleet.assign(device) for device in fleet.devices[:2])
-    assert fleet.service.check_in(fleet.devices[2]).reason == "slots taken"
+    assert check_in(fleet.service, fleet.devices[2]).reason == "full"
     fleet.clock.pass_(20)
-    assert fleet.service.extend_lease(fleet.devices[1], busy.assignment) == 30.0
+    assert extend_lease(fleet.service, fleet.devices[1], busy.assignment).lease_seconds == 30
     fleet.clock.pass_(11)
     fleet.service.tick()
     with pytest.raises(RefusedError, match="lease ran out") as late:
@@ -221,8 +231,8 @@ def test_a_report_that_counts_is_not_taken_back(fleet):
     work = fleet.assign(device)
     first = fleet.send(device, work.assignment)
     for act in (
-        lambda: fleet.service.fail(device, work.assignment, "no power"),
-        lambda: fleet.service.extend_lease(device, work.assignment),
+        lambda: fail(fleet.service, device, work.assignment, "no power"),
+        lambda: extend_lease(fleet.service, device, work.assignment),
     ):
         with pytest.raises(RefusedError, match="has reported") as late:
             act()
@@ -252,15 +262,15 @@ def test_an_upload_to_a_round_that_is_over_is_late_and_not_unknown(fleet):
     fleet.service.tick()
     device = fleet.devices[0]
     work, body = fleet.assign(device), fleet.vector(device).tobytes()
-    upload = fleet.service.begin_report(device, work.assignment, claims(fleet.vector(device)))
-    fleet.service.append_chunk(device, upload.upload, 0, body[:7])
+    upload = begin(fleet.service, device, work.assignment, claims(fleet.vector(device)))
+    append_chunk(fleet.service, device, upload.upload, 0, body[:7])
     fleet.clock.pass_(121)
     fleet.service.tick()  # abandoned, and swept
     assert fleet.status()["open"]["attempt"] == 2
     for act in (
-        lambda: fleet.service.find_report(device, upload.upload),
-        lambda: fleet.service.append_chunk(device, upload.upload, 7, body[7:]),
-        lambda: fleet.service.finish_report(device, upload.upload),
+        lambda: find_report(fleet.service, device, upload.upload),
+        lambda: append_chunk(fleet.service, device, upload.upload, 7, body[7:]),
+        lambda: finish_report(fleet.service, device, upload.upload),
     ):
         with pytest.raises(RefusedError) as late:
             act()
@@ -272,13 +282,13 @@ def test_an_upload_to_a_round_that_is_over_is_late_and_not_unknown(fleet):
     [
         ([np.nan, 0, 0, 0], {}, "not_finite"),
         ([np.inf, 0, 0, 0], {}, "not_finite"),
-        ([2e4, 0, 0, 0], {}, "bad_update"),
-        ([9e3, 0, 0, 0], {"weight": 9e5}, "bad_update"),
-        ([1, 0, 0], {}, "bad_update"),
-        ([1, 0, 0, 0], {"weight": float("nan")}, "bad_update"),
-        ([1, 0, 0, 0], {"weight": 0.0}, "bad_update"),
-        ([1, 0, 0, 0], {"weight": 2e6}, "bad_update"),
-        ([1, 0, 0, 0], {"loss": float("inf")}, "bad_update"),
+        ([2e4, 0, 0, 0], {}, "bounds"),
+        ([9e3, 0, 0, 0], {"weight": 9e5}, "bounds"),
+        ([1, 0, 0], {}, "wrong_length"),
+        ([1, 0, 0, 0], {"weight": float("nan")}, "bounds"),
+        ([1, 0, 0, 0], {"weight": 0.0}, "bounds"),
+        ([1, 0, 0, 0], {"weight": 2e6}, "bounds"),
+        ([1, 0, 0, 0], {"loss": float("inf")}, "bounds"),
         ([1, 0, 0, 0], {"sha256": "0" * 64}, "digest"),
         ([1, 0, 0, 0], {"codec": "pickle"}, "malformed"),
     ],
@@ -304,23 +314,23 @@ def test_an_upload_goes_on_where_it_was_cut(fleet):
     work = fleet.assign(device)
     body = fleet.vector(device).tobytes()
     said = claims(fleet.vector(device))
-    upload = fleet.service.begin_report(device, work.assignment, said)
-    assert fleet.service.append_chunk(device, upload.upload, 0, body[:7]).offset == 7
-    assert fleet.service.append_chunk(device, upload.upload, 0, body[:7]).offset == 7
-    assert fleet.service.append_chunk(device, upload.upload, 9, body[9:]).offset == 7
+    upload = begin(fleet.service, device, work.assignment, said)
+    assert append_chunk(fleet.service, device, upload.upload, 0, body[:7]).offset == 7
+    assert append_chunk(fleet.service, device, upload.upload, 0, body[:7]).offset == 7
+    assert append_chunk(fleet.service, device, upload.upload, 9, body[9:]).offset == 7
     with pytest.raises(RefusedError) as incomplete:
-        fleet.service.finish_report(device, upload.upload)
-    assert incomplete.value.code == "incomplete"
-    again = fleet.service.begin_report(device, work.assignment, said)
-    assert again == upload._replace(offset=7)
+        finish_report(fleet.service, device, upload.upload)
+    assert incomplete.value.code == "offset"
+    again = begin(fleet.service, device, work.assignment, said)
+    assert again == upload.model_copy(update={"offset": 7})
     with pytest.raises(RefusedError) as malformed:
-        fleet.service.append_chunk(device, upload.upload, 7, body[7:] + b"x")
+        append_chunk(fleet.service, device, upload.upload, 7, body[7:] + b"x")
     assert malformed.value.code == "malformed"
     with pytest.raises(RefusedError) as unknown:
-        fleet.service.append_chunk(fleet.devices[1], upload.upload, 7, body[7:])
-    assert unknown.value.code == "unknown"
-    fleet.service.append_chunk(device, upload.upload, 7, body[7:])
-    fleet.service.finish_report(device, upload.upload)
+        append_chunk(fleet.service, fleet.devices[1], upload.upload, 7, body[7:])
+    assert unknown.value.code == "not_found"
+    append_chunk(fleet.service, device, upload.upload, 7, body[7:])
+    finish_report(fleet.service, device, upload.upload)
     assert fleet.status()["open"]["reported"] == 1
 
 
@@ -372,12 +382,12 @@ def test_a_device_in_the_wrong_condition_is_not_selected(places):
     fleet.service.tick()
     device = fleet.devices[0]
     for attributes in (
-        Attributes(),
-        Attributes(charging=False, free_memory_bytes=100),
-        Attributes(charging=True, free_memory_bytes=99),
+        Eligibility(),
+        Eligibility(charging=False, free_memory_bytes=100),
+        Eligibility(charging=True, free_memory_bytes=99),
     ):
-        assert fleet.service.check_in(device, attributes).reason == "not eligible"
-    work = fleet.service.check_in(device, Attributes(charging=True, free_memory_bytes=100))
+        assert check_in(fleet.service, device, attributes).reason == "ineligible"
+    work = check_in(fleet.service, device, Eligibility(charging=True, free_memory_bytes=100))
     assert isinstance(work, Assigned)
     fleet.service.close()
 
@@ -387,7 +397,7 @@ def lasting(fleet, seconds):
     fleet.service.tick()
     work = fleet.assign(fleet.devices[0])
     fleet.clock.pass_(seconds / 2)
-    fleet.service.extend_lease(fleet.devices[0], work.assignment)
+    extend_lease(fleet.service, fleet.devices[0], work.assignment)
     fleet.clock.pass_(seconds / 2)
     fleet.send(fleet.devices[0], work.assignment)
     fleet.service.tick()
@@ -405,8 +415,8 @@ def test_a_device_is_held_for_as_long_as_rounds_were_measured_to_take(places):
         fleet.clock.pass_(5000)  # nobody comes
         work = fleet.assign(first)
         fleet.clock.pass_(1)
-        seconds = fleet.service.check_in(second).retry_after_seconds
-        assert fleet.service.come_back(first) <= seconds + 10
+        seconds = check_in(fleet.service, second).retry_after_seconds
+        assert wait(fleet.service, first, "noted").retry_after_seconds <= seconds + 10
         fleet.send(first, work.assignment)
         fleet.service.tick()
         return seconds
@@ -427,7 +437,7 @@ def test_waiting_devices_come_back_over_the_whole_window(places):
     fleet.service.tick()
     fleet.assign(fleet.devices[0])
     fleet.clock.pass_(1000)  # as long as it usually takes: the next round may begin
-    waits = [fleet.service.check_in(device).retry_after_seconds for device in fleet.devices[1:]]
+    waits = [check_in(fleet.service, device).retry_after_seconds for device in fleet.devices[1:]]
     assert 0.1 <= min(waits) < 5
     assert 25 < max(waits) <= 30
     per_window = np.histogram(waits, bins=6, range=(0, 30))[0]
@@ -444,7 +454,7 @@ def test_federated_evaluation_is_a_round_that_changes_no_model(places):
         fleet.send(fleet.devices[0], works[0].assignment)
     sums = [{"accuracy": (3.0, 4.0)}, {"accuracy": (1.0, 12.0)}]
     for device, work, metrics in zip(fleet.devices, works, sums, strict=True):
-        fleet.service.report_metrics(device, work.assignment, metrics)
+        report_metrics(fleet.service, device, work.assignment, metrics)
     fleet.service.tick()
     [row] = fleet.service.evaluations(fleet.run)
     assert (row["kind"], row["round"], row["metrics"]) == ("federated", 1, {"accuracy": 0.25})
@@ -467,12 +477,12 @@ def test_central_evaluation_is_done_once_for_every_version_that_is_due(places):
 def test_pause_selects_nobody_and_lets_the_others_finish(fleet):
     fleet.service.tick()
     work = fleet.assign(fleet.devices[0])
-    fleet.service.pause(fleet.run, "maintenance", actor="test")
-    assert fleet.service.check_in(fleet.devices[1]).reason == "paused"
+    pause(fleet.service, fleet.run, "maintenance", actor="test")
+    assert check_in(fleet.service, fleet.devices[1]).reason == "paused"
     fleet.send(fleet.devices[0], work.assignment)
     with pytest.raises(RefusedError, match="must be running, it is paused"):
-        fleet.service.pause(fleet.run, "again", actor="test")
-    fleet.service.resume(fleet.run, actor="test")
+        pause(fleet.service, fleet.run, "again", actor="test")
+    resume(fleet.service, fleet.run, actor="test")
     for device in fleet.devices[1:]:
         fleet.take_part(device)
     fleet.service.tick()
@@ -483,15 +493,15 @@ def test_a_revoked_device_does_nothing_any_more(fleet):
     fleet.service.tick()
     device = fleet.devices[0]
     work = fleet.assign(device)
-    fleet.service.revoke(device, actor="test")
+    revoke(fleet.service, device, actor="test")
     for call in (
-        lambda: fleet.service.check_in(device),
+        lambda: check_in(fleet.service, device),
         lambda: fleet.send(device, work.assignment),
-        lambda: fleet.service.device(device),
+        lambda: device_of(fleet.service, device),
     ):
         with pytest.raises(RefusedError) as revoked:
             call()
-        assert revoked.value.code == "revoked"
+        assert revoked.value.code == "unknown"
 
 
 def test_an_export_is_the_model_by_its_names(fleet):

@@ -22,8 +22,12 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 
 from fleet import Fleet
+from messages import check_in, report_metrics
 from potluck.core import RefusedError
-from potluck.server import Assigned
+from potluck.server.rounds import audit_check
+from potluck.server.rounds.changes import resume
+from potluck.server.rounds.check_in import Assigned
+from potluck.server.rounds.leases import extend_lease, fail
 from potluck.server.storage.database_tables import assignments, rounds
 
 COUNT, GOAL, MINIMUM, SLOTS = 5, 3, 2, 4
@@ -83,7 +87,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), device=DEVICES)
     def check_in(self, which, device) -> None:
-        answer = self.servers[which].check_in(self.fleet.devices[device])
+        answer = check_in(self.servers[which], self.fleet.devices[device])
         if isinstance(answer, Assigned) and (device, answer) not in self.works:
             assert answer.client == device
             self.works.append((device, answer))
@@ -110,7 +114,7 @@ class Machine(RuleBasedStateMachine):
             check_code(refused, "late")
             assert device not in self.accepted.get(work.round, set())
             return
-        assert answer.round == work.round
+        assert (answer.round, answer.attempt) == (work.number, work.attempt)
         self.accepted.setdefault(work.round, set()).add(device)
 
     def send(self, device: int, work: Assigned, value: float | None = None):
@@ -120,7 +124,7 @@ class Machine(RuleBasedStateMachine):
             vector = None if value is None else np.full(COUNT, value, np.float32)
             return self.fleet.send(id, work.assignment, vector)
         metrics = {"correct": (float(device) if value is None else value, 10.0)}
-        return self.fleet.service.report_metrics(id, work.assignment, metrics)
+        return report_metrics(self.fleet.service, id, work.assignment, metrics)
 
     @rule(data=st.data(), kind=st.sampled_from(["fail", "progress", "other", "bad"]))
     def disturb(self, data, kind) -> None:
@@ -131,9 +135,9 @@ class Machine(RuleBasedStateMachine):
         reported = device in self.accepted.get(work.round, set())
         try:
             if kind == "fail" and not reported:
-                service.fail(id, work.assignment, "no power")
+                fail(service, id, work.assignment, "no power")
             elif kind == "progress":
-                service.extend_lease(id, work.assignment)
+                extend_lease(service, id, work.assignment)
             elif kind == "other" and reported:
                 self.send(device, work, 7.0)
                 raise AssertionError("two reports of one device")
@@ -141,7 +145,7 @@ class Machine(RuleBasedStateMachine):
                 self.send(device, work, float("nan"))
                 raise AssertionError("a report of NaN")
         except RefusedError as refused:
-            check_code(refused, "late", "conflict", "bad_update", "not_finite")
+            check_code(refused, "late", "conflict", "bounds", "not_finite")
 
     @rule(seconds=st.sampled_from([1, 50, 121, 601]))
     def wait(self, seconds) -> None:
@@ -171,7 +175,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         if self.fleet.status()["state"] == "paused":
-            self.fleet.service.resume(self.fleet.run, actor="test")
+            resume(self.fleet.service, self.fleet.run, actor="test")
 
     @invariant()
     def the_model_is_the_sum_of_the_accepted_sets(self) -> None:
@@ -211,7 +215,7 @@ class Machine(RuleBasedStateMachine):
                 ends = db.execute(select(rounds.c.kind, rounds.c.state)).all()
             SEEN.update(f"{row.kind} {row.state}" for row in ends)
             SEEN["runs"] += 1
-            assert self.fleet.service.verify_audit() is None
+            assert audit_check.check(self.fleet.service) is None
             for server in self.servers:
                 server.database.close()
             shutil.rmtree(self.folder)

@@ -19,11 +19,14 @@ from obstore.store import MemoryStore
 from sqlalchemy import delete, select, text, update
 
 from fleet import Clock, Fleet
+from messages import check_in
 from potluck.config.algorithm_section import build_algorithm
 from potluck.core import RefusedError, RunError, Spec, StorageError
 from potluck.protocol import decode_blocks
 from potluck.server import Service
+from potluck.server.rounds import audit_check
 from potluck.server.rounds.aggregate import BLOCK, Stored, aggregate
+from potluck.server.rounds.enrolment import claim_sequences, enrol, issue_tokens
 from potluck.server.storage.blobs import FolderStore, open_blobs
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import audit, metadata, tokens
@@ -120,13 +123,13 @@ def test_a_full_disk_under_the_database_is_a_storage_error(tmp_path, small_disk)
     fleet.service.tick()
     room = os.statvfs(small_disk)
     (small_disk / "filler").write_bytes(b"x" * (room.f_bavail * room.f_frsize))
-    issue = functools.partial(fleet.service.issue_token, fleet.run, actor="test")
+    issue = functools.partial(issue_tokens, fleet.service, fleet.run, actor="test")
     with pytest.raises(StorageError, match="full"):
         list(itertools.islice(iter(issue, None), 1000))
     (small_disk / "filler").unlink()
     fleet.round()
     assert fleet.weights().tolist() == [0.25] * 4
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
     fleet.service.close()
 
 
@@ -173,10 +176,10 @@ def test_another_database_is_refused(url):
 )
 def test_the_audit_log_names_its_first_broken_row(tmp_path, change, number, reason):
     fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs")
-    assert fleet.service.verify_audit() is None
+    assert audit_check.check(fleet.service) is None
     with fleet.service.database.write() as db:
         db.execute(change)
-    found = fleet.service.verify_audit()
+    found = audit_check.check(fleet.service)
     assert found.number == number
     assert reason in found.reason
     fleet.service.close()
@@ -203,13 +206,13 @@ def race(count, act):
 
 def test_of_50_uses_of_one_token_exactly_one_wins(places):
     fleet = Fleet(*places(), count=1)
-    token = fleet.service.issue_token(fleet.run, actor="test")
-    results = race(50, lambda i: fleet.service.enrol(token, bytes([99, i]) * 16))
+    token = issue_tokens(fleet.service, fleet.run, actor="test")[0]
+    results = race(50, lambda i: enrol(fleet.service, token, bytes([99, i]) * 16))
     winners = [result for result in results if result != "token"]
     assert len(winners) == 1
     assert fleet.status()["devices"] == 2
     winner = results.index(winners[0])
-    assert fleet.service.enrol(token, bytes([99, winner]) * 16) == winners[0]  # asked again
+    assert enrol(fleet.service, token, bytes([99, winner]) * 16) == winners[0]  # asked again
     with fleet.service.database.read() as db:
         assert token not in db.scalars(select(tokens.c.hash)).all()
     fleet.service.close()
@@ -217,33 +220,35 @@ def test_of_50_uses_of_one_token_exactly_one_wins(places):
 
 def test_an_expired_token_and_a_known_key_are_refused(tmp_path):
     fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=1)
-    token = fleet.service.issue_token(fleet.run, actor="test", valid_seconds=10)
+    token = issue_tokens(fleet.service, fleet.run, actor="test", valid_seconds=10)[0]
     with pytest.raises(RefusedError) as known:
-        fleet.service.enrol(token, bytes([0, 0]) * 16)
+        enrol(fleet.service, token, bytes([0, 0]) * 16)
     assert known.value.code == "conflict"
     fleet.clock.pass_(11)
     with pytest.raises(RefusedError) as expired:
-        fleet.service.enrol(token, bytes([5]) * 32)
+        enrol(fleet.service, token, bytes([5]) * 32)
     assert expired.value.code == "token"
     fleet.service.close()
 
 
 def test_devices_that_enrol_at_once_get_indices_without_gaps(places):
     fleet = Fleet(*places(), count=1)
-    given = [fleet.service.issue_token(fleet.run, actor="test") for _ in range(12)]
-    enrolled = race(12, lambda i: fleet.service.enrol(given[i], bytes([7, i]) * 16))
+    given = [issue_tokens(fleet.service, fleet.run, actor="test")[0] for _ in range(12)]
+    enrolled = race(12, lambda i: enrol(fleet.service, given[i], bytes([7, i]) * 16))
     assert sorted(result.client for result in enrolled) == list(range(1, 13))
     fleet.service.close()
 
 
 def test_a_sequence_number_counts_once(places):
     fleet = Fleet(*places(), count=1)
-    results = race(8, lambda i: fleet.service.claim_sequence(fleet.devices[0], 5))
-    assert sorted(map(str, results)) == ["None"] + ["replayed"] * 7
+    results = race(8, lambda i: claim_sequences(fleet.service, [(fleet.devices[0], 5)])[0])
+    codes = [getattr(result, "code", "") for result in results]
+    assert sorted(codes) == [""] + ["replayed"] * 7
     again = fleet.open()
-    with pytest.raises(RefusedError):
-        again.claim_sequence(fleet.devices[0], 4)
-    again.claim_sequence(fleet.devices[0], 6)
+    claims = [(fleet.devices[0], 4), (fleet.devices[0], 6)]
+    refused, noted = claim_sequences(again, claims)
+    assert isinstance(refused, RefusedError)
+    assert noted is None
     again.close()
     fleet.service.close()
 
@@ -251,7 +256,7 @@ def test_a_sequence_number_counts_once(places):
 def test_slots_are_not_given_twice_when_all_check_in_at_once(places):
     fleet = Fleet(*places(), count=12, goal=4)
     fleet.service.tick()
-    answers = race(12, lambda i: type(fleet.service.check_in(fleet.devices[i])).__name__)
+    answers = race(12, lambda i: type(check_in(fleet.service, fleet.devices[i])).__name__)
     assert sorted(answers) == ["Assigned"] * 4 + ["Wait"] * 8
     fleet.service.close()
 

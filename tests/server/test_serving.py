@@ -27,11 +27,12 @@ from starlette.requests import Request
 from typer.testing import CliRunner
 
 from fleet import Fleet
+from messages import head_of
 from potluck.cli.main import app
 from potluck.cli.serve import open_server
 from potluck.config.experiment import check_experiment, load_experiment
 from potluck.config.round_settings import in_words
-from potluck.core import ProtocolError, RefusedError, RunError
+from potluck.core import CodedError, ProtocolError, RefusedError, RunError
 from potluck.protocol import Accepted, Assignment, Error, Upload, encode_message, parse_message
 from potluck.server import RoundSettings
 from potluck.server.console import Lines
@@ -41,6 +42,8 @@ from potluck.server.http.device_app import error_handlers
 from potluck.server.http.server_connection import Connection
 from potluck.server.logs import JsonFormatter
 from potluck.server.process import Listen
+from potluck.server.rounds.changes import pause, resume
+from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.storage.blobs import open_blobs
 from potluck.server.storage.database_tables import audit
 from potluck.server.storage.state_folder import Home
@@ -204,7 +207,7 @@ def test_operators_ask_and_are_answered(tmp_path):
         assert re.fullmatch(
             r"whole: \d+ rows, .* hash [0-9a-f]{64}\n", potluck("audit", "--home", home)
         )
-        head = served.desk.service.audit_head()[1]
+        head = head_of(served.desk.service)[1]
         assert "whole" in potluck("audit", "--since", head, "--home", home)
         assert "64 hex digits" in error_of("audit", "--since", head[1:], "--home", home)
         wrong = error_of("audit", "--since", head[1:] + "0", "--home", home)
@@ -391,7 +394,7 @@ def test_an_operators_own_certificate_is_not_pinned(tmp_path):
 def test_who_is_told_to_come_back_keeps_a_connection_that_has_little_left(length, told):
     headers = [(b"content-length", length.encode())]
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers})
-    refuse = error_handlers(lambda: 0)[ProtocolError]
+    refuse = error_handlers(lambda: 0)[CodedError]
     answer = asyncio.run(refuse(request, ProtocolError("overloaded", "too many")))
     assert answer.status_code == 429
     assert answer.headers["Retry-After"] in ("1", "2", "3")
@@ -566,8 +569,8 @@ def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(s
     file.write_text(EXPERIMENT)
     server = open_server(file, [], home, Listen(port=0))
     service, run = server.desk.service, server.desk.run
-    token = service.issue_token(run, actor="test")
-    service.enrol(token, bytes(32))
+    token = issue_tokens(service, run, actor="test")[0]
+    enrol(service, token, bytes(32))
     fingerprint, key = server.certificate, server.desk.key
     server.close()
     changes = ["run.rounds=7", "algorithm.client_lr=0.5"]
@@ -612,8 +615,8 @@ def test_a_line_a_round_for_people(tmp_path):
     assert re.fullmatch(words, shown[0])
     assert lines.look() == []
     assert Lines(fleet.service, fleet.run).look() == ["going on after round 1"]
-    fleet.service.pause(fleet.run, "for lunch", actor="test")
-    fleet.service.resume(fleet.run, actor="test")
+    pause(fleet.service, fleet.run, "for lunch", actor="test")
+    resume(fleet.service, fleet.run, actor="test")
     fleet.assign(fleet.devices[0])
     fleet.clock.pass_(10_000)
     fleet.service.tick()

@@ -156,7 +156,7 @@ def open_server(
     settings = RoundSettings.served(experiment)
     home = Home(home_folder)
     places: dict[str, Any] = {"database": database, "blobs": blobs, "build": build_algorithm}
-    desk = resume_desk(experiment, home, settings=settings, **places)
+    desk = resume_desk(experiment, home, settings=settings, restored=restored, **places)
     judge = judge_of(experiment if desk is None else desk.experiment)
     if desk is None:
         if restored:
@@ -168,8 +168,6 @@ def open_server(
         needs: tuple[Need, ...] = tuple(n for n in every if getattr(settings, f"needs_{n}"))
         begun = judge.begin(needs)._asdict()
         desk = open_desk(experiment, home, settings=settings, **begun, **places)
-    elif restored:
-        desk.service.begin_epoch(desk.run, actor="admin")
     seconds = experiment.server.long_poll_seconds
     try:
         evaluate = judge.evaluate if is_evaluated(experiment) else None

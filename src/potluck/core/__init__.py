@@ -15,6 +15,7 @@ from potluck.core.direction import higher_is_better
 from potluck.core.errors import (
     AbandonedError,
     ChecksumError,
+    CodedError,
     ConfigError,
     DataError,
     DivergedError,
@@ -39,6 +40,7 @@ __all__ = [
     "AbandonedError",
     "ChecksumError",
     "Codec",
+    "CodedError",
     "ConfigError",
     "Correction",
     "DataError",

@@ -11,9 +11,11 @@
     │   └── DivergedError  its loss or weights are no longer finite
     ├── WorkerError        a worker process died or failed
     ├── AbandonedError     too few devices came or reported, attempt after attempt
-    ├── ProtocolError      bytes from the network that are refused, with a code
     ├── StorageError       a server's database or blobs cannot be read or written now
-    └── RefusedError       a server does not do what a device or an operator asked, and says why
+    │   └── LostError      what was stored is missing, short or damaged
+    └── CodedError         something is refused, with a code for programs
+        ├── ProtocolError  bytes from the network
+        └── RefusedError   what a device or an operator asked of a server
 
 A mistake in an argument of a function is a plain `ValueError` or `TypeError`; `DataError`,
 `ConfigError` and `TaskError` are `ValueError`s too. Each message says what was expected, what was
@@ -67,10 +69,15 @@ class AbandonedError(PotluckError):
     """Too few devices came or reported, attempt after attempt."""
 
 
-class ProtocolError(PotluckError):
-    """Bytes from the network that are refused.
+class StorageError(PotluckError):
+    """A server's database or blobs cannot be read or written now; what was acknowledged is safe."""
 
-    `code` is a word of a fixed vocabulary, for programs; the message is for people.
+
+class CodedError(PotluckError):
+    """Something is refused: `code` is one word for programs, the message is for people.
+
+    A server's codes are those of the protocol (`protocol.ErrorCode`), from the function that
+    refuses to the answer.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -81,16 +88,12 @@ class ProtocolError(PotluckError):
         return str(self.args[1])
 
 
-class StorageError(PotluckError):
-    """A server's database or blobs cannot be read or written now; what was acknowledged is safe."""
+class ProtocolError(CodedError):
+    """Bytes from the network that are refused."""
 
 
-class RefusedError(PotluckError):
-    """A server does not do what was asked; `code` is one word that a program can act upon."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+class RefusedError(CodedError):
+    """A server does not do what was asked."""
 
 
 class LostError(StorageError):

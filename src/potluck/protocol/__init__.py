@@ -40,6 +40,7 @@ from potluck.protocol.messages import (
     Runtime,
     Upload,
     Wait,
+    WaitReason,
     encode_message,
     parse_message,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "Runtime",
     "Upload",
     "Wait",
+    "WaitReason",
     "check_body",
     "decode_blocks",
     "decode_inline",

@@ -55,6 +55,10 @@ MetricName: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 # JSON has no tuples: an array is taken for one, strictly inside.
 Sum: TypeAlias = Annotated[tuple[Number, Count], Field(strict=False)]
 
+WaitReason: TypeAlias = Literal[
+    "not_selected", "full", "between_rounds", "ineligible", "unsupported", "paused", "noted"
+]
+
 
 class Message(BaseModel):
     """What all messages have in common: nothing unknown, nothing converted, nothing changed."""
@@ -154,9 +158,7 @@ class Wait(Message):
 
     type: Literal["wait"] = "wait"
     retry_after_seconds: RetryAfter
-    reason: Literal[
-        "not_selected", "full", "between_rounds", "ineligible", "unsupported", "paused", "noted"
-    ]
+    reason: WaitReason
 
 
 class Finished(Message):

@@ -11,31 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potluck.config.round_settings import RoundSettings
-    from potluck.server.rounds.check_in import Assigned, Attributes, Finished, Wait
-    from potluck.server.rounds.enrolment import Enrolled
-    from potluck.server.rounds.uploads import Accepted, Claims, Upload
     from potluck.server.service import Service
 
 _HOMES = {
-    "potluck.server.rounds.enrolment": ("Enrolled",),
-    "potluck.server.rounds.check_in": ("Assigned", "Attributes", "Finished", "Wait"),
-    "potluck.server.rounds.uploads": ("Accepted", "Claims", "Upload"),
     "potluck.server.service": ("Service",),
     "potluck.config.round_settings": ("RoundSettings",),
 }
 
-__all__ = [
-    "Accepted",
-    "Assigned",
-    "Attributes",
-    "Claims",
-    "Enrolled",
-    "Finished",
-    "RoundSettings",
-    "Service",
-    "Upload",
-    "Wait",
-]
+__all__ = ["RoundSettings", "Service"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ class Lines:
             mark = read_mark(db, self._run)
             if mark == self._mark:
                 return []
-            seen = read_overview(db, self._run, self._service.time.now(), self._past)
+            seen = read_overview(db, self._run, self._service.now(), self._past)
         waiting = {n for n, _ in self._service.pending_evaluations(self._run)}
         is_first, self._mark = self._shown is None, mark
         told = self._rounds(seen, waiting if self._is_evaluated else set())

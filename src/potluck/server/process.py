@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -45,9 +46,11 @@ from potluck.server.http.notifier import Bell
 from potluck.server.http.server_connection import Connection
 from potluck.server.memory import Looker, Trimmer, no_long_looks, share_heaps
 from potluck.server.metrics import Meters
-from potluck.server.service import Begun, Service
+from potluck.server.rounds.changes import begin_epoch
+from potluck.server.service import Service
 from potluck.server.storage.state_folder import Home
-from potluck.server.storage.stored_run import find, kept
+from potluck.server.storage.stored_run import Kept, find, kept
+from potluck.server.storage.vectors import read_spec
 
 TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
@@ -283,7 +286,7 @@ def open_desk(
     except BaseException:
         service.close()
         raise
-    return _desk(service, key, Begun(run, spec, plan, experiment, settings, []))
+    return _desk(service, key, run, spec, plan, Kept(experiment, settings, []))
 
 
 def resume_desk(
@@ -294,6 +297,7 @@ def resume_desk(
     blobs: str | None,
     build: Callable[[Experiment], Algorithm],
     settings: RoundSettings,
+    restored: bool = False,
 ) -> Desk | None:
     """Go on with the run of an experiment, if it was begun: without its data, and so at once."""
 
@@ -308,7 +312,11 @@ def resume_desk(
     try:
         begun = service.resume_run(experiment, settings)
         if begun is not None:
-            return _desk(service, home.run_key(experiment.name, is_new=False), begun)
+            run, values = begun
+            key = home.run_key(experiment.name, is_new=False)
+            if restored:
+                begin_epoch(service, run.id, actor="admin")
+            return _desk(service, key, run.id, read_spec(run.spec), json.loads(run.plan), values)
     except BaseException:
         service.close()
         raise
@@ -347,16 +355,19 @@ def _open_service(
         raise
 
 
-def _desk(service: Service, key: bytes, begun: Begun) -> Desk:
+def _desk(
+    service: Service, key: bytes, run: str, spec: Spec, plan: dict[str, Any], values: Kept
+) -> Desk:
+    experiment, settings, kept = values
     return Desk(
         service=service,
-        run=begun.id,
+        run=run,
         key=key,
-        spec=begun.spec,
-        plan=begun.plan,
-        experiment=begun.experiment,
-        settings=begun.settings,
-        kept=begun.kept,
+        spec=spec,
+        plan=plan,
+        experiment=experiment,
+        settings=settings,
+        kept=kept,
     )
 
 

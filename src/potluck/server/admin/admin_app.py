@@ -23,10 +23,12 @@ from potluck.core.plain_json import flat, plain
 from potluck.protocol import Invitation, encode_invitation, public_key
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
 from potluck.server.http.device_app import error_handlers
-from potluck.server.http.handlers import Desk, refusals
+from potluck.server.http.handlers import Desk
 from potluck.server.http.middleware import measured
 from potluck.server.http.notifier import Bell
 from potluck.server.metrics import Meters
+from potluck.server.rounds import audit_check, bounds, changes, enrolment, mending
+from potluck.server.storage import audit
 
 MAX_BYTES = 4096
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -46,6 +48,7 @@ class AdminApp:
         invite: Callable[[], str],
     ) -> None:
         self._desk = desk
+        self._place = (desk.service, desk.run)
         self._bell = bell
         self._meters = meters
         self._credential = credential.encode()
@@ -54,7 +57,7 @@ class AdminApp:
 
     def asgi(self) -> ASGIApp:
         """The application."""
-        handlers = error_handlers(self._desk.service.time.now)
+        handlers = error_handlers(self._desk.service.now)
         app = Starlette(routes=self.paths(), exception_handlers=handlers)
         app.router.redirect_slashes = False
         return measured(app, self._meters)
@@ -89,8 +92,7 @@ class AdminApp:
     def _get(self, do: Callable[[], Any]) -> Callable[[Request], Any]:
         async def get(request: Request) -> Response:
             self._check(request)
-            with refusals():
-                return _json(await run_in_threadpool(do))
+            return _json(await run_in_threadpool(do))
 
         return get
 
@@ -98,8 +100,7 @@ class AdminApp:
         async def post(request: Request) -> Response:
             self._check(request)
             asked = await _content(request)
-            with refusals():
-                answer = await run_in_threadpool(do, asked)
+            answer = await run_in_threadpool(do, asked)
             self._bell.wake()
             return _json(answer)
 
@@ -116,7 +117,9 @@ class AdminApp:
         service, run = self._desk.service, self._desk.run
         rounds, evaluations = service.history(run), service.evaluations(run)
         told = {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
-        return service.status(run) | told | {"lowered": service.lowered(run)}
+        with service.database.read() as db:
+            lowered = bounds.read_lowered(db, run)
+        return service.status(run) | told | {"lowered": lowered}
 
     async def _audit(self, request: Request) -> Response:
         self._check(request)
@@ -126,9 +129,9 @@ class AdminApp:
                 f"since must be a hash of 64 hex digits, got since={since!r:.80}. Copy it whole."
             )
         service = self._desk.service
-        with refusals():
-            found = await run_in_threadpool(service.verify_audit, since)
-            rows, last = await run_in_threadpool(service.audit_head)
+        found = await run_in_threadpool(audit_check.check, service, since)
+        with service.database.read() as db:
+            rows, last = audit.head(db)
         broken = None if found is None else found._asdict()
         return _json({"broken": broken, "rows": rows, "hash": last})
 
@@ -141,8 +144,8 @@ class AdminApp:
             _refuse(
                 f"days must be above 0 and at most 3650, got days={days!r:.40}. The default is 7."
             )
-        made = self._desk.service.issue_tokens(
-            self._desk.run, count, valid_seconds=days * 86400.0, actor="admin"
+        made = enrolment.issue_tokens(
+            *self._place, count, valid_seconds=days * 86400.0, actor="admin"
         )
         return {"invitations": [self._invitation(token) for token in made]}
 
@@ -157,29 +160,29 @@ class AdminApp:
 
     def _pause(self, asked: dict[str, Any]) -> dict[str, Any]:
         reason = _word(asked, "reason", "an operator paused it")
-        self._desk.service.pause(self._desk.run, reason, actor="admin")
+        changes.pause(*self._place, reason, actor="admin")
         return {}
 
     def _resume(self, asked: dict[str, Any]) -> dict[str, Any]:
-        self._desk.service.resume(self._desk.run, actor="admin")
+        changes.resume(*self._place, actor="admin")
         return {}
 
     def _abandon(self, asked: dict[str, Any]) -> dict[str, Any]:
         reason = _word(asked, "reason", "an operator abandoned it")
-        self._desk.service.abandon(self._desk.run, reason, actor="admin")
+        mending.abandon(*self._place, reason, actor="admin")
         return {}
 
     def _fall_back(self, asked: dict[str, Any]) -> dict[str, Any]:
         version = _version(asked)
-        found, now = self._desk.service.fall_back(self._desk.run, version, actor="admin")
+        found, now = mending.fall_back(*self._place, version, actor="admin")
         return {"version": found, "now": now}
 
     def _revoke(self, asked: dict[str, Any]) -> dict[str, Any]:
-        self._desk.service.revoke(_word(asked, "device", ""), actor="admin")
+        enrolment.revoke(self._desk.service, _word(asked, "device", ""), actor="admin")
         return {}
 
     def _set(self, asked: dict[str, Any]) -> dict[str, Any]:
-        return self._desk.service.change(self._desk.run, flat(asked), actor="admin")
+        return changes.change(*self._place, flat(asked), actor="admin")
 
     async def _export(self, request: Request) -> Response:
         self._check(request)
@@ -188,8 +191,7 @@ class AdminApp:
         def export() -> bytes:
             return self._desk.service.export(self._desk.run, version, actor="admin")
 
-        with refusals():
-            content = await run_in_threadpool(export)
+        content = await run_in_threadpool(export)
         return Response(content, media_type="application/octet-stream")
 
     async def _metrics(self, request: Request) -> Response:

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route as Path
 
-from potluck.core import ProtocolError
+from potluck.core import CodedError, ProtocolError
 from potluck.server.dashboard.events import Snapshot, Watch
 from potluck.server.dashboard.render import Showing
 from potluck.server.dashboard.sign_in import (
@@ -83,7 +83,7 @@ class Dashboard:
 
     def invite(self) -> str:
         """A link that signs in, once."""
-        now = self._service.time.now()
+        now = self._service.now()
         key = issue_key(self._service.database, self._run, now, actor="admin")
         return f"{self._address}/dashboard/sign-in#{key}"
 
@@ -125,7 +125,7 @@ class Dashboard:
 
     def _look(self) -> Snapshot:
         """A look at the database: at the run, and at who may still see it."""
-        viewers, now = set(self._viewers), self._service.time.now()
+        viewers, now = set(self._viewers), self._service.now()
         self._over = viewers - sessions_of(self._service.database, self._run, viewers, now)
         return self._showing.look()
 
@@ -137,7 +137,7 @@ class Dashboard:
         address = request.client.host if request.client else ""
         key = await _key(request)
         async with self._slots:
-            now = self._service.time.now()
+            now = self._service.now()
             session = await run_in_threadpool(sign_in, self._service.database, self._run, key, now)
         if session is None and not self._throttle.left(address):
             told = "Too many wrong keys. Wait a minute."
@@ -152,7 +152,7 @@ class Dashboard:
 
     async def _sign_out(self, request: Request) -> Response:
         _check_origin(request)
-        session, now = request.cookies.get(self.cookie, ""), self._service.time.now()
+        session, now = request.cookies.get(self.cookie, ""), self._service.now()
         async with self._slots:
             await run_in_threadpool(sign_out, self._service.database, self._run, session, now)
         answer = RedirectResponse("/dashboard/sign-in", 303)
@@ -160,7 +160,7 @@ class Dashboard:
         return answer
 
     async def _knows(self, request: Request) -> bool:
-        session, now = request.cookies.get(self.cookie, ""), self._service.time.now()
+        session, now = request.cookies.get(self.cookie, ""), self._service.now()
         database = self._service.database
         is_known = await run_in_threadpool(is_session, database, self._run, session, now)
         if is_known:
@@ -183,7 +183,7 @@ def _path(name: str, endpoints: dict[str, Endpoint]) -> Path:
     async def serve(request: Request) -> Response:
         try:
             answer = await endpoints[request.method](request)
-        except ProtocolError as error:
+        except CodedError as error:
             code: Any = error.code
             answer = error_response(code, str(error))
         answer.headers.update(HEADERS)

@@ -21,7 +21,7 @@ from potluck.core.target import is_result
 from potluck.server.dashboard.charts import draw
 from potluck.server.dashboard.events import Snapshot
 from potluck.server.dashboard.queries import Overview, Past, Tally, read_mark, read_overview
-from potluck.server.service import Service
+from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import runs
 
 SECTIONS = ("summary", "round", "charts", "rounds", "abandoned", "classes", "devices")
@@ -31,8 +31,8 @@ _AGAIN_SECONDS = 15.0  # what no mark tells: who was seen lately
 class Showing:
     """Looks at one run; one thread at a time."""
 
-    def __init__(self, service: Service, run: str) -> None:
-        self._service, self._run = service, run
+    def __init__(self, context: Context, run: str) -> None:
+        self._context, self._run = context, run
         self._past = Past()
         self._one = threading.Lock()
         self._mark: tuple[Any, ...] | None = None
@@ -51,11 +51,11 @@ class Showing:
 
     def look(self) -> Snapshot:
         """What to show now: one query where nothing has changed."""
-        with self._one, self._service.database.read() as db:
+        with self._one, self._context.database.read() as db:
             mark = read_mark(db, self._run)
             if mark == self._mark and time.monotonic() - self._read < _AGAIN_SECONDS:
                 return self._last
-            seen = read_overview(db, self._run, self._service.time.now(), self._past)
+            seen = read_overview(db, self._run, self._context.now(), self._past)
         sections = self._render(seen)
         digest = hashlib.sha256(to_json(sections, sort_keys=True).encode()).hexdigest()[:16]
         self._mark, self._read = mark, time.monotonic()
@@ -64,7 +64,7 @@ class Showing:
 
     def page(self, snapshot: Snapshot) -> str:
         """The whole page."""
-        with self._service.database.read() as db:
+        with self._context.database.read() as db:
             row = db.execute(select(runs).where(runs.c.id == self._run)).one()
         asked = json.loads(row.experiment) | {"rounds": json.loads(row.settings)}
         sections = {name: Markup(text) for name, text in snapshot.sections.items()}

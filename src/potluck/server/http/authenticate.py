@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Generator
+from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from potluck.core import ProtocolError, RefusedError
+from potluck.core import CodedError, ProtocolError
 from potluck.protocol import (
     MAX_SKEW_MS,
     Claim,
@@ -31,8 +32,8 @@ from potluck.protocol import (
 from potluck.server.http.authorities import is_called
 from potluck.server.http.batching import Batches
 from potluck.server.http.bodies import message_in
-from potluck.server.http.handlers import refusals
-from potluck.server.service import Service
+from potluck.server.rounds.enrolment import check_token, claim_sequences, find_key
+from potluck.server.storage.context import Context
 
 MAX_HEADERS = 100
 _MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
@@ -42,15 +43,15 @@ class Gate:
     """Lets signed requests of the devices of one run in, each one once."""
 
     def __init__(
-        self, service: Service, run: str, run_key: bytes, names: Collection[str] = ()
+        self, context: Context, run: str, run_key: bytes, names: Collection[str] = ()
     ) -> None:
         """`run_key` is the run's public key, `names` are hosts by which devices call the server."""
-        self._service = service
+        self._context = context
         self._run, self._run_key = run, run_key
         self._names = frozenset(names)
         self._keys: dict[str, bytes] = {}  # a device's id follows from its key: they stay right
         self._last: dict[str, int] = {}  # sequence numbers of theirs, as far as known here
-        self._claims: Batches[tuple[str, int], None] = Batches(service.claim_sequences)
+        self._claims: Batches[tuple[str, int], None] = Batches(partial(claim_sequences, context))
 
     async def admit(self, request: Request, claim: Claim) -> None:
         """Let a device's request in, once.
@@ -79,7 +80,7 @@ class Gate:
 
     async def _find(self, device: str) -> None:
         """Remember a device of this run that may take part."""
-        found = await run_in_threadpool(self._service.device_key, device)
+        found = await run_in_threadpool(find_key, self._context, device)
         if found is None or found.run != self._run:
             return
         while len(self._keys) >= _MAX_KEYS:
@@ -91,20 +92,19 @@ class Gate:
         self, request: Request, route: Route, claim: Claim, body: bytearray | None
     ) -> Enrol | Preview:
         """The message of a newcomer, signed with the key that is in the message."""
-        if abs(claim.time_ms - self._service.time.now()) > MAX_SKEW_MS:
+        if abs(claim.time_ms - self._context.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
         kind = Preview if route.request is Preview else Enrol
         message = message_in(request, route, kind, claim, body)
-        known = await run_in_threadpool(self._service.device_key, claim.device)
+        known = await run_in_threadpool(find_key, self._context, claim.device)
         last = 0 if known is None else known.sequence
         key = bytes.fromhex(message.public_key)
         try:
             self._verify(claim, key, request, last)
         except ProtocolError as error:
             if error.code == "bad_signature":  # signed for the run of an old invitation, say
-                check = self._service.check_token
-                with refusals():
-                    await run_in_threadpool(check, message.token, key, into=self._run)
+                check = partial(check_token, self._context, message.token, key, into=self._run)
+                await run_in_threadpool(check)
             raise
         return message
 
@@ -116,7 +116,7 @@ class Gate:
             authority_of(request),
             path_of(request),
             run_key=self._run_key,
-            now_ms=self._service.time.now(),
+            now_ms=self._context.now(),
             last_sequence=last,
         )
         self._check_authority(request)
@@ -133,7 +133,7 @@ class Gate:
             )
 
     def _verify_clock(self, claim: Claim) -> None:
-        now = self._service.time.now()
+        now = self._context.now()
         raise ProtocolError(
             "clock",
             f"Potluck-Time must be within {MAX_SKEW_MS // 1000} s of server_time_ms={now}, "
@@ -144,14 +144,10 @@ class Gate:
         """Note the sequence number of a request: each one counts once.
 
         Raises:
-            ProtocolError: replayed, unknown.
+            RefusedError: replayed, unknown.
         """
         with self.noting(claim):
-            try:
-                await self._claims.do((claim.device, claim.sequence))
-            except RefusedError as error:
-                code = "replayed" if error.code == "replayed" else "unknown"
-                raise ProtocolError(code, str(error)) from None
+            await self._claims.do((claim.device, claim.sequence))
 
     @contextlib.contextmanager
     def noting(self, claim: Claim) -> Generator[None]:
@@ -159,7 +155,7 @@ class Gate:
         ends before it takes anything of its device's."""
         try:
             yield
-        except ProtocolError as error:
+        except CodedError as error:
             if error.code == "unknown":
                 self.forget(claim.device)
             elif error.code == "replayed":

@@ -26,7 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from potluck.core import ProtocolError, StorageError
+from potluck.core import CodedError, ProtocolError, StorageError
 from potluck.protocol import (
     ROUTES,
     STATUS,
@@ -55,7 +55,7 @@ from potluck.server.http.bodies import (
     read_small,
 )
 from potluck.server.http.fast_routes import Place, direct
-from potluck.server.http.handlers import Desk, answer, refusals
+from potluck.server.http.handlers import Desk
 from potluck.server.http.middleware import measured
 from potluck.server.http.model_answers import LARGE_BYTES, hung_up, model_answer
 from potluck.server.http.notifier import Bell
@@ -63,6 +63,8 @@ from potluck.server.http.retry_after import LEAST_SECONDS, Pressure
 from potluck.server.http.transfers import Transfers
 from potluck.server.http.upload_places import PLACES, Places
 from potluck.server.metrics import Meters
+from potluck.server.rounds.uploads import Stood, add_chunk, find_report, upload_state
+from potluck.server.storage.vectors import find_model, read_model
 
 HEALTH = "/health"
 _LOG = logging.getLogger("potluck.server")
@@ -116,7 +118,7 @@ class DeviceApp:
 
     def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
         """The application; `others` are paths that are not for devices."""
-        handlers = error_handlers(self.desk.service.time.now)
+        handlers = error_handlers(self.desk.service.now)
         app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
         places = {
@@ -158,7 +160,7 @@ class DeviceApp:
             offset = parse_offset(request.scope["query_string"])
             length = check_form(request, route)
             # 409 and 404 before the body.
-            before = await run_in_threadpool(self.desk.stands, claim.device, upload)
+            before = await run_in_threadpool(find_report, self.desk.service, claim.device, upload)
             put = partial(self._put, claim, upload, offset, before)
             if body is not None:
                 return await put(body)
@@ -172,11 +174,13 @@ class DeviceApp:
         _no_query(request)
         if isinstance(route.request, type):
             message = message_in(request, route, route.request, claim, body)
-            return _json(await run_in_threadpool(answer, self.desk, device, message, claim.digest))
+            return _json(await run_in_threadpool(self.desk.answer, device, message, claim.digest))
         check_form(request, route)
         if "sha256" in request.path_params:
             return await self._model(request, claim, request.path_params["sha256"])
-        return _json(await run_in_threadpool(self.desk.upload, device, _upload(request)))
+        return _json(
+            await run_in_threadpool(upload_state, self.desk.service, device, _upload(request))
+        )
 
     async def _enrol(
         self, request: Request, route: Route, claim: Claim, body: bytearray | None
@@ -207,7 +211,7 @@ class DeviceApp:
             try:
                 _no_query(request)
                 message = message_in(request, route, kind, claim, body)
-            except ProtocolError:
+            except CodedError:
                 await self.gate.note(claim)  # a replay is told that it is one, whatever it holds
                 raise
             rings = self.bell.rings
@@ -235,7 +239,7 @@ class DeviceApp:
         await self.places.enter(claim.device)
         async with self.slots:
             with self._leaving(claim.device):
-                given = await run_in_threadpool(answer, self.desk, claim.device, message, "")
+                given = await run_in_threadpool(self.desk.answer, claim.device, message, "")
         return self._stood(claim.device, given)
 
     @contextlib.contextmanager
@@ -243,7 +247,7 @@ class DeviceApp:
         """What is refused needs no place."""
         try:
             yield
-        except ProtocolError:
+        except CodedError:
             self.places.leave(device)
             raise
 
@@ -259,14 +263,14 @@ class DeviceApp:
         return response
 
     async def _put(
-        self, claim: Claim, upload: str, offset: int, before: Any, data: bytearray
+        self, claim: Claim, upload: str, offset: int, before: Stood, data: bytearray
     ) -> Response:
         """Append a chunk to an upload that stood so `before` its body was read."""
         check_digest(data, claim)
         self.meters.received(len(data))
-        chunk = self.desk.chunk
+        place = (self.desk.service, claim.device, upload)
         with self._leaving(claim.device):
-            given = await run_in_threadpool(chunk, claim.device, upload, offset, data, before)
+            given = await run_in_threadpool(add_chunk, *place, offset, data, before)
         return self._stood(claim.device, given)
 
     def _may_poll(self, given: Message) -> bool:
@@ -300,10 +304,9 @@ class DeviceApp:
     async def _model(self, request: Request, claim: Claim, sha256: str) -> Response:
         if len(sha256) != 64 or _HEX.fullmatch(sha256) is None:
             raise ProtocolError("not_found", "no such model. Take its name from the manifest.")
-        service = self.desk.service
-        with refusals():
-            model = await run_in_threadpool(service.find_model, self.desk.run, sha256)
-        read = partial(service.pieces, self.desk.run)
+        place = (self.desk.service, self.desk.run)
+        model = await run_in_threadpool(find_model, *place, sha256)
+        read = partial(read_model, *place)
         answer = model_answer(request, claim, read, model, self.downloads)
         self.meters.sent(int(answer.headers["Content-Length"]))
         return answer
@@ -318,7 +321,7 @@ def error_handlers(now: Any) -> dict[Any, Any]:
     pressure = Pressure()
 
     async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ProtocolError)
+        assert isinstance(error, CodedError)
         code: Any = error.code if error.code in STATUS else "malformed"
         retry = pressure.refuse() if code == "overloaded" else None
         response = error_response(code, str(error), now() if code == "clock" else None, retry)
@@ -344,7 +347,7 @@ def error_handlers(now: Any) -> dict[Any, Any]:
         return error_response("internal", "the server has a fault. Try again later.")
 
     return {
-        ProtocolError: refused,
+        CodedError: refused,
         HTTPException: http,
         StorageError: storage,
         Exception: internal,

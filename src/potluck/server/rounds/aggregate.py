@@ -50,16 +50,16 @@ def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_ste
     """Refuse numbers of a report that cannot be right.
 
     Raises:
-        RefusedError: bad_update.
+        RefusedError: bounds.
     """
     if not 0.0 < weight <= settings.max_weight:
         raise RefusedError(
-            "bad_update",
+            "bounds",
             f"weight must be above 0 and at most {settings.max_weight:g}, got weight={weight!r}.",
         )
     if not abs(loss) <= MAX_SCORE or num_steps < 0:
         raise RefusedError(
-            "bad_update",
+            "bounds",
             f"loss must be within ±{MAX_SCORE:g} and num_steps not negative, got loss={loss!r}, "
             f"num_steps={num_steps!r}.",
         )
@@ -84,7 +84,7 @@ def check_update(
         spec: of what travels.
 
     Raises:
-        RefusedError: digest: these are not the bytes that were announced; bad_update, not_finite,
+        RefusedError: digest: these are not the bytes that were announced; bounds, not_finite,
             malformed.
     """
     digest = hashlib.sha256()
@@ -111,14 +111,14 @@ def check_update(
     norm, statistics_norm = map(math.sqrt, squares)
     if not norm <= settings.max_norm:
         raise RefusedError(
-            "bad_update",
+            "bounds",
             f"an update must have a norm of at most {settings.max_norm:g}, "
             f"got norm={norm:g}. Lower the client learning rate.",
         )
     for entry, limit in zip(largest, (RANGE, WIDE_RANGE), strict=True):
         if not weight * entry < limit / (slots + 1):
             raise RefusedError(
-                "bad_update",
+                "bounds",
                 f"weight times the largest entry must be below {limit / (slots + 1):g}, "
                 f"got weight={weight:g} and {entry:g}. Lower the client learning rate.",
             )

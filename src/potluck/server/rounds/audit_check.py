@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, select
 
 from potluck.core.errors import LostError
-from potluck.server.rounds.enrolment import device_id
+from potluck.protocol import fingerprint
 from potluck.server.storage.audit import Break, verify
 from potluck.server.storage.blobs import BlobStore
-from potluck.server.storage.database import Database
+from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import audit, devices, ledger, models, runs, tokens
 from potluck.server.storage.vectors import read_vector, read_whole
 
@@ -37,9 +37,10 @@ class _Log(NamedTuple):
     newest: dict[str, tuple[int, int]]
 
 
-def check(database: Database, blobs: BlobStore, since: str | None = None) -> Break | None:
-    """The first fault of the log, or else difference between it and tables or newest models."""
-    with database.snapshot() as db:
+def check(context: Context, since: str | None = None) -> Break | None:
+    """The first fault of the log from the hash `since` on, or else difference between it and tables
+    or newest models; None: nothing was changed."""
+    with context.database.snapshot() as db:
         broken = verify(db, since)
         if broken is not None:
             return broken
@@ -48,7 +49,7 @@ def check(database: Database, blobs: BlobStore, since: str | None = None) -> Bre
         broken = next(found, None)
         query = select(models).join(runs, runs.c.id == models.c.run)
         newest = db.execute(query.where(models.c.version == runs.c.version)).all()
-    return broken or next((b for row in newest if (b := _content(blobs, row))), None)
+    return broken or next((b for row in newest if (b := _content(context.blobs, row))), None)
 
 
 def _read(db: Connection) -> _Log:
@@ -86,7 +87,7 @@ def _devices(db: Connection, log: _Log) -> Iterator[Break]:
             yield Break(0, f"device {row.id} is in the table, and nobody let it in")
         elif place != (row.run, row.client):
             yield Break(number, f"device {row.id} is client {row.client} of run {row.run} now")
-        elif device_id(bytes(row.public_key)) != row.id:
+        elif len(row.public_key) != 32 or fingerprint(bytes(row.public_key)) != row.id:
             yield Break(number, f"device {row.id} has another key now")
         elif row.revoked_ms is None and time_ms is not None:
             yield Break(revoked, f"device {row.id} takes part again, which was revoked")

@@ -7,22 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import select, update
+from sqlalchemy import update
 
 from potluck.config.experiment import RunSection
 from potluck.config.round_settings import RoundSettings
 from potluck.core import RefusedError
 from potluck.core.plain_json import to_json
-from potluck.server.rounds.check_in import open_round_of
-from potluck.server.rounds.state_machine import abandon_round, rearm
+from potluck.server.rounds.state_machine import abandon_round, lock_run, open_round_of, rearm
 from potluck.server.storage import audit
-from potluck.server.storage.database import Database
+from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import runs
 from potluck.server.storage.stored_run import CHANGEABLE
 
 
 def change(
-    database: Database, run: str, changes: Mapping[str, Any], now: int, *, actor: str
+    context: Context, run: str, changes: Mapping[str, Any], *, actor: str
 ) -> dict[str, list[Any]]:
     """Change keys in a run; for each of them its old and its new value.
 
@@ -34,8 +33,9 @@ def change(
     """
     checked = {_key(name): value for name, value in changes.items()}
     done: dict[str, list[Any]] = {}
-    with database.write() as db:
-        row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+    now = context.now()
+    with context.database.write() as db:
+        row = lock_run(db, run)
         rules, experiment = json.loads(row.settings), json.loads(row.experiment)
         begun = json.loads(row.begun or "{}")
         for key, value in checked.items():
@@ -60,14 +60,37 @@ def change(
     return done
 
 
-def begin_epoch(database: Database, run: str, now: int, *, actor: str) -> None:
+def pause(context: Context, run: str, reason: str, *, actor: str) -> None:
+    """Begin no round and select no device until `resume`; devices at work may finish."""
+    _turn(context, run, "running", "paused", reason, actor, "pause")
+
+
+def resume(context: Context, run: str, *, actor: str) -> None:
+    """Go on with a paused run."""
+    _turn(context, run, "paused", "running", "", actor, "resume")
+
+
+def _turn(
+    context: Context, run: str, old: str, new: str, reason: str, actor: str, action: str
+) -> None:
+    with context.database.write() as db:
+        row = lock_run(db, run)
+        if row.state != old:
+            raise RefusedError("conflict", f"the run must be {old}, it is {row.state}.")
+        values = {"state": new, "reason": reason, "strikes": 0}
+        db.execute(update(runs).where(runs.c.id == run).values(values))
+        audit.append(db, context.now(), actor, action, run=run, reason=reason)
+
+
+def begin_epoch(context: Context, run: str, *, actor: str) -> None:
     """Go on after a restore: devices take older models than they have seen, from here on.
 
     The number follows the clock, so that it is a new one however often a backup is restored. The
     open round is given up: its devices are at work on what is not known here.
     """
-    with database.write() as db:
-        row = db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
+    now = context.now()
+    with context.database.write() as db:
+        row = lock_run(db, run)
         current = open_round_of(db, run, lock=True)
         if current is not None:
             abandon_round(db, row, current, "the server was restored", now, excused=True)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sqlalchemy import BindParameter, Connection, Row, bindparam, func, insert, select, update
 
 from potluck.config.round_settings import RoundSettings, milliseconds
 from potluck.core import RefusedError, derive_seed
+from potluck.protocol import Eligibility, Finished, Wait, WaitReason
+from potluck.server.rounds.enrolment import note_sequences, revoked, unknown_device
+from potluck.server.rounds.state_machine import open_round_of, usual_seconds
+from potluck.server.storage import fault_points
+from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import (
-    OPEN_ROUND,
     TAKING,
     assignments,
     devices,
@@ -30,23 +33,11 @@ from potluck.server.storage.database_tables import (
 )
 from potluck.server.storage.stored_run import settings_of
 
-WaitReason = Literal[
-    "no round", "slots taken", "not selected", "reported", "not eligible", "paused", "failed"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attributes:
-    """What a device says of its condition; None where it does not know."""
-
-    charging: bool | None = None
-    idle: bool | None = None
-    unmetered: bool | None = None
-    free_memory_bytes: int | None = None
+_LONGEST_SECONDS = 86_400.0
 
 
 class Assigned(NamedTuple):
-    """A device's work in one round."""
+    """A device's work in one round: what `protocol.Assignment` is made of, with a manifest."""
 
     assignment: str
     round: str
@@ -57,24 +48,11 @@ class Assigned(NamedTuple):
     seed: int
     version: int  # of the model to start from
     model_sha256: str
-    lease_seconds: float
+    lease_seconds: int
     deadline_ms: int
     epoch: int
     num_rounds: int  # of the run, as it is now
     model: bytes | None = None  # if it is small
-
-
-class Wait(NamedTuple):
-    """No work now."""
-
-    reason: WaitReason
-    retry_after_seconds: float
-
-
-class Finished(NamedTuple):
-    """No work any more: the run is over."""
-
-    version: int
 
 
 Given: TypeAlias = Assigned | Wait | Finished | RefusedError
@@ -84,7 +62,7 @@ class Asked(NamedTuple):
     """A check-in."""
 
     device: str
-    attributes: Attributes | None  # None: nothing is asked but that the number is noted
+    eligibility: Eligibility | None  # None: nothing is asked but that the number is noted
     sequence: int | None = None  # of its request, where it was not noted before
 
 
@@ -106,11 +84,65 @@ class Slot(NamedTuple):
     lease_ms: int
 
 
-class Look:
+def check_ins(context: Context, asked: Sequence[Asked]) -> list[Given | None]:
+    """Answer many check-ins at once; the first come are the first to get a slot.
+
+    None where only a sequence number was to be noted, and it is.
+    """
+    look, now = None, context.now()
+    names = [one.device for one in asked]
+    if all(one.sequence is None for one in asked):
+        with context.database.read() as db:  # most end here, and write nothing
+            look = CheckInBatch(db, names, now)
+            answers = [_answer(look, one) for one in asked]
+            left = look.left(asked)
+        if None not in answers and not left:
+            return answers
+    with context.database.write() as db:
+        turned = _turned_away(db, asked, now)
+        look = CheckInBatch(db, names, now, before=look)
+        look.expect(asked)
+        answers = [turned.get(n) or _answer(look, one) for n, one in enumerate(asked)]
+        left = [n for n, one in enumerate(asked) if answers[n] is None and one.eligibility]
+        if left:
+            look.lock()
+        for number in left:
+            answers[number] = _answer(look, asked[number]) or look.assign(asked[number].device)
+        look.write()
+        for _ in left:
+            fault_points.reach("check-in.inside")
+    if left:
+        fault_points.reach("check-in.after")
+    return answers
+
+
+def _turned_away(db: Connection, asked: Sequence[Asked], now: int) -> dict[int, RefusedError]:
+    """Note the sequence numbers that are new; why the others are refused, by their places."""
+    places = [n for n, one in enumerate(asked) if one.sequence is not None]
+    claims = [(asked[n].device, asked[n].sequence or 0) for n in places]
+    refused = note_sequences(db, claims, now) if claims else []
+    return {n: error for n, error in zip(places, refused, strict=True) if error is not None}
+
+
+def _answer(look: CheckInBatch, asked: Asked) -> Given | None:
+    return None if asked.eligibility is None else look.answer(asked.device, asked.eligibility)
+
+
+def wait(context: Context, device: str, reason: WaitReason) -> Wait:
+    """When a device that is done, or cannot take part, should check in.
+
+    Raises:
+        RefusedError: not_found; unknown: it was revoked.
+    """
+    with context.database.read() as db:
+        return CheckInBatch(db, [device], context.now()).wait(device, reason)
+
+
+class CheckInBatch:
     """Devices of one run and its open round, seen in one transaction."""
 
     def __init__(
-        self, db: Connection, names: Sequence[str], now: int, *, before: Look | None = None
+        self, db: Connection, names: Sequence[str], now: int, *, before: CheckInBatch | None = None
     ) -> None:
         """`before`: a look at the same devices, just now; what hardly changes is taken from it."""
         self._db, self._now = db, now
@@ -141,11 +173,11 @@ class Look:
         """Those that were not counted on, as they could not train or were silent, and now could."""
         return [
             device
-            for device, attributes, _ in asked
-            if attributes is not None
+            for device, eligibility, _ in asked
+            if eligibility is not None
             and device in self._members
             and self._members[device].left
-            and _is_eligible(self._settings, attributes)
+            and _is_eligible(self._settings, eligibility)
         ]
 
     def expect(self, asked: Sequence[Asked]) -> None:
@@ -158,7 +190,7 @@ class Look:
         """A device that may take part.
 
         Raises:
-            RefusedError: unknown, revoked.
+            RefusedError: not_found; unknown: it was revoked.
         """
         member = self._members.get(device)
         if member is None or member.run != self._run.id:  # those of another run look like none
@@ -168,7 +200,7 @@ class Look:
         return member
 
     def answer(
-        self, device: str, attributes: Attributes
+        self, device: str, eligibility: Eligibility
     ) -> Assigned | Wait | Finished | RefusedError | None:
         """The answer to a check-in, or None: give it a slot."""
         try:
@@ -176,19 +208,23 @@ class Look:
         except RefusedError as error:
             return error
         if self._run.state == "finished":
-            return Finished(self._run.version)
-        reason: WaitReason | None = "no round"
+            return Finished(run=self._run.name, rounds=self._run.version)
+        reason: WaitReason | None = "between_rounds"
         if self._cohort is not None and member.client not in self._cohort:
-            reason = "not selected"
+            reason = "not_selected"
         if self._round is not None and self._round.state in TAKING:
             if not self._has_seen:
                 self._see_round(self._round)
             if device in self._active:
                 return self._describe(self._round, self._active[device])
-            reason = self._obstacle(self._round, member, attributes)
+            reason = self._obstacle(self._round, member, eligibility)
         if self._run.state == "paused":
             reason = "paused"
-        return None if reason is None else Wait(reason, self.retry_after(device))
+        return None if reason is None else self.wait(device, reason)
+
+    def wait(self, device: str, reason: WaitReason) -> Wait:
+        """Why a device has no work now, and when to come back."""
+        return Wait(retry_after_seconds=self.retry_after(device), reason=reason)
 
     def assign(self, device: str) -> Assigned:
         """Give a slot to a device that nothing keeps from it; `write` makes it so."""
@@ -224,7 +260,7 @@ class Look:
         """
         number = 0 if self._round is None else self._round.number
         place = derive_seed(self._run.seed, "pace", number, self.member(device).client) / 2**63
-        return round_up(self._start + place * self._window)
+        return min(round_up(self._start + place * self._window), _LONGEST_SECONDS)
 
     def _see_round(self, round: Row[Any]) -> None:
         self._has_seen = True
@@ -242,17 +278,15 @@ class Look:
         self._model = self._db.execute(_MODEL, version).one()
 
     def _obstacle(
-        self, round: Row[Any], member: Member, attributes: Attributes
+        self, round: Row[Any], member: Member, eligibility: Eligibility
     ) -> WaitReason | None:
-        if member.id in self._done:
-            return "reported"
-        if member.id in self._failed:
-            return "failed"
-        if not _is_eligible(self._settings, attributes):
-            return "not eligible"
+        if member.id in self._done or member.id in self._failed:
+            return "between_rounds"
+        if not _is_eligible(self._settings, eligibility):
+            return "ineligible"
         if self._cohort is not None:
-            return None if member.client in self._cohort else "not selected"
-        return "slots taken" if self._taken >= round.slots else None
+            return None if member.client in self._cohort else "not_selected"
+        return "full" if self._taken >= round.slots else None
 
     def _pace(self) -> tuple[float, float]:
         """When the next round is expected, in seconds from now, and the window behind it."""
@@ -275,7 +309,7 @@ class Look:
             seed=self._run.seed,
             version=round.version,
             model_sha256=self._model.sha256,
-            lease_seconds=max(slot.lease_ms - self._now, 0) / 1000,
+            lease_seconds=lease_seconds(slot.lease_ms - self._now),
             deadline_ms=round.report_deadline_ms or latest,
             epoch=self._run.epoch,
             num_rounds=rules.num_rounds,
@@ -283,45 +317,23 @@ class Look:
         )
 
 
-def open_round_of(db: Connection, run: str, *, lock: bool = False) -> Row[Any] | None:
-    """The round of a run that is neither committed nor abandoned: there is at most one."""
-    return db.execute(_OPEN_LOCKED if lock else _OPEN, {"run": run}).one_or_none()
-
-
-def _is_eligible(settings: RoundSettings, attributes: Attributes) -> bool:
+def _is_eligible(settings: RoundSettings, eligibility: Eligibility) -> bool:
     return (
-        (attributes.charging is True or not settings.needs_charging)
-        and (attributes.idle is True or not settings.needs_idle)
-        and (attributes.unmetered is True or not settings.needs_unmetered)
-        and (attributes.free_memory_bytes or 0) >= settings.needs_memory_bytes
+        (eligibility.charging is True or not settings.needs_charging)
+        and (eligibility.idle is True or not settings.needs_idle)
+        and (eligibility.unmetered is True or not settings.needs_unmetered)
+        and (eligibility.free_memory_bytes or 0) >= settings.needs_memory_bytes
     )
-
-
-def unknown_device(device: str) -> RefusedError:
-    """What is said of a device that is not enrolled."""
-    return RefusedError("unknown", f"a device must be enrolled, got device={device!r}. Enrol.")
-
-
-def revoked() -> RefusedError:
-    """What a device is told that was thrown out."""
-    return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
-
-
-def usual_seconds(db: Connection, run: str, settings: RoundSettings) -> float:
-    """The median length of the last five committed rounds; 0 before the second.
-
-    A round begins with its first device: that nobody came says nothing. The first round is left
-    out, in which devices import, load and compile what they will use. None is longer than its
-    deadlines let it be, or the server's clock was set in the middle of it.
-    """
-    longest = milliseconds(settings.selection_seconds + settings.report_seconds)
-    measured = sorted(min(max(ms, 0), longest) for ms in db.scalars(_LENGTHS, {"run": run}))
-    return measured[(len(measured) - 1) // 2] / 1000 if measured else 0.0
 
 
 def round_up(seconds: float) -> float:
     """To a tenth of a second, and never zero: a device must not spin."""
     return max(round(seconds, 1), 0.1)
+
+
+def lease_seconds(left_ms: int) -> int:
+    """What is left of a lease, in whole seconds as the protocol has them."""
+    return min(max(left_ms // 1000, 1), 604_800)
 
 
 # Built once: putting a statement together costs more than running it.
@@ -332,6 +344,7 @@ _MEMBERS = select(
 _LAST = select(func.max(devices.c.client)).where(devices.c.run == runs.c.id)
 _RUN = select(
     runs.c.id,
+    runs.c.name,
     runs.c.state,
     runs.c.version,
     runs.c.seed,
@@ -339,19 +352,6 @@ _RUN = select(
     runs.c.settings,
     _LAST.scalar_subquery().label("last_client"),
 ).where(runs.c.id == bindparam("run"))
-_OPEN = select(rounds).where(rounds.c.run == bindparam("run"), OPEN_ROUND)
-_OPEN_LOCKED = _OPEN.with_for_update()
-_LENGTHS = (
-    select(rounds.c.closed_ms - rounds.c.started_ms)
-    .where(
-        rounds.c.run == bindparam("run"),
-        rounds.c.state == "COMMITTED",
-        rounds.c.kind == "train",
-        rounds.c.number > 1,
-    )
-    .order_by(rounds.c.number.desc())
-    .limit(5)
-)
 _MINE = select(
     assignments.c.id,
     assignments.c.device,

@@ -21,8 +21,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ import numpy as np
 from safetensors.numpy import load, save
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from potluck.algorithms import Algorithm, ServerState, with_statistics
+from potluck.algorithms import Algorithm, ServerState
 from potluck.core import Spec, Vector
 from potluck.core.errors import LostError
 from potluck.core.plain_json import to_json
@@ -41,7 +40,7 @@ from potluck.server.rounds.state_machine import abandon_round, lock_run, open_ro
 from potluck.server.rounds.uploads import drop_parts
 from potluck.server.storage import audit, fault_points
 from potluck.server.storage.blobs import PIECE_BYTES, BlobStore
-from potluck.server.storage.database import Database
+from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import (
     UNSWEPT,
     assignments,
@@ -75,22 +74,6 @@ class Version(NamedTuple):
     num_bytes: int
     optimizer_key: str | None
     content: bytes | None = None  # of a small one, which is on the disk with its row
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Works:
-    """What a commit works with."""
-
-    database: Database
-    blobs: BlobStore
-    check: Callable[[Connection], None]  # that we still lead
-    now: Callable[[], int]
-    opened: Callable[[str], None] = lambda _: None  # tells of a round that devices may come to
-    lost: Callable[[], None] = lambda: None  # tells that something stored cannot be read any more
-    suspects: set[str] = field(default_factory=set[str])
-    """The runs whose newest model some device could not receive."""
-    looked: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
-    """Runs, and the occasions on which their model was read and found not to be lost."""
 
 
 def store_version(blobs: BlobStore, state: ServerState) -> Version:
@@ -151,13 +134,13 @@ def insert_version(
     db.execute(insert(models).values(place | made._asdict()))
 
 
-def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algorithm) -> None:
+def commit_round(context: Context, run: Row[Any], round: Row[Any], algorithm: Algorithm) -> None:
     """AGGREGATING → COMMITTED; or ABANDONED, where no finite model comes out."""
     if round.kind == "evaluate":
-        _commit_evaluation(works, run, round)
+        _commit_evaluation(context, run, round)
         return
     fault_points.reach("aggregate.begin")
-    with works.database.read() as db:
+    with context.database.read() as db:
         accepted = _accepted(db, round)
         here = (models.c.run == run.id) & (models.c.version == round.version)
         base = db.execute(select(models).where(here)).one()
@@ -165,46 +148,46 @@ def commit_round(works: Works, run: Row[Any], round: Row[Any], algorithm: Algori
         earlier = bounds.earlier_reports(db, run.id, round.number, bounds.WINDOW - len(accepted))
     spec = read_spec(run.spec)
     try:
-        mean, kept, counts = _mean(works, run, round, accepted, earlier, spec)
+        mean, kept, counts = _mean(context, run, round, accepted, earlier, spec)
         fault_points.reach("aggregate.end")
-        state = tries(lambda: load_version(works.blobs, base))
+        state = tries(lambda: load_version(context.blobs, base))
         with np.errstate(over="ignore", invalid="ignore"):
-            state = with_statistics(algorithm, spec).server_update(
+            state = algorithm.server_update(
                 state, mean, round=round.number, participation=len(kept) / population
             )
     except LostError as error:
-        abandon(works, run, round, str(error), is_lost=True)
+        abandon(context, run, round, str(error), is_lost=True)
         return
     if not np.isfinite(state.weights).all():
-        abandon(works, run, round, "the new model is not finite")
+        abandon(context, run, round, "the new model is not finite")
         return
     fault_points.reach("commit.before-model")
-    made = store_version(works.blobs, state)
+    made = store_version(context.blobs, state)
     fault_points.reach("commit.before-row")
     opened, names, told = None, {row.device for row in kept}, []
     lost = [row for row in accepted if row.device not in names]
-    with works.database.write() as db:
-        works.check(db)
+    with context.database.write() as db:
+        context.check(db)
         lock_run(db, run.id)
-        if _settle(db, works, run, round, version=run.version + 1):
-            insert_version(db, run.id, run.version + 1, round.number, made, works.now())
-            opened = _go_on(db, works, run)
+        if _settle(db, context, run, round, version=run.version + 1):
+            insert_version(db, run.id, run.version + 1, round.number, made, context.now())
+            opened = _go_on(db, context, run)
             _leave_out(db, round, lost)
             told = bounds.note(db, round, kept, counts)
             weights = [count.weight for count in counts]
             version = (run.version + 1, made.sha256, made.num_bytes)
-            _enter(db, works, run, round, kept, weights, *version, told)
+            _enter(db, context, run, round, kept, weights, *version, told)
             for row in lost:
                 place = {"round": round.number, "attempt": round.attempt, "client": row.client}
                 audit.append(
-                    db, works.now(), "leader", "lost", run=run.id, update=row.sha256, **place
+                    db, context.now(), "leader", "lost", run=run.id, update=row.sha256, **place
                 )
         fault_points.reach("commit.inside")
     fault_points.reach("commit.after")
     for _ in lost:
-        works.lost()
+        context.on_lost()
     if opened is not None:
-        works.opened(opened)
+        context.on_open(opened)
     for one in told:
         if one["alarm"]:
             why = f"one device asked for {100 * one['share']:.0f} % of round {round.number}"
@@ -220,7 +203,7 @@ class _Mean(NamedTuple):
 
 
 def _mean(
-    works: Works,
+    context: Context,
     run: Row[Any],
     round: Row[Any],
     accepted: list[Row[Any]],
@@ -234,7 +217,7 @@ def _mean(
     """
 
     def mean(rows: list[Row[Any]]) -> _Mean:
-        kept = Updates(works.database, works.blobs, rows)
+        kept = Updates(context.database, context.blobs, rows)
         weighed = [bounds.weighed(row) for row in rows]
         limits = bounds.limits_of(weighed, earlier, settings_of(run.settings))
         counts = bounds.counted(weighed, limits)
@@ -248,7 +231,7 @@ def _mean(
     try:
         return tries(lambda: mean(accepted))
     except LostError as error:
-        kept = Updates(works.database, works.blobs, accepted)
+        kept = Updates(context.database, context.blobs, accepted)
         whole = [row for row in accepted if _is_whole(kept, row)]
         if len(whole) < round.minimum:
             told = f"{len(whole)} of {len(accepted)} updates are left, of at least {round.minimum}"
@@ -273,25 +256,25 @@ def _leave_out(db: Connection, round: Row[Any], lost: list[Row[Any]]) -> None:
     db.execute(update(assignments).where(theirs).values(values))
 
 
-def _go_on(db: Connection, works: Works, run: Row[Any]) -> str | None:
+def _go_on(db: Connection, context: Context, run: Row[Any]) -> str | None:
     """Open the next round in the transaction that commits one: devices wait for it."""
     current = lock_run(db, run.id)
     is_next = current.state == "running"
-    return open_round(db, current, works.now()) if is_next else None
+    return open_round(db, current, context.now()) if is_next else None
 
 
-def sweep(works: Works) -> None:
+def sweep(context: Context) -> None:
     """Remove the updates of rounds that are over: nobody may read them any more."""
     over = select(rounds.c.id).where(UNSWEPT, rounds.c.state.in_(_OVER))
-    with works.database.read() as db:
+    with context.database.read() as db:
         ids = db.scalars(over).all()
     for id in ids:
         fault_points.reach("sweep.before")
-        works.blobs.delete(f"reports/{id}")
-        drop_parts(works.database, works.blobs, id)
+        context.blobs.delete(f"reports/{id}")
+        drop_parts(context.database, context.blobs, id)
         fault_points.reach("sweep.deleted")
-        with works.database.write() as db:
-            works.check(db)
+        with context.database.write() as db:
+            context.check(db)
             db.execute(update(reports).where(reports.c.round == id).values(content=None))
             db.execute(update(rounds).where(rounds.c.id == id).values(swept=True))
         fault_points.reach("sweep.after")
@@ -303,25 +286,25 @@ def accepted_digest(accepted: list[Any]) -> str:
     return hashlib.sha256(to_json(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-def _commit_evaluation(works: Works, run: Row[Any], round: Row[Any]) -> None:
-    with works.database.write() as db:
-        works.check(db)
+def _commit_evaluation(context: Context, run: Row[Any], round: Row[Any]) -> None:
+    with context.database.write() as db:
+        context.check(db)
         lock_run(db, run.id)
         accepted = _accepted(db, round)
-        if not _settle(db, works, run, round, version=run.version):
+        if not _settle(db, context, run, round, version=run.version):
             return
-        opened = _go_on(db, works, run)
+        opened = _go_on(db, context, run)
         found = measured([json.loads(row.metrics) for row in accepted])
-        place = (run.id, round.number, "federated", found.means, works.now())
+        place = (run.id, round.number, "federated", found.means, context.now())
         insert_evaluation(db, *place, num_devices=len(accepted), medians=found.medians)
         here = (models.c.run == run.id) & (models.c.version == round.version)
         base = db.execute(select(models).where(here)).one()
         version = (run.version, base.sha256, base.num_bytes)
-        _enter(db, works, run, round, accepted, [1.0] * len(accepted), *version)
+        _enter(db, context, run, round, accepted, [1.0] * len(accepted), *version)
         fault_points.reach("commit.inside")
     fault_points.reach("commit.after")
     if opened is not None:
-        works.opened(opened)
+        context.on_open(opened)
 
 
 def _accepted(db: Connection, round: Row[Any]) -> list[Row[Any]]:
@@ -330,9 +313,11 @@ def _accepted(db: Connection, round: Row[Any]) -> list[Row[Any]]:
     return list(db.execute(query).all())
 
 
-def _settle(db: Connection, works: Works, run: Row[Any], round: Row[Any], *, version: int) -> bool:
+def _settle(
+    db: Connection, context: Context, run: Row[Any], round: Row[Any], *, version: int
+) -> bool:
     here = (rounds.c.id == round.id) & (rounds.c.state == "AGGREGATING")
-    moved = update(rounds).where(here).values(state="COMMITTED", closed_ms=works.now())
+    moved = update(rounds).where(here).values(state="COMMITTED", closed_ms=context.now())
     if db.execute(moved).rowcount != 1:
         return False
     settle(db, run, round, version=version)
@@ -341,7 +326,7 @@ def _settle(db: Connection, works: Works, run: Row[Any], round: Row[Any], *, ver
 
 def _enter(
     db: Connection,
-    works: Works,
+    context: Context,
     run: Row[Any],
     round: Row[Any],
     accepted: list[Row[Any]],
@@ -369,7 +354,7 @@ def _enter(
         "median_loss": statistics.median(row.loss for row in accepted) if is_train else None,
         "uplink_bytes": sum(row.num_bytes for row in accepted),
         "downlink_bytes": downlink,
-        "committed_ms": works.now(),
+        "committed_ms": context.now(),
     }
     db.execute(insert(ledger).values(values))
     told: dict[str, Any] = {"number": round.number, "kind": round.kind, "version": version}
@@ -377,19 +362,19 @@ def _enter(
     if lowered:
         most = sorted(lowered, key=lambda one: -one["share"])[:_TOLD]
         about = {"number": round.number, "reports": len(lowered), "most": most}
-        audit.append(db, works.now(), "leader", "lowered", run=run.id, **about)
-    audit.append(db, works.now(), "leader", "commit", run=run.id, accepted=digest, **told)
+        audit.append(db, context.now(), "leader", "lowered", run=run.id, **about)
+    audit.append(db, context.now(), "leader", "commit", run=run.id, accepted=digest, **told)
 
 
 def abandon(
-    works: Works, run: Row[Any], round: Row[Any], reason: str, *, is_lost: bool = False
+    context: Context, run: Row[Any], round: Row[Any], reason: str, *, is_lost: bool = False
 ) -> None:
     """Abandon an attempt of which no model can be made; `is_lost`: as something stored is lost."""
-    with works.database.write() as db:
-        works.check(db)
-        abandon_round(db, lock_run(db, run.id), round, reason, works.now())
+    with context.database.write() as db:
+        context.check(db)
+        abandon_round(db, lock_run(db, run.id), round, reason, context.now())
     if is_lost:
-        works.lost()
+        context.on_lost()
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:

@@ -13,11 +13,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, select, update
 
 from potluck.algorithms import Algorithm
-from potluck.config.experiment import Experiment
 from potluck.config.round_step import due
 from potluck.core.errors import LostError
-from potluck.server.rounds.check_in import open_round_of
-from potluck.server.rounds.commit import Works, abandon, commit_round, load_version
+from potluck.server.rounds.commit import abandon, commit_round, load_version
 from potluck.server.rounds.leaving import note_silent
 from potluck.server.rounds.state_machine import (
     abandon_round,
@@ -26,12 +24,14 @@ from potluck.server.rounds.state_machine import (
     expire_leases,
     lock_run,
     open_round,
+    open_round_of,
     pause_run,
     phase_of,
     rearm,
     start_training,
 )
 from potluck.server.storage import fault_points
+from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import (
     ACTIVE,
     OPEN_ROUND,
@@ -43,22 +43,22 @@ from potluck.server.storage.database_tables import (
     sign_ins,
     tokens,
 )
-from potluck.server.storage.stored_run import experiment_of, settings_of
+from potluck.server.storage.stored_run import settings_of
 from potluck.server.storage.vectors import tries
 
 
-def lead(works: Works, build: Callable[[Experiment], Algorithm], *, taken: bool) -> None:
+def lead(context: Context, algorithm_of: Callable[[Row[Any]], Algorithm], *, taken: bool) -> None:
     """Do all that is due, but for `sweep`. `taken`: nobody may have led for a while."""
     if taken:
-        with works.database.write() as db:
-            works.check(db)
-            _bring_back(db, works.now())
-            rearm(db, works.now())
-    _expire(works)
-    with works.database.read() as db:
+        with context.database.write() as db:
+            context.check(db)
+            _bring_back(db, context.now())
+            rearm(db, context.now())
+    _expire(context)
+    with context.database.read() as db:
         ids = db.scalars(select(runs.c.id).where(runs.c.state != "finished")).all()
     for id in ids:
-        while _step(works, id, build):
+        while _step(context, id, algorithm_of):
             pass
 
 
@@ -73,88 +73,88 @@ def _bring_back(db: Connection, now: int) -> None:
     db.execute(update(rounds).where(open_ones).values(started_ms=now))
 
 
-def _expire(works: Works) -> None:
-    now = works.now()
+def _expire(context: Context) -> None:
+    now = context.now()
     late = and_(ACTIVE, assignments.c.lease_ms <= now)
-    with works.database.read() as db:
+    with context.database.read() as db:
         if db.execute(select(assignments.c.id).where(late).limit(1)).first() is None:
             return
-    with works.database.write() as db:
-        works.check(db)
+    with context.database.write() as db:
+        context.check(db)
         expire_leases(db, now)
 
 
-def _step(works: Works, id: str, build: Callable[[Experiment], Algorithm]) -> bool:
+def _step(context: Context, id: str, algorithm_of: Callable[[Row[Any]], Algorithm]) -> bool:
     """One transition of one run. Returns whether there was one."""
-    with works.database.read() as db:
+    with context.database.read() as db:
         run = db.execute(select(runs).where(runs.c.id == id)).one()
         round = open_round_of(db, id)
         counts = None if round is None else count(db, round)
     if round is None or counts is None:
-        return run.state == "running" and _open(works, run)
-    if _is_lost(works, run, round):
+        return run.state == "running" and _open(context, run)
+    if _is_lost(context, run, round):
         return True
     if round.state == "AGGREGATING":
-        commit_round(works, run, round, build(experiment_of(run)))
+        commit_round(context, run, round, algorithm_of(run))
         return True
-    if due(phase_of(round), counts, works.now())[0] == "wait":
+    if due(phase_of(round), counts, context.now())[0] == "wait":
         return False
-    _move(works, id, round.id)
+    _move(context, id, round.id)
     return True
 
 
-def _open(works: Works, run: Row[Any]) -> bool:
-    lost = _lost_model(works, run.id, run.version, f"{run.version}, attempt {run.attempt}")
-    with works.database.write() as db:
-        works.check(db)
+def _open(context: Context, run: Row[Any]) -> bool:
+    lost = _lost_model(context, run.id, run.version, f"{run.version}, attempt {run.attempt}")
+    with context.database.write() as db:
+        context.check(db)
         current = lock_run(db, run.id)
         if (current.state, current.version) != ("running", run.version):
             return False
         if lost:
-            pause_run(db, run.id, lost, works.now())
-        opened = None if lost else open_round(db, current, works.now())
+            pause_run(db, run.id, lost, context.now())
+        opened = None if lost else open_round(db, current, context.now())
     if lost:
-        works.lost()
+        context.on_lost()
     if opened is not None:
         fault_points.reach("open.after")
-        works.opened(opened)
+        context.on_open(opened)
     return opened is not None
 
 
-def _lost_model(works: Works, run: str, version: int, occasion: str) -> str:
+def _lost_model(context: Context, run: str, version: int, occasion: str) -> str:
     """What to do about a model, if it is lost; on each occasion it is read once.
 
     A round that follows a commit begins with what was just written, and is opened there.
     """
-    if (run, occasion) in works.looked:
+    if (run, occasion) in context.looked:
         return ""
-    with works.database.read() as db:
+    with context.database.read() as db:
         here = (models.c.run == run) & (models.c.version == version)
         row = db.execute(select(models).where(here)).one()
     try:
-        tries(lambda: load_version(works.blobs, row))
+        tries(lambda: load_version(context.blobs, row))
     except LostError as error:
         return f"{error} Put it back, or take an older model (potluck fall-back)"
-    works.looked.add((run, occasion))
+    context.looked.add((run, occasion))
     return ""
 
 
-def _is_lost(works: Works, run: Row[Any], round: Row[Any]) -> bool:
+def _is_lost(context: Context, run: Row[Any], round: Row[Any]) -> bool:
     """Abandon an attempt whose devices cannot receive their model, as it is lost."""
-    if run.id not in works.suspects:
+    if run.id not in context.suspects:
         return False
-    works.suspects.discard(run.id)
-    lost = _lost_model(works, run.id, round.version, round.id)
+    context.suspects.discard(run.id)
+    lost = _lost_model(context, run.id, round.version, round.id)
     if lost:
-        abandon(works, run, round, lost)
+        abandon(context, run, round, lost)
     return lost != ""
 
 
-def _move(works: Works, id: str, round_id: str) -> None:
+def _move(context: Context, id: str, round_id: str) -> None:
     """Leave SELECTING or TRAINING, if that is still due."""
-    now = works.now()
-    with works.database.write() as db:
-        works.check(db)
+    now = context.now()
+    with context.database.write() as db:
+        context.check(db)
         run = lock_run(db, id)
         here = select(rounds).where(rounds.c.id == round_id)
         round = db.execute(here.with_for_update()).one()

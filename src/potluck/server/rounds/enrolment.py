@@ -13,23 +13,18 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from potluck.core import RefusedError
+from potluck.protocol import fingerprint
 from potluck.server.rounds import leaving
 from potluck.server.storage import audit, fault_points
-from potluck.server.storage.database import Database, one
+from potluck.server.storage.context import Context
+from potluck.server.storage.database import one
 from potluck.server.storage.database_tables import devices, runs, tokens
-
-
-class Enrolled(NamedTuple):
-    """A device that belongs to a run."""
-
-    device: str
-    run: str
-    client: int
+from potluck.server.storage.stored_run import run_of
 
 
 def new_id() -> str:
@@ -37,32 +32,16 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-def device_id(public_key: bytes) -> str:
-    """The id that belongs to a key."""
-    return hashlib.sha256(public_key).hexdigest()[:32]
-
-
-def issue_token(
-    database: Database, run: str, now: int, *, valid_seconds: float = 7 * 86400, actor: str
-) -> str:
-    """Make a token with which one device can enrol; it cannot be read again."""
-    return issue_tokens(database, run, 1, now, valid_seconds=valid_seconds, actor=actor)[0]
-
-
 def issue_tokens(
-    database: Database,
-    run: str,
-    count: int,
-    now: int,
-    *,
-    valid_seconds: float = 7 * 86400,
-    actor: str,
+    context: Context, run: str, count: int = 1, *, valid_seconds: float = 7 * 86400, actor: str
 ) -> list[str]:
-    """Make tokens, all in one transaction: each one lets one device enrol."""
+    """Make tokens, all in one transaction: each one lets one device enrol. They cannot be read
+    again."""
     made = [secrets.token_urlsafe(32) for _ in range(count)]
+    now = context.now()
     expires = now + round(valid_seconds * 1000)
-    with database.write() as db:
-        find_run(db, run)
+    with context.database.write() as db:
+        run_of(db, run)
         rows = [
             {"hash": _hash(token), "run": run, "expires_ms": expires, "created_ms": now}
             for token in made
@@ -74,16 +53,15 @@ def issue_tokens(
 
 
 def enrol(
-    database: Database,
+    context: Context,
     token: str,
     public_key: bytes,
-    now: int,
     *,
     name: str = "",
     device_class: str = "",
     into: str | None = None,
-) -> Enrolled:
-    """Use up a token and take in a device.
+) -> Row[Any]:
+    """Use up a token and take in a device. Returns its row.
 
     Args:
         into: the run that the device asks to be in; a token for another one is left as it is.
@@ -92,12 +70,8 @@ def enrol(
         RefusedError: token: unknown, used by another, expired or of another run; conflict: the key
             is known.
     """
-    if len(public_key) != 32:
-        raise RefusedError(
-            "malformed", f"a public key has 32 bytes, got {len(public_key)}. Send it raw."
-        )
-    id = device_id(public_key)
-    with database.write() as db:
+    id, now = fingerprint(public_key), context.now()
+    with context.database.write() as db:
         right = (tokens.c.hash == _hash(token)) & (tokens.c.run == (into or tokens.c.run))
         unused = right & tokens.c.device.is_(None)
         claim = update(tokens).where(unused & (tokens.c.expires_ms > now)).values(device=id)
@@ -107,65 +81,61 @@ def enrol(
             raise _not_usable()
         if won:
             _insert(db, used.run, id, public_key, now, name, device_class)
-        enrolled = select(devices.c.client, devices.c.revoked_ms).where(devices.c.id == id)
-        row = db.execute(enrolled).one()
-        if row.revoked_ms is not None:
-            raise _revoked()
+        enrolled = db.execute(select(devices).where(devices.c.id == id)).one()
+        if enrolled.revoked_ms is not None:
+            raise revoked()
         fault_points.reach("enrol.inside")
     fault_points.reach("enrol.after")
-    return Enrolled(id, used.run, row.client)
+    return enrolled
 
 
-def check_token(database: Database, token: str, public_key: bytes, now: int, *, into: str) -> None:
+def check_token(context: Context, token: str, public_key: bytes, *, into: str) -> None:
     """Refuse a token that this key could not enrol in a run with; it is left as it is.
 
     Raises:
-        RefusedError: token; revoked: the device that used it.
+        RefusedError: token; unknown: the device that used it was revoked.
     """
-    id = device_id(public_key)
-    unused = tokens.c.device.is_(None) & (tokens.c.expires_ms > now)
+    id = fingerprint(public_key)
+    unused = tokens.c.device.is_(None) & (tokens.c.expires_ms > context.now())
     usable = (tokens.c.hash == _hash(token)) & (tokens.c.run == into)
     found = select(tokens.c.hash).where(usable & (unused | (tokens.c.device == id)))
     gone = select(devices.c.id).where(devices.c.id == id, devices.c.revoked_ms.is_not(None))
-    with database.read() as db:
+    with context.database.read() as db:
         if one(db, found) is None:
             raise _not_usable()
         if one(db, gone) is not None:
-            raise _revoked()
+            raise revoked()
 
 
-def revoke(database: Database, device: str, now: int, *, actor: str) -> None:
+def find_key(context: Context, device: str) -> Row[Any] | None:
+    """The row of a device that may take part: its key, sequence number and run."""
+    query = select(devices).where(devices.c.id == device, devices.c.revoked_ms.is_(None))
+    with context.database.read() as db:
+        return one(db, query)
+
+
+def revoke(context: Context, device: str, *, actor: str) -> None:
     """Throw a device out, for good; what it reported before stays."""
-    with database.write() as db:
+    now = context.now()
+    with context.database.write() as db:
         there = (devices.c.id == device) & devices.c.revoked_ms.is_(None)
         if db.execute(update(devices).where(there).values(revoked_ms=now)).rowcount == 0:
             if one(db, select(devices.c.id).where(devices.c.id == device)) is None:
                 raise RefusedError(
-                    "unknown", f"no such device: {device!r}. `potluck devices` lists them."
+                    "not_found", f"no such device: {device!r}. `potluck devices` lists them."
                 )
             return
         leaving.revoked(db, device, now)
         audit.append(db, now, actor, "revoke", device=device)
 
 
-def claim_sequence(database: Database, device: str, sequence: int, now: int) -> None:
-    """Note the sequence number of a signed request: each one counts once, also after a restart.
-
-    Raises:
-        RefusedError: unknown, replayed.
-    """
-    (found,) = claim_sequences(database, [(device, sequence)], now)
-    if found is not None:
-        raise found
-
-
 def claim_sequences(
-    database: Database, claims: Sequence[tuple[str, int]], now: int
+    context: Context, claims: Sequence[tuple[str, int]]
 ) -> list[RefusedError | None]:
     """Note many (device, sequence number) in one transaction: for each one None, or why not:
-    revoked (or never enrolled), replayed."""
-    with database.write() as db:
-        return note_sequences(db, claims, now)
+    unknown (revoked, or never enrolled), replayed."""
+    with context.database.write() as db:
+        return note_sequences(db, claims, context.now())
 
 
 def note_sequences(
@@ -179,7 +149,7 @@ def note_sequences(
     for device, sequence in claims:
         if device not in last:
             told = f"the device must be enrolled, got device={device}. Enrol again."
-            answers.append(RefusedError("revoked", told))
+            answers.append(RefusedError("unknown", told))
         elif sequence <= last[device]:
             told = "Potluck-Sequence must be above that of every earlier request, got "
             told += f"sequence={sequence}. Count on from the last one and sign again."
@@ -210,14 +180,14 @@ _NOTE = (
 )
 
 
-def find_run(db: Connection, run: str) -> None:
-    """Refuse a run that is not there."""
-    if one(db, select(runs.c.id).where(runs.c.id == run)) is None:
-        raise RefusedError("unknown", f"no such run: {run!r}.")
+def unknown_device(device: str) -> RefusedError:
+    """What is said of a device that is not enrolled."""
+    return RefusedError("not_found", f"a device must be enrolled, got device={device!r}. Enrol.")
 
 
-def _revoked() -> RefusedError:
-    return RefusedError("revoked", "this device was revoked. Ask whoever runs the server.")
+def revoked() -> RefusedError:
+    """What a device is told that was thrown out."""
+    return RefusedError("unknown", "this device was revoked. Ask whoever runs the server.")
 
 
 def _not_usable() -> RefusedError:

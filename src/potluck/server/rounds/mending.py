@@ -8,37 +8,31 @@ from sqlalchemy import Row, insert, select, update
 
 from potluck.core import RefusedError
 from potluck.core.errors import LostError
-from potluck.server.rounds.check_in import open_round_of
 from potluck.server.rounds.commit import load_version
-from potluck.server.rounds.state_machine import abandon_round, lock_run
+from potluck.server.rounds.state_machine import abandon_round, lock_run, open_round_of
 from potluck.server.storage import audit
 from potluck.server.storage.blobs import BlobStore
-from potluck.server.storage.database import Database, as_dict, one
+from potluck.server.storage.context import Context
+from potluck.server.storage.database import as_dict, one
 from potluck.server.storage.database_tables import models, runs
 
 
-def abandon(database: Database, run: str, reason: str, now: int, *, actor: str) -> None:
+def abandon(context: Context, run: str, reason: str, *, actor: str) -> None:
     """End the open attempt without a model; the same round is tried again.
 
     Raises:
         RefusedError: conflict: there is none.
     """
-    with database.write() as db:
+    with context.database.write() as db:
         current = lock_run(db, run)
         round = open_round_of(db, run, lock=True)
         if round is None:
             raise RefusedError("conflict", "a round must be open, got none. See `potluck status`.")
-        abandon_round(db, current, round, reason, now, actor=actor)
+        abandon_round(db, current, round, reason, context.now(), actor=actor)
 
 
 def fall_back(
-    database: Database,
-    blobs: BlobStore,
-    run: str,
-    now: int,
-    *,
-    version: int | None = None,
-    actor: str,
+    context: Context, run: str, version: int | None = None, *, actor: str
 ) -> tuple[int, int]:
     """Go on with an older model: the newest that can be read, or this version.
 
@@ -49,28 +43,29 @@ def fall_back(
         Which version, and which one it is now.
 
     Raises:
-        RefusedError: conflict: the newest can be read, and no version was named; unknown.
+        RefusedError: conflict: the newest can be read, and no version was named; not_found.
     """
-    with database.read() as db:
+    blobs, now = context.blobs, context.now()
+    with context.database.read() as db:
         newest = db.execute(select(runs.c.version).where(runs.c.id == run)).scalar_one()
-    if version is None and _is_whole(blobs, _version(database, run, newest)):
+    if version is None and _is_whole(blobs, _version(context, run, newest)):
         raise RefusedError(
             "conflict",
             f"the newest model must be lost, got version {newest}, which can be read. "
             "To go on with an older one all the same, name it with --version.",
         )
     wanted = newest - 1 if version is None else version
-    found = _version(database, run, wanted) if wanted < newest else None
+    found = _version(context, run, wanted) if wanted < newest else None
     while found is None or not _is_whole(blobs, found):
         wanted -= 1
         if version is not None or wanted < 0:
             raise RefusedError(
-                "unknown",
+                "not_found",
                 f"the model must be one from 0 to {newest - 1} that can be read, "
                 f"got version={version}. Restore it from a backup.",
             )
-        found = _version(database, run, wanted)
-    with database.write() as db:
+        found = _version(context, run, wanted)
+    with context.database.write() as db:
         current = lock_run(db, run)
         if current.version != newest:
             told = f"the newest model must be version {newest}, got {current.version}. Try again."
@@ -87,9 +82,9 @@ def fall_back(
     return wanted, newest + 1
 
 
-def _version(database: Database, run: str, version: int) -> Row[Any] | None:
+def _version(context: Context, run: str, version: int) -> Row[Any] | None:
     query = select(models).where(models.c.run == run, models.c.version == version)
-    with database.read() as db:
+    with context.database.read() as db:
         return one(db, query)
 
 

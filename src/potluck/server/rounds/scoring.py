@@ -43,23 +43,23 @@ def checked_sums(metrics: Sums, plan: str) -> Sums:
     """The metrics of the run's plan among those that a device sent.
 
     Raises:
-        RefusedError: bad_update: there is none, or one that cannot be right.
+        RefusedError: bounds: there is none, or one that cannot be right.
     """
     known = _known(plan)
     kept = {name: pair for name, pair in metrics.items() if known is None or name in known}
     if not kept:
         wanted = ", ".join(sorted(known or ()))
-        raise RefusedError("bad_update", f"metrics must be of the plan ({wanted}), got none.")
+        raise RefusedError("bounds", f"metrics must be of the plan ({wanted}), got none.")
     for name, (total, count) in kept.items():
         if not 0 < count <= MAX_EXAMPLES:
             raise RefusedError(
-                "bad_update",
+                "bounds",
                 f"the count of {name!r} must be above 0 and at most {MAX_EXAMPLES}, got {count!r}.",
             )
         low, high = (0.0, 1.0) if name.startswith("accuracy") else (-MAX_SCORE, MAX_SCORE)
         if not low <= total / count <= high:
             raise RefusedError(
-                "bad_update",
+                "bounds",
                 f"the mean of {name!r} must be from {low:g} to {high:g}, got {total / count:g}.",
             )
     return kept

@@ -33,7 +33,6 @@ from potluck.config.round_settings import RoundSettings, milliseconds
 from potluck.config.round_step import Counts, Phase
 from potluck.core import derive_seed, sample_cohort
 from potluck.core.plain_json import to_json
-from potluck.server.rounds.check_in import usual_seconds
 from potluck.server.rounds.leaving import Present, goal_among, is_excused, present
 from potluck.server.storage import audit, fault_points
 from potluck.server.storage.database_tables import (
@@ -210,6 +209,39 @@ _TAKEN = select(func.count()).where(assignments.c.round == bindparam("round"))
 _ACTIVE = _TAKEN.where(assignments.c.state == "active")
 _REPORTED = select(func.count()).where(reports.c.round == bindparam("round"))
 _COUNTS = select(_ACTIVE.scalar_subquery(), _REPORTED.scalar_subquery(), _TAKEN.scalar_subquery())
+
+
+def open_round_of(db: Connection, run: str, *, lock: bool = False) -> Row[Any] | None:
+    """The round of a run that is neither committed nor abandoned: there is at most one."""
+    return db.execute(_OPEN_LOCKED if lock else _OPEN, {"run": run}).one_or_none()
+
+
+def usual_seconds(db: Connection, run: str, settings: RoundSettings) -> float:
+    """The median length of the last five committed rounds; 0 before the second.
+
+    A round begins with its first device: that nobody came says nothing. The first round is left
+    out, in which devices import, load and compile what they will use. None is longer than its
+    deadlines let it be, or the server's clock was set in the middle of it.
+    """
+    longest = milliseconds(settings.selection_seconds + settings.report_seconds)
+    measured = sorted(min(max(ms, 0), longest) for ms in db.scalars(_LENGTHS, {"run": run}))
+    return measured[(len(measured) - 1) // 2] / 1000 if measured else 0.0
+
+
+# Built once: putting a statement together costs more than running it.
+_OPEN = select(rounds).where(rounds.c.run == bindparam("run"), OPEN_ROUND)
+_OPEN_LOCKED = _OPEN.with_for_update()
+_LENGTHS = (
+    select(rounds.c.closed_ms - rounds.c.started_ms)
+    .where(
+        rounds.c.run == bindparam("run"),
+        rounds.c.state == "COMMITTED",
+        rounds.c.kind == "train",
+        rounds.c.number > 1,
+    )
+    .order_by(rounds.c.number.desc())
+    .limit(5)
+)
 
 
 def settle(db: Connection, run: Row[Any], round: Row[Any], *, version: int) -> None:

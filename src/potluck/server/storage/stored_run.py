@@ -86,6 +86,18 @@ def find(db: Connection, name: str) -> Row[Any] | None:
     return one(db, select(*columns).where(runs.c.name == name))
 
 
+def run_of(db: Connection, run: str) -> Row[Any]:
+    """The row of a run by its id.
+
+    Raises:
+        RefusedError: not_found.
+    """
+    row = one(db, select(runs).where(runs.c.id == run))
+    if row is None:
+        raise RefusedError("not_found", f"no such run: {run!r}.")
+    return row
+
+
 def kept(
     run: Row[Any], experiment: Experiment, settings: RoundSettings, spec: Spec | None = None
 ) -> Kept:

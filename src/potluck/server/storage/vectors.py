@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, select
 
-from potluck.core import Spec
+from potluck.core import RefusedError, Spec
 from potluck.core.errors import LostError
 from potluck.core.plain_json import to_json
 from potluck.protocol import INLINE_BYTES
 from potluck.server.storage.blobs import BlobStore
-from potluck.server.storage.database import Database
-from potluck.server.storage.database_tables import reports
+from potluck.server.storage.context import Context
+from potluck.server.storage.database import Database, one
+from potluck.server.storage.database_tables import models, reports
 
 ROW_BYTES = INLINE_BYTES
 """Of the longest vector that is kept in a row."""
@@ -71,6 +72,49 @@ def tries(do: Callable[[], T]) -> T:
         except LostError:
             time.sleep(seconds)
     return do()
+
+
+def find_model(context: Context, run: str, sha256: str) -> Row[Any]:
+    """The model of a run with this digest: num_bytes, and its key or content.
+
+    Raises:
+        RefusedError: not_found.
+    """
+    query = select(models).where(models.c.run == run, models.c.sha256 == sha256).limit(1)
+    with context.database.read() as db:
+        row = one(db, query)
+    if row is None:
+        raise RefusedError("not_found", f"no such model: sha256={sha256!r}.")
+    return row
+
+
+def find_version(context: Context, run: str, version: int) -> Row[Any]:
+    """A model version of a run.
+
+    Raises:
+        RefusedError: not_found.
+    """
+    query = select(models).where(models.c.run == run, models.c.version == version)
+    with context.database.read() as db:
+        row = one(db, query)
+    if row is None:
+        raise RefusedError(
+            "not_found",
+            f"no such model: run={run!r}, version={version}. `potluck status` shows the last.",
+        )
+    return row
+
+
+def read_model(
+    context: Context, run: str, model: Row[Any], start: int = 0, stop: int | None = None
+) -> Iterator[bytes]:
+    """The bytes [start, stop) of a model's weights, little-endian float32, in pieces; where it is
+    lost, the leader looks at it, too."""
+    try:
+        yield from read_vector(context.blobs, model, start, stop)
+    except LostError:
+        context.suspect(run)
+        raise
 
 
 class Updates:

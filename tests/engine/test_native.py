@@ -181,22 +181,13 @@ def step_by_hand(
     return [torch.stack([h for *_, h in kept]), torch.stack(onward), *stepped]
 
 
-@pytest.fixture(params=["bf16", "tiles"])
-def kind(request, monkeypatch):
-    """One kind of compiled products in bfloat16, by which such layers are multiplied."""
-    monkeypatch.setattr(lstm, "_KINDS", {"bf16": (request.param,)})
-    lstm._library.cache_clear()
-    yield request.param
-    lstm._library.cache_clear()
-
-
 @pytest.mark.parametrize("inputs", [8, 33, 128])
 @pytest.mark.parametrize("lines", [1, 11, 37])
-def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines, kind):
+def test_products_in_bfloat16_round_their_factors_and_nothing_else(inputs, lines):
     torch.manual_seed(0)
     layer = nn.LSTM(inputs, 128)
     if not lstm.suits(layer, "bf16"):
-        pytest.skip(f"no compiled products in bfloat16 of the kind {kind} here")
+        pytest.skip("no compiled products in bfloat16 here")
     weights = [parameter.detach().clone() for parameter in layer.parameters()]
     x, into = torch.randn(5, lines, inputs), torch.randn(5, lines, 128)
     into[3:, 0] = 0.0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from local_steps import miscompiled
+from local_steps import images_of, miscompiled
+from potluck import Task
+from potluck.engine import Evaluator, TorchRuntime
 from potluck.engine.native import compiler, max_pool
-from potluck.engine.native.max_pool import relu_of_max_pool
+from potluck.engine.native.max_pool import relu_of_max_pool, use_compiled
 from potluck.models import CNN
 
 needs_compiler = pytest.mark.skipif(
@@ -123,19 +126,46 @@ def test_transformations_and_exports_see_pytorchs_operations(calls):
     torch.testing.assert_close(each, torch.stack([plain(m) for m in maps]))
     gradient = torch.func.grad(lambda m: relu_of_max_pool(m).square().sum())(maps[0])
     assert torch.equal(gradient, torch.func.grad(lambda m: plain(m).square().sum())(maps[0]))
-    program = torch.export.export(CNN(), (torch.zeros(2, 1, 28, 28),))
+    model = CNN()
+    use_compiled(model)
+    program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),))
     assert "max_pool2d" in str(program.graph)
+    with torch.device("cpu"):  # a mode
+        relu_of_max_pool(maps[0])
     assert not calls
 
 
 @needs_compiler
 def test_the_papers_cnn_uses_it(calls):
-    model, images = CNN(), torch.rand(4, 1, 28, 28)
-    model(images).sum().backward()
+    task = Task(model=CNN, data=images_of(4, 28, 28))
+    runtime, start = TorchRuntime(task, one_thread=True), task.initial_weights(0)
+    runtime.take(task.data.client(0))
+    runtime.begin(start, np.arange(2), 0)
+    runtime.step(slice(0, 2), 0.1)
     assert len(calls) == 2
-    with torch.inference_mode():
-        model(images)
-    assert len(calls) == 4
+    evaluator = Evaluator(task)
+    evaluator.load(start)
+    evaluator.sums(task.data.test)
+    assert len(calls) > 2
+
+
+def test_the_model_by_itself_is_plain_pytorch(calls):
+    model, images = CNN(), torch.rand(4, 1, 28, 28)
+    outputs = model(images)
+    assert not calls
+    use_compiled(model)
+    assert torch.equal(model(images), outputs)
+    assert list(model.state_dict()) == list(CNN().state_dict())
+
+
+def test_a_pooling_with_a_hook_or_a_forward_of_its_own_keeps_it():
+    hooked, patched = max_pool.MaxPoolReLU(), max_pool.MaxPoolReLU()
+    hooked.register_forward_hook(lambda m, i, o: o * 2)
+    patched.forward = lambda maps: maps
+    for layer in (hooked, patched):
+        before = vars(layer).get("forward")
+        use_compiled(layer)
+        assert vars(layer).get("forward") is before
 
 
 @needs_compiler

@@ -24,6 +24,7 @@ from potluck.engine.module.modes import own_modes
 from potluck.engine.module.pristine import Pristine
 from potluck.engine.module.randomness import borrowed_randomness, seed_generators, states
 from potluck.engine.module.variables import Variables
+from potluck.engine.native.max_pool import use_compiled
 from potluck.engine.scores import WHOLE, Score, Totals, number_in, scores_of, value_of
 from potluck.engine.task import Task, averaged_tensors, bind, spec_of
 from potluck.models.task_metrics import defaults
@@ -46,7 +47,7 @@ class Evaluator:
         self._task = task
         self._device = device or torch.device("cpu")
         self._module, self._loss, self._metrics = task.parts(seed)
-        self._module.eval()
+        use_compiled(self._module.eval())
         self._module.to(self._device)
         self._vector = torch.empty(spec_of(self._module).dim, device=self._device)
         bind(self._module, self._vector)

@@ -7,10 +7,8 @@ back and adds it to W. Here the product is added to W directly, as one rank-B up
     W ← W − lr · gᵀ x
 
 when the backward pass is over (`potluck.engine.deferred`). The gradient is never written, which for
-large layers and small batches saves most of the memory traffic of a step. LSTMs and, in bfloat16,
-convolutions that are pooled do the same where their steps can be compiled
-(`potluck.engine.native.lstm`, `potluck.engine.native.conv_pool`), and linear layers do it in
-compiled code then (`potluck.engine.native.linear`).
+large layers and small batches saves most of the memory traffic of a step. LSTMs do the same where
+their steps can be compiled (`potluck.engine.native.lstm`).
 
 Only layers that are proven plain are chosen (`potluck.engine.module.plain`), and every call asks
 again: a hook, a patch or another weight that came later, autocasting, an unusual input or a
@@ -39,7 +37,7 @@ from potluck.engine.module.plain import (
     places_of,
     prove,
 )
-from potluck.engine.native import conv_pool, linear, lstm
+from potluck.engine.native import lstm
 from potluck.engine.precision import Precision
 
 SMALLEST = 65_536  # weights; below it the plain step is as fast
@@ -53,7 +51,7 @@ class InPlaceLayers:
     """The layers of one module that are fused with their steps.
 
     Args:
-        compiled: on one thread, where layers may be compiled, others than linear ones too.
+        compiled: on one thread, where LSTMs may be compiled, these too.
         smallest: weights from which on a layer is fused.
     """
 
@@ -80,8 +78,7 @@ class InPlaceLayers:
             forward = _forward_of(layer, precision, compiled, smallest)
             proof = None if forward is None else prove(layer, places)
             if forward is not None and proof is not None:
-                name = conv_pool.IN_PLACE if isinstance(layer, nn.Conv2d) else "forward"
-                proof.hand_over(name, _Fused(self, layer, name, proof, forward))
+                proof.hand_over(_Fused(self, layer, proof, forward))
                 self.layers.append(layer)
 
     def step(self, lr: float, loss: Tensor) -> AbstractContextManager[None]:
@@ -110,28 +107,23 @@ class _Fused:
     """What is called instead of a layer's forward. A copy of the layer gets its class's own."""
 
     def __init__(
-        self,
-        owner: InPlaceLayers,
-        layer: nn.Module,
-        name: str,
-        proof: Proof,
-        forward: Callable[..., Any],
+        self, owner: InPlaceLayers, layer: nn.Module, proof: Proof, forward: _Forward
     ) -> None:
-        self._owner, self._layer, self._name = owner, layer, name
-        self._proof, self._forward = proof, forward
+        self._owner, self._layer, self._proof, self._forward = owner, layer, proof, forward
 
     def __call__(self, inputs: Any, *rest: Any, **named: Any) -> Any:
+        plain: _Forward = type(self._layer).forward
         if torch.compiler.is_compiling():  # asked first, so that it is all that is traced
-            return _plain(self._layer, self._name)(self._layer, inputs, *rest, **named)
+            return plain(self._layer, inputs, *rest, **named)
         if not (rest or named or self._owner.is_off) and self._is_proven(inputs):
             outputs = self._forward(self._owner, self._layer, inputs)
             if outputs is not NotImplemented:
                 return outputs
-        return _plain(self._layer, self._name)(self._layer, inputs, *rest, **named)
+        return plain(self._layer, inputs, *rest, **named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
         layer = memo.get(id(self._layer), self._layer)
-        return MethodType(cast(Any, _plain(layer, self._name)), layer)
+        return MethodType(cast(Any, type(layer).forward), layer)
 
     def _is_proven(self, inputs: Any) -> bool:
         return (
@@ -140,14 +132,9 @@ class _Fused:
             and inputs.layout is torch.strided
             and torch.is_grad_enabled()
             and _casts(inputs, self._owner.precision)
-            and vars(self._layer).get(self._name) is self
+            and vars(self._layer).get("forward") is self
             and self._proof.holds()
         )
-
-
-def _plain(layer: nn.Module, name: str) -> _Forward:
-    """What a layer of this type does by itself."""
-    return type(layer).forward if name == "forward" else conv_pool.plain
 
 
 def _casts(inputs: Tensor, precision: Precision) -> bool:
@@ -164,23 +151,20 @@ def _casts(inputs: Tensor, precision: Precision) -> bool:
 
 def _forward_of(
     layer: nn.Module, precision: Precision, compiled: bool, smallest: int
-) -> Callable[..., Any] | None:
+) -> _Forward | None:
     """The fused forward pass of a layer, if it is of a kind that has one, and plain."""
     own = vars(layer)["_parameters"]
     if is_plain(layer, nn.Linear):
         weight = own.get("weight")  # there is none where another network makes it
         if weight is None or weight.numel() < smallest or own.keys() != {"weight", "bias"}:
             return None
-        tiled = compiled and precision == "bf16" and linear.suits(cast(nn.Linear, layer))
-        return _tiled if tiled else _straight
+        return _linear_step
     if compiled and is_plain(layer, nn.LSTM) and lstm.suits(layer, precision, smallest):
         return _lstm if list(own) == lstm.names(layer) else None
-    if compiled and is_plain(layer, nn.Conv2d) and precision == "bf16":
-        return _pooled if conv_pool.suits(layer) else None
     return None
 
 
-def _straight(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
+def _linear_step(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
     if inputs.ndim < 2 or inputs.shape[-1] != layer.in_features or inputs.device.type != "cpu":
         return NotImplemented
     owner.note(compiled=False)
@@ -190,25 +174,11 @@ def _straight(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
     return step(inputs.to(kind), layer.weight, layer.bias, owner.deferred)
 
 
-def _tiled(owner: InPlaceLayers, layer: nn.Linear, inputs: Tensor) -> Tensor:
-    if not linear.takes(layer, inputs):
-        return _straight(owner, layer, inputs)
-    owner.note(compiled=True)
-    return linear.in_place(layer, inputs, owner.deferred)
-
-
 def _lstm(owner: InPlaceLayers, layer: nn.LSTM, inputs: Tensor) -> Any:
     if not lstm.takes(inputs, None, owner.precision):
         return NotImplemented
     owner.note(compiled=True)
     return lstm.in_place(layer, inputs, owner.deferred, owner.precision)
-
-
-def _pooled(owner: InPlaceLayers, layer: nn.Conv2d, images: Tensor) -> Tensor:
-    if not conv_pool.takes(layer, images):
-        return NotImplemented
-    owner.note(compiled=True)
-    return conv_pool.in_place(layer, images, owner.deferred)
 
 
 class _LinearStep(torch.autograd.Function):

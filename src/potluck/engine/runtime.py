@@ -24,6 +24,7 @@ from potluck.engine.module.foreign import Foreign
 from potluck.engine.module.pristine import Pristine
 from potluck.engine.module.randomness import seed_generators
 from potluck.engine.module.variables import Variables
+from potluck.engine.native.max_pool import use_compiled
 from potluck.engine.precision import Precision, autocast, check_precision, floated
 from potluck.engine.task import Task, averaged_tensors, bind, in_training, spec_of
 from potluck.models.losses import counts_nothing, may_count_nothing
@@ -56,7 +57,7 @@ class TorchRuntime:
         check_precision(precision, torch.device("cpu"))
         self._precision: Precision = precision
         self.module, self._loss, _ = task.parts()
-        in_training(self.module)
+        use_compiled(in_training(self.module))
         self.spec: Spec = spec_of(self.module)
         self._vector = torch.zeros(self.spec.dim, dtype=torch.float32)
         bind(self.module, self._vector)
@@ -190,7 +191,7 @@ class Judged(nn.Module):
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.module, self.loss, _ = task.parts()
-        in_training(self.module)
+        use_compiled(in_training(self.module))
 
     def forward(self, inputs: Any, targets: Tensor) -> Tensor:
         """The loss of one batch."""

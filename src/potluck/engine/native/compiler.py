@@ -16,11 +16,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from potluck.data.published_files import cache_folder
@@ -47,32 +45,6 @@ def library(what: str, sources: tuple[Path, ...]) -> ctypes.CDLL | None:
         level = logging.WARNING if isinstance(error, PermissionError) else logging.INFO
         _LOG.log(level, "%s are not compiled: %s", what, str(error).splitlines()[0])
         return None
-
-
-def tiled_steps(
-    what: str,
-    sources: tuple[Path, ...],
-    name: str,
-    kinds: tuple[Any, Any],
-    agrees: Callable[[tuple[Any, Any]], bool],
-) -> tuple[Any, Any] | None:
-    """The steps of a layer on the processor's tile unit, `forward_<name>` and `backward_<name>` of
-    these `kinds`, if they can be compiled, the processor and its kernel have the unit, and the
-    steps agree with PyTorch's."""
-    compiled = library(what, sources)
-    if compiled is None:
-        return None
-    try:
-        steps = kinds[0]((f"forward_{name}", compiled)), kinds[1]((f"backward_{name}", compiled))
-    except AttributeError:  # the processor has no tiles
-        return None
-    if not compiled.prepare():  # the kernel has no room for them
-        return None
-    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever mode the caller is in
-        if not agrees(steps):
-            warn(what)
-            return None
-    return steps
 
 
 def call(function: Any, *arguments: Any) -> None:

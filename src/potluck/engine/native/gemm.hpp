@@ -6,7 +6,6 @@
 //     Float32    units are floats, one for each place of the sum
 //     BFloat16   units are two bfloat16, of places 2 k and 2 k + 1, which processors with AVX512_BF16
 //                multiply and add to a float32 in one instruction
-//     Tiles      the same for processors with AMX, see `amx.hpp`
 //
 // "depth" is the number of units that a sum is over. Results are float32, and added to what is there.
 
@@ -38,7 +37,7 @@ static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x
 static inline Floats all(float x) { return x - Floats{}; }
 
 // At least `size` elements that stay in use from call to call. They start on a line of the cache, since
-// vectors that lie on two cost twice, and tiles four times as much.
+// vectors that lie on two cost twice.
 template <class T>
 static T* of(std::vector<T>& room, int64_t size) {
     constexpr int64_t LINE = 64, more = LINE / sizeof(T);
@@ -48,11 +47,8 @@ static T* of(std::vector<T>& room, int64_t size) {
 
 static inline int whole_panels(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-struct NoShapes {};  // what products may want to be set up once for many of them: nothing
-
 struct Float32 {
     typedef float Unit;
-    typedef NoShapes Shapes;
     static int depth(int inner) { return inner; }
 
     // units of `num` columns of one place of the sum; `next`, the row after it, is not needed
@@ -69,7 +65,6 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 struct BFloat16 {
     typedef uint32_t Unit;
-    typedef NoShapes Shapes;
     static int depth(int inner) { return (inner + 1) / 2; }
 
     // the nearest bfloat16, the even one of two
@@ -200,8 +195,7 @@ static void some_rows(int rows, const typename P::Unit* left, const typename P::
 // result [rows, columns] += left [rows, depth] · what was packed [depth, columns]
 template <class P>
 static void add_product(int64_t rows, const typename P::Unit* left, int depth,
-                        const typename P::Unit* packed, int columns, float* result,
-                        typename P::Shapes&) {
+                        const typename P::Unit* packed, int columns, float* result) {
     const int64_t parts = (rows + ROWS - 1) / ROWS;
     float edge[ROWS * COLUMNS] = {};
     for (int n = 0; n < columns; n += COLUMNS) {
@@ -245,8 +239,7 @@ static void outer(const typename P::Unit* left, const typename P::Unit* panel, i
 // in panels; out is a multiple of LEFT
 template <class P>
 static void rank_update(int depth, int out, int in, const typename P::Unit* gradient,
-                        const typename P::Unit* inputs, float factor, float* weight,
-                        typename P::Shapes&) {
+                        const typename P::Unit* inputs, float factor, float* weight) {
     for (int n = 0; n < in; n += COLUMNS) {
         const int some = in - n < COLUMNS ? in - n : COLUMNS;
         for (int m = 0; m < out; m += HALF)

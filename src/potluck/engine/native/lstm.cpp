@@ -12,7 +12,6 @@
 // as it is where the line is padded: nothing flows from there, and these places are left out.
 
 #include "gemm.hpp"
-#include "amx.hpp"
 
 constexpr int BLOCK = 1024;  // places that are summed at once
 
@@ -73,14 +72,13 @@ static void forward(int steps, int batch, int in, int size, const float* inputs,
     const int width = 4 * size;
     const int64_t rows = int64_t(batch) * size;
     Rooms<P>& rooms = rooms_of<P>();
-    typename P::Shapes shapes;
     typename P::Unit* packed = of(rooms.panels, int64_t(width) * (in > size ? in : size));
     for (int j = 0; j < width; j++) gates[j] = bias[j] + other_bias[j];
     for (int64_t k = 1; k < int64_t(steps) * batch; k++)
         std::memcpy(gates + k * width, gates, 4 * width);
     pack_transposed<P>(in, width, weight, packed);
     add_product<P>(int64_t(steps) * batch, P::left(int64_t(steps) * batch, in, inputs, rooms.lefts),
-                   P::depth(in), packed, width, gates, shapes);
+                   P::depth(in), packed, width, gates);
     pack_transposed<P>(size, width, recurrent, packed);
     std::memset(hidden, 0, 4 * rows);
     std::memset(cells, 0, 4 * rows);
@@ -88,7 +86,7 @@ static void forward(int steps, int batch, int in, int size, const float* inputs,
         float* gate = gates + t * 4 * rows;
         if (t > 0)  // before, the state is zero
             add_product<P>(batch, P::left(batch, size, hidden + t * rows, rooms.lefts),
-                           P::depth(size), packed, width, gate, shapes);
+                           P::depth(size), packed, width, gate);
         for (int b = 0; b < batch; b++)
             for (int j = 0; j < size; j += WIDTH) {
                 float* at = gate + b * width + j;
@@ -140,7 +138,6 @@ static void backward(int steps, int batch, int in, int size, const float* into_h
     const int64_t left = first[steps];
 
     Rooms<P>& rooms = rooms_of<P>();
-    typename P::Shapes shapes;
     // ∂ℓ/∂a of every place that is left
     float* into_gates = of(rooms.gradients, left * width);
     typename P::Unit* packed =
@@ -173,7 +170,7 @@ static void backward(int steps, int batch, int in, int size, const float* into_h
         std::memset(some, 0, 4 * num * size);
         if (t > 0)
             add_product<P>(num, P::left(num, width, into_gates + first[t] * width, rooms.lefts),
-                           P::depth(width), packed, size, some, shapes);
+                           P::depth(width), packed, size, some);
         if (num < batch)
             for (int64_t k = 0; k < num; k++)
                 std::memcpy(back + (places[first[t] + k] - t * batch) * size, some + k * size,
@@ -187,7 +184,7 @@ static void backward(int steps, int batch, int in, int size, const float* into_h
         float* result = whole ? onward : of(rooms.results, left * in);
         if (!whole) std::memset(result, 0, 4 * left * in);
         add_product<P>(left, P::left(left, width, into_gates, rooms.lefts), P::depth(width), packed,
-                       in, result, shapes);
+                       in, result);
         for (int64_t k = 0; k < left && !whole; k++)
             std::memcpy(onward + int64_t(places[k]) * in, result + k * in, 4 * in);
     }
@@ -197,9 +194,9 @@ static void backward(int steps, int batch, int in, int size, const float* into_h
         const int num = left - from < BLOCK ? int(left - from) : BLOCK;
         pack<P, LEFT>(num, width, into_gates + from * width, nullptr, packed_left);
         pack<P, COLUMNS>(num, in, inputs, places.data() + from, packed);
-        rank_update<P>(P::depth(num), width, in, packed_left, packed, factor, weight, shapes);
+        rank_update<P>(P::depth(num), width, in, packed_left, packed, factor, weight);
         pack<P, COLUMNS>(num, size, hidden, places.data() + from, packed);
-        rank_update<P>(P::depth(num), width, size, packed_left, packed, factor, recurrent, shapes);
+        rank_update<P>(P::depth(num), width, size, packed_left, packed, factor, recurrent);
     }
     float* sums = of(rooms.flowing, width);
     std::memset(sums, 0, 4 * width);
@@ -221,11 +218,6 @@ decltype(&backward<Float32>) backward_float32 = backward<Float32>;
 #if defined(__AVX512BF16__)
 decltype(&forward<BFloat16>) forward_bf16 = forward<BFloat16>;
 decltype(&backward<BFloat16>) backward_bf16 = backward<BFloat16>;
-#endif
-#if defined(HAS_TILES)
-int prepare_tiles() { return may_use_tiles(); }  // whether the next two may be called
-decltype(&forward<Tiles>) forward_tiles = forward<Tiles>;
-decltype(&backward<Tiles>) backward_tiles = backward<Tiles>;
 #endif
 
 }  // extern "C"

@@ -22,10 +22,8 @@ from potluck.engine.deferred import Deferred, plain_gradients
 from potluck.engine.native import compiler
 from potluck.engine.precision import Precision
 
-_SOURCES = compiler.sources("lstm.cpp", "gemm.hpp", "amx.hpp")
+_SOURCES = compiler.sources("lstm.cpp", "gemm.hpp")
 SMALLEST = 65_536  # recurrent weights, of a width of 128; narrower layers are as fast in PyTorch
-# Of products, by precision: the first kind that is there.
-_KINDS = {"float32": ("float32",), "bf16": ("tiles", "bf16")}
 _TOLERANCES = {"float32": 1e-5, "bf16": 2e-2}  # of a step whose numbers are about 1
 
 _SIZES, _POINTER = [ctypes.c_int] * 4, ctypes.c_void_p
@@ -156,12 +154,10 @@ def _library() -> _Library | None:
     if compiled is None:
         return None
     steps: dict[str, tuple[Any, Any]] = {}
-    for precision, kinds in _KINDS.items():
-        for kind in kinds:
-            found = _steps(compiled, kind)
-            if found is not None:
-                steps[precision] = found
-                break
+    for precision in _TOLERANCES:
+        found = _steps(compiled, precision)
+        if found is not None:
+            steps[precision] = found
     library = _Library(compiled.columns(), steps)
     if not all(_agrees(library, precision) for precision in steps):
         compiler.warn("LSTMs")
@@ -169,16 +165,14 @@ def _library() -> _Library | None:
     return library
 
 
-def _steps(compiled: ctypes.CDLL, kind: str) -> tuple[Any, Any] | None:
-    """The steps of a kind of products, forward and backward, if the processor has it."""
+def _steps(compiled: ctypes.CDLL, precision: str) -> tuple[Any, Any] | None:
+    """The steps with products in a precision, forward and backward, if the processor has it."""
     try:
         forward, backward = (
-            ctypes.c_void_p.in_dll(compiled, f"{name}_{kind}").value or 0
+            ctypes.c_void_p.in_dll(compiled, f"{name}_{precision}").value or 0
             for name in ("forward", "backward")
         )
     except ValueError:
-        return None
-    if kind == "tiles" and not compiled.prepare_tiles():  # the kernel has no room for them
         return None
     return _FORWARD(forward), _BACKWARD(backward)
 

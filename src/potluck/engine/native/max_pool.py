@@ -3,8 +3,8 @@
 PyTorch takes two passes forward and three back, one of which only writes zeros, and its pooling
 kernels are slow at bfloat16: half of the time of a large batch of the paper's CNN. `max_pool.cpp`
 takes one each way. It gives the same bits, so it is used wherever it can be: on a CPU, on one
-thread, with the channels last. Elsewhere, and within `torch.func` and `torch.export`, PyTorch does
-it.
+thread, with the channels last. Elsewhere, and where a transformation, a compiler or a mode looks on
+(`potluck.engine.module.plain.is_observed`), PyTorch does it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,27 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from potluck.engine.module.plain import is_observed, is_plain
 from potluck.engine.native import compiler
+from potluck.models.vision import MaxPoolReLU
 
 _SOURCES = compiler.sources("max_pool.cpp")
 _SIZES, _POINTER = [ctypes.c_int64, *[ctypes.c_int] * 3], ctypes.c_void_p
 _FUNCTION = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 3)  # forward and backward
 
 
+def use_compiled(module: nn.Module) -> None:
+    """Give the layers of a module that pool so the forward pass of `relu_of_max_pool`."""
+    for layer in module.modules():
+        if is_plain(layer, MaxPoolReLU):
+            layer.forward = relu_of_max_pool
+
+
 def relu_of_max_pool(maps: Tensor) -> Tensor:
-    """relu(max_pool2d(maps, 2)) of maps [batch, channels, height, width]."""
+    """What `MaxPoolReLU` gives for maps [batch, channels, height, width]."""
     functions = _library() if _suits(maps) else None
     if functions is None:
         return functional.relu(functional.max_pool2d(maps, 2))
@@ -37,7 +46,7 @@ def relu_of_max_pool(maps: Tensor) -> Tensor:
 def _suits(maps: Tensor) -> bool:
     return (
         type(maps) is Tensor
-        and not _is_seen_through()
+        and not is_observed()
         and maps.device.type == "cpu"
         and maps.dtype in (torch.float32, torch.bfloat16)
         and maps.ndim == 4
@@ -45,16 +54,6 @@ def _suits(maps: Tensor) -> bool:
         and maps.shape[2] % 2 == maps.shape[3] % 2 == 0
         and maps.is_contiguous(memory_format=torch.channels_last)
         and torch.get_num_threads() == 1
-    )
-
-
-def _is_seen_through() -> bool:
-    """Whether a transformation, a compiler or an export wants to see PyTorch's own operations."""
-    there: Any = torch
-    return (
-        there.compiler.is_compiling()
-        or there.jit.is_tracing()
-        or there._C._functorch.peek_interpreter_stack() is not None
     )
 
 

@@ -24,6 +24,7 @@ import pytest
 from potluck.data import datasets
 from potluck.data.federated import Dataset
 from potluck.data.published_files import FILES
+from potluck.engine.native import compiler, lstm, max_pool
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,19 @@ def published() -> Callable[[str], list[Path]]:
         return found
 
     return paths
+
+
+@pytest.fixture
+def cold_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where kernels are compiled to, with none in it, and none that was asked for yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("POTLUCK_NATIVE", raising=False)
+    asked = (compiler.library, lstm._library, max_pool._library)
+    for one in asked:
+        one.cache_clear()
+    yield tmp_path / "potluck-kernels"
+    for one in asked:
+        one.cache_clear()
 
 
 @pytest.fixture

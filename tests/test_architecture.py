@@ -18,7 +18,7 @@ BELOW = {
     "data.tables": "core",
     "data": "core data.tables",
     "models": "core data data.tables",
-    "engine.native": "data models engine engine.module",
+    "engine.native": "models engine engine.module",
     "engine.module": "core data models engine",
     "engine": "core data data.tables models engine.module engine.native",
     "engine.vmap": "core data models engine engine.module engine.native",
@@ -26,10 +26,10 @@ BELOW = {
     "config": "core algorithms data data.tables models engine",
     "simulation.virtual_time": "core config",
     "simulation.executors": "core algorithms data models engine engine.module engine.vmap"
-    " engine.gpu",
+    " engine.native engine.gpu",
     "simulation": "core algorithms config engine engine.module simulation.executors"
     " simulation.virtual_time",
-    "simulation.runs": "core algorithms data engine engine.module config simulation"
+    "simulation.runs": "core algorithms data engine engine.module engine.native config simulation"
     " simulation.executors simulation.virtual_time",
     "reproduction": "core algorithms data models engine config simulation simulation.runs"
     " simulation.executors",

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,38 +314,29 @@ def test_loop_and_workers_give_the_same_bits_and_the_pure_steps_to_tolerance():
     assert error < 1e-5 * np.abs(gradient).max()
 
 
-@pytest.fixture
-def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """An empty cache folder, and a library that nobody has asked for yet."""
-    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path))
-    lstm._library.cache_clear()
-    yield tmp_path
-    lstm._library.cache_clear()
-
-
-def test_without_a_compiler_everything_goes_through_pytorch(afresh, monkeypatch, caplog):
-    monkeypatch.setenv("PATH", str(afresh))
-    with caplog.at_level("INFO", logger="potluck"):
+def test_without_a_compiler_everything_goes_through_pytorch(
+    cold_kernels, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
         assert not lstm.suits(nn.LSTM(8, 128))
-    assert "there is no C++ compiler" in caplog.text
+    (said,) = caplog.messages
+    assert "LSTMs are not compiled: there is no C++ compiler" in said
     runtime = TorchRuntime(task(lambda: Reader("once")), one_thread=True)
     assert runtime._layers is None
 
 
 @needs_compiler
-def test_a_compiler_that_fails_leaves_it_to_pytorch(afresh, monkeypatch, caplog):
-    def fail(*arguments, **_):
-        raise subprocess.CalledProcessError(1, "c++", stderr=b"no such flag")
-
-    monkeypatch.setattr(compiler.subprocess, "run", fail)
-    with caplog.at_level("INFO", logger="potluck"):
-        assert not lstm.suits(nn.LSTM(8, 128))
-    assert "are not compiled" in caplog.text
-    assert list((afresh / "compiled").iterdir()) == []
+def test_a_compiler_that_fails_leaves_it_to_pytorch(cold_kernels, monkeypatch, caplog):
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "--no-such-flag"))
+    assert not lstm.suits(nn.LSTM(8, 128))
+    (said,) = caplog.messages
+    assert "LSTMs are not compiled" in said
+    assert list(cold_kernels.glob("lstm*")) == []
 
 
 @needs_compiler
-def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, caplog):
+def test_what_is_compiled_wrongly_is_not_used(cold_kernels, monkeypatch, tmp_path, caplog):
     right, wrong = "into_h * s * o * (1.0f - o)", "into_h * s * o"
     monkeypatch.setattr(lstm, "_SOURCES", miscompiled(lstm._SOURCES, tmp_path, right, wrong))
     assert not lstm.suits(nn.LSTM(8, 128))
@@ -357,7 +345,9 @@ def test_what_is_compiled_wrongly_is_not_used(afresh, monkeypatch, tmp_path, cap
 
 @needs_compiler
 @pytest.mark.parametrize(("target", "columns"), [("x86-64", 8), ("haswell", 16)])
-def test_processors_with_narrower_vectors_take_the_same_step(afresh, monkeypatch, target, columns):
+def test_processors_with_narrower_vectors_take_the_same_step(
+    cold_kernels, monkeypatch, target, columns
+):
     if platform.machine() != "x86_64" or not torch.cpu._is_avx2_supported():
         pytest.skip("no x86 processor with AVX2")
     flags = [f"-march={target}" if f.startswith("-march") else f for f in compiler.FLAGS]
@@ -371,15 +361,8 @@ def test_processors_with_narrower_vectors_take_the_same_step(afresh, monkeypatch
 
 
 @needs_compiler
-def test_it_is_compiled_once(afresh, monkeypatch):
-    assert lstm.suits(nn.LSTM(8, 128))
-    (made,) = (afresh / "compiled").iterdir()
-    lstm._library.cache_clear()
-    monkeypatch.setattr(compiler.subprocess, "run", itertools.count)  # would raise
-    assert lstm.suits(nn.LSTM(8, 128))
-    assert list((afresh / "compiled").iterdir()) == [made]
-
-
-def test_it_can_be_switched_off(afresh, monkeypatch):
+def test_it_can_be_switched_off(cold_kernels, monkeypatch, caplog):
     monkeypatch.setenv("POTLUCK_NATIVE", "0")
     assert not lstm.suits(nn.LSTM(8, 128))
+    assert not cold_kernels.exists()
+    assert not caplog.messages

@@ -169,23 +169,17 @@ def test_a_pooling_with_a_hook_or_a_forward_of_its_own_keeps_it():
 
 
 @needs_compiler
-def test_it_may_be_asked_for_first_without_gradients():
-    max_pool._library.cache_clear()
+def test_it_may_be_asked_for_first_without_gradients(cold_kernels):
     with torch.inference_mode():
         relu_of_max_pool(drawn(2, 8, 4, 4))
     assert max_pool._library() is not None
 
 
 @needs_compiler
-def test_what_is_compiled_wrongly_is_not_used(monkeypatch, tmp_path, caplog, calls):
-    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path))
+def test_what_is_compiled_wrongly_is_not_used(monkeypatch, tmp_path, caplog, calls, cold_kernels):
     wrong = miscompiled(max_pool._SOURCES, tmp_path, "place == T(2)", "place == T(1)")
     monkeypatch.setattr(max_pool, "_SOURCES", wrong)
-    max_pool._library.cache_clear()
-    try:
-        maps = drawn(2, 8, 4, 4)
-        assert torch.equal(relu_of_max_pool(maps), plain(maps))
-        assert max_pool._library() is None
-    finally:
-        max_pool._library.cache_clear()
+    maps = drawn(2, 8, 4, 4)
+    assert torch.equal(relu_of_max_pool(maps), plain(maps))
+    assert max_pool._library() is None
     assert "poolings are not compiled" in caplog.text

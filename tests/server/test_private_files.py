@@ -1,10 +1,8 @@
-"""What server and device write is for their user alone, and what they load nobody else wrote."""
+"""What server and device write is for their user alone."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 from test_device_life import Process
 
-from potluck.engine.native import compiler
 from potluck.server.storage.blobs import FolderStore
 from potluck.server.storage.database import Database
 from serve_process import ServerProcess, experiment
@@ -77,55 +74,3 @@ def test_a_database_made_from_python_is_private_too(tmp_path, open_to_all):
     database.upgrade()
     assert [path for path in open_paths(tmp_path) if path != str(tmp_path)] == []
     database.close()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache folder with one library in it, compiled by this user."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("POTLUCK_CACHE", str(folder))
-    monkeypatch.delenv("POTLUCK_NATIVE", raising=False)
-    source = tmp_path / "one.cpp"
-    source.write_text('extern "C" int one() { return 1; }\n')
-    made = compiler.library("ones", (source,))
-    assert made is not None
-    assert made.one() == 1
-    return folder, lambda: compiler.library("ones", (source,))
-
-
-def _not_root(path: Path) -> None:
-    os.chown(path, 12345, 12345)
-
-
-FAULTS = {
-    "a folder that all may write to": lambda folder, file: (folder / "compiled").chmod(0o777),
-    "one inside of such a folder": lambda folder, file: folder.chmod(0o777),
-    "a file that all may write to": lambda folder, file: file.chmod(0o777),
-    "another user's folder": lambda folder, file: _not_root(folder / "compiled"),
-    "another user's file": lambda folder, file: _not_root(file),
-}
-
-
-@pytest.mark.skipif(not any(map(shutil.which, compiler.COMPILERS)), reason="no C++ compiler")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_compiled_library_that_another_user_could_have_put_there_is_not_loaded(
-    cache, fault, caplog
-):
-    folder, library = cache
-    (file,) = (folder / "compiled").glob("*.so")
-    assert (folder / "compiled").stat().st_mode & 0o777 == 0o700
-    if "another" in fault and os.getuid() != 0:
-        pytest.skip("root alone gives files away")
-    FAULTS[fault](folder, file)
-    with caplog.at_level(logging.WARNING, "potluck"):
-        assert library() is None
-    assert "POTLUCK_CACHE" in caplog.text
-
-
-@pytest.mark.skipif(not any(map(shutil.which, compiler.COMPILERS)), reason="no C++ compiler")
-def test_a_folder_of_this_user_that_others_could_read_is_closed_and_used(cache):
-    folder, library = cache
-    (folder / "compiled").chmod(0o775)
-    folder.chmod(0o1777)  # as /tmp is: nobody may rename what is another's
-    assert library() is not None
-    assert (folder / "compiled").stat().st_mode & 0o777 == 0o700

@@ -336,3 +336,11 @@ def test_classes_are_named():
     run = record({1: 0.5})
     named = replace(run, manifest={**run.manifest, "classes": ["ill", "well"]})
     assert notes([measure(named), measure(named)]) == ["classes of digits: 0 ill, 1 well"]
+
+
+def test_runs_of_one_experiment_that_different_code_trained_are_named():
+    first, second = (measure(record({10: 0.80, 20: 0.90}, target=0.85)) for _ in range(2))
+    old, compiled, none = (first._replace(kernels=k) for k in (None, "lstm-1a", "none"))
+    (note,) = notes([compiled, none, second])
+    assert "(lstm-1a; none)" in note
+    assert notes([compiled, compiled, old]) == []

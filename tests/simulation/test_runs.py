@@ -66,6 +66,24 @@ def test_a_run_directory_holds_what_the_rounds_gave(undisturbed):
     assert "seconds" not in (undisturbed / "rounds.jsonl").read_text()
 
 
+def test_a_run_that_goes_on_with_other_compiled_code_says_so(undisturbed, tmp_path, caplog):
+    directory = shutil.copytree(undisturbed, tmp_path / "run")
+    list(train(experiment(run__rounds=13), directory))
+    assert not caplog.messages
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["kernels"] == "none"  # of a 2NN
+    path.write_text(json.dumps(manifest | {"kernels": "lstm-1a"}))
+    list(train(experiment(run__rounds=14), directory))
+    (said,) = caplog.messages
+    assert "(lstm-1a)" in said
+    assert "(none)" in said
+    del manifest["kernels"]  # of an earlier version
+    path.write_text(json.dumps(manifest))
+    list(train(experiment(run__rounds=15), directory))
+    assert len(caplog.messages) == 1
+
+
 def test_a_tree_without_its_history_may_be_told_its_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("POTLUCK_COMMIT", "0123456789ab")
     list(train(experiment(), tmp_path / "run"))

@@ -1,13 +1,16 @@
 """C++ that is compiled for the processor at hand, where there is a compiler.
 
 Only compiled on the spot is it for this processor, and needs no wheel for every platform. That is
-done once for a machine, in a second or two, and the library is kept in the cache folder. Where
-nothing can be compiled, and with POTLUCK_NATIVE=0, everything goes through PyTorch.
+done once for a machine, under a file lock, and the library is kept in a folder of its own that
+nobody else may write to, for what lies there runs with this user's rights. Processes that are
+forked later have what their parent has loaded (`potluck.engine.native.kernels`). Where nothing can
+be compiled, which is said once, and with POTLUCK_NATIVE=0, everything goes through PyTorch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -16,17 +19,23 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from potluck.data.published_files import cache_folder
-
 COMPILERS = ("c++", "g++", "clang++")  # the first that is there
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
-_SECONDS = 60.0  # to compile, at most
+_SECONDS = 300.0  # to compile, at most; it takes about five
 _LOG = logging.getLogger("potluck")
+
+
+class Library(NamedTuple):
+    """What was compiled, and the name of its file, which tells it from any other."""
+
+    name: str
+    functions: ctypes.CDLL
 
 
 def sources(*names: str) -> tuple[Path, ...]:
@@ -34,16 +43,22 @@ def sources(*names: str) -> tuple[Path, ...]:
     return tuple(Path(__file__).with_name(name) for name in names)
 
 
-def library(what: str, sources: tuple[Path, ...]) -> ctypes.CDLL | None:
-    """The library of the first of `sources`, compiled if it is not there yet; None, and the reason
-    in the log, where it cannot be. `what` are called the things that then are not compiled."""
+@cache
+def library(what: str, sources: tuple[Path, ...]) -> Library | None:
+    """The library of the first of `sources`, compiled if it is not there yet; None, and a warning,
+    where it cannot be. `what` are called the things that then are not compiled. Asked for once."""
     if os.environ.get("POTLUCK_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_made(sources)))
+        path = _made(sources)
+        return Library(path.stem, ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
-        level = logging.WARNING if isinstance(error, PermissionError) else logging.INFO
-        _LOG.log(level, "%s are not compiled: %s", what, str(error).splitlines()[0])
+        _LOG.warning(
+            "%s are not compiled: %s. PyTorch does their work, more slowly, and sums may differ in "
+            "their last bits. POTLUCK_NATIVE=0 says that this is meant.",
+            what,
+            str(error).splitlines()[0].removesuffix("."),
+        )
         return None
 
 
@@ -52,27 +67,51 @@ def call(function: Any, *arguments: Any) -> None:
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
-def compiled_folder() -> Path:
-    """Where compiled code is kept, which runs with this user's rights: nobody else may write there.
-
-    Raises:
-        OSError: somebody else might have, or it cannot be made.
-    """
-    folder = cache_folder() / "compiled"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_ours(folder.parent, stat.S_ISVTX)  # whoever may rename there could put another in place
-    _check_ours(folder)
-    if os.name == "posix" and folder.stat().st_uid == os.getuid():
-        folder.chmod(0o700)
-    return folder
-
-
 def warn(what: str) -> None:
     """Say that a library is left out, for it does not do what PyTorch does."""
     _LOG.warning(
         "%s are not compiled: the compiler's work differs from PyTorch's. Set POTLUCK_NATIVE=0 to "
         "leave it out, and report this with your compiler's version.",
         what,
+    )
+
+
+def compiled_folder() -> Path:
+    """Where compiled code is kept, which runs with this user's rights: nobody else may write there.
+
+    Raises:
+        OSError: somebody else might have, or it cannot be made.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(named) if named else Path("~/.cache").expanduser()) / "potluck-kernels"
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.parent.stat()  # whoever may rename there could put another in place
+    if about.st_uid not in (0, os.getuid()) or about.st_mode & 0o1002 == 0o002:
+        raise _not_ours(folder.parent)
+    check_ours(folder)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+def check_ours(path: Path) -> None:
+    """Refuse what another user owns or may write to.
+
+    Raises:
+        PermissionError: one does.
+    """
+    about = path.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> PermissionError:
+    about = path.stat()
+    return PermissionError(
+        f"{path} must be this user's (uid={os.getuid()}), and no other's to write to, got "
+        f"uid={about.st_uid} and mode={stat.S_IMODE(about.st_mode):o}. Remove it, or name another "
+        "folder of caches in XDG_CACHE_HOME"
     )
 
 
@@ -86,37 +125,31 @@ def _made(sources: tuple[Path, ...]) -> Path:
     if compiler is None:
         raise OSError("there is no C++ compiler")
     texts = [path.read_text(encoding="utf-8") for path in sources]
-    about = "\n".join([*texts, compiler, *FLAGS, _processor()])
+    about = "\n".join([*texts, compiler, _version(compiler), *FLAGS, _processor()])
     digest = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
     folder = compiled_folder()
     path = folder / f"{sources[0].stem}-{digest}.so"
-    if path.exists():
-        _check_ours(path)
-    else:
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            target = Path(made) / path.name
-            subprocess.run(
-                [compiler, *FLAGS, "-o", str(target), str(sources[0])],
-                check=True,
-                capture_output=True,
-                timeout=_SECONDS,
-            )
-            target.replace(path)  # at once: others may be looking for it
+    if not path.exists():
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, and the others wait for it
+            if not path.exists():
+                _compile(compiler, sources[0], path)
+    check_ours(path)
     return path
 
 
-def _check_ours(path: Path, enough: int = 0) -> None:
-    """Refuse what another user than root owns, or all users may change, unless a bit of its mode is
-    `enough` to keep them from it."""
-    if os.name != "posix":
-        return
-    found = path.stat()
-    is_open = found.st_mode & 0o002 and not found.st_mode & enough
-    if found.st_uid not in (0, os.getuid()) or is_open:
-        raise PermissionError(
-            f"{path} must be this user's, and no other's to write to, got uid={found.st_uid} and "
-            f"mode={found.st_mode & 0o7777:o}. Remove it, or name another folder in POTLUCK_CACHE"
-        )
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as made:
+        target = Path(made) / path.name
+        words = [compiler, *FLAGS, "-o", str(target), str(source)]
+        subprocess.run(words, check=True, capture_output=True, timeout=_SECONDS)
+        target.chmod(0o700)
+        target.replace(path)
+
+
+def _version(compiler: str) -> str:
+    words = [compiler, "--version"]
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60.0).stdout
 
 
 def _processor() -> str:

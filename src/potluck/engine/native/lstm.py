@@ -42,14 +42,7 @@ def suits(
     layer: nn.Module, precision: Precision = "float32", smallest: int = SMALLEST
 ) -> TypeGuard[nn.LSTM]:
     """Whether a layer is one whose steps can be compiled here."""
-    if not (
-        type(layer) is nn.LSTM
-        and 4 * layer.hidden_size**2 >= smallest
-        and layer.proj_size == 0
-        and not layer.bidirectional
-        and layer.bias
-        and (layer.dropout == 0.0 or layer.num_layers == 1)
-    ):
+    if not is_wanted(layer, smallest):
         return False
     library = _library()
     return (
@@ -57,6 +50,23 @@ def suits(
         and precision in library.steps
         and layer.hidden_size % library.columns == 0
     )
+
+
+def is_wanted(layer: nn.Module, smallest: int = SMALLEST) -> TypeGuard[nn.LSTM]:
+    """Whether a layer's steps would be compiled on some processor."""
+    return (
+        type(layer) is nn.LSTM
+        and 4 * layer.hidden_size**2 >= smallest
+        and layer.proj_size == 0
+        and not layer.bidirectional
+        and layer.bias
+        and (layer.dropout == 0.0 or layer.num_layers == 1)
+    )
+
+
+def library() -> compiler.Library | None:
+    """What is compiled of LSTMs."""
+    return compiler.library("LSTMs", _SOURCES)
 
 
 def names(layer: nn.LSTM) -> list[str]:
@@ -150,19 +160,20 @@ class _Library(NamedTuple):
 @cache
 def _library() -> _Library | None:
     """What is compiled and agrees with PyTorch, or None where there is nothing; asked for once."""
-    compiled = compiler.library("LSTMs", _SOURCES)
-    if compiled is None:
+    found = library()
+    if found is None:
         return None
+    compiled = found.functions
     steps: dict[str, tuple[Any, Any]] = {}
     for precision in _TOLERANCES:
-        found = _steps(compiled, precision)
-        if found is not None:
-            steps[precision] = found
-    library = _Library(compiled.columns(), steps)
-    if not all(_agrees(library, precision) for precision in steps):
+        pair = _steps(compiled, precision)
+        if pair is not None:
+            steps[precision] = pair
+    made = _Library(compiled.columns(), steps)
+    if not all(_agrees(made, precision) for precision in steps):
         compiler.warn("LSTMs")
         return None
-    return library
+    return made
 
 
 def _steps(compiled: ctypes.CDLL, precision: str) -> tuple[Any, Any] | None:

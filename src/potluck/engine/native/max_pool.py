@@ -43,6 +43,11 @@ def relu_of_max_pool(maps: Tensor) -> Tensor:
     return pool(maps, *functions[maps.dtype])
 
 
+def library() -> compiler.Library | None:
+    """What is compiled of poolings."""
+    return compiler.library("poolings", _SOURCES)
+
+
 def _suits(maps: Tensor) -> bool:
     return (
         type(maps) is Tensor
@@ -82,14 +87,14 @@ class _Pool(torch.autograd.Function):
 @cache
 def _library() -> dict[torch.dtype, tuple[Any, Any]] | None:
     """Forward and backward by type, if they are compiled and agree with PyTorch; asked for once."""
-    compiled = compiler.library("poolings", _SOURCES)
+    compiled = library()
     if compiled is None:
         return None
     functions: dict[torch.dtype, tuple[Any, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         forward, backward = (
-            _FUNCTION(ctypes.c_void_p.in_dll(compiled, f"{way}_{name}").value or 0)
+            _FUNCTION(ctypes.c_void_p.in_dll(compiled.functions, f"{way}_{name}").value or 0)
             for way in ("forward", "backward")
         )
         functions[dtype] = forward, backward

@@ -17,13 +17,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from potluck.engine.native.compiler import compiled_folder
+from potluck.data.trees import leaves
+from potluck.engine.native.compiler import check_ours, compiled_folder
 
 AFTER_SECONDS = 30.0
 _LOG = logging.getLogger("potluck")
@@ -50,7 +51,7 @@ class CompiledLater:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
-        shape = tuple(t.shape for t in pytree.tree_leaves(arguments))
+        shape = tuple(t.shape for t in leaves(arguments))
         if shape in self._chosen:
             return self._chosen[shape](*arguments)
         started = self._clock()
@@ -70,9 +71,11 @@ class CompiledLater:
             compiled = _compiled(self._function)
             found = compiled(*arguments)
         except Exception as error:
-            _LOG.info("left uncompiled: %s", (str(error) or type(error).__name__).splitlines()[0])
+            level = logging.WARNING if isinstance(error, PermissionError) else logging.INFO
+            words = (str(error) or type(error).__name__).splitlines()[0]
+            _LOG.log(level, "left uncompiled: %s", words)
             return self._function
-        pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+        pairs = zip(leaves(found), leaves(expected), strict=True)
         if not all(_is_close(one, other) for one, other in pairs):
             return self._function
         times = {
@@ -88,11 +91,15 @@ class CompiledLater:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # In a folder of the user's that outlives the run; without processes that outlive the call.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
+    # The compiler unpickles what it finds in its folder. That one outlives the run.
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named is None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder())
+    elif Path(named).exists():
+        check_ours(Path(named))
     import torch._inductor.config as settings  # slow to import
 
-    settings.compile_threads = 1
+    settings.compile_threads = 1  # no processes that outlive the call
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     def quietly(*arguments: Any) -> Any:

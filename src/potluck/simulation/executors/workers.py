@@ -39,6 +39,7 @@ from potluck.core import FixedPointMean, PotluckError, Vector, WorkerError
 from potluck.core.allocator import keep_freed
 from potluck.core.validate import as_count
 from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
+from potluck.engine.native.kernels import kernels_of
 from potluck.engine.precision import Precision, check_precision
 from potluck.engine.task import Remade
 from potluck.simulation.executors.client_state_file import Slots
@@ -110,7 +111,9 @@ class Workers:
         check_precision(precision, torch.device("cpu"))
         self._task, self._chunk = task, chunk
         self._precision: Precision = precision
-        spec = spec_of(task.module())
+        module = task.module()
+        kernels_of(module)
+        spec = spec_of(module)
         self._dim, self._wide = spec.dim, spec.dim - spec.num_parameters
         self._num_workers = num_workers or available_cores()
         if chunk is None:

@@ -56,6 +56,7 @@ class Cost(NamedTuple):
     rounds: int
     seconds: float
     is_finished: bool
+    kernels: str | None = None  # compiled code; unknown of older runs
     hours: Points | None = None  # the curve over virtual hours, with simulated devices
     virtual_to_target: float | None = None  # seconds
     virtual_seconds: float | None = None  # in all
@@ -167,6 +168,7 @@ def measure(
         rounds=last,
         seconds=sum(record.seconds),
         is_finished=record.is_finished,
+        kernels=manifest.get("kernels"),
         hours=hours,
         virtual_to_target=None if to_target is None else to_target * 3600.0,
         virtual_seconds=record.rounds[-1].get("virtual_seconds"),

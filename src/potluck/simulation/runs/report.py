@@ -63,13 +63,29 @@ def notes(costs: Iterable[Cost]) -> list[str]:
     """What has to be said below the table."""
     costs = list(costs)
     named = dict.fromkeys((cost.name, cost.classes) for cost in costs if cost.classes)
-    return [_classes(name, classes) for name, classes in named] + [
-        note
-        for note, said in (
-            (_HELD, any(cost.held for cost in costs)),
-            (_NO_RESULT, any(not cost.curve for cost in costs)),
-        )
-        if said
+    return (
+        [_classes(name, classes) for name, classes in named]
+        + _kernels(costs)
+        + [
+            note
+            for note, said in (
+                (_HELD, any(cost.held for cost in costs)),
+                (_NO_RESULT, any(not cost.curve for cost in costs)),
+            )
+            if said
+        ]
+    )
+
+
+def _kernels(costs: Sequence[Cost]) -> list[str]:
+    """Which experiments have runs that were trained by different compiled code."""
+    groups = group(costs)
+    used = [sorted({run.kernels for run in runs if run.kernels}) for runs in groups]
+    return [
+        f"the runs of {name} used different compiled code ({'; '.join(kernels)}): equal seeds may "
+        "differ in their last bits."
+        for name, kernels in zip(_labels(groups), used, strict=True)
+        if len(kernels) > 1
     ]
 
 

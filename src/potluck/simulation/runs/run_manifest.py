@@ -18,6 +18,7 @@ import potluck
 from potluck.config.experiment import Experiment
 from potluck.engine import Task, spec_of
 from potluck.engine.devices import device_of
+from potluck.engine.native.kernels import kernels_of
 
 # What may differ between the run that was started and the one that continues it.
 _FREE = (
@@ -40,7 +41,8 @@ def make_manifest(
     experiment: Experiment, seed: int, task: Task, devices_digest: str | None = None
 ) -> dict[str, Any]:
     """The manifest of a run that starts now."""
-    spec = spec_of(task.module())
+    module = task.module()
+    spec = spec_of(module)
     return {
         "name": experiment.name,
         "experiment": experiment.model_dump(mode="json"),
@@ -61,6 +63,7 @@ def make_manifest(
             "torch": metadata.version("torch"),
         },
         "machine": machine() + _gpu(experiment.run.device),
+        "kernels": kernels_of(module) if experiment.run.device is None else "none",
         "commit": commit(),
     }
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,7 @@ from potluck.simulation.runs.run_manifest import difference, make_manifest
 from potluck.simulation.virtual_time.from_experiment import build_virtual_time
 from potluck.simulation.virtual_time.timeline import VirtualTime
 
+_LOG = logging.getLogger("potluck")
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
 _OPTIMIZER, _ALGORITHM = "optimizer.", "algorithm."
 _CLIENT = "client."
@@ -215,6 +217,15 @@ class _Run:
                 f"{self.directory} holds another run: {name} was {was!r} there and is {now!r} "
                 "here. Name another directory (--out), give the experiment another name, or start "
                 "again (--fresh)."
+            )
+        was, now = old.get("kernels", self._manifest["kernels"]), self._manifest["kernels"]
+        if was != now:
+            _LOG.warning(
+                "%s began with other compiled code (%s) than it goes on with (%s): its numbers may "
+                "differ in their last bits from those of a run that did not stop.",
+                self.directory,
+                was,
+                now,
             )
         if old["experiment"] != self._manifest["experiment"]:  # more rounds, another target
             old["experiment"] = self._manifest["experiment"]

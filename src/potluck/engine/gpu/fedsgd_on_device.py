@@ -10,7 +10,7 @@ kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -23,8 +23,8 @@ from potluck.data.federated import lengths, trimmed
 from potluck.engine.devices import free_bytes, sent, unpacked_rnns
 from potluck.engine.gpu.device_examples import Resident
 from potluck.engine.precision import Precision, autocast, products
-from potluck.engine.runtime import Judged
-from potluck.engine.task import Task, bind, spec_of
+from potluck.engine.task import Task
+from potluck.engine.vmap.fedsgd_step import SharedModel
 from potluck.models.losses import by_example
 
 _OUTPUTS = 2**27  # logits that are made at a time, or so
@@ -33,7 +33,7 @@ _EXAMPLES = 8192  # at most, at a time
 
 
 class PooledOnDevice:
-    """One module in training mode on a device, whose weights are shared by all clients."""
+    """The step of one task on a device, for losses that are known."""
 
     def __init__(
         self, task: Task, device: torch.device, precision: Precision, resident: Resident
@@ -49,10 +49,7 @@ class PooledOnDevice:
         width = train.inputs.shape[1] if self._padding is not None else 1
         outputs = min(_OUTPUTS, free_bytes(device) // _BYTES)
         self._examples = max(min(outputs // (width * max(task.data.num_classes, 1)), _EXAMPLES), 1)
-        self._module = Judged(task).module.to(device)
-        self._vector = torch.zeros(spec_of(self._module).dim, device=device)
-        bind(self._module, self._vector)
-        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._model = SharedModel(task, device)
 
     def step(
         self,
@@ -68,38 +65,28 @@ class PooledOnDevice:
         """
         if self._loss is None:
             raise ValueError("a loss must be known to be taken apart")
-        rows, owners = (
-            np.concatenate(batches),
-            np.repeat(np.arange(len(batches)), [*map(len, batches)]),
-        )
+        rows = np.concatenate(batches)
+        owners = np.repeat(np.arange(len(batches)), [*map(len, batches)])
         if self._lengths is not None:
             order = np.argsort(self._lengths[rows], kind="stable")
             rows, owners = rows[order], owners[order]
-        self._vector.copy_(sent(start, self._device))
         owner, share = sent(owners, self._device), sent(shares, self._device).float()
         here, _ = self._resident.place(rows)
         place = sent(here, self._device)
         count = self._counts(place, owner, len(batches))
         totals = torch.zeros(len(batches), device=self._device)
-        sums = [torch.zeros_like(parameter) for parameter in self._parameters]
-        with products(self._precision), unpacked_rnns():
+
+        def pooled() -> Iterator[Tensor]:
             for part in self._parts(len(rows)):
                 mine = owner[part]
                 width = 0 if self._lengths is None else int(self._lengths[rows[part]].max())
                 found = self._sums(place[part], max(width, 1))
-                weight = (share / count)[mine]
-                gradients = torch.autograd.grad(
-                    (found * weight).sum(), self._parameters, allow_unused=True
-                )
-                for total, gradient in zip(sums, gradients, strict=True):
-                    if gradient is not None:  # type: ignore[reportUnnecessaryComparison]
-                        total += gradient
                 totals.index_add_(0, mine, found.detach())
-        with torch.no_grad():
-            for parameter, total in zip(self._parameters, sums, strict=True):
-                parameter.add_(total, alpha=-lr)
-        losses = cast("list[float]", (totals / count).tolist())
-        return self._vector.cpu().numpy().copy(), losses
+                yield (found * (share / count)[mine]).sum()
+
+        with products(self._precision), unpacked_rnns():
+            local = self._model.descend(start, pooled(), lr)
+        return local, cast("list[float]", (totals / count).tolist())
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(i, min(i + self._examples, count)) for i in range(0, count, self._examples)]
@@ -111,7 +98,7 @@ class PooledOnDevice:
             inputs, targets = trimmed(inputs, targets, width)
         assert self._loss is not None
         with autocast(self._precision, self._device):
-            return self._loss.sums(self._module(inputs), targets)
+            return self._loss.sums(self._model.module(inputs), targets)
 
     def _counts(self, rows: Tensor, owners: Tensor, clients: int) -> Tensor:
         """How many predictions of each client its loss is the mean over."""

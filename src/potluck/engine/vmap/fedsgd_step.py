@@ -12,8 +12,8 @@ example by itself, without batch normalization or dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from potluck.core import Vector
 from potluck.data.trees import called, mapped
+from potluck.engine.devices import sent
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task, bind, spec_of
 from potluck.models.losses import by_example
@@ -29,15 +30,37 @@ from potluck.models.losses import by_example
 _EXAMPLES = 1000  # that go through the model together, at least one client's
 
 
+class SharedModel:
+    """One module in training mode, whose weights are shared by all clients, and its loss."""
+
+    def __init__(self, task: Task, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
+        judged = Judged(task)
+        self.module, self.loss = judged.module.to(self._device), judged.loss
+        self._vector = torch.zeros(spec_of(self.module).dim, device=self._device)
+        bind(self.module, self._vector)
+        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+    def descend(self, start: Vector, losses: Iterable[Tensor], lr: float) -> Vector:
+        """One step from `start` down the sum of some losses, each made when it is asked for."""
+        self._vector.copy_(sent(start, self._device))
+        sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:  # type: ignore[reportUnnecessaryComparison]
+                    total += gradient
+        with torch.no_grad():
+            for parameter, total in zip(self._parameters, sums, strict=True):
+                parameter.add_(total, alpha=-lr)
+        return self._vector.cpu().numpy().copy()
+
+
 class PooledStep:
-    """One module in training mode, whose weights are shared by all clients."""
+    """The step of one task on a CPU, for any loss."""
 
     def __init__(self, task: Task) -> None:
-        judged = Judged(task)
-        self._data, self._loss, self._module = task.data.train, judged.loss, judged.module
-        self._vector = torch.zeros(spec_of(self._module).dim)
-        bind(self._module, self._vector)
-        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._data, self._model = task.data.train, SharedModel(task)
 
     def step(
         self,
@@ -52,21 +75,15 @@ class PooledStep:
             batches: the rows of the packed examples, one array a client.
             shares: of the clients in the mean: [clients], their sum is 1.
         """
-        self._vector.numpy()[...] = start
         losses: list[float] = []
-        sums = [torch.zeros_like(parameter) for parameter in self._parameters]
-        for part in _parts(batches):
-            found = self._losses(batches[part])
-            pooled = found @ torch.from_numpy(shares[part]).float()
-            gradients = torch.autograd.grad(pooled, self._parameters, allow_unused=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:  # type: ignore[reportUnnecessaryComparison]
-                    total += gradient
-            losses += found.tolist()
-        with torch.no_grad():
-            for parameter, total in zip(self._parameters, sums, strict=True):
-                parameter.add_(total, alpha=-lr)
-        return self._vector.numpy().copy(), losses
+
+        def pooled() -> Iterator[Tensor]:
+            for part in _parts(batches):
+                found = self._losses(batches[part])
+                losses.extend(cast("list[float]", found.tolist()))
+                yield found @ torch.from_numpy(shares[part]).float()
+
+        return self._model.descend(start, pooled(), lr), losses
 
     def _losses(self, batches: Sequence[NDArray[np.int64]]) -> Tensor:
         """The loss of each client: [clients]."""
@@ -74,13 +91,13 @@ class PooledStep:
         inputs, targets = mapped(
             lambda array: torch.from_numpy(array.take(rows, axis=0)), tuple(self._data)
         )
-        outputs: Any = called(self._module, inputs)
+        outputs: Any = called(self._model.module, inputs)
         sizes = [len(batch) for batch in batches]
-        known = by_example(self._loss, targets.ndim, targets.dtype)
+        known = by_example(self._model.loss, targets.ndim, targets.dtype)
         if known is None:
             ends = np.cumsum(sizes).tolist()
             slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-            return torch.stack([self._loss(outputs[one], targets[one]) for one in slices])
+            return torch.stack([self._model.loss(outputs[one], targets[one]) for one in slices])
         owners = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
         sums = torch.zeros(len(sizes)).index_add(0, owners, known.sums(outputs, targets))
         counts = torch.zeros(len(sizes)).index_add(0, owners, known.counts(targets))

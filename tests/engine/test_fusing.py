@@ -426,6 +426,7 @@ def test_a_compiled_layer_steps_at_once_only_where_nothing_can_tell(what, monkey
 
     monkeypatch.setattr(fused_sgd, "Deferred", Spy)
     fused = check(lambda: Reader(what))
+    assert fused.module.lstm.weight_hh_l0._version >= 4  # steps, which autograd is told of
     if lstm.suits(fused.module.lstm, "float32", EVERY):  # where there is a C++ compiler
         assert fused.module.lstm in fused._layers.layers
         assert set(at_once) == {what in ("plain", "differentiated")}

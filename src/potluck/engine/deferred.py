@@ -84,6 +84,8 @@ class Deferred:
         """The weights themselves, if nothing can read them in the rest of the pass; else
         `copies`."""
         if all(id(weight) in self._alone for weight in weights):
+            for weight in weights:  # what still refers to one is an error, and not another number
+                torch.autograd.graph.increment_version(weight)
             return [weight.detach() for weight in weights]
         return self.copies(weights)
 

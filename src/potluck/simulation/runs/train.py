@@ -1,6 +1,6 @@
 """A run is a directory: what was asked, what every round gave, and where to go on.
 
-    manifest.json            experiment, seed, versions, machine, commit, checksums
+    manifest.json            experiment, seed, versions, machine, kernels, commit, checksums
     rounds.jsonl             a line a round, from round 0; never a clock time, but virtual time
     timings.jsonl            the wall time of every round, and what trained it if that was chosen
     checkpoint.safetensors   the server state after some round, and what the clients keep;

@@ -1,5 +1,6 @@
 """Experiment files: strict, and helpful where they are wrong."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -256,6 +257,14 @@ def test_a_key_that_decides_nothing_is_refused(written, override, message):
     overrides = ["task.data=pythonlib", override]
     with pytest.raises(ConfigError, match=message):
         build_data(load_experiment(written(GOOD), overrides))
+
+
+def test_an_experiment_goes_to_another_process_as_it_is(written):
+    override = (
+        "algorithm={name='fedprox',client_lr=1,mu=1,client_schedule={name='linear',rounds=2}}"
+    )
+    experiment = load_experiment(written(GOOD), [override])
+    assert pickle.loads(pickle.dumps(experiment)) == experiment
 
 
 def test_keys_that_older_manifests_lack_have_no_value_unless_they_are_given():

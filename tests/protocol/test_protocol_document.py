@@ -195,7 +195,7 @@ def test_every_key_and_name_of_a_plan_is_told() -> None:
     for place in ("task.model", "algorithm.name"):  # or the table was not found
         assert f"`{place}`" in told
     task, needs = set(schema["$defs"]["PlannedTask"]["properties"]), {"needs", "data"}
-    algorithms = ("FedavgSection", "FedsgdSection", "FedproxSection")
+    algorithms = ("FedAvg_fedavg", "FedAvg_fedsgd", "FedProx_fedprox")
     steps = {key for name in algorithms for key in schema["$defs"][name]["properties"]}
     keys = {f"`task.{key}`" for key in task} | {f"`algorithm.{key}`" for key in steps}
     joined = {key for cell in told for key in cell.split(", ")}

@@ -83,8 +83,10 @@ def _sections(
             hint = hints[field.name]
             usual = hint, ... if field.default is MISSING else field.default
             own[field.name] = keys.get(field.name, keys.get(hint, usual))
-        found[name] = create_model(f"{name.title()}Section", __base__=base, **own)
+        title = f"{kind.__name__}_{name}"
+        found[name] = create_model(title, __base__=base, __module__=__name__, **own)
         found[name].makes = kind
+        globals()[title] = found[name]  # where pickle looks for it
     return found
 
 

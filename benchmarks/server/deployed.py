@@ -65,7 +65,7 @@ def deploy(file: Path, overrides: list[str], devices: int) -> dict[str, Any]:
             enrolled = time.monotonic()
             over = False
             status: dict[str, Any] = {"round": 0}
-            while federation.pids or len(accuracy) <= status["round"]:
+            while federation.running or len(accuracy) <= status["round"]:
                 for news in federation.news(0.5):
                     if news["is"] == "event" and news["what"] == "accepted":
                         taken.append((news["round"], news["device"]))

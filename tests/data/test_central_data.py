@@ -14,7 +14,7 @@ from potluck.config.plan import plan_of, read_plan, write_plan
 from potluck.core import ConfigError, DataError
 from potluck.data import own_data
 from potluck.device import TorchTrainer, check_own, read_own
-from potluck.server.evaluator import Judge, evaluated_on, is_evaluated
+from potluck.server.evaluator import RunEvaluator, evaluated_on, is_evaluated
 from potluck.simulation import build_algorithm, build_data, build_task
 
 HEADER = "age,pressure,color,diagnosis"
@@ -135,23 +135,23 @@ def test_what_is_no_file_of_data_is_told_before_anybody_is_asked(wards):
 def test_a_server_says_what_it_evaluates_on(wards):
     experiment = load_experiment(wards / "wards.toml")
     assert evaluated_on(experiment) == f"on all examples of {wards / 'test.csv'}"
-    assert len(Judge(experiment).begin(()).plan["data"]["features"]) == 3
+    assert len(RunEvaluator(experiment).begin(()).plan["data"]["features"]) == 3
     (wards / "bare.toml").write_text(EXPERIMENT.replace('test = "test.csv"', "federated_every = 1"))
     bare = load_experiment(wards / "bare.toml")
     assert not is_evaluated(bare)
     assert "nothing here" in evaluated_on(bare)
     assert "the devices' own" in evaluated_on(bare)
-    begun = Judge(bare).begin(())
+    begun = RunEvaluator(bare).begin(())
     assert begun.spec.shapes == ((2, 4), (2,))
     with pytest.raises(ConfigError, match="potluck serve"):
         build_data(bare)
     for override in ("task.path=test.csv", "task.path=away.json"):
         with pytest.raises(DataError, match=r"test\.csv|away\.json"):
-            Judge(load_experiment(wards / "bare.toml", [override])).begin(())
+            RunEvaluator(load_experiment(wards / "bare.toml", [override])).begin(())
     text = EXPERIMENT.replace('"devices"\npath = "schema.json"', '"digits"')
     (wards / "digits.toml").write_text(text.replace('"own"', '"iid"\nclients = 4'))
     with pytest.raises(ConfigError, match=r"server\.test is for own data"):
-        Judge(load_experiment(wards / "digits.toml")).begin(())
+        RunEvaluator(load_experiment(wards / "digits.toml")).begin(())
 
 
 def test_a_schema_that_does_not_fit_into_a_plan_is_refused_at_the_start(wards):
@@ -161,7 +161,7 @@ def test_a_schema_that_does_not_fit_into_a_plan_is_refused_at_the_start(wards):
     schema = {"kind": "regression", "num_classes": 0, "targets": ["y"], "input_shape": [2000]}
     (wards / "schema.json").write_text(json.dumps(schema | {"features": many}))
     with pytest.raises(ConfigError, match="at most 200000 bytes"):
-        Judge(experiment).begin(())
+        RunEvaluator(experiment).begin(())
 
 
 def test_plans_of_built_in_data_have_the_bytes_they_had(tmp_path):

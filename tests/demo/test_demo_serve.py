@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from potluck import datasets
-from potluck.cli.demo import defaults, plan_deaths
+from potluck.cli.demo import defaults, plan_crashes
 from potluck.cli.main import app
 from potluck.config.experiment import check_experiment
 from potluck.core import ConfigError
 from potluck.demo.federation import BASE_BYTES, DEVICE_BYTES, LocalFederation, check_room
-from potluck.demo.narration import Death, Story
+from potluck.demo.narration import PlannedCrash, Story
 from potluck.models import vision
 
 CONTENT = {
@@ -57,7 +57,7 @@ class Demo:
 
     def end(self, number, below):
         """End it, and see that the processes below it end too. Returns its exit status."""
-        assert len(below) >= 6, "a nursery, a server, four devices"
+        assert len(below) >= 6, "a host, a server, four devices"
         self.process.send_signal(number)
         code = self.process.wait(40)
         _, alive = psutil.wait_procs(below, timeout=40)
@@ -74,8 +74,8 @@ def test_rounds_go_on_while_a_device_is_killed_and_the_model_is_plain_pytorch(tm
     said, fault = demo.process.communicate(timeout=300)
     assert demo.process.returncode == 0, fault
     assert "4 devices have enrolled" in said
-    [death] = plan_deaths(1, 4, 3)
-    assert f"device {death.device} was killed in round 2" in said
+    [crash] = plan_crashes(1, 4, 3)
+    assert f"device {crash.device} was killed in round 2" in said
     rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
     table = [row for row in rows if row[0].isdigit()]
     assert [row[:3] for row in table] == [["1", "1", "3"], ["2", "1", "3"], ["3", "1", "3"]]
@@ -103,11 +103,11 @@ def test_nothing_is_left_when_it_is_ended(tmp_path, number):
     assert list(tmp_path.glob("potluck-*")) == []
 
 
-def test_children_end_with_the_nursery(tmp_path):
+def test_children_end_with_their_host(tmp_path):
     demo = Demo(tmp_path, "--devices", 4, "--rounds", 10_000, "--drop-outs", 0)
     below = demo.until("round   2")
-    [nursery] = [process for process in below if process.ppid() == demo.process.pid]
-    nursery.kill()
+    [host] = [process for process in below if process.ppid() == demo.process.pid]
+    host.kill()
     _, alive = psutil.wait_procs(below, timeout=40)
     assert alive == []
     said = demo.process.communicate(timeout=40)[1]
@@ -151,12 +151,12 @@ def test_a_machine_that_is_too_small_is_told_how_many_devices_it_has_room_for():
         check_room(1, cores=1, free_bytes=1000)
 
 
-def test_deaths_are_of_different_devices_between_the_first_round_and_the_last():
+def test_crashes_are_of_different_devices_between_the_first_round_and_the_last():
     for drop_outs, devices, rounds in ((2, 10, 20), (3, 4, 3), (5, 5, 1), (0, 3, 9)):
-        deaths = plan_deaths(drop_outs, devices, rounds)
-        assert len({death.device for death in deaths}) == len(deaths) == drop_outs
-        assert all(2 <= death.round < max(rounds, 3) for death in deaths)
-        assert deaths == plan_deaths(drop_outs, devices, rounds)
+        crashes = plan_crashes(drop_outs, devices, rounds)
+        assert len({crash.device for crash in crashes}) == len(crashes) == drop_outs
+        assert all(2 <= crash.round < max(rounds, 3) for crash in crashes)
+        assert crashes == plan_crashes(drop_outs, devices, rounds)
 
 
 def test_what_an_experiment_says_of_its_server_is_left_alone():
@@ -169,7 +169,7 @@ def test_what_an_experiment_says_of_its_server_is_left_alone():
 
 
 def test_a_drop_out_counts_for_the_round_in_which_the_device_was_at_work():
-    story = Story([Death(1, 2, 3)])
+    story = Story([PlannedCrash(1, 2, 3)])
 
     def event(device, what, round, ms=0):
         return {

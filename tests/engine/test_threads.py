@@ -34,7 +34,7 @@ print(4, torch.get_num_threads())
 
 EVALUATOR = """
 import torch
-from potluck.server.evaluator import Judge
+from potluck.server.evaluator import RunEvaluator
 from potluck.config.experiment import check_experiment
 from potluck.models import losses
 seen = []
@@ -48,8 +48,8 @@ content = {
     "name": "e", "task": {"data": "digits", "model": "logistic"}, "partition": {"kind": "iid"},
     "algorithm": {"client_lr": 0.1}, "run": {"rounds": 1},
 }
-judge = Judge(check_experiment(content, "test"))
-judge.evaluate(judge.begin(()).weights)
+evaluator = RunEvaluator(check_experiment(content, "test"))
+evaluator.evaluate(evaluator.begin(()).weights)
 print(torch.get_num_threads(), *set(seen))
 """
 

@@ -207,10 +207,10 @@ def test_workers_share_a_gpu(two_nodes, data):
         ours = history(algorithm, task, executor)
         assert_alike(history(algorithm, task, "loop"), ours)
         assert ours[-1].executor.startswith("ray, 2 workers on GPUs, chunks of up to")
-        hands = executor._hands  # one may still be starting: a round needs only the first
+        pool = executor._pool  # one may still be starting: a round needs only the first
         shares = [
-            ray.get(hand.actor.__ray_call__.remote(lambda self: ray.get_gpu_ids()))
-            for hand in [*hands._idle, *hands._starting.values()]
+            ray.get(member.actor.__ray_call__.remote(lambda self: ray.get_gpu_ids()))
+            for member in [*pool._idle, *pool._starting.values()]
         ]
         assert shares == [[0], [0]]
     finally:
@@ -274,8 +274,8 @@ def test_what_workers_cannot_be_is_refused(data):
 def worker_processes(executor):
     """The process numbers of an executor's workers."""
     return [
-        ray.get(hand.actor.__ray_call__.remote(lambda self: os.getpid()))
-        for hand in executor._hands._idle
+        ray.get(member.actor.__ray_call__.remote(lambda self: os.getpid()))
+        for member in executor._pool._idle
     ]
 
 
@@ -363,20 +363,20 @@ def test_data_are_placed_once_and_traffic_grows_with_workers(two_nodes, data):
     task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
     algorithm = FedAvg(client_lr=0.1, batch_size=14)
     executor = Cluster(task, 2, local="loop")
-    handed_over = []
+    sums = []
     try:
-        deal = executor._hands.deal
+        schedule = executor._pool.schedule
 
         def counted(*args, **kwargs):
-            dealt = deal(*args, **kwargs)
-            handed_over.append(len(dealt.handed_over))
-            return dealt
+            completed = schedule(*args, **kwargs)
+            sums.append(len(completed.sums))
+            return completed
 
-        executor._hands.deal = counted
+        executor._pool.schedule = counted
         for count in (2, 12, 24):
             weights = task.initial_weights(1)
             executor.train(algorithm, weights, np.arange(count), seed=1, round=1)
-        assert max(handed_over) <= 2
+        assert max(sums) <= 2
     finally:
         executor.close()
 

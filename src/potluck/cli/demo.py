@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from potluck.cli.options import Debug, Overrides, command
-from potluck.demo.narration import HEADER, Death, Story, show_story
+from potluck.demo.narration import HEADER, PlannedCrash, Story, show_story
 
 if TYPE_CHECKING:
     from potluck.config.experiment import Experiment
@@ -97,7 +97,7 @@ def demo_serve(
         raise typer.Exit(130) from None
 
 
-def plan_deaths(drop_outs: int, devices: int, rounds: int) -> list[Death]:
+def plan_crashes(drop_outs: int, devices: int, rounds: int) -> list[PlannedCrash]:
     """Different devices in different rounds, as far as there are enough; not in the first round
     or the last. The same for the same numbers."""
     chance = random.Random(f"{drop_outs}/{devices}/{rounds}")
@@ -105,7 +105,7 @@ def plan_deaths(drop_outs: int, devices: int, rounds: int) -> list[Death]:
     possible = list(range(2, max(rounds, 3)))
     spread = [possible[i * len(possible) // len(chosen)] for i in range(len(chosen))]
     return [
-        Death(device, round, chance.randint(1, 20))
+        PlannedCrash(device, round, chance.randint(1, 20))
         for device, round in zip(chosen, spread, strict=True)
     ]
 
@@ -166,7 +166,7 @@ def _demonstrate(
     overrides += defaults(experiment, devices)
     if experiment.partition.kind in ("iid", "shards", "dirichlet", "unbalanced"):
         overrides.append(f"partition.clients={devices}")
-    deaths = plan_deaths(drop_outs, devices, experiment.run.rounds)
+    crashes = plan_crashes(drop_outs, devices, experiment.run.rounds)
     started = time.monotonic()
     typer.echo(f"{experiment.name}: {experiment.task.data}, divided among {devices} devices")
     with LocalFederation(
@@ -174,22 +174,22 @@ def _demonstrate(
     ) as federation:
         typer.echo(f"server: {federation.address}  (TLS, certificate pinned by every device)")
         typer.echo(f"watch it in a browser: {federation.operator.post('dashboard')['link']}")
-        story = _follow(federation, devices, experiment.run.rounds, deaths)
+        story = _follow(federation, devices, experiment.run.rounds, crashes)
         content = federation.operator.fetch("export")
     _tell(story, content, experiment, time.monotonic() - started, keep, out)
 
 
 def _follow(
-    federation: LocalFederation, devices: int, rounds: int, deaths: Sequence[Death]
+    federation: LocalFederation, devices: int, rounds: int, crashes: Sequence[PlannedCrash]
 ) -> Story:
     """Start the devices and show what happens, until the run is over and all have heard it."""
-    story = Story(deaths)
+    story = Story(crashes)
     with closing(show_story(story, devices, rounds)) as show:
         next(show)
         for device in range(devices):
-            death = story.deaths.get(device)
-            dies = None if death is None else (death.round, death.steps)
-            federation.start(device, invited=True, dies=dies)
+            planned = story.crashes.get(device)
+            crash = None if planned is None else (planned.round, planned.steps)
+            federation.start(device, invited=True, crash=crash)
             story.doing[device] = "enrolled"
             show.send([])
         down: dict[int, float] = {}
@@ -207,7 +207,7 @@ def _follow(
                 raise ValueError(f"the run must go on, it was paused: {story.status['reason']}")
             if story.is_over:
                 deadline = min(deadline, time.monotonic() + _LAST_SECONDS)
-                if story.is_judged and not federation.pids:
+                if story.is_judged and not federation.running:
                     break
     return story
 

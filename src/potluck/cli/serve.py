@@ -148,7 +148,7 @@ def open_server(
     from potluck.config.experiment import load_experiment
     from potluck.config.round_settings import RoundSettings
     from potluck.core import ConfigError
-    from potluck.server.evaluator import is_evaluated, judge_of
+    from potluck.server.evaluator import evaluator_of, is_evaluated
     from potluck.server.process import Server, open_desk, resume_desk
     from potluck.server.storage.state_folder import Home
 
@@ -157,7 +157,7 @@ def open_server(
     home = Home(home_folder)
     places: dict[str, Any] = {"database": database, "blobs": blobs, "build": build_algorithm}
     desk = resume_desk(experiment, home, settings=settings, restored=restored, **places)
-    judge = judge_of(experiment if desk is None else desk.experiment)
+    evaluator = evaluator_of(experiment if desk is None else desk.experiment)
     if desk is None:
         if restored:
             raise ConfigError(
@@ -166,12 +166,12 @@ def open_server(
             )
         every: tuple[Need, ...] = ("charging", "idle", "unmetered")
         needs: tuple[Need, ...] = tuple(n for n in every if getattr(settings, f"needs_{n}"))
-        begun = judge.begin(needs)._asdict()
+        begun = evaluator.begin(needs)._asdict()
         desk = open_desk(experiment, home, settings=settings, **begun, **places)
     seconds = experiment.server.long_poll_seconds
     try:
-        evaluate = judge.evaluate if is_evaluated(experiment) else None
-        return Server(desk, home, listen, seconds, evaluate, judge.give_up, show)
+        evaluate = evaluator.evaluate if is_evaluated(experiment) else None
+        return Server(desk, home, listen, seconds, evaluate, evaluator.cancel, show)
     except BaseException:
         desk.service.close()
         raise

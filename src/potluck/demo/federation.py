@@ -3,7 +3,7 @@
     with LocalFederation(file, folder) as federation:
         for device in range(10):
             federation.start(device, invited=True)
-        while ...:
+        while federation.running:
             for news in federation.news(0.2): ...
             federation.operator.get("status")
 
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from queue import Empty, Queue
 from typing import Any
 
 from potluck.core import ConfigError, RunError
@@ -33,7 +34,7 @@ from potluck.server.storage.state_folder import Home
 DEVICE_BYTES = 25_000_000
 """What each device process adds to what it shares with the others, beside its data."""
 BASE_BYTES = 600_000_000
-"""What the nursery and the server need together."""
+"""What the process host and the server need together."""
 DEVICES_PER_CORE = 100
 
 _START_SECONDS = 120.0
@@ -60,59 +61,54 @@ class LocalFederation:
         port: int = 0,
         remove: bool = False,
     ) -> None:
-        wanted = {
-            "file": str(file.resolve()),
-            "overrides": list(overrides),
-            "folder": str(folder.resolve()),
-            "port": port,
-            "remove": remove,
-        }
         self.folder = folder
         self.operator = Operator(Home(folder / "server"))
-        self.pids: dict[int, int] = {}
-        """Of the devices that run."""
-        self._command = [sys.executable, "-m", "potluck.demo.process_host", to_json(wanted)]
-        self._pending = b""
+        self.running: set[int] = set()
+        """The devices that run."""
+        self._incoming: Queue[dict[str, Any]] = Queue()
         self._held: list[dict[str, Any]] = []  # news that nobody has asked for yet
-
-    def __enter__(self) -> LocalFederation:
+        wanted = {"file": str(file.resolve()), "overrides": list(overrides), "port": port}
+        wanted |= {"folder": str(folder.resolve()), "remove": remove}
         single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self._nursery = subprocess.Popen(
-            self._command,
+        self._host = subprocess.Popen(
+            [sys.executable, "-m", "potluck.demo.process_host", to_json(wanted)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | single,
             start_new_session=True,  # Ctrl-C is for us, who then end it
         )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         try:
             self.address: str = self._await("served", None)["address"]
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> LocalFederation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def start(
-        self, device: int, *, invited: bool = False, dies: tuple[int, int] | None = None
+        self, device: int, *, invited: bool = False, crash: tuple[int, int] | None = None
     ) -> None:
         """Start a device, for the first time or again.
 
         Args:
             invited: it gets an invitation, and this waits until it is enrolled: devices that are
                 started one after the other are the clients 0, 1, … of the experiment.
-            dies: (round, steps): it is killed in a round of at least this number, after so many
+            crash: (round, steps): it is killed in a round of at least this number, after so many
                 local steps.
         """
+        assert self._host.stdin is not None
         invitation = self.operator.post("enroll")["invitations"][0] if invited else None
-        self._tell({"device": device, "invitation": invitation, "dies": dies})
-        self._await("started", device)
+        asked = {"device": device, "address": self.address, "invitation": invitation}
+        with suppress(BrokenPipeError):  # `news` tells
+            self._host.stdin.write(to_json(asked | {"crash": crash}).encode() + b"\n")
+            self._host.stdin.flush()
+        self.running.add(device)
         if invited:
             self._await("event", device)  # the first is that it is enrolled
 
@@ -120,87 +116,74 @@ class LocalFederation:
         """What has happened since the last call; wait at most so long for the first of it.
 
         Raises:
-            RunError: the nursery failed, or the server ended.
+            RunError: the processes cannot go on, or the server ended.
         """
         if not self._held:
-            self._read(seconds)
+            self._take(seconds)
+        while not self._incoming.empty():
+            self._take(0)
         held, self._held = self._held, []
         return held
 
     def close(self) -> None:
         """End all processes, and wait until they have ended."""
-        assert self._nursery.stdin is not None
-        assert self._nursery.stdout is not None
-        self._nursery.stdin.close()
-        end = time.monotonic() + _CLOSE_SECONDS
-        while self._nursery.poll() is None and time.monotonic() < end:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._nursery.stdout, selectors.EVENT_READ)
-                if selector.select(0.2) and not os.read(self._nursery.stdout.fileno(), 65_536):
-                    break
+        assert self._host.stdin is not None
+        with suppress(BrokenPipeError):
+            self._host.stdin.close()
         try:
-            self._nursery.wait(max(end - time.monotonic(), 1.0))
+            self._host.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._nursery.kill()  # its children see that
-            self._nursery.wait()
-        self._nursery.stdout.close()
+            self._host.kill()  # its children see that
+            self._host.wait()
+        self._reader.join(_CLOSE_SECONDS)
 
-    def _tell(self, asked: dict[str, Any]) -> None:
-        assert self._nursery.stdin is not None
-        try:
-            self._nursery.stdin.write(to_json(asked).encode() + b"\n")
-            self._nursery.stdin.flush()
-        except BrokenPipeError:
-            raise RunError("the processes were ended from outside. Start again.") from None
+    def _read(self) -> None:
+        """Queue what is written, until all processes have ended."""
+        assert self._host.stdout is not None
+        with self._host.stdout as lines:
+            for line in lines:
+                self._incoming.put(json.loads(line))
+        fault = "the processes were ended from outside. Start again."
+        self._incoming.put({"is": "failed", "error": fault})
 
     def _await(self, kind: str, device: int | None) -> dict[str, Any]:
-        """The first news of this kind; all before it are held."""
+        """Take news until there is one of this kind; that one, which `news` gives too."""
         end = time.monotonic() + _START_SECONDS
-        while True:
-            held, self._held = self._held, []
-            for number, told in enumerate(held):
-                if told["is"] == kind and told.get("device") == device:
-                    self._held = held[:number] + held[number + 1 :]
+        while time.monotonic() < end:
+            for told in self._take(0.5):
+                if told["device"] == device and told["is"] == kind:
                     return told
-                if told["is"] == "ended" and told["device"] == device:
+                if told["device"] == device and told["is"] == "ended":
                     raise RunError(
                         f"device {device} must start, got its end with code={told['code']}; "
                         f"see {self.folder / 'logs'}."
                     )
-            self._held = held
-            if time.monotonic() > end:
-                raise RunError(
-                    f"the processes must start within {_START_SECONDS:.0f} s, got no word of "
-                    f"{kind} from {device}. Use fewer devices on this machine."
-                )
-            self._read(0.5)
+        raise RunError(
+            f"the processes must start within {_START_SECONDS:.0f} s, got no word of {kind} from "
+            f"{device}. Use fewer devices on this machine."
+        )
 
-    def _read(self, seconds: float) -> None:
-        assert self._nursery.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._nursery.stdout, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                return
-        content = os.read(self._nursery.stdout.fileno(), 65_536)
-        if not content:
-            raise RunError("the processes were ended from outside. Start again.")
-        *lines, self._pending = (self._pending + content).split(b"\n")
-        for line in lines:
-            self._note(json.loads(line))
-
-    def _note(self, told: dict[str, Any]) -> None:
+    def _take(self, seconds: float) -> list[dict[str, Any]]:
+        """Hold the next news, if one comes in time; that one."""
+        try:
+            told = self._incoming.get(timeout=seconds)
+        except Empty:
+            return []
         match told:
             case {"is": "failed", "error": str(error)}:
                 raise RunError(error)
             case {"is": "ended", "device": None, "code": code}:
-                raise RunError(f"the server must not end, got its end with code={code}.")
-            case {"is": "started", "device": int(device), "pid": int(pid)}:
-                self.pids[device] = pid
+                log = (self.folder / "logs" / "server.log").read_text().splitlines()
+                raise RunError(
+                    f"the server must not end, got its end with code={code} "
+                    f"({log[-1] if log else 'no word of it'}). Start again."
+                )
             case {"is": "ended", "device": int(device)}:
-                self.pids.pop(device, None)
+                self.running.discard(device)
             case _:
                 pass
         self._held.append(told)
+        return [told]
 
 
 def check_room(devices: int, cores: int, free_bytes: int | None = None) -> None:

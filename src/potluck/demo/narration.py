@@ -17,7 +17,7 @@ HEADER = ("round", "attempts", "reports", "drop-outs", "accuracy", "uplink", "se
 _SHOWN = 12  # the newest rounds, in a terminal
 
 
-class Death(NamedTuple):
+class PlannedCrash(NamedTuple):
     """A device that is to be killed in this round or the next in which it trains."""
 
     device: int
@@ -28,8 +28,8 @@ class Death(NamedTuple):
 class Story:
     """What has happened so far, from news of the processes and answers of the server."""
 
-    def __init__(self, deaths: Sequence[Death]) -> None:
-        self.deaths = {death.device: death for death in deaths}
+    def __init__(self, crashes: Sequence[PlannedCrash]) -> None:
+        self.crashes = {crash.device: crash for crash in crashes}
         self.doing: dict[int, str] = {}
         self.told: list[str] = []
         self.seconds: dict[int, float] = {}

@@ -1,22 +1,21 @@
-"""What a served run needs data, a model and PyTorch for, in a process of its own while it is asked.
+"""The evaluator of a served run, in a child process where PyTorch is not loaded anyway.
 
-To begin a run takes the model's first weights; after a round somebody evaluates. Both are over in
-seconds, and PyTorch would stay in the server for weeks: 230 MB, and a hold on the interpreter while
-the devices wait. So the server asks a child, which ends by itself when it was asked nothing for a
-minute, and at once when the server does, however that ended.
-
-Where PyTorch is loaded anyway, as in a demonstration, nothing is apart.
+Beginning a run takes the model's first weights, and evaluation follows a round. Both take seconds,
+and PyTorch would stay in the server for weeks: 230 MB, and the interpreter's lock while devices
+wait. So a child process answers. It ends after a minute without a question, and with the server,
+however that ends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing as mp
+import os
 import signal
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from potluck.config.experiment import Experiment
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from potluck.config.plan import Need
     from potluck.engine import Task
 
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 60
 """Without a question, before the child ends."""
 
 
@@ -40,8 +39,8 @@ class Beginning(NamedTuple):
     plan: dict[str, Any]
 
 
-class Judge:
-    """Answers from an experiment's data and model, which are loaded when it is first asked."""
+class RunEvaluator:
+    """Begins and evaluates a run. Data and model are loaded at the first question."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -68,14 +67,11 @@ class Judge:
             seed = self._experiment.run.seed
             return evaluate(self._load(), self._whole(weights), seed=seed)
 
-    def close(self) -> None:
-        """Nothing is held but memory."""
-
-    def give_up(self) -> None:
-        """What is being answered here is answered to its end."""
+    def cancel(self) -> None:
+        """Do nothing: an evaluation in this process cannot be cancelled."""
 
     def _whole(self, weights: Vector) -> Vector:
-        """The model of what travels, with the constants of the run's first one."""
+        """The whole model: what travels, and the constants of the run's first model."""
         from potluck.engine.buffers import roles
 
         task = self._load()
@@ -93,75 +89,49 @@ class Judge:
         return self._task
 
 
-class DistantJudge:
-    """The same answers from a child. Asked by one thread at a time."""
+class EvaluatorProcess:
+    """A `RunEvaluator` in a child process. Asked by one thread at a time."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._one = threading.Lock()
-        self._child: tuple[BaseProcess, Connection] | None = None
-        self._is_given_up = False
+        self._child: tuple[ProcessPoolExecutor, Connection] | None = None
+        self._is_cancelled = False
 
     def begin(self, needs: tuple[Need, ...]) -> Beginning:
-        """As `Judge.begin`; the child ends, since the first evaluation may be far away."""
-        try:
-            return self._ask("begin", needs)
-        finally:
-            self.close()
+        """As `RunEvaluator.begin`."""
+        return self._ask("begin", needs)
 
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
-        """As `Judge.evaluate`."""
+        """As `RunEvaluator.evaluate`."""
         return self._ask("evaluate", weights)
 
-    def close(self) -> None:
-        """End the child, if there is one."""
-        with self._one:
-            self._drop()
-
-    def give_up(self) -> None:
-        """Answer nothing any more; whoever waits for an answer is told at once. In any thread."""
-        self._is_given_up = True
+    def cancel(self) -> None:
+        """End the child, and have every question raise, now and later. In any thread."""
+        self._is_cancelled = True
         child = self._child
         if child is not None:
-            child[0].kill()
+            child[1].close()
 
     def _ask(self, name: str, argument: Any) -> Any:
-        with self._one:
-            for _ in range(2):  # the child may have ended since it was asked last
-                if self._is_given_up:
+        for _ in range(2):  # the child may have ended since the last question
+            pool, lifeline = self._child = self._child or self._start()
+            try:
+                if self._is_cancelled:  # looked at once `_child` is set, as `cancel` sets it first
                     raise WorkerError("nothing is evaluated any more: the server ends.")
-                _, pipe = self._child or self._start()
-                try:
-                    pipe.send((name, argument))
-                    answer = pipe.recv()
-                except (EOFError, OSError):
-                    self._drop()
-                    continue
-                if isinstance(answer, Exception):
-                    raise answer
-                return answer
+                return pool.submit(_answer, name, argument).result()
+            except BrokenProcessPool:
+                lifeline.close()
+                pool.shutdown()
+                self._child = None
         raise WorkerError(
             "the process that holds data and model must answer, and it ended twice "
             f"({name}). Look for a lack of memory in the kernel's log."
         )
 
-    def _start(self) -> tuple[BaseProcess, Connection]:
+    def _start(self) -> tuple[ProcessPoolExecutor, Connection]:
         context = mp.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._experiment), daemon=True)
-        process.start()
-        theirs.close()
-        self._child = process, ours
-        if self._is_given_up:  # meanwhile
-            process.kill()
-        return self._child
-
-    def _drop(self) -> None:
-        if self._child is not None:
-            process, pipe = self._child
-            pipe.close()
-            process.join()
-            self._child = None
+        theirs, ours = context.Pipe(duplex=False)
+        return ProcessPoolExecutor(1, context, _begin_child, (theirs, self._experiment)), ours
 
 
 def is_evaluated(experiment: Experiment) -> bool:
@@ -186,20 +156,30 @@ def evaluated_on(experiment: Experiment) -> str:
     return told
 
 
-def judge_of(experiment: Experiment) -> Judge | DistantJudge:
-    """One of the two: a child, unless PyTorch is loaded here."""
-    return Judge(experiment) if "torch" in sys.modules else DistantJudge(experiment)
+def evaluator_of(experiment: Experiment) -> RunEvaluator | EvaluatorProcess:
+    """A child process, unless PyTorch is loaded in this one."""
+    return (RunEvaluator if "torch" in sys.modules else EvaluatorProcess)(experiment)
 
 
-def _work(pipe: Connection, experiment: Experiment) -> None:
-    """What the child does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's end is ours
-    judge = Judge(experiment)
-    with contextlib.suppress(EOFError, ConnectionError):  # it has ended
-        while pipe.poll(IDLE_SECONDS):
-            name, argument = pipe.recv()
-            try:
-                answer: Any = getattr(judge, name)(argument)
-            except Exception as error:
-                answer = error
-            pipe.send(answer)
+def _begin_child(lifeline: Connection, experiment: Experiment) -> None:
+    """Prepare the child to end when the other end of `lifeline` is closed, also by a kill."""
+    global _evaluator
+    _evaluator = RunEvaluator(experiment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends the child
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+
+
+def _end_with(lifeline: Connection) -> None:
+    lifeline.poll(None)
+    os._exit(0)
+
+
+def _answer(name: str, argument: Any) -> Any:
+    signal.alarm(0)
+    try:
+        return getattr(_evaluator, name)(argument)
+    finally:
+        signal.alarm(IDLE_SECONDS)  # SIGALRM then ends this process
+
+
+_evaluator: RunEvaluator  # of the child

@@ -41,7 +41,7 @@ from potluck.simulation.executors.executor import (
     empty_mean,
     summarise,
 )
-from potluck.simulation.executors.ray_pool import Hands
+from potluck.simulation.executors.ray_pool import ActorPool
 from potluck.simulation.executors.recording import Work
 from potluck.simulation.executors.step_timing import Estimate, estimate
 from potluck.simulation.executors.vmap_executor import Vmap
@@ -70,7 +70,7 @@ class _Means(NamedTuple):
 
 
 class _Partial(NamedTuple):
-    """A worker's sum over the clients it trained since it last handed over."""
+    """A worker's sum over the clients it trained since its last sum was taken."""
 
     sum: NDArray[np.int64]  # [vectors · dim]
     total: float
@@ -125,15 +125,15 @@ class Cluster:
         has = self._ray.cluster_resources()
         fits = int(has.get("CPU", 1)) if device is None else int(has.get("GPU", 0) / gpus)
         self._count = num_workers or max(fits, 1)
-        labour = self._ray.remote(
+        body = self._ray.remote(
             num_cpus=1 if device is None else 0,
             num_gpus=0 if device is None else gpus,
             max_restarts=0,
             scheduling_strategy="SPREAD",
-        )(_Labour)
+        )(_RayWorkerBody)
         placed = self._ray.put(_Means(task, device, precision))
         try:
-            self._hands = Hands(self._ray, lambda: labour.remote(placed), self._count)
+            self._pool = ActorPool(self._ray, lambda: body.remote(placed), self._count)
         except BaseException:
             self._disconnect()
             raise
@@ -141,7 +141,7 @@ class Cluster:
     @property
     def num_lost(self) -> int:
         """How many workers were lost and replaced so far."""
-        return self._hands.num_lost
+        return self._pool.num_lost
 
     def begin(self, seed: int) -> None:
         """A run with this seed begins, or goes on."""
@@ -169,41 +169,41 @@ class Cluster:
         if len(cohort) > 0:
             training = training._replace(chunk=self._chunk(training, largest_first, states))
         placed = self._ray.put(training)
-        dealt = self._hands.deal(
+        completed = self._pool.schedule(
             largest_first.tolist(),
             lambda actor, clients: actor.train.remote(
                 placed, clients, {client: states[client] for client in clients if client in states}
             ),
-            lambda actor: actor.hand_over.remote(),
+            lambda actor: actor.take_sum.remote(),
             side_by_side=training.chunk or 1,
             progress=self._progress,
         )
         mean = empty_mean(algorithm, len(received))
-        for partial in dealt.handed_over:
+        for partial in completed.sums:
             sum, total, bound = partial
             mean.merge(FixedPointMean.of(sum, total, bound, mean.wide))
-        outcomes = [outcome for trained, _ in dealt.results for outcome in trained]
-        outcomes += [self._took_workers_with_it(client) for client in dealt.refused]
-        kept = {client: state for _, new in dealt.results for client, state in new.items()}
+        outcomes = [outcome for trained, _ in completed.results for outcome in trained]
+        outcomes += [self._lost_workers_over(client) for client in completed.refused]
+        kept = {client: state for _, new in completed.results for client, state in new.items()}
         return summarise(mean, outcomes, kept)._replace(executor=self._words(training.chunk))
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
-        """Central evaluation on the task's test examples, its batches dealt out."""
+        """Central evaluation on the task's test examples, its batches shared out."""
         self._calls += 1
         placed = self._ray.put((weights, self._task.last_seed()))
-        dealt = self._hands.deal(
+        completed = self._pool.schedule(
             range(self._num_batches),
             lambda actor, numbers: actor.evaluate.remote(placed, self._calls, numbers),
             lambda actor: actor.ready.remote(),
         )
-        if dealt.refused:
+        if completed.refused:
             raise WorkerError("workers must survive evaluation, got three lost over one batch.")
-        numbered = sorted((pair for part in dealt.results for pair in part), key=lambda p: p[0])
+        numbered = sorted((pair for part in completed.results for pair in part), key=lambda p: p[0])
         return means(self._task, weights, [sums for _, sums in numbered])
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started for them. May be called twice."""
-        self._hands.close()
+        self._pool.close()
         self._disconnect()
 
     def _chunk(
@@ -218,13 +218,13 @@ class Cluster:
         few = cohort[: max(-(-len(cohort) // self._count), 2)]
         kept = {int(client): states[int(client)] for client in few if int(client) in states}
         placed = self._ray.put(training)
-        dealt = self._hands.deal(
+        completed = self._pool.schedule(
             [0],
             lambda actor, _: actor.estimate.remote(placed, few, kept),
             lambda actor: actor.ready.remote(),
         )
         chunk: int | None = None
-        for costs in dealt.results:  # none, if it took three workers with it
+        for costs in completed.results:  # none, if three workers were lost over it
             if self._on_gpu or self._local == "vmap" or costs.vmap < costs.loop:
                 chunk = int(costs.chunk)
         self._chosen = (training.algorithm, chunk)
@@ -240,13 +240,13 @@ class Cluster:
             self._ray.shutdown()
             self._owned = False
 
-    def _took_workers_with_it(self, client: int) -> Outcome:
+    def _lost_workers_over(self, client: int) -> Outcome:
         reason = "three workers died while they trained it, often for want of memory"
         failure = Failure(client, self._task.data.clients[client], reason)
         return Outcome(client, 0.0, 0.0, 0, 0, failure)
 
 
-class _Labour:
+class _RayWorkerBody:
     """What a worker of the cluster does; it lives in a process of its own."""
 
     def __init__(self, means: _Means) -> None:
@@ -311,7 +311,7 @@ class _Labour:
                 )
         return self._trainers[chunk]
 
-    def hand_over(self) -> _Partial:
+    def take_sum(self) -> _Partial:
         """The partial sum, which is zero from then on."""
         partial = _Partial(self._mean.sum, self._mean.total, self._mean.bound)
         self._mean = FixedPointMean(len(self._received), wide=self._mean.wide)

@@ -1,9 +1,9 @@
-"""Processes of a Ray cluster that do numbered jobs, and are replaced when they are lost.
+"""A pool of Ray actors that do numbered jobs, and are replaced when they are lost.
 
-Jobs are dealt in their order, in chunks that shrink towards the end, to whichever hand is idle.
-What its chunks amount to stays with a hand until no jobs are left, and is then handed over in one
-piece. If a hand is lost before that, all it had done is dealt again to others, so that every
-job counts once. A job that was under way in three hands that were lost is not tried again.
+Jobs are scheduled in their order, in chunks that shrink towards the end, to whichever actor is
+idle. An actor keeps the sum of its chunks until no jobs are left, and then gives it in one piece.
+If it is lost before that, all its jobs are scheduled again, so that every job counts once. A job
+that was running in three actors that were lost is not tried again.
 """
 
 from __future__ import annotations
@@ -17,79 +17,72 @@ from typing import Any, NamedTuple
 
 from potluck.core import PotluckError, WorkerError
 
-_ATTEMPTS = 3  # hands that one job may take with it
-_STARTS = 3  # hands that may fail to start in a row
-_PATIENCE_SECONDS = 120.0  # for a hand to start, when there is no other
+_ATTEMPTS = 3  # actors that may be lost over one job
+_STARTS = 3  # actors that may fail to start in a row
+_START_SECONDS = 120.0  # for an actor to start, when there is no other
 
 
-class Dealt(NamedTuple):
+class Completed(NamedTuple):
     """What came of the jobs, in no particular order."""
 
     results: list[Any]  # of chunks
-    handed_over: list[Any]  # one of every hand that did something, or more after a loss
-    refused: list[int]  # jobs that took every hand with them
+    sums: list[Any]  # one of every actor that did something, or more after a loss
+    refused: list[int]  # jobs over which too many actors were lost
 
 
-class _Hand:
-    """One process, as it is seen from here."""
+class _Member:
+    """One actor, as it is seen from here."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self.chunk: list[int] = []  # under way
-        self.kept: list[int] = []  # done, and not yet handed over
+        self.chunk: list[int] = []  # running
+        self.kept: list[int] = []  # done, and not yet in a sum that it gave
         self.results: list[Any] = []  # of the chunks it keeps
 
 
-class _Deal:
+class _Schedule:
     """The jobs of one call, as far as they have come."""
 
-    def __init__(
-        self,
-        jobs: Sequence[int],
-        ask: Callable[[Any, list[int]], Any],
-        hand_over: Callable[[Any], Any],
-        side_by_side: int,
-    ) -> None:
-        self.waiting = deque(jobs)
-        self.ask, self.hand_over, self.side_by_side = ask, hand_over, side_by_side
-        self.busy: dict[Any, _Hand] = {}  # by the reference of their answer
-        self.lost_with: Counter[int] = Counter()  # by job, the hands that were lost over it
-        self.dealt = Dealt([], [], [])
+    def __init__(self, jobs: Sequence[int], side_by_side: int) -> None:
+        self.waiting, self.side_by_side = deque(jobs), side_by_side
+        self.busy: dict[Any, _Member] = {}  # by the reference of their answer
+        self.completed = Completed([], [], [])
+        self._lost_over: Counter[int] = Counter()  # by job, the actors that were lost
 
-    def chunk(self, num_hands: int) -> list[int]:
-        """The next jobs for one hand; a job that a hand was lost over comes alone."""
-        share = -(-len(self.waiting) // num_hands)
-        size = max(min(self.side_by_side, share), len(self.waiting) // (4 * num_hands))
+    def next_chunk(self, num_actors: int) -> list[int]:
+        """The next jobs for one actor. A job that an actor was lost over gets one to itself."""
+        share = -(-len(self.waiting) // num_actors)
+        size = max(min(self.side_by_side, share), len(self.waiting) // (4 * num_actors))
         chunk = [self.waiting.popleft()]
-        while len(chunk) < size and not self.lost_with[chunk[0]] + self.lost_with[self.waiting[0]]:
+        lost = self._lost_over
+        while len(chunk) < size and not lost[chunk[0]] + lost[self.waiting[0]]:
             chunk.append(self.waiting.popleft())
         return chunk
 
-    @property
-    def under_way(self) -> int:
-        """How many jobs are neither waiting nor done."""
-        return sum(len(hand.chunk) for hand in self.busy.values())
+    def num_open(self) -> int:
+        """How many jobs are not done."""
+        return len(self.waiting) + sum(len(member.chunk) for member in self.busy.values())
 
-    def answered(self, hand: _Hand, answer: Any) -> None:
-        if hand.chunk:
-            hand.results.append(answer)
-            hand.kept += hand.chunk
-            hand.chunk = []
+    def note_answer(self, member: _Member, answer: Any) -> None:
+        if member.chunk:
+            member.results.append(answer)
+            member.kept += member.chunk
+            member.chunk = []
         else:
-            self.dealt.handed_over.append(answer)
-            self.dealt.results.extend(hand.results)
-            hand.kept, hand.results = [], []
+            self.completed.sums.append(answer)
+            self.completed.results.extend(member.results)
+            member.kept, member.results = [], []
 
-    def lost(self, hand: _Hand) -> None:
-        self.lost_with.update(hand.chunk)
-        for job in reversed(hand.chunk + hand.kept):
-            if self.lost_with[job] < _ATTEMPTS:
+    def note_loss(self, member: _Member) -> None:
+        self._lost_over.update(member.chunk)
+        for job in reversed(member.chunk + member.kept):
+            if self._lost_over[job] < _ATTEMPTS:
                 self.waiting.appendleft(job)
             else:
-                self.dealt.refused.append(job)
+                self.completed.refused.append(job)
 
 
-class Hands:
+class ActorPool:
     """A number of actors, each of which does one thing at a time.
 
     Args:
@@ -103,137 +96,128 @@ class Hands:
 
     def __init__(self, ray: ModuleType, start: Callable[[], Any], count: int) -> None:
         self._ray, self._start = ray, start
-        self._idle: list[_Hand] = []
-        self._starting: dict[Any, _Hand] = {}
-        self._losses = 0
+        self._idle: list[_Member] = []
+        self._starting: dict[Any, _Member] = {}
+        self.num_lost = 0
+        """How many were lost so far."""
         self._failed_starts = 0  # since the last that did not fail
         for _ in range(count):
             self._add()
         self._await_first()
 
-    @property
-    def num_lost(self) -> int:
-        """How many were lost so far."""
-        return self._losses
-
-    def deal(
+    def schedule(
         self,
         jobs: Sequence[int],
         ask: Callable[[Any, list[int]], Any],
-        hand_over: Callable[[Any], Any],
+        ask_sum: Callable[[Any], Any],
         *,
         side_by_side: int = 1,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Dealt:
+    ) -> Completed:
         """Have every job done, and counted, once.
 
         Args:
-            jobs: in the order in which they are dealt.
+            jobs: in the order in which they are scheduled.
             ask: has an actor do a chunk of jobs; gives the reference of the result.
-            hand_over: has an actor hand over what its chunks since the last time amount to;
-                gives the reference of that.
-            side_by_side: jobs that one hand does at a time, so that fewer are dealt to it only
-                where there are no more for it.
+            ask_sum: has an actor give the sum of its chunks since the last time; gives the
+                reference of that.
+            side_by_side: jobs that one actor does at a time, so that it gets fewer only where there
+                are no more for it.
             progress: is told how many jobs are done and how many there are, whenever it changes;
                 after a loss fewer are done than before.
 
         Raises:
             WorkerError: an actor failed without being lost, or none is left and none starts.
         """
-        deal = _Deal(jobs, ask, hand_over, side_by_side)
+        schedule = _Schedule(jobs, side_by_side)
         told = -1
         while True:
-            done = len(jobs) - len(deal.waiting) - deal.under_way
+            done = len(jobs) - schedule.num_open()
             if progress is not None and done != told:
                 progress(told := done, len(jobs))
-            self._employ(deal)
-            if deal.busy:
-                self._hear(deal)
-            elif deal.waiting:
+            for member in list(self._idle):
+                if schedule.waiting:
+                    member.chunk = schedule.next_chunk(len(self._idle) + len(schedule.busy))
+                    schedule.busy[ask(member.actor, member.chunk)] = member
+                elif member.kept:
+                    schedule.busy[ask_sum(member.actor)] = member
+                else:
+                    continue
+                self._idle.remove(member)
+            if schedule.busy:
+                self._await_answer(schedule)
+            elif schedule.waiting:
                 self._await_first()
             else:
-                return deal.dealt
+                return schedule.completed
 
     def close(self) -> None:
         """End all of them. May be called twice."""
-        for hand in [*self._idle, *self._starting.values()]:
-            self._end(hand)
+        for member in [*self._idle, *self._starting.values()]:
+            self._end(member)
         self._idle, self._starting = [], {}
 
-    def _employ(self, deal: _Deal) -> None:
-        """Give every idle hand something to do, if there is anything."""
-        still_idle: list[_Hand] = []
-        for hand in self._idle:
-            if deal.waiting:
-                hand.chunk = deal.chunk(len(self._idle) + len(deal.busy))
-                deal.busy[deal.ask(hand.actor, hand.chunk)] = hand
-            elif hand.kept:
-                deal.busy[deal.hand_over(hand.actor)] = hand
-            else:
-                still_idle.append(hand)
-        self._idle = still_idle
-
-    def _hear(self, deal: _Deal) -> None:
-        """Wait for one answer, or for a hand that has started."""
-        ready = self._ray.wait([*deal.busy, *self._starting], num_returns=1)[0][0]
+    def _await_answer(self, schedule: _Schedule) -> None:
+        """Wait for one answer, or for an actor that has started."""
+        ready = self._ray.wait([*schedule.busy, *self._starting], num_returns=1)[0][0]
         if ready in self._starting:
-            self._welcome(ready)
+            self._note_start(ready)
             return
-        hand = deal.busy.pop(ready)
+        member = schedule.busy.pop(ready)
         try:
-            deal.answered(hand, self._ray.get(ready))
-            self._idle.append(hand)
+            schedule.note_answer(member, self._ray.get(ready))
+            self._idle.append(member)
         except self._ray.exceptions.RayTaskError as error:
-            self._end(hand)
+            self._end(member)
             if isinstance(error.cause, PotluckError):  # in the words of who raised it
                 raise error.cause from None
             raise WorkerError(f"a worker failed: {error.cause}") from None
         except self._ray.exceptions.RayError:
-            deal.lost(hand)
-            self._replace(hand)
+            schedule.note_loss(member)
+            self._replace(member)
 
     def _await_first(self) -> None:
         """Wait until one of those that are starting has started."""
-        until = time.monotonic() + _PATIENCE_SECONDS
+        until = time.monotonic() + _START_SECONDS
         while not self._idle:
             left = max(0.0, until - time.monotonic())
             ready, _ = self._ray.wait([*self._starting], num_returns=1, timeout=left)
             if not ready:
                 raise WorkerError(
-                    f"a worker must start within {_PATIENCE_SECONDS:.0f} s, got none. Look whether "
+                    f"a worker must start within {_START_SECONDS:.0f} s, got none. Look whether "
                     "the cluster has free cores (`ray status`), or use fewer workers."
                 )
-            self._welcome(ready[0])
+            self._note_start(ready[0])
 
-    def _welcome(self, ready: Any) -> None:
-        hand = self._starting.pop(ready)
+    def _note_start(self, ready: Any) -> None:
+        member = self._starting.pop(ready)
         try:
             self._ray.get(ready)
         except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts == _STARTS:
-                self._end(hand)
+                self._end(member)
                 raise WorkerError(
                     f"workers must start, got {_STARTS} in a row that did not ({_reason(error)}). "
                     "What the task is made of must be importable on every machine of the cluster."
                 ) from None
-            self._replace(hand)
-            return
-        self._failed_starts = 0
-        self._idle.append(hand)
+            self._replace(member)
+        else:
+            self._failed_starts = 0
+            self._idle.append(member)
 
-    def _replace(self, hand: _Hand) -> None:
-        self._end(hand)
-        self._losses += 1
+    def _replace(self, member: _Member) -> None:
+        self._end(member)
+        self.num_lost += 1
         self._add()
 
     def _add(self) -> None:
-        hand = _Hand(self._start())
-        self._starting[hand.actor.ready.remote()] = hand
+        member = _Member(self._start())
+        self._starting[member.actor.ready.remote()] = member
 
-    def _end(self, hand: _Hand) -> None:
+    def _end(self, member: _Member) -> None:
         with contextlib.suppress(Exception):  # it may be gone, and the cluster too
-            self._ray.kill(hand.actor)
+            self._ray.kill(member.actor)
 
 
 def _reason(error: Exception) -> str:

@@ -21,8 +21,8 @@ from potluck.config.experiment import check_experiment
 from potluck.protocol import ROUTES, STATUS, Error, new_key, parse_message, sign_request
 from potluck.server.admin.admin_app import AdminApp
 from potluck.server.http.device_app import DeviceApp
-from potluck.server.http.notifier import Bell
-from potluck.server.metrics import Meters
+from potluck.server.http.notifier import Notifier
+from potluck.server.metrics import Metrics
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from remote import RUNTIME, Caller, Served
 
@@ -88,9 +88,9 @@ def names_of(paths) -> set[str]:
 
 
 def apps(served) -> tuple[DeviceApp, AdminApp]:
-    bell, meters = Bell(), Meters()
-    return DeviceApp(served.desk, bell, meters), AdminApp(
-        served.desk, bell, meters, "x", None, lambda: ""
+    notifier, metrics = Notifier(), Metrics()
+    return DeviceApp(served.desk, notifier, metrics), AdminApp(
+        served.desk, notifier, metrics, "x", None, lambda: ""
     )
 
 

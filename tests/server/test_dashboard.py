@@ -16,7 +16,7 @@ from fleet import Fleet
 from potluck.protocol import Error, parse_message
 from potluck.server.dashboard.charts import draw, thin
 from potluck.server.dashboard.dashboard_app import HEADERS, MAX_STREAMS
-from potluck.server.dashboard.events import Snapshot, Watch, event
+from potluck.server.dashboard.events import Snapshot, SnapshotFeed
 from potluck.server.dashboard.render import Showing
 from potluck.server.dashboard.sign_in import (
     KEY_SECONDS,
@@ -27,7 +27,7 @@ from potluck.server.dashboard.sign_in import (
     sign_in,
     sign_out,
 )
-from potluck.server.http.notifier import Bell
+from potluck.server.http.notifier import Notifier
 from potluck.server.rounds.changes import pause
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.rounds.leases import fail
@@ -310,42 +310,46 @@ def test_where_nothing_changed_a_look_is_one_query(fleet):
     assert Showing(fleet.service, fleet.run).look() == first  # as another process would say
 
 
-def test_viewers_share_looks_and_hear_only_what_changed():
+def test_viewers_share_looks_and_are_told_only_what_changed():
     looks = []
 
     def look() -> Snapshot:
         looks.append(time.monotonic())
         return Snapshot(str(len(looks)), {"a": "same", "b": f"<p>\n{len(looks)}</p>"})
 
-    async def view(watch: Watch, bell: Bell) -> list[bytes]:
-        heard = []
-        async for piece in watch.events(""):
-            heard.append(piece)
-            if len(heard) == 5:
-                bell.close()
-        return heard
+    async def view(feed: SnapshotFeed, notifier: Notifier) -> list[list[str]]:
+        told = []
+        async for event in feed.events(""):
+            told.append(event.encode().decode().splitlines()[:-1])
+            if len(told) == 6:
+                notifier.close()
+        return told
 
-    async def scene() -> list[list[bytes]]:
-        bell = Bell()
-        watch = Watch(look, bell)
-        return await asyncio.gather(*(view(watch, bell) for _ in range(50)))
+    async def scene() -> list[list[list[str]]]:
+        notifier = Notifier()
+        feed = SnapshotFeed(look, notifier)
+        return await asyncio.gather(*(view(feed, notifier) for _ in range(50)))
 
-    heard = asyncio.run(scene())
+    told = asyncio.run(scene())
     assert len(looks) <= 3
-    assert heard[0][0] == b"retry: 1000\n\n"
-    assert heard[0][1] == event("a", "same") + event("b", "<p>\n1</p>")
-    assert heard[0][2] == b"id: 1\nevent: seen\ndata: 1\n\n"
-    assert heard[0][3] == b"event: b\ndata: <p>\ndata: 2</p>\n\n"
+    assert told[0][:6] == [
+        ["retry: 1000"],
+        ["event: a", "data: same"],
+        ["event: b", "data: <p>", "data: 1</p>"],
+        ["id: 1", "event: seen", "data: 1"],
+        ["event: b", "data: <p>", "data: 2</p>"],
+        ["id: 2", "event: seen", "data: 2"],
+    ]
 
 
-def test_who_has_seen_it_hears_nothing_again():
+def test_who_has_seen_it_is_told_nothing_again():
     async def scene() -> list[bytes]:
-        bell = Bell()
-        watch = Watch(lambda: Snapshot("7", {"a": "x"}), bell)
-        asyncio.get_running_loop().call_later(0.05, bell.close)
-        return [piece async for piece in watch.events("7")]
+        notifier = Notifier()
+        feed = SnapshotFeed(lambda: Snapshot("7", {"a": "x"}), notifier)
+        asyncio.get_running_loop().call_later(0.05, notifier.close)
+        return [event.encode() async for event in feed.events("7")]
 
-    assert asyncio.run(scene()) == [b"retry: 1000\n\n"]
+    assert asyncio.run(scene()) == [b"retry: 1000\r\n\r\n"]
 
 
 def test_a_long_curve_is_thinned_and_an_empty_one_is_not_drawn():

@@ -238,21 +238,21 @@ def test_a_report_with_a_hostile_number_is_refused(served, change, codes):
 
 def test_one_device_cannot_hold_more_than_its_share(served):
     from potluck.core import ProtocolError
-    from potluck.server.http.admission import DEVICE_REQUESTS, Shares
+    from potluck.server.http.admission import DEVICE_REQUESTS, DeviceRequests
 
-    shares = Shares()
+    requests = DeviceRequests()
     scopes = [{} for _ in range(DEVICE_REQUESTS + 1)]
     for scope in scopes[:-1]:
-        shares.enter(scope, "a")
+        requests.enter(scope, "a")
     with pytest.raises(ProtocolError) as caught:
-        shares.enter(scopes[-1], "a")
+        requests.enter(scopes[-1], "a")
     assert caught.value.code == "overloaded"
-    shares.leave(scopes[-1])  # it was refused: nothing to leave
-    shares.enter(scopes[-1], "b")
-    shares.leave(scopes[0])
-    shares.enter({}, "a")
+    requests.leave(scopes[-1])  # it was refused: nothing to leave
+    requests.enter(scopes[-1], "b")
+    requests.leave(scopes[0])
+    requests.enter({}, "a")
     with pytest.raises(ProtocolError):
-        shares.enter({}, "a")
+        requests.enter({}, "a")
 
 
 def test_made_up_methods_leave_no_trace_in_the_metrics(served):

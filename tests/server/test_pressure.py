@@ -2,7 +2,7 @@
 
 import pytest
 
-from potluck.server.http.retry_after import LEAST_SECONDS, MOST_SECONDS, REFUSALS, Pressure
+from potluck.server.http.admission import LEAST_SECONDS, MOST_SECONDS, REFUSALS, RetryAfter
 
 
 def middle():
@@ -21,40 +21,40 @@ def clock():
     return Clock()
 
 
-def refused(pressure, clock, devices, seconds):
+def refused(retry_after, clock, devices, seconds):
     """Devices that come again as told, evenly: what the last was told, and refusals a second in the
     last half minute."""
     told, count = LEAST_SECONDS, 0
     end = clock.seconds + seconds
     while clock.seconds < end:
         clock.seconds += told / devices
-        told = pressure.refuse()
+        told = retry_after.seconds()
         count += clock.seconds > end - 30
     return told, count / 30
 
 
 def test_a_few_are_told_little_more_than_the_least(clock):
-    told, rate = refused(Pressure(clock, middle), clock, 60, 60)
+    told, rate = refused(RetryAfter(clock, middle), clock, 60, 60)
     assert told == pytest.approx(LEAST_SECONDS + 60 / REFUSALS, rel=0.03)
     assert rate == pytest.approx(60 / told, rel=0.1)
 
 
 def test_many_wait_until_few_are_refused_in_a_second(clock):
-    pressure = Pressure(clock, middle)
-    told, rate = refused(pressure, clock, 2000, 60)
+    retry_after = RetryAfter(clock, middle)
+    told, rate = refused(retry_after, clock, 2000, 60)
     assert told == pytest.approx(LEAST_SECONDS + 2000 / REFUSALS, rel=0.1)
     assert rate == pytest.approx(2000 / told, rel=0.1)
-    assert refused(pressure, clock, 10_000, 120)[1] < REFUSALS
-    assert refused(pressure, clock, 6, 120)[0] == pytest.approx(LEAST_SECONDS, rel=0.01)
+    assert refused(retry_after, clock, 10_000, 120)[1] < REFUSALS
+    assert refused(retry_after, clock, 6, 120)[0] == pytest.approx(LEAST_SECONDS, rel=0.01)
 
 
 def test_nobody_is_told_more_than_the_most(clock):
-    assert refused(Pressure(clock, middle), clock, 200_000, 60)[0] == MOST_SECONDS
+    assert refused(RetryAfter(clock, middle), clock, 200_000, 60)[0] == MOST_SECONDS
 
 
 def test_who_is_refused_at_once_is_told_different_times(clock):
-    pressure = Pressure(clock, iter([0.0, 0.5, 0.75]).__next__)
-    assert [pressure.refuse() for _ in range(3)] == [1.0, 2.0, 2.5]
-    drawn = [Pressure(clock).refuse() for _ in range(1000)]
+    retry_after = RetryAfter(clock, iter([0.0, 0.5, 0.75]).__next__)
+    assert [retry_after.seconds() for _ in range(3)] == [1.0, 2.0, 2.5]
+    drawn = [RetryAfter(clock).seconds() for _ in range(1000)]
     assert 1.0 <= min(drawn) < 1.1
     assert 2.9 < max(drawn) < 3.0

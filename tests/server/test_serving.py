@@ -9,6 +9,7 @@ import logging
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
+from asyncio.sslproto import SSLProtocol
 from pathlib import Path
 
 import httpx
@@ -36,12 +38,12 @@ from potluck.core import CodedError, ProtocolError, RefusedError, RunError
 from potluck.protocol import Accepted, Assignment, Error, Upload, encode_message, parse_message
 from potluck.server import RoundSettings
 from potluck.server.console import Lines
-from potluck.server.http.admission import Slots
+from potluck.server.http.admission import Limiter
 from potluck.server.http.certificate import certificate_fingerprint, ensure_certificate
 from potluck.server.http.device_app import error_handlers
 from potluck.server.http.server_connection import Connection
 from potluck.server.logs import JsonFormatter
-from potluck.server.process import Listen
+from potluck.server.process import TLS_BYTES, Listen
 from potluck.server.rounds.changes import pause, resume
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.storage.blobs import open_blobs
@@ -402,7 +404,10 @@ def test_who_is_told_to_come_back_keeps_a_connection_that_has_little_left(length
 
 
 def test_those_for_whom_there_is_no_room_are_told_when_to_come_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("potluck.server.http.device_app.Slots", lambda *_, **__: Slots(1, 1, 20.0))
+    monkeypatch.setattr(
+        "potluck.server.http.device_app.Limiter",
+        lambda *_, **__: Limiter(1, waiting=1, seconds=20.0),
+    )
     with Served(tmp_path, count=8) as served:
         devices = [served.device() for _ in range(8)]
         answers: list[httpx.Response] = []
@@ -426,14 +431,29 @@ def test_those_for_whom_there_is_no_room_are_told_when_to_come_again(tmp_path, m
     assert {parse_message(answer.content, Error).code for answer in refused} == {"overloaded"}
 
 
+def test_tls_reads_into_a_buffer_of_the_size_that_its_class_has(monkeypatch):
+    """asyncio documents neither, and the memory of a thousand connections depends on it."""
+    monkeypatch.setattr(SSLProtocol, "max_size", TLS_BYTES)
+
+    async def scene() -> int:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        loop = asyncio.get_running_loop()
+        made = SSLProtocol(loop, asyncio.Protocol(), context, None, server_side=True)
+        size = len(made.get_buffer(-1))
+        made.connection_lost(None)
+        return size
+
+    assert asyncio.run(scene()) == TLS_BYTES
+
+
 def test_a_connection_that_is_over_is_free_without_a_search_for_cycles(tmp_path, monkeypatch):
     found = []
 
     class Watched(Connection):
         def connection_made(self, transport):
             super().connection_made(transport)
-            if self._below is not None:  # the operator's have no TLS
-                found.extend([weakref.ref(self), weakref.ref(self._below)])
+            if self.scheme == "https":  # the operator's have no TLS
+                found.extend([weakref.ref(self), weakref.ref(transport)])
 
     monkeypatch.setattr("potluck.server.process.Connection", Watched)
     with Served(tmp_path) as served:

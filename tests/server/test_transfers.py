@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from potluck.core import ProtocolError
-from potluck.server.http.admission import Slots
+from potluck.server.http.admission import Limiter
 from potluck.server.http.transfers import FAIR_RATE, LEAST_RATE, Transfers
 
 
@@ -15,7 +15,7 @@ def scene(act):
     """Two places, of which a and b hold one each, and c waits for one."""
 
     async def play():
-        room, told = Transfers(Slots(2, 10, 60.0)), []
+        room, told = Transfers(Limiter(2, waiting=10, seconds=60.0)), []
         held = {}
 
         async def hold(name):
@@ -45,11 +45,11 @@ def scene(act):
 def test_the_slowest_goes_first_while_others_wait():
     async def act(room, held, told, turns):
         held["a"].rate, held["b"].rate = FAIR_RATE * 0.9, FAIR_RATE * 0.8
-        room._look()
+        room._check()
         await turns()
         assert told == ["b overloaded"]
         assert set(held) == {"a", "c"}
-        room._look()  # nobody waits now
+        room._check()  # nobody waits now
         await turns()
         assert set(held) == {"a", "c"}
 
@@ -59,7 +59,7 @@ def test_the_slowest_goes_first_while_others_wait():
 def test_whoever_moves_at_the_fair_rate_stays():
     async def act(room, held, told, turns):
         held["a"].rate = held["b"].rate = FAIR_RATE * 1.1
-        room._look()
+        room._check()
         await turns()
         assert told == []
 
@@ -70,7 +70,7 @@ def test_all_move_at_the_least_rate():
     async def act(room, held, told, turns):
         for each in held.values():
             each.rate = LEAST_RATE * 0.9
-        room._look()
+        room._check()
         await turns()
         assert told == ["a overloaded", "b overloaded"]
         assert set(held) == {"c"}
@@ -80,21 +80,21 @@ def test_all_move_at_the_least_rate():
 
 def test_the_rate_is_that_of_the_last_seconds():
     async def act():
-        room = Transfers(Slots(2, 10, 60.0))
+        room = Transfers(Limiter(2, waiting=10, seconds=60.0))
         async with room.of("a", 1) as transfer:
             for _ in range(60):
-                transfer._looked -= 1.0
+                transfer._updated -= 1.0
                 transfer.num_bytes += 12_000
-                transfer.look()
+                transfer.update()
             assert transfer.rate == pytest.approx(12_000, rel=0.05)
-            transfer._looked -= 1.0
+            transfer._updated -= 1.0
             transfer.num_bytes += 10**9
-            transfer.look()
+            transfer.update()
             assert transfer.rate == 2 * FAIR_RATE  # nobody saves up
             stalled = 0
             while transfer.rate >= LEAST_RATE:
-                transfer._looked -= 1.0
-                transfer.look()
+                transfer._updated -= 1.0
+                transfer.update()
                 stalled += 1
             assert 15 <= stalled <= 30
 

@@ -34,14 +34,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 _SERVER_MODULES = (
     "alembic",
+    "anyio",
     "h11",
     "httpx",
     "jinja2",
-    "leather",
     "obstore",
     "prometheus_client",
     "psycopg",
     "sqlalchemy",
+    "sse_starlette",
     "starlette",
     "uvicorn",
 )

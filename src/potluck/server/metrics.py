@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 _BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0)
 
 
-class Meters:
-    """One server process's meters, in a registry of their own."""
+class Metrics:
+    """One server process's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -20,11 +20,11 @@ class Meters:
         self._seconds = Histogram(
             "potluck_request_seconds", "Time to answer.", ("path",), buckets=_BUCKETS, **shared
         )
-        self._received = Counter("potluck_upload_bytes", "Bytes of updates.", **shared)
-        self._sent = Counter("potluck_download_bytes", "Bytes of models.", **shared)
-        self._polls = Gauge("potluck_waiting_check_ins", "Check-ins held open.", **shared)
-        self._errors = Counter("potluck_leader_errors", "Ticks that failed.", **shared)
-        self._lost = Counter(
+        self.received = Counter("potluck_upload_bytes", "Bytes of updates.", **shared)
+        self.sent = Counter("potluck_download_bytes", "Bytes of models.", **shared)
+        self.polls = Gauge("potluck_waiting_check_ins", "Check-ins held open.", **shared)
+        self.errors = Counter("potluck_leader_errors", "Ticks that failed.", **shared)
+        self.lost = Counter(
             "potluck_lost", "Stored updates and models that could not be read any more.", **shared
         )
         self._state = {
@@ -44,21 +44,6 @@ class Meters:
     def request(self, method: str, path: str, status: int, seconds: float) -> None:
         self._requests.labels(method, path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
-
-    def received(self, num_bytes: int) -> None:
-        self._received.inc(num_bytes)
-
-    def sent(self, num_bytes: int) -> None:
-        self._sent.inc(num_bytes)
-
-    def polls(self, count: int) -> None:
-        self._polls.set(count)
-
-    def error(self) -> None:
-        self._errors.inc()
-
-    def lost(self) -> None:
-        self._lost.inc()
 
     def state(self, status: dict[str, Any]) -> None:
         """What a run's status says."""

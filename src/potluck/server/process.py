@@ -1,8 +1,8 @@
 """A server process: two sockets, one event loop, and the leader's part beside them.
 
 Devices come by TCP, with TLS; operators by a unix socket that its owner alone may open. The loop
-ticks a few times a second, or when a report reaches the goal; it rings the bell when devices that
-wait may have work. Central evaluation runs beside it, so that no round waits for it.
+ticks a few times a second, or when a report reaches the goal; it notifies devices that
+wait when they may have work. Central evaluation runs beside it, so that no round waits for it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from potluck.server.http.certificate import (
 from potluck.server.http.device_app import DeviceApp
 from potluck.server.http.handlers import Desk
 from potluck.server.http.listening import Listen, Listener, authority, listen_unix, open_listener
-from potluck.server.http.notifier import Bell
+from potluck.server.http.notifier import Notifier
 from potluck.server.http.server_connection import Connection
 from potluck.server.memory import Looker, Trimmer, no_long_looks, share_heaps
-from potluck.server.metrics import Meters
+from potluck.server.metrics import Metrics
 from potluck.server.rounds.changes import begin_epoch
 from potluck.server.service import Service
 from potluck.server.storage.state_folder import Home
@@ -56,7 +56,7 @@ TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
-_TLS_BYTES = 1 << 14
+TLS_BYTES = 1 << 14
 """What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
 _LOG = logging.getLogger("potluck.server")
 
@@ -83,13 +83,13 @@ class Server:
         self._evaluate, self._give_up = evaluate, give_up
         self._show_line = show
         self._lines = Lines(desk.service, desk.run, is_evaluated=evaluate is not None)
-        self._bell = Bell()
-        self._meters = Meters()
+        self._notifier = Notifier()
+        self._metrics = Metrics()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._accepting: list[asyncio.Task[None]] = []
         self._seen: tuple[Any, ...] = (0,)
-        self._rung = ""  # the round whose opening was rung last
+        self._opened = ""  # the round whose opening was notified last
         certificate, private_key = _certificate(home, listen)
         self.certificate = None if certificate is None else certificate_fingerprint(certificate)
         pinned = None if listen.certificate is not None else self.certificate
@@ -103,12 +103,11 @@ class Server:
             self._socket.close()
             raise
         devices = DeviceApp(
-            desk, self._bell, self._meters, names=names, long_poll_seconds=long_poll_seconds
+            desk, self._notifier, self._metrics, names=names, long_poll_seconds=long_poll_seconds
         )
-        self.dashboard = Dashboard(desk, self._bell, self.address)
-        admin = AdminApp(
-            desk, self._bell, self._meters, home.new_credential(), pinned, self.dashboard.invite
-        )
+        self.dashboard = Dashboard(desk, self._notifier, self.address)
+        credential, invite = home.new_credential(), self.dashboard.invite
+        admin = AdminApp(desk, self._notifier, self._metrics, credential, pinned, invite)
         self._servers = [
             _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
             _uvicorn(admin.asgi(), None, None),
@@ -117,7 +116,7 @@ class Server:
     def serve(self) -> None:
         """`run`, in an event loop of its own."""
         share_heaps()
-        SSLProtocol.max_size = _TLS_BYTES
+        SSLProtocol.max_size = TLS_BYTES
         sys.setswitchinterval(0.0005)
         with no_long_looks() if _owns_process() else contextlib.nullcontext():
             asyncio.run(self.run())
@@ -125,9 +124,9 @@ class Server:
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
         self._loop = asyncio.get_running_loop()
-        self.desk.service.on_goal = lambda: self._soon(self._bell.wake)
-        self.desk.service.on_open = lambda id: self._soon(lambda: self._ring_for(id))
-        self.desk.service.on_lost = self._meters.lost
+        self.desk.service.on_goal = lambda: self._soon(self._notifier.wake)
+        self.desk.service.on_open = lambda id: self._soon(lambda: self._notify_of(id))
+        self.desk.service.on_lost = self._metrics.lost.inc
         with _signals(self._loop, self._stop):
             tasks = [asyncio.create_task(server.serve(sockets=[])) for server in self._servers]
             listeners = (self._socket, self._admin_socket)
@@ -168,14 +167,14 @@ class Server:
             with contextlib.suppress(RuntimeError):  # it is over already
                 self._loop.call_soon_threadsafe(call)
 
-    def _ring_for(self, round: str) -> None:
-        self._rung = round
-        self._bell.ring()
+    def _notify_of(self, round: str) -> None:
+        self._opened = round
+        self._notifier.notify()
 
     def _stop(self) -> None:
         self._stopping = True
         self._give_up()
-        self._bell.close()
+        self._notifier.close()
         for server in self._servers:
             server.should_exit = True
         for task in self._accepting:
@@ -198,7 +197,7 @@ class Server:
     async def _lead(self) -> None:
         """Move rounds on, at once when there is reason to; look and clean up a few times a second.
 
-        A round that this process opens rings by itself; a look finds what others did.
+        A round that this process opens notifies by itself; a look finds what others did.
         """
         look, sweep = 0.0, 0.0  # when to, again
         while not self._stopping:
@@ -212,17 +211,17 @@ class Server:
             if time.monotonic() >= sweep:
                 sweep = time.monotonic() + SWEEP_SECONDS
                 await self._sweep()
-            await self._bell.woken(TICK_SECONDS)
+            await self._notifier.wait_for_wake(TICK_SECONDS)
 
     def _show(self, status: dict[str, Any]) -> None:
-        """Tell of what changed since the last look, and ring where nobody has."""
-        self._meters.state(status)
+        """Tell of what changed since the last look, and notify where nobody has."""
+        self._metrics.state(status)
         seen, now = self._seen, _phase(status)
         if now[:-1] != seen[:-1]:
             _LOG.info("round", extra=_told(status))
-        is_new = now[:-1] != seen[:-1] and (now[2] != self._rung or now[3] != "SELECTING")
+        is_new = now[:-1] != seen[:-1] and (now[2] != self._opened or now[3] != "SELECTING")
         if is_new or now[-1] < seen[-1]:
-            self._bell.ring()
+            self._notifier.notify()
         self._seen = now
 
     async def _sweep(self) -> None:
@@ -232,7 +231,7 @@ class Server:
             self._failed("sweep", error)
 
     def _failed(self, what: str, error: Exception) -> None:
-        self._meters.error()
+        self._metrics.errors.inc()
         known = isinstance(error, StorageError)
         _LOG.error(what, exc_info=not known, extra={"reason": str(error)[:500]})
 
@@ -246,7 +245,7 @@ class Server:
             except Exception as error:
                 if not self._stopping:  # or it was given up
                     self._failed("evaluation", error)
-            await self._bell.next_ring(1.0)
+            await self._notifier.wait(1.0)
 
     async def _tell(self, show: Callable[[str], None]) -> None:
         """Show a line for each round, when it was evaluated."""
@@ -256,7 +255,7 @@ class Server:
                     show(line)
             except StorageError as error:
                 self._failed("lines", error)
-            await self._bell.next_ring(1.0)
+            await self._notifier.wait(1.0)
 
     async def _trim(self) -> None:
         trimmer, looker = Trimmer(), Looker()

@@ -15,18 +15,18 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route as Path
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from potluck.core import ProtocolError
 from potluck.core.plain_json import flat, plain
 from potluck.protocol import Invitation, encode_invitation, public_key
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
-from potluck.server.http.device_app import error_handlers
+from potluck.server.http.device_app import error_handlers, exact_route
 from potluck.server.http.handlers import Desk
 from potluck.server.http.middleware import measured
-from potluck.server.http.notifier import Bell
-from potluck.server.metrics import Meters
+from potluck.server.http.notifier import Notifier
+from potluck.server.metrics import Metrics
 from potluck.server.rounds import audit_check, bounds, changes, enrolment, mending
 from potluck.server.storage import audit
 
@@ -41,16 +41,16 @@ class AdminApp:
     def __init__(
         self,
         desk: Desk,
-        bell: Bell,
-        meters: Meters,
+        notifier: Notifier,
+        metrics: Metrics,
         credential: str,
         certificate: str | None,
         invite: Callable[[], str],
     ) -> None:
         self._desk = desk
         self._place = (desk.service, desk.run)
-        self._bell = bell
-        self._meters = meters
+        self._notifier = notifier
+        self._metrics = metrics
         self._credential = credential.encode()
         self._certificate = certificate
         self._invite = invite
@@ -60,34 +60,42 @@ class AdminApp:
         handlers = error_handlers(self._desk.service.now)
         app = Starlette(routes=self.paths(), exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return measured(app, self._meters)
+        return measured(app, self._metrics)
 
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[Route]:
         """All that is answered at the operators' socket."""
+        service, run = self._desk.service, self._desk.run
         gets: dict[str, Callable[[], Any]] = {
             "status": self._status,
-            "devices": lambda: self._desk.service.devices(self._desk.run),
+            "devices": lambda: service.devices(run),
         }
+
+        def pause(asked: dict[str, Any]) -> None:
+            reason = _word(asked, "reason", "an operator paused it")
+            changes.pause(*self._place, reason, actor="admin")
+
+        def abandon(asked: dict[str, Any]) -> None:
+            reason = _word(asked, "reason", "an operator abandoned it")
+            mending.abandon(*self._place, reason, actor="admin")
+
+        def revoke(asked: dict[str, Any]) -> None:
+            enrolment.revoke(service, _word(asked, "device", ""), actor="admin")
+
         posts: dict[str, Callable[[dict[str, Any]], Any]] = {
             "enroll": self._enroll,
-            "pause": self._pause,
-            "resume": self._resume,
-            "abandon": self._abandon,
+            "pause": pause,
+            "resume": lambda _: changes.resume(*self._place, actor="admin"),
+            "abandon": abandon,
             "fall-back": self._fall_back,
-            "revoke": self._revoke,
-            "set": self._set,
+            "revoke": revoke,
+            "set": lambda asked: changes.change(*self._place, flat(asked), actor="admin"),
             "dashboard": lambda _: {"link": self._invite()},
         }
-        paths = [
-            Path(f"/admin/{name}", self._get(do), methods=["GET"]) for name, do in gets.items()
-        ]
-        paths += [Path(f"/admin/{n}", self._post(do), methods=["POST"]) for n, do in posts.items()]
-        paths.append(Path("/admin/export", self._export, methods=["POST"]))
-        paths.append(Path("/admin/audit", self._audit, methods=["GET"]))
-        paths.append(Path("/admin/metrics", self._metrics, methods=["GET"]))
-        for path in paths:
-            path.methods = (path.methods or set()) - {"HEAD"}
-        return paths
+        made = {("GET", name): self._get(do) for name, do in gets.items()}
+        made |= {("POST", name): self._post(do) for name, do in posts.items()}
+        made |= {("GET", "audit"): self._audit, ("GET", "metrics"): self._text}
+        made |= {("POST", "export"): self._export}
+        return [exact_route(f"/admin/{name}", {method: do}) for (method, name), do in made.items()]
 
     def _get(self, do: Callable[[], Any]) -> Callable[[Request], Any]:
         async def get(request: Request) -> Response:
@@ -101,8 +109,8 @@ class AdminApp:
             self._check(request)
             asked = await _content(request)
             answer = await run_in_threadpool(do, asked)
-            self._bell.wake()
-            return _json(answer)
+            self._notifier.wake()
+            return _json(answer or {})
 
         return post
 
@@ -158,31 +166,10 @@ class AdminApp:
         )
         return encode_invitation(invitation)
 
-    def _pause(self, asked: dict[str, Any]) -> dict[str, Any]:
-        reason = _word(asked, "reason", "an operator paused it")
-        changes.pause(*self._place, reason, actor="admin")
-        return {}
-
-    def _resume(self, asked: dict[str, Any]) -> dict[str, Any]:
-        changes.resume(*self._place, actor="admin")
-        return {}
-
-    def _abandon(self, asked: dict[str, Any]) -> dict[str, Any]:
-        reason = _word(asked, "reason", "an operator abandoned it")
-        mending.abandon(*self._place, reason, actor="admin")
-        return {}
-
     def _fall_back(self, asked: dict[str, Any]) -> dict[str, Any]:
         version = _version(asked)
         found, now = mending.fall_back(*self._place, version, actor="admin")
         return {"version": found, "now": now}
-
-    def _revoke(self, asked: dict[str, Any]) -> dict[str, Any]:
-        enrolment.revoke(self._desk.service, _word(asked, "device", ""), actor="admin")
-        return {}
-
-    def _set(self, asked: dict[str, Any]) -> dict[str, Any]:
-        return changes.change(*self._place, flat(asked), actor="admin")
 
     async def _export(self, request: Request) -> Response:
         self._check(request)
@@ -194,9 +181,9 @@ class AdminApp:
         content = await run_in_threadpool(export)
         return Response(content, media_type="application/octet-stream")
 
-    async def _metrics(self, request: Request) -> Response:
+    async def _text(self, request: Request) -> Response:
         self._check(request)
-        return Response(self._meters.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _content(request: Request) -> dict[str, Any]:

@@ -1,26 +1,19 @@
-"""Curves over the rounds, as SVG that takes its colours from the page.
-
-Leather draws them; its attributes give way to the stylesheet, so one drawing serves light and dark.
-"""
+"""Curves over the rounds, as SVG that takes its colours from the page's stylesheet."""
 
 from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import leather  # pyright: ignore[reportMissingTypeStubs]
 
 Points = Sequence[tuple[int, float]]
 
 WIDTH, HEIGHT = 440, 260
 MAX_POINTS = 240
-_FARTHEST = 1e15  # Leather counts in decimals of 28 digits
+_TOP, _RIGHT, _BOTTOM = 40, WIDTH - 14, HEIGHT - 42  # of the area of the curves
+_FARTHEST = 1e100  # what is drawn has finite sums
 _COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b")
 _DASHES = ("none", "6,3", "2,3", "8,3,2,3", "4,2", "1,2")
-_DIGITS = re.compile(r"(\d+\.\d\d)\d+")
 
 
 def draw(
@@ -28,7 +21,7 @@ def draw(
     curves: Mapping[str, Points],
     *,
     top: float | None = None,
-    label: Callable[[float], str] | None = None,
+    label: Callable[[float], str] = "{:g}".format,
 ) -> str:
     """A chart of curves by name, from zero up; "" where there is no point.
 
@@ -36,34 +29,44 @@ def draw(
         top: of the vertical axis; None: of the highest point.
         label: a number of the vertical axis in words.
     """
-    shown = {name: thin(_drawable(points)) for name, points in curves.items()}
-    shown = {name: points for name, points in shown.items() if points}
+    shown: dict[str, Points] = {}
+    for name, points in curves.items():
+        finite = [(n, min(max(v, -_FARTHEST), _FARTHEST)) for n, v in points if math.isfinite(v)]
+        if finite:
+            shown[name] = thin(finite)
     if not shown:
         return ""
-    everything = [point for points in shown.values() for point in points]
-    last = max(number for number, _ in everything)
-    high = top if top is not None else max(value for _, value in everything)
-    chart: Any = leather.Chart()
-    chart.add_x_scale(0, max(last, 1))
-    chart.add_y_scale(min(0.0, *(v for _, v in everything), 0.0), high if high > 0 else 1.0)
-    chart.add_x_axis(ticks=_ticks(max(last, 1)), name="round")
-    if label is not None:
-        spoken = label
+    values = [value for points in shown.values() for _, value in points]
+    last = max(number for points in shown.values() for number, _ in points)
+    rows = _ticks(min(0.0, *values), max(0.0, *values) if top is None else top)
+    columns = range(0, max(last, 1) + 1, max(int(_step(last)), 1))
+    left = 16 + 7 * max(len(label(row)) for row in rows)
 
-        def said(value: Any, _index: int, _count: int) -> str:
-            return spoken(float(value))
+    def x(number: float) -> float:
+        return round(left + (_RIGHT - left) * number / max(last, 1), 2)
 
-        chart.add_y_axis(tick_formatter=said)
-    for (name, points), color, dash in zip(shown.items(), _COLORS, _DASHES, strict=False):
-        if len(points) > 1:
-            chart.add_line(points, name=name, stroke_color=color, stroke_dasharray=dash)
-        else:
-            chart.add_dots(points, name=name, fill_color=color, radius=4)
-    svg = _DIGITS.sub(r"\1", chart.to_svg(width=WIDTH, height=HEIGHT))
+    def y(value: float) -> float:
+        return round(_BOTTOM - (_BOTTOM - _TOP) * (value - rows[0]) / (rows[-1] - rows[0]), 2)
+
     told = "; ".join(f"{name}: {points[-1][1]:.4g}" for name, points in shown.items())
     told = html.escape(f"{title}, after round {last}: {told}")
-    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}"'
-    return svg.replace(f'<svg width="{WIDTH}" height="{HEIGHT}"', head, 1)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}">']
+    for row in rows:
+        parts.append(f'<path d="M{left} {y(row)}H{_RIGHT}"/>')
+        parts.append(_text(left - 8, y(row) + 4, "end", label(row)))
+    for column in columns:
+        parts.append(f'<path d="M{x(column)} {_TOP}V{_BOTTOM}"/>')
+        parts.append(_text(x(column), _BOTTOM + 16, "middle", str(column)))
+    names = ""
+    for (name, points), color, dashes in zip(shown.items(), _COLORS, _DASHES, strict=False):
+        line = " ".join(f"{x(number)},{y(value)}" for number, value in points)
+        style = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"'
+        parts.append(f'<polyline points="{line}" {style}/>')
+        cx, cy = x(points[-1][0]), y(points[-1][1])
+        parts.append(f'<circle cx="{cx}" cy="{cy}" r="3" fill="{color}"/>')
+        names += f'<tspan fill="{color}">■</tspan> {html.escape(name)}&#160; '
+    parts.append(_text(left, 22, "start", names))
+    return "".join([*parts, _text((left + _RIGHT) / 2, HEIGHT - 4, "middle", "round"), "</svg>"])
 
 
 def thin(points: Points) -> Points:
@@ -73,16 +76,18 @@ def thin(points: Points) -> Points:
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def _drawable(points: Points) -> Points:
-    """Those that have a place: finite ones, as far as numbers have digits for an axis."""
-    return [(n, min(max(v, -_FARTHEST), _FARTHEST)) for n, v in points if math.isfinite(v)]
+def _text(x: float, y: float, anchor: str, content: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{content}</text>'
 
 
-def _ticks(last: int) -> list[int]:
-    step = next(
-        step
-        for power in range(20)
-        for step in (10**power, 2 * 10**power, 5 * 10**power)
-        if last / step <= 5
-    )
-    return list(range(0, last + 1, step))
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, of which the first is at most `low` and the last at least `high`."""
+    high = high if high > low else 1.0
+    step = _step(high - low)
+    return [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _step(span: float) -> float:
+    """1, 2 or 5 times a power of ten, of which at most five make up `span`."""
+    power = 10.0 ** math.floor(math.log10(max(span, 1e-9)) - 1)
+    return next(power * factor for factor in (1, 2, 5, 10, 20, 50) if span <= 5 * power * factor)

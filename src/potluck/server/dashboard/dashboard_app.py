@@ -17,18 +17,19 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs
 
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Route as Path
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
 
 from potluck.core import CodedError, ProtocolError
-from potluck.server.dashboard.events import Snapshot, Watch
+from potluck.server.dashboard.events import Snapshot, SnapshotFeed
 from potluck.server.dashboard.render import Showing
 from potluck.server.dashboard.sign_in import (
     SESSION_SECONDS,
@@ -39,11 +40,11 @@ from potluck.server.dashboard.sign_in import (
     sign_in,
     sign_out,
 )
-from potluck.server.http.admission import Slots
-from potluck.server.http.device_app import error_response
+from potluck.server.http.admission import Limiter
+from potluck.server.http.device_app import Endpoint, error_response, exact_route
 from potluck.server.http.handlers import Desk
 from potluck.server.http.listening import prove
-from potluck.server.http.notifier import Bell
+from potluck.server.http.notifier import Notifier
 
 MAX_STREAMS = 200
 HEADERS = {
@@ -61,24 +62,22 @@ _MAX_FORM_BYTES = 1024
 _FORM_SECONDS = 10.0
 _FILES = {"style.css": "text/css", "script.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
-Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
-
 
 class Dashboard:
     """The pages of one run. The streams need a running event loop."""
 
-    def __init__(self, desk: Desk, bell: Bell, address: str) -> None:
+    def __init__(self, desk: Desk, notifier: Notifier, address: str) -> None:
         self._service, self._run = desk.service, desk.run
         self._address = address
         self._is_secure = address.startswith("https:")
         name = f"potluck-{hashlib.sha256(desk.run.encode()).hexdigest()[:8]}"
         self.cookie = f"__Host-{name}" if self._is_secure else name
         self._showing = Showing(desk.service, desk.run)
-        self._watch = Watch(self._look, bell)
+        self._feed = SnapshotFeed(self._read, notifier)
         self._viewers: Counter[str] = Counter()  # streams, by session
         self._over: set[str] = set()
         self._throttle = Throttle(time.monotonic)
-        self._slots = Slots(8, waiting=64, seconds=10.0)
+        self._limiter = Limiter(8, waiting=64, seconds=10.0)
         self.num_streams = 0
 
     def invite(self) -> str:
@@ -87,44 +86,49 @@ class Dashboard:
         key = issue_key(self._service.database, self._run, now, actor="admin")
         return f"{self._address}/dashboard/sign-in#{key}"
 
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[Route]:
         """The routes."""
-        gets: dict[str, Endpoint] = {"": self._page, "/events": self._events}
-        gets |= {f"/{name}": _file(name) for name in _FILES}
-        posts: dict[str, Endpoint] = {"/sign-out": self._sign_out}
-        made = [_path(name, {"GET": endpoint}) for name, endpoint in gets.items()]
-        made += [_path(name, {"POST": endpoint}) for name, endpoint in posts.items()]
-        return [*made, _path("/sign-in", {"GET": self._form, "POST": self._sign_in})]
+        made: dict[str, dict[str, Endpoint]] = {
+            "": {"GET": self._page},
+            "/events": {"GET": self._events},
+            "/sign-in": {"GET": self._form, "POST": self._sign_in},
+            "/sign-out": {"POST": self._sign_out},
+            **{f"/{name}": {"GET": _file(name)} for name in _FILES},
+        }
+        return [
+            exact_route(f"/dashboard{name}", {m: _guarded(e) for m, e in endpoints.items()})
+            for name, endpoints in made.items()
+        ]
 
     async def _page(self, request: Request) -> Response:
-        async with self._slots:
+        async with self._limiter:
             if not await self._knows(request):
                 return RedirectResponse("/dashboard/sign-in", 303)
-            snapshot = await self._watch.snapshot()
+            snapshot = await self._feed.snapshot()
             return HTMLResponse(await run_in_threadpool(self._showing.page, snapshot))
 
     async def _events(self, request: Request) -> Response:
-        async with self._slots:
+        async with self._limiter:
             if not await self._knows(request):
                 raise ProtocolError("unsigned", "sign in first: potluck dashboard prints a link.")
         if self.num_streams >= MAX_STREAMS:
             raise ProtocolError("overloaded", "too many look at the dashboard. Come back later.")
         seen = request.headers.get("last-event-id") or request.query_params.get("seen", "")
         session = request.cookies[self.cookie]
-        return StreamingResponse(self._stream(seen, session), media_type="text/event-stream")
+        return EventSourceResponse(self._stream(seen, session))
 
-    async def _stream(self, seen: str, session: str) -> AsyncGenerator[bytes]:
+    async def _stream(self, seen: str, session: str) -> AsyncGenerator[ServerSentEvent]:
         self.num_streams += 1
         self._viewers[session] += 1
         try:
-            async for piece in self._watch.events(seen, lambda: session not in self._over):
-                yield piece
+            async for event in self._feed.events(seen, lambda: session not in self._over):
+                yield event
         finally:
             self.num_streams -= 1
             self._viewers -= Counter([session])
 
-    def _look(self) -> Snapshot:
-        """A look at the database: at the run, and at who may still see it."""
+    def _read(self) -> Snapshot:
+        """What the database has: of the run, and of who may still see it."""
         viewers, now = set(self._viewers), self._service.now()
         self._over = viewers - sessions_of(self._service.database, self._run, viewers, now)
         return self._showing.look()
@@ -136,7 +140,7 @@ class Dashboard:
         _check_origin(request)
         address = request.client.host if request.client else ""
         key = await _key(request)
-        async with self._slots:
+        async with self._limiter:
             now = self._service.now()
             session = await run_in_threadpool(sign_in, self._service.database, self._run, key, now)
         if session is None and not self._throttle.left(address):
@@ -153,7 +157,7 @@ class Dashboard:
     async def _sign_out(self, request: Request) -> Response:
         _check_origin(request)
         session, now = request.cookies.get(self.cookie, ""), self._service.now()
-        async with self._slots:
+        async with self._limiter:
             await run_in_threadpool(sign_out, self._service.database, self._run, session, now)
         answer = RedirectResponse("/dashboard/sign-in", 303)
         answer.delete_cookie(self.cookie, **self._kind())
@@ -179,19 +183,19 @@ def _file(name: str) -> Endpoint:
     return serve
 
 
-def _path(name: str, endpoints: dict[str, Endpoint]) -> Path:
+def _guarded(endpoint: Endpoint) -> Endpoint:
+    """With the headers for browsers, on errors too."""
+
     async def serve(request: Request) -> Response:
         try:
-            answer = await endpoints[request.method](request)
+            answer = await endpoint(request)
         except CodedError as error:
             code: Any = error.code
             answer = error_response(code, str(error))
         answer.headers.update(HEADERS)
         return answer
 
-    made = Path(f"/dashboard{name}", serve, methods=list(endpoints))
-    made.methods = set(endpoints)  # without the HEAD that comes along with GET
-    return made
+    return serve
 
 
 def _check_origin(request: Request) -> None:

@@ -1,9 +1,9 @@
-"""Server-sent events: what changed on the dashboard, to everybody who looks at it.
+"""What changed on the dashboard, to everybody who looks at it, as server-sent events.
 
-A process looks at the database at most once in `LOOK_SECONDS`, however many look at the process,
-and while nobody does, never. A stream holds no thread. It ends after `STREAM_SECONDS`, when the
-browser comes again and shows its session anew; with the look that finds the session over; and at
-once when the server stops.
+A process reads the database at most once in `POLL_SECONDS`, however many look at the process, and
+while nobody does, never. A stream holds no thread. It ends after `STREAM_SECONDS`, when the browser
+connects again and shows its session anew; as soon as the session is found to be over; and at once
+when the server stops.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import NamedTuple
 
+from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from potluck.core import StorageError
-from potluck.server.http.notifier import Bell
+from potluck.server.http.notifier import Notifier
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 STREAM_SECONDS = 120.0
-_QUIET_SECONDS = 15.0
 
 
 class Snapshot(NamedTuple):
@@ -33,35 +33,34 @@ class Snapshot(NamedTuple):
     """Name to HTML."""
 
 
-class Watch:
+class SnapshotFeed:
     """The newest snapshot, shared by all viewers of a process. Belongs to one event loop."""
 
-    def __init__(self, look: Callable[[], Snapshot], bell: Bell) -> None:
-        """`look` reads the database and is called in a thread, one call at a time."""
-        self._look = look
-        self._bell = bell
+    def __init__(self, read: Callable[[], Snapshot], notifier: Notifier) -> None:
+        """`read` reads the database and is called in a thread, one call at a time."""
+        self._read = read
+        self._notifier = notifier
         self._lock = asyncio.Lock()
-        self._looked = -math.inf
+        self._read_at = -math.inf
         self._snapshot: Snapshot | None = None
 
     async def snapshot(self) -> Snapshot:
-        """What the dashboard shows, at most `LOOK_SECONDS` old."""
+        """What the dashboard shows, at most `POLL_SECONDS` old."""
         async with self._lock:
-            if self._snapshot is None or time.monotonic() - self._looked >= LOOK_SECONDS:
-                self._snapshot = await run_in_threadpool(self._look)
-                self._looked = time.monotonic()
+            if self._snapshot is None or time.monotonic() - self._read_at >= POLL_SECONDS:
+                self._snapshot = await run_in_threadpool(self._read)
+                self._read_at = time.monotonic()
             return self._snapshot
 
     async def events(
         self, seen: str, may_see: Callable[[], bool] = lambda: True
-    ) -> AsyncGenerator[bytes]:
+    ) -> AsyncGenerator[ServerSentEvent]:
         """The sections that changed since the snapshot `seen`, as they change, as long as the
-        viewer `may_see` them when they were looked for."""
+        viewer `may_see` them when they were read."""
         sent: Mapping[str, str] = {}
         end = time.monotonic() + STREAM_SECONDS
-        spoke = time.monotonic()
-        yield b"retry: 1000\n\n"
-        while not self._bell.closed and time.monotonic() < end:
+        yield ServerSentEvent(retry=1000)
+        while not self._notifier.closed and time.monotonic() < end:
             try:
                 snapshot = await self.snapshot()
             except StorageError:  # the database is away: what was shown stays
@@ -70,25 +69,16 @@ class Watch:
             if not may_see():
                 return
             if snapshot.id != seen:
-                news = {n: s for n, s in snapshot.sections.items() if sent.get(n) != s}
-                yield b"".join(event(name, section) for name, section in news.items())
-                yield event("seen", snapshot.id, snapshot.id)
-                seen, spoke = snapshot.id, time.monotonic()
-            elif time.monotonic() - spoke >= _QUIET_SECONDS:
-                yield b": still here\n\n"
-                spoke = time.monotonic()
+                for name, section in snapshot.sections.items():
+                    if sent.get(name) != section:
+                        yield ServerSentEvent(section, event=name)
+                yield ServerSentEvent(snapshot.id, event="seen", id=snapshot.id)
+                seen = snapshot.id
             sent = snapshot.sections
             await self._pause()
 
     async def _pause(self) -> None:
-        """Until it is time to look again; the bell rings oftener than that."""
-        end = time.monotonic() + LOOK_SECONDS
-        while not self._bell.closed and (left := end - time.monotonic()) > 0:
-            await self._bell.next_ring(left)
-
-
-def event(name: str, data: str, id: str = "") -> bytes:
-    """One event, as the HTML standard writes it."""
-    lines = [f"id: {id}"] * bool(id) + [f"event: {name}"]
-    lines += [f"data: {line}" for line in data.splitlines() or [""]]
-    return ("\n".join(lines) + "\n\n").encode()
+        """Until it is time to read again; notifications come oftener than that."""
+        end = time.monotonic() + POLL_SECONDS
+        while not self._notifier.closed and (left := end - time.monotonic()) > 0:
+            await self._notifier.wait(left)

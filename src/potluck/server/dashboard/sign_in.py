@@ -91,11 +91,9 @@ class Throttle:
     def wrong(self, address: str) -> None:
         """Note a wrong key."""
         now = self._now()
-        if len(self._full) >= _MAX_ADDRESSES:
-            self._full = {name: full for name, full in self._full.items() if full > now}
-            if len(self._full) >= _MAX_ADDRESSES:
-                self._full.pop(next(iter(self._full)))
-        self._full[address] = max(self._full.get(address, now), now) + self._seconds
+        self._full[address] = max(self._full.pop(address, now), now) + self._seconds
+        if len(self._full) > _MAX_ADDRESSES:  # the one that was wrong longest ago
+            del self._full[next(iter(self._full))]
 
 
 def _found(database: Database, run: str, kind: str, secrets: Collection[str], now: int) -> set[str]:

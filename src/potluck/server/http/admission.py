@@ -1,15 +1,14 @@
-"""Who is worked on, who waits for it, and who is refused.
-
-Under more load than can be borne most requests wait, so waiting must cost next to nothing: the
-line is one queue with one timer, since who came first is also whose patience ends first.
-"""
+"""Admission control: how many are let in at once, how many wait, and when the rest may retry."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import random
+import time
 from collections import Counter, deque
+from collections.abc import Callable
 
+import anyio
 from starlette.types import Scope
 
 from potluck.core import ProtocolError
@@ -17,78 +16,91 @@ from potluck.server.http.listening import prove
 
 DEVICE_REQUESTS = 6
 """Of one device at once. It should have one; what broke off may not have been noticed yet."""
+LEAST_SECONDS = 2.0
+MOST_SECONDS = 60.0
+REFUSALS = 600
+"""In a second: fewer come, unless the most is too short for as many as are away."""
+_UPDATE_SECONDS = 1.0
+_CHANCE = random.SystemRandom()  # local training seeds the global generator
 
 
-class Slots:
-    """Requests that are worked on at once, and those that wait for a slot; the rest is refused.
+class Limiter:
+    """At most `capacity` holders at once; others wait in the order of arrival, or are refused.
 
-        async with slots:  # raises ProtocolError, overloaded
+        async with limiter:  # the task holds it; raises ProtocolError, overloaded
             …
+        await limiter.lease(device)  # the device holds it, until `end`, or until it is idle
 
-    Whoever came first is first served. Belongs to one event loop.
+    Belongs to one event loop.
     """
 
-    def __init__(self, slots: int, waiting: int, seconds: float) -> None:
-        """`waiting` requests may wait, each for `seconds`."""
-        self._free = slots
-        self._may_wait = waiting
-        self._seconds = seconds
-        self._line: deque[tuple[float, asyncio.Future[None]]] = deque()  # until when
-        self._timer: asyncio.TimerHandle | None = None
+    def __init__(
+        self, capacity: int, *, waiting: int, seconds: float, idle_seconds: float = 0.0
+    ) -> None:
+        """`waiting` may wait, each for `seconds`; a lease ends after `idle_seconds` without use."""
+        self._tokens = anyio.CapacityLimiter(capacity)
+        self._may_wait, self._seconds = waiting, seconds
+        self._idle_seconds = idle_seconds
+        self._leases: dict[str, tuple[object, asyncio.TimerHandle]] = {}
 
     @property
     def waiting(self) -> int:
         """How many wait."""
-        return len(self._line)
+        return self._tokens.statistics().tasks_waiting
 
     async def __aenter__(self) -> None:
-        if self._free:
-            self._free -= 1
-            return
-        if len(self._line) >= self._may_wait:
-            raise _overloaded()
-        loop = asyncio.get_running_loop()
-        until, turn = loop.time() + self._seconds, loop.create_future()
-        self._line.append((until, turn))
-        if self._timer is None:
-            self._timer = loop.call_at(until, self._lose_patience)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                with contextlib.suppress(ValueError):  # it was passed over
-                    self._line.remove((until, turn))
-            elif turn.exception() is None:  # it was given a slot, and is gone
-                self._leave()
-            raise
+        await self._acquire(asyncio.current_task())
 
     async def __aexit__(self, *_: object) -> None:
-        self._leave()
+        self._tokens.release_on_behalf_of(asyncio.current_task())
 
-    def _leave(self) -> None:
-        """Give the slot to who waits longest."""
-        while self._line:
-            _, turn = self._line.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+    async def lease(self, device: str) -> None:
+        """Let a device hold one token, however often it asks.
 
-    def _lose_patience(self) -> None:
-        """Refuse those whose time is over: they are at the head of the line."""
-        loop, self._timer = asyncio.get_running_loop(), None
-        while self._line:
-            until, turn = self._line[0]
-            if until > loop.time():
-                self._timer = loop.call_at(until, self._lose_patience)
-                return
-            self._line.popleft()
-            if not turn.done():
-                turn.set_exception(_overloaded())
+        Raises:
+            ProtocolError: overloaded: there was none in time.
+        """
+        if device in self._leases:
+            self.renew(device)
+            return
+        await self._acquire(token := object())
+        self.end(device)  # another request of it waited too
+        self._keep(device, token)
+
+    def renew(self, device: str) -> None:
+        """The lease of a device, if it has one, is in use."""
+        if device in self._leases:
+            token, expiry = self._leases[device]
+            expiry.cancel()
+            self._keep(device, token)
+
+    def end(self, device: str) -> None:
+        """End the lease of a device, if it has one."""
+        if device in self._leases:
+            token, expiry = self._leases.pop(device)
+            expiry.cancel()
+            self._tokens.release_on_behalf_of(token)
+
+    def _keep(self, device: str, token: object) -> None:
+        expiry = asyncio.get_running_loop().call_later(self._idle_seconds, self.end, device)
+        self._leases[device] = token, expiry
+
+    async def _acquire(self, holder: object) -> None:
+        try:
+            self._tokens.acquire_on_behalf_of_nowait(holder)
+        except anyio.WouldBlock:
+            try:
+                if self.waiting >= self._may_wait:
+                    raise TimeoutError from None
+                async with asyncio.timeout(self._seconds):
+                    await self._tokens.acquire_on_behalf_of(holder)
+            except TimeoutError:
+                told = "there are too many requests at once. Come back later."
+                raise ProtocolError("overloaded", told) from None
 
 
-class Shares:
-    """How many requests each device has under way: none can take all slots, or all polls."""
+class DeviceRequests:
+    """The requests of each device that are under way: none takes all slots, or all polls."""
 
     def __init__(self, limit: int = DEVICE_REQUESTS) -> None:
         self._limit = limit
@@ -119,5 +131,32 @@ class Shares:
                 del self._count[device]
 
 
-def _overloaded() -> ProtocolError:
-    return ProtocolError("overloaded", "there are too many requests at once. Come back later.")
+class RetryAfter:
+    """How long those wait who are refused: the delay grows with the number that is away.
+
+    Refusing costs about half of answering, so the delay is chosen such that at most `REFUSALS` come
+    in a second. Each is told its own time around it: those that were refused together must not
+    come again together.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        part: Callable[[], float] = _CHANCE.random,
+    ) -> None:
+        """`clock` in seconds; `part` draws from [0, 1)."""
+        self._clock, self._part = clock, part
+        self._update = clock() + _UPDATE_SECONDS  # when to, again
+        self._away: deque[float] = deque(maxlen=round((MOST_SECONDS - LEAST_SECONDS) * REFUSALS))
+        self._seconds = LEAST_SECONDS
+
+    def seconds(self) -> float:
+        """After which one more may come again, which is refused."""
+        now = self._clock()
+        self._away.append(now)
+        if now >= self._update:
+            self._update = now + _UPDATE_SECONDS
+            while self._away[0] <= now - self._seconds:
+                self._away.popleft()
+            self._seconds = LEAST_SECONDS + len(self._away) / REFUSALS
+        return self._seconds * (0.5 + self._part())

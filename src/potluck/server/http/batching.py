@@ -1,9 +1,8 @@
-"""Work on many requests at once: what comes while a batch is worked on makes up the next one.
+"""Batches of requests: those that arrive while a batch is processed make up the next one.
 
-A thread and a transaction cost more than most requests: the more there are in a batch, the less
-each one costs. Who comes alone is worked on at once, or waits the two milliseconds in which others
-come that were sent at the same time. Where hundreds come each second all wait a little longer: a
-processor that is full answers late, and a pause of it is felt for seconds.
+A thread and a transaction cost more than most requests, so a larger batch costs less per request.
+A lone request starts at once, or after 2 ms, so that requests sent at the same moment can join it.
+Where hundreds arrive each second the wait is 12 ms, which takes load off a full processor.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 GATHER_SECONDS = 0.002
-"""For others, where many are sent at once: a round's devices are answered together."""
+"""A batch waits for more requests: a round's devices are answered together."""
 BUSY_GATHER_SECONDS = 0.012
 """The same, while more than `BUSY_RATE` come in a second."""
 BUSY_RATE = 600.0
@@ -27,7 +26,7 @@ _RATE_SECONDS = 1.0
 _MOST = 500
 """Items in a batch."""
 _MANY = 16
-"""Items that are worth a batch, and wait for no others."""
+"""Items of which a batch starts at once."""
 
 
 class Batches(Generic[T, R]):

@@ -1,29 +1,29 @@
 """The application that devices talk to: the protocol's routes over the desk of one run.
 
 Thin: a small body is read, the gate lets the request in, its message is parsed, the desk answers in
-a thread. No slot is held while a client is waited for: check-ins wait for work (long poll) outside
-of them, until a transition rings or their time is over, and large bodies have places of their own.
+a thread. A request that waits for its client does not count among those worked on: check-ins wait
+for work (long poll) until a transition or the end of their time, and large bodies have limits of
+their own.
 Every error, on every path, is one message of the protocol.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import re
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from starlette import routing
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from potluck.core import CodedError, ProtocolError, StorageError
@@ -44,7 +44,7 @@ from potluck.protocol import (
     parse_offset,
     public_key,
 )
-from potluck.server.http.admission import Shares, Slots
+from potluck.server.http.admission import LEAST_SECONDS, DeviceRequests, Limiter, RetryAfter
 from potluck.server.http.authenticate import Gate, claim_of
 from potluck.server.http.batching import GATHER_SECONDS, Batches
 from potluck.server.http.bodies import (
@@ -54,21 +54,20 @@ from potluck.server.http.bodies import (
     read_large,
     read_small,
 )
-from potluck.server.http.fast_routes import Place, direct
 from potluck.server.http.handlers import Desk
 from potluck.server.http.middleware import measured
 from potluck.server.http.model_answers import LARGE_BYTES, hung_up, model_answer
-from potluck.server.http.notifier import Bell
-from potluck.server.http.retry_after import LEAST_SECONDS, Pressure
+from potluck.server.http.notifier import Notifier
 from potluck.server.http.transfers import Transfers
-from potluck.server.http.upload_places import PLACES, Places
-from potluck.server.metrics import Meters
+from potluck.server.metrics import Metrics
 from potluck.server.rounds.uploads import Stood, add_chunk, find_report, upload_state
 from potluck.server.storage.vectors import find_model, read_model
 
 HEALTH = "/health"
 _LOG = logging.getLogger("potluck.server")
 _MAX_POLLS = 20_000
+SENDERS = 64
+"""Devices that send an update at once, a chunk after another."""
 _RETRY_SECONDS: dict[ErrorCode, float] = {
     "overloaded": LEAST_SECONDS,
     "unavailable": 5.0,
@@ -76,16 +75,8 @@ _RETRY_SECONDS: dict[ErrorCode, float] = {
 }
 _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
 """Said to a device that is known, of a body whose length was right: the connection goes on."""
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 _HEX = re.compile(r"[0-9a-f]{32,64}")
-
-
-class Waiting(NamedTuple):
-    """A check-in that found no work, and may wait for some."""
-
-    message: CheckIn
-    answer: Message
-    rings: int
-    """Of the bell, before the answer was looked for."""
 
 
 class DeviceApp:
@@ -94,55 +85,52 @@ class DeviceApp:
     def __init__(
         self,
         desk: Desk,
-        bell: Bell,
-        meters: Meters,
+        notifier: Notifier,
+        metrics: Metrics,
         *,
         names: Collection[str] = (),
         long_poll_seconds: float = 25.0,
     ) -> None:
         self.desk = desk
-        self.bell = bell
-        self.meters = meters
-        self.slots = Slots(48, waiting=3000, seconds=20.0)  # a few seconds of one core's work
-        self.strangers = Slots(8, waiting=256, seconds=5.0)  # or they would crowd devices out
-        self.shares = Shares()
-        self.places = Places()
-        # A chunk of 1 MiB each, at most of 4, so that no device with a place has to wait.
-        self.uploads = Transfers(Slots(PLACES, waiting=4000, seconds=60.0))
-        self.downloads = Transfers(Slots(64, waiting=4000, seconds=60.0))  # a piece of a blob each
+        self.notifier = notifier
+        self.metrics = metrics
+        self.limiter = Limiter(48, waiting=3000, seconds=20.0)  # a few seconds of one core's work
+        self.newcomers = Limiter(8, waiting=256, seconds=5.0)  # or they would crowd devices out
+        self.requests = DeviceRequests()
+        # A body that waits lies in memory, a device that waits before it sends holds next to
+        # nothing. So as many send as keep a core and a disk busy; a device's own patience ends too.
+        self.senders = Limiter(SENDERS, waiting=_MAX_POLLS, seconds=25.0, idle_seconds=10.0)
+        # A chunk of 1 MiB each, at most of 4, so that no device that may send has to wait.
+        self.uploads = Transfers(Limiter(SENDERS, waiting=4000, seconds=60.0))
+        self.downloads = Transfers(Limiter(64, waiting=4000, seconds=60.0))
         self.gate = Gate(desk.service, desk.run, public_key(desk.key), names)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
         self._check_ins: Batches[Any, Message] = Batches(desk.check_ins, GATHER_SECONDS)
         self._arrivals: Batches[Any, Message] = Batches(desk.take_in, GATHER_SECONDS)
 
-    def asgi(self, others: Sequence[Path] = ()) -> ASGIApp:
+    def asgi(self, others: Sequence[routing.Route] = ()) -> ASGIApp:
         """The application; `others` are paths that are not for devices."""
         handlers = error_handlers(self.desk.service.now)
         app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
-        places = {
-            (route.method, path): Place(path, partial(self._endpoint, route=route))
-            for route in ROUTES
-            for path in [route.path.partition("?")[0]]
-        }
-        inner = direct(app, places, handlers)
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                await inner(scope, receive, send)
+                await app(scope, receive, send)
             finally:
-                self.shares.leave(scope)
+                self.requests.leave(scope)
 
-        return measured(counted, self.meters)
+        return measured(counted, self.metrics)
 
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[routing.Route]:
         """All that is answered to devices."""
-        by_path: dict[str, list[Route]] = {}
+        found: dict[str, dict[str, Endpoint]] = {}
         for route in ROUTES:
-            by_path.setdefault(route.path.partition("?")[0], []).append(route)
-        paths = [_path(path, self._endpoint, routes) for path, routes in by_path.items()]
-        return [*paths, _path(HEALTH, self._health, ["GET"])]
+            endpoints = found.setdefault(route.path.partition("?")[0], {})
+            endpoints[route.method] = partial(self._endpoint, route=route)
+        found[HEALTH] = {"GET": self._health}
+        return [exact_route(path, endpoints) for path, endpoints in found.items()]
 
     async def _endpoint(self, request: Request, route: Route) -> Response:
         claim = claim_of(request)
@@ -151,9 +139,9 @@ class DeviceApp:
             return await self._enrol(request, route, claim, body)
         if route.request is CheckIn or route.request is Report:
             return await self._with_claim(request, route, route.request, claim, body)
-        async with self.slots:
+        async with self.limiter:
             await self.gate.admit(request, claim)
-            self.shares.enter(request.scope, claim.device)
+            self.requests.enter(request.scope, claim.device)
             if route.request != "bytes":
                 return await self._answer(request, route, claim, body)
             upload = _upload(request)
@@ -185,15 +173,15 @@ class DeviceApp:
     async def _enrol(
         self, request: Request, route: Route, claim: Claim, body: bytearray | None
     ) -> Response:
-        async with self.strangers:
+        async with self.newcomers:
             _no_query(request)
             message = await self.gate.admit_newcomer(request, route, claim, body)
             if isinstance(message, Preview):  # nothing is noted: it changes nothing
                 return _json(await run_in_threadpool(self.desk.preview, message))
             enrolled = await run_in_threadpool(self.desk.enrol, message)
-            self.shares.enter(request.scope, claim.device)
+            self.requests.enter(request.scope, claim.device)
             await self.gate.note(claim)
-        self.bell.wake()
+        self.notifier.wake()
         return _json(enrolled)
 
     async def _with_claim(
@@ -205,21 +193,21 @@ class DeviceApp:
         body: bytearray | None,
     ) -> Response:
         """A message whose request is noted in the transaction that does what it asks for."""
-        async with self.slots:
+        async with self.limiter:
             await self.gate.verify(request, claim)
-            self.shares.enter(request.scope, claim.device)
+            self.requests.enter(request.scope, claim.device)
             try:
                 _no_query(request)
                 message = message_in(request, route, kind, claim, body)
             except CodedError:
                 await self.gate.note(claim)  # a replay is told that it is one, whatever it holds
                 raise
-            rings = self.bell.rings
+            generation = self.notifier.generation
             if isinstance(message, CheckIn):
                 asked = (claim.device, claim.sequence, message)
                 given = await self._noted(claim, self._check_ins, asked)
             elif message.update is not None:
-                self.meters.received(message.length_bytes)
+                self.metrics.received.inc(message.length_bytes)
                 return _json(await self._noted(claim, self._arrivals, (claim, message)))
             else:
                 await self.gate.note(claim)
@@ -227,7 +215,7 @@ class DeviceApp:
         if isinstance(given, Report):
             return await self._announce(claim, given)
         if isinstance(message, CheckIn) and self._may_poll(given):
-            return await self._poll(request, claim.device, Waiting(message, given, rings))
+            return await self._poll(request, claim.device, message, given, generation)
         return _json(given)
 
     async def _noted(self, claim: Claim, batches: Batches[Any, Message], item: Any) -> Message:
@@ -235,71 +223,63 @@ class DeviceApp:
             return await batches.do(item)
 
     async def _announce(self, claim: Claim, message: Report) -> Response:
-        """What is announced is not sent before there is a place."""
-        await self.places.enter(claim.device)
-        async with self.slots:
-            with self._leaving(claim.device):
-                given = await run_in_threadpool(self.desk.answer, claim.device, message, "")
-        return self._stood(claim.device, given)
-
-    @contextlib.contextmanager
-    def _leaving(self, device: str) -> Generator[None]:
-        """What is refused needs no place."""
-        try:
-            yield
-        except CodedError:
-            self.places.leave(device)
-            raise
-
-    def _stood(self, device: str, given: Message) -> Response:
-        """The answer to a part of an upload; after the last, the connection keeps no buffers."""
-        self.places.hear(device)
-        if not isinstance(given, Accepted):
-            return _json(given)
-        self.places.leave(device)
-        response = _json(given)
-        if self.desk.spec.num_bytes > LARGE_BYTES:
-            response.headers["Connection"] = "close"
-        return response
+        """What is announced is sent once the device is one of those that may send."""
+        await self.senders.lease(claim.device)
+        async with self.limiter:
+            return await self._upload(claim.device, self.desk.answer, claim.device, message, "")
 
     async def _put(
         self, claim: Claim, upload: str, offset: int, before: Stood, data: bytearray
     ) -> Response:
         """Append a chunk to an upload that stood so `before` its body was read."""
         check_digest(data, claim)
-        self.meters.received(len(data))
-        place = (self.desk.service, claim.device, upload)
-        with self._leaving(claim.device):
-            given = await run_in_threadpool(add_chunk, *place, offset, data, before)
-        return self._stood(claim.device, given)
+        self.metrics.received.inc(len(data))
+        chunk = (self.desk.service, claim.device, upload, offset, data, before)
+        return await self._upload(claim.device, add_chunk, *chunk)
+
+    async def _upload(self, device: str, step: Callable[..., Message], *given: Any) -> Response:
+        """Take a step of an upload; after the last, or a refusal, the device sends no more."""
+        try:
+            told = await run_in_threadpool(step, *given)
+        except CodedError:
+            self.senders.end(device)
+            raise
+        self.senders.renew(device)
+        response = _json(told)
+        if isinstance(told, Accepted):
+            self.senders.end(device)
+            if self.desk.spec.num_bytes > LARGE_BYTES:  # the connection keeps no buffers
+                response.headers["Connection"] = "close"
+        return response
 
     def _may_poll(self, given: Message) -> bool:
         waits = isinstance(given, Wait) and given.reason not in ("ineligible", "unsupported")
         return waits and self.long_poll_seconds > 0 and self._polls < _MAX_POLLS
 
-    async def _poll(self, request: Request, device: str, waiting: Waiting) -> Response:
+    async def _poll(
+        self, request: Request, device: str, message: CheckIn, given: Message, generation: int
+    ) -> Response:
         """Ask again whenever something has changed, until there is work or the time is over."""
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
-        self.meters.polls(self._polls)
+        self.metrics.polls.set(self._polls)
         gone = asyncio.create_task(hung_up(request.receive))
-        message, given, rings = waiting
         try:
-            while self._may_poll(given) and not self.bell.closed:
-                if self.bell.rings == rings:
+            while self._may_poll(given) and not self.notifier.closed:
+                if self.notifier.generation == generation:
                     left = end - time.monotonic()
                     if left <= 0:
                         break
-                    await self.bell.next_ring(left, gone)
+                    await self.notifier.wait(left, gone)
                 if gone.done():  # a slot of the round would be lost on it
                     return Response(status_code=499)
-                rings = self.bell.rings
+                generation = self.notifier.generation
                 given = await self._check_ins.do((device, None, message))
             return _json(given)
         finally:
             gone.cancel()
             self._polls -= 1
-            self.meters.polls(self._polls)
+            self.metrics.polls.set(self._polls)
 
     async def _model(self, request: Request, claim: Claim, sha256: str) -> Response:
         if len(sha256) != 64 or _HEX.fullmatch(sha256) is None:
@@ -308,26 +288,24 @@ class DeviceApp:
         model = await run_in_threadpool(find_model, *place, sha256)
         read = partial(read_model, *place)
         answer = model_answer(request, claim, read, model, self.downloads)
-        self.meters.sent(int(answer.headers["Content-Length"]))
+        self.metrics.sent.inc(int(answer.headers["Content-Length"]))
         return answer
 
-    async def _health(self, request: Request, _: str) -> Response:
+    async def _health(self, request: Request) -> Response:
         _no_query(request)
         return Response('{"status":"ok"}', media_type="application/json")
 
 
 def error_handlers(now: Any) -> dict[Any, Any]:
     """What every exception is answered with: one message of the protocol."""
-    pressure = Pressure()
+    retry_after = RetryAfter()
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, CodedError)
         code: Any = error.code if error.code in STATUS else "malformed"
-        retry = pressure.refuse() if code == "overloaded" else None
+        retry = retry_after.seconds() if code == "overloaded" else None
         response = error_response(code, str(error), now() if code == "clock" else None, retry)
-        if code == "overloaded" and _is_small(
-            request
-        ):  # or a handshake would follow, which costs more
+        if code == "overloaded" and _is_small(request):  # a handshake would cost more
             del response.headers["Connection"]
         return response
 
@@ -346,12 +324,8 @@ def error_handlers(now: Any) -> dict[Any, Any]:
     async def internal(request: Request, error: Exception) -> Response:
         return error_response("internal", "the server has a fault. Try again later.")
 
-    return {
-        CodedError: refused,
-        HTTPException: http,
-        StorageError: storage,
-        Exception: internal,
-    }
+    known = {CodedError: refused, HTTPException: http, StorageError: storage}
+    return known | {Exception: internal}
 
 
 def error_response(
@@ -374,14 +348,14 @@ def error_response(
     return Response(encode_message(error), STATUS[code], headers, "application/json")
 
 
-def _path(path: str, endpoint: Any, routes: list[Any]) -> Path:
-    by_method = {getattr(route, "method", route): route for route in routes}
+def exact_route(path: str, endpoints: Mapping[str, Endpoint]) -> routing.Route:
+    """A path with an endpoint for each method, without the HEAD that Starlette adds to GET."""
 
     async def serve(request: Request) -> Response:
-        return await endpoint(request, by_method[request.method])
+        return await endpoints[request.method](request)
 
-    made = Path(path, serve, methods=list(by_method))
-    made.methods = set(by_method)  # without the HEAD that comes along with GET
+    made = routing.Route(path, serve, methods=list(endpoints))
+    made.methods = set(endpoints)
     return made
 
 

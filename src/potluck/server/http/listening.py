@@ -151,9 +151,8 @@ class Accepted(socket.socket):
         """Have it closed, whatever it is doing."""
         if self.transport is not None:
             self.transport.abort()
-        else:  # in the handshake, where asyncio is always reading and sees the end
-            with contextlib.suppress(OSError):
-                self.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # in the handshake, asyncio reads and sees the end
+            self.shutdown(socket.SHUT_RDWR)
 
     def prove(self, name: str) -> None:
         """A request has proven whose the connection is."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from potluck.server.metrics import Meters
+from potluck.server.metrics import Metrics
 
 SEND_SECONDS = 60.0
 """For a piece of an answer, before a reader that is too slow is given up."""
@@ -17,7 +17,7 @@ SEND_SECONDS = 60.0
 _LOG = logging.getLogger("potluck.server")
 
 
-def measured(app: ASGIApp, meters: Meters) -> ASGIApp:
+def measured(app: ASGIApp, metrics: Metrics) -> ASGIApp:
     """Count, time and log requests, and give up readers that are too slow."""
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +49,7 @@ def measured(app: ASGIApp, meters: Meters) -> ASGIApp:
             path = getattr(scope.get("route"), "path", "unknown")
             seconds = time.perf_counter() - started
             is_ours = path != "unknown" and status != 405  # a stranger may make methods up
-            meters.request(scope["method"] if is_ours else "", path, status, seconds)
+            metrics.request(scope["method"] if is_ours else "", path, status, seconds)
             level = logging.DEBUG if status < 400 else logging.INFO
             if _LOG.isEnabledFor(level):
                 told = {"method": scope["method"], "path": path, "status": status}

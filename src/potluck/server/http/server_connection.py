@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from asyncio.sslproto import SSLProtocol
 from typing import Any
 
 import httptools
@@ -25,23 +24,7 @@ MAX_HEADER_BYTES = 32_768
 BUFFER_BYTES = 1 << 16
 """Of a connection, each way, beside the piece that is being worked on."""
 _GOODBYE_SECONDS = 0.5
-_BUFFER = bytearray(1 << 16)
-_VIEW = memoryview(_BUFFER)
 _TARGET = re.compile(rb'/[!-"$->@-~]*(\?[!-"$-~]+)?')
-
-
-def _share_buffer(transport: Any) -> Any:
-    """Have TLS read into one buffer for all connections. Returns what it reads from, None if it is
-    not asyncio's.
-
-    asyncio gives each its own, which it fills and empties in one go: with a thousand connections
-    that is most of the server's memory.
-    """
-    protocol = getattr(transport, "_ssl_protocol", None)
-    if not isinstance(protocol, SSLProtocol):
-        return None
-    protocol._ssl_buffer, protocol._ssl_buffer_view = _BUFFER, _VIEW  # pyright: ignore
-    return getattr(protocol, "_transport", None)
 
 
 class Connection(HttpToolsProtocol):
@@ -50,7 +33,6 @@ class Connection(HttpToolsProtocol):
     _headers_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_over = False  # answered for good: what still comes is not looked at
-    _below: Any = None  # what TLS reads from
     _accepted: Accepted | None = None
     _fault = "the request must be HTTP/1.1, got another."
 
@@ -63,21 +45,16 @@ class Connection(HttpToolsProtocol):
         transport.set_write_buffer_limits(BUFFER_BYTES)
         if self.scheme == "https":  # what TLS has read and nobody has asked for
             transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
-            self._below = _share_buffer(transport)
         if self._listener is not None:
             self._accepted = self._listener.find(transport.get_extra_info("socket").fileno())
         if self._accepted is not None:
-            self._accepted.transport = self._below or transport
+            self._accepted.transport = transport
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        # It holds itself, by the method that reads: only a search for cycles would free it.
-        if hasattr(self._below, "_read_ready_cb"):
-            self._below._read_ready_cb = None
-        self._below = None
 
     def data_received(self, data: bytes) -> None:
         if self._is_over or self.transport.is_closing():

@@ -1,12 +1,12 @@
 """Large bodies on their way, in one direction: how many at once, and which are too slow to go on.
 
-Each holds memory until it is through, so their number is limited, and a body that stands still must
-not keep others waiting. A device has one at a time: a newer one ends the older, which broke off
-unnoticed, or is there to hold a place. All must move at the least rate. While others wait, the
-slowest of those below the fair rate end first. What ends is tried again by its device.
+Each holds memory until it is through, so their number is limited, and one that stands still must
+not keep others waiting. A device has one at a time: a newer one ends the older, whose connection
+broke unnoticed, or which only occupies a place. All must move at the least rate. While others wait,
+the slowest of those below the fair rate end first. Their devices send them again.
 
-The rate of a transfer is a mean over the last `_MEMORY` seconds or so. It starts at twice the fair
-rate, so a pause is forgiven as long.
+The rate of a transfer is a mean over about the last `_MEAN_SECONDS`. It starts at twice the fair
+rate, so a pause of as long does not end it.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from potluck.core import ProtocolError
-from potluck.server.http.admission import Slots
+from potluck.server.http.admission import Limiter
 
 LEAST_RATE = 8_192.0
 """Bytes a second of every body: a chunk of 1 MiB takes two minutes at most."""
 FAIR_RATE = 16_384.0
 """Bytes a second, from which on a body is never ended for others."""
-_MEMORY = 16.0
-_LOOK_SECONDS = 1.0
+_MEAN_SECONDS = 16.0
+_CHECK_SECONDS = 1.0
 
 
 class Transfer:
     """A body that has a place."""
 
     num_bytes = 0
-    """That came through so far."""
+    """That were sent or received so far."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
         """Of its request."""
         self.rate = 2.0 * FAIR_RATE
         self._seen = 0
-        self._looked = asyncio.get_running_loop().time()
-        self._patience: asyncio.Timeout | None = None  # None: it is not moving
+        self._updated = asyncio.get_running_loop().time()
+        self._timeout: asyncio.Timeout | None = None  # None: it is not moving
 
     @contextlib.asynccontextmanager
     async def moving(self) -> AsyncGenerator[None]:
@@ -48,39 +48,39 @@ class Transfer:
             ProtocolError: overloaded: the transfer was ended.
         """
         try:
-            async with asyncio.timeout(None) as self._patience:
+            async with asyncio.timeout(None) as self._timeout:
                 yield
         except TimeoutError:
             raise _ended() from None
         finally:
-            self._patience = None
+            self._timeout = None
 
     @property
     def is_moving(self) -> bool:
-        return self._patience is not None
+        return self._timeout is not None
 
     def end(self) -> None:
         """Have `moving` raise, if it is."""
-        if self._patience is not None:
-            self._patience.reschedule(asyncio.get_running_loop().time())
-            self._patience = None
+        if self._timeout is not None:
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+            self._timeout = None
 
-    def look(self) -> None:
-        """Bring the rate up to date."""
+    def update(self) -> None:
+        """Take what came since the last update into the rate."""
         now = asyncio.get_running_loop().time()
-        seconds = max(now - self._looked, 1e-3)
-        share = min(seconds / _MEMORY, 1.0)
+        seconds = max(now - self._updated, 1e-3)
+        share = min(seconds / _MEAN_SECONDS, 1.0)
         self.rate += share * ((self.num_bytes - self._seen) / seconds - self.rate)
         self.rate = min(self.rate, 2.0 * FAIR_RATE)
-        self._seen, self._looked = self.num_bytes, now
+        self._seen, self._updated = self.num_bytes, now
 
 
 class Transfers:
     """All bodies of one direction. Belongs to one event loop."""
 
-    def __init__(self, slots: Slots) -> None:
-        """Each takes one of `slots`."""
-        self._slots = slots
+    def __init__(self, limiter: Limiter) -> None:
+        """`limiter` tells how many there are at once."""
+        self._limiter = limiter
         self._under_way: dict[str, Transfer] = {}  # by device
         self._timer: asyncio.TimerHandle | None = None
 
@@ -92,11 +92,11 @@ class Transfers:
             ProtocolError: overloaded: there is none in time, or a newer one has it.
         """
         self._end_older(device, sequence)
-        async with self._slots:
+        async with self._limiter:
             self._end_older(device, sequence)
             transfer = self._under_way[device] = Transfer(sequence)
             if self._timer is None:
-                self._look_later()
+                self._check_later()
             try:
                 yield transfer
             finally:
@@ -112,21 +112,21 @@ class Transfers:
         del self._under_way[device]
         other.end()
 
-    def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+    def _check_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_CHECK_SECONDS, self._check)
 
-    def _look(self) -> None:
-        """End those that are too slow, for their own sake or for others'."""
+    def _check(self) -> None:
+        """End those below the least rate, and slow ones that others wait for."""
         self._timer = None
         moving = [transfer for transfer in self._under_way.values() if transfer.is_moving]
         for transfer in moving:
-            transfer.look()
+            transfer.update()
         moving.sort(key=lambda transfer: transfer.rate)
         for number, transfer in enumerate(moving):
-            if transfer.rate < (FAIR_RATE if number < self._slots.waiting else LEAST_RATE):
+            if transfer.rate < (FAIR_RATE if number < self._limiter.waiting else LEAST_RATE):
                 transfer.end()
         if self._under_way:
-            self._look_later()
+            self._check_later()
 
 
 def _ended() -> ProtocolError:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from potluck.core import ProtocolError
-from potluck.server.http.admission import Slots
+from potluck.server.http.admission import Limiter
 
 
 async def turns(count=3):
@@ -25,7 +25,7 @@ async def hold(slots, told, name, until):
 
 def test_who_came_first_is_served_first():
     async def scene():
-        slots, told, over = Slots(2, 10, 60.0), [], asyncio.Event()
+        slots, told, over = Limiter(2, waiting=10, seconds=60.0), [], asyncio.Event()
         tasks = [asyncio.create_task(hold(slots, told, name, over)) for name in "abcdef"]
         await turns()
         assert told == ["a", "b"]
@@ -40,7 +40,7 @@ def test_who_came_first_is_served_first():
 
 def test_the_rest_is_refused_and_nobody_waits_for_ever():
     async def scene():
-        slots, told, over = Slots(1, 2, 0.05), [], asyncio.Event()
+        slots, told, over = Limiter(1, waiting=2, seconds=0.05), [], asyncio.Event()
         tasks = [asyncio.create_task(hold(slots, told, name, over)) for name in "abcd"]
         await turns()
         assert told == ["a", "d overloaded"]
@@ -56,7 +56,7 @@ def test_the_rest_is_refused_and_nobody_waits_for_ever():
 
 def test_who_comes_later_may_wait_as_long():
     async def scene():
-        slots, told, over = Slots(1, 9, 0.2), [], asyncio.Event()
+        slots, told, over = Limiter(1, waiting=9, seconds=0.2), [], asyncio.Event()
         tasks = [asyncio.create_task(hold(slots, told, name, over)) for name in "ab"]
         await asyncio.sleep(0.12)
         tasks.append(asyncio.create_task(hold(slots, told, "c", over)))
@@ -72,7 +72,7 @@ def test_who_comes_later_may_wait_as_long():
 @pytest.mark.parametrize("after_its_turn", [False, True])
 def test_who_hangs_up_while_waiting_takes_no_slot(after_its_turn):
     async def scene():
-        slots, told, over = Slots(1, 9, 60.0), [], asyncio.Event()
+        slots, told, over = Limiter(1, waiting=9, seconds=60.0), [], asyncio.Event()
         tasks = [asyncio.create_task(hold(slots, told, name, over)) for name in "abc"]
         await turns()
         if after_its_turn:
@@ -90,18 +90,31 @@ def test_who_hangs_up_while_waiting_takes_no_slot(after_its_turn):
     asyncio.run(scene())
 
 
-def test_who_hangs_up_when_its_time_is_over_takes_no_slot():
+@pytest.mark.parametrize("leaves_as_well", [False, True])
+def test_who_hangs_up_when_its_time_is_over_takes_no_slot(leaves_as_well):
+    """In one turn of the loop b's time is over, it hangs up, and perhaps a slot is free for it."""
+
     async def scene():
-        slots, told, over = Slots(1, 9, 0.05), [], asyncio.Event()
-        tasks = [asyncio.create_task(hold(slots, told, name, over)) for name in "ab"]
+        slots, told, over = Limiter(1, waiting=9, seconds=0.05), [], asyncio.Event()
+        tasks = [asyncio.create_task(hold(slots, told, "a", over))]
         await turns()
-        slots._line[0][1].set_exception(ProtocolError("overloaded", "its time is over"))
-        tasks[1].cancel()  # before it has seen that
+        until = asyncio.get_running_loop().time() + 0.05
+        tasks.append(asyncio.create_task(hold(slots, told, "b", over)))
+        await turns()
+        while asyncio.get_running_loop().time() < until + 0.05:
+            pass  # its time is over before it can be told
+        if leaves_as_well:
+            tasks[0].cancel()
+        tasks[1].cancel()
         await asyncio.gather(*tasks[1:], return_exceptions=True)
-        assert tasks[1].cancelled()
-        await hold(slots, told, "c", over)
-        assert told == ["a", "c overloaded"]  # one slot, as there was
+        tasks.append(asyncio.create_task(hold(slots, told, "c", over)))
+        await turns()
+        if leaves_as_well:
+            assert told == ["a", "c"]
+        await hold(slots, told, "d", over)
+        assert told[-1] == "d overloaded"  # one slot, as there was
         over.set()
-        await tasks[0]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert slots.waiting == 0
 
     asyncio.run(scene())

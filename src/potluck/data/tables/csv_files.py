@@ -18,8 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from potluck.core import DataError
 from potluck.core.text_files import encoding_of
 from potluck.data.tables.columns import is_hole
@@ -111,8 +109,10 @@ def _options(path: Path) -> dict[str, Any]:
 
 
 def _first_row(start: str, by: str) -> list[str]:
-    rows = [row for row in csv.reader(io.StringIO(start), delimiter=by) if row]
-    return rows[0] if rows else []
+    for row in csv.reader(io.StringIO(start), delimiter=by):
+        if row:
+            return row
+    return []
 
 
 def _pandas() -> Any:
@@ -151,15 +151,14 @@ def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
 def _typed(series: Any, name: str, path: Path) -> tuple[Any, bool]:
     """A column with text in it, made numbers or truth values if all of it is; whether it has
     decimal commas."""
-    rows = np.flatnonzero(series.notna().to_numpy(np.bool_)).tolist()
-    stripped = zip(rows, series.iloc[rows].astype(str).str.strip(), strict=True)
-    texts = {row: text for row, text in stripped if not is_hole(text)}
+    distinct = {value: str(value).strip() for value in series.dropna().unique()}
+    texts = {value: text for value, text in distinct.items() if not is_hole(text)}
     forms = {_form(text) for text in texts.values()}
     if not texts or "text" in forms or ("truth" in forms and len(forms) > 1):
         return series, False
-    _check_forms(texts, forms, name, path)
-    values = np.full(len(series), None, object)
-    values[list(texts)] = [_value(text) for text in texts.values()]
+    _check_forms(series, texts, forms, name, path)
+    known = {value: _value(text) for value, text in texts.items()}
+    values = [known.get(value) for value in series]
     return _pandas().Series(values, index=series.index, dtype=object), "comma" in forms
 
 
@@ -182,7 +181,9 @@ def _value(text: str) -> bool | int | float:
         return float(text.replace(",", "."))
 
 
-def _check_forms(texts: dict[int, str], forms: set[str], name: str, path: Path) -> None:
+def _check_forms(
+    series: Any, texts: dict[Any, str], forms: set[str], name: str, path: Path
+) -> None:
     """Refuse separators of thousands, and what may be them."""
     commas = [text for text in texts.values() if "," in text]
     if "thousands" in forms:
@@ -194,9 +195,10 @@ def _check_forms(texts: dict[int, str], forms: set[str], name: str, path: Path) 
         what = "numbers must be plain, and a comma before three digits may be either"
     else:
         return
-    row = next(row for row, text in texts.items() if _form(text) == form)
+    odd = {value for value, text in texts.items() if _form(text) == form}
+    row, value = next((row, value) for row, value in enumerate(series) if value in odd)
     raise DataError(
-        f"{what}, got {texts[row]!r} in {place(name, row, rows_of(path))}. Write numbers without "
+        f"{what}, got {texts[value]!r} in {place(name, row, rows_of(path))}. Write numbers without "
         "separators of thousands."
     )
 

@@ -20,11 +20,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potluck.core import DataError
-from potluck.data.tables.columns import Array, Column, array_column, check_target, read_column
+from potluck.data.tables.columns import Array, Column, array_column, check_target
 from potluck.data.tables.features import Feature, Names, Positive, as_float32, check_pixels
 from potluck.data.tables.hold_out import HoldOut
 from potluck.data.tables.symbols import Symbols
-from potluck.data.tables.table_files import named, named_columns, read_table, rows_in
+from potluck.data.tables.table_files import named, named_columns, read_table
 from potluck.data.tables.targets import Part, TargetKind, encode_labels, understand
 
 Shape: TypeAlias = Annotated[
@@ -129,19 +129,15 @@ class Schema(BaseModel):
         Raises:
             DataError: it cannot be read.
         """
-        table = read_table(path, texts)
+        if path.suffix.lower() != ".csv":
+            return read_table(path)
         known = {feature.name: feature.categories for feature in self.features}
         known |= dict.fromkeys(self.targets if self.kind == "classes" else (), self.classes or ())
-        parsed = [
-            name
-            for name, names in known.items()
-            if names and name in table and read_column(table[name], rows_in(path)).type != "text"
-        ]
-        if parsed and path.suffix.lower() == ".csv":
-            written = read_table(path, [*texts, *parsed])
-            for name in parsed:
-                if set(written[name].dropna()) <= set(known[name]):
-                    table[name] = written[name]
+        known = {name: set(names) for name, names in known.items() if names}
+        table = read_table(path, [*texts, *known])
+        odd = [n for n, names in known.items() if n in table and not {*table[n].dropna()} <= names]
+        if odd:
+            table[odd] = read_table(path, texts)[odd]  # 1.0 may be a 1
         return table
 
     def apply(self, table: Any, where: str = "the table") -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ import io
 import random
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -116,40 +116,39 @@ def _leaves(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{name}{key}" if name else key.removeprefix("."), inner, seen)
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: Any) -> Iterable[tuple[str, Any]]:
     """What an object holds, by how it is reached."""
+    held: Mapping[str, Any] = getattr(value, "__dict__", {})
     if isinstance(value, torch.Generator):
-        yield ".state", value.get_state()
+        held = {"state": value.get_state()}
     elif isinstance(value, random.Random):
-        yield ".state", repr(value.getstate())
+        held = {"state": repr(value.getstate())}
     elif isinstance(value, (np.random.Generator, np.random.RandomState)):
         bits: Any = getattr(value, "bit_generator", value)
-        yield ".state", repr(bits.state if bits is not value else bits.get_state(legacy=False))
+        held = {"state": repr(bits.state if bits is not value else bits.get_state(legacy=False))}
     elif isinstance(value, torch.jit.ScriptModule):  # which has no tables of its own
-        yield from ((f".{key}", inner) for key, inner in value.state_dict(keep_vars=True).items())
+        held = value.state_dict(keep_vars=True)
     elif isinstance(value, nn.Module):
-        for table in TABLES:
-            yield from ((f".{key}", inner) for key, inner in vars(value)[table].items())
         own = {key: inner for key, inner in vars(value).items() if key not in PLUMBING}
-        yield from ((f".{key}", inner) for key, inner in own.items())
+        tables = [vars(value)[table] for table in TABLES]
+        return [(f".{key}", inner) for table in (*tables, own) for key, inner in table.items()]
     elif isinstance(value, Mapping):
         pairs = cast("Mapping[Any, Any]", value)
-        yield from ((f"[{key!r}]", inner) for key, inner in pairs.items())
+        return [(f"[{key!r}]", inner) for key, inner in pairs.items()]
     elif isinstance(value, (list, tuple, deque)):
         row = cast("list[Any]", value)
-        yield from ((f"[{i}]", inner) for i, inner in enumerate(row))
+        return [(f"[{i}]", inner) for i, inner in enumerate(row)]
     elif isinstance(value, (set, frozenset)):
-        yield ".elements", repr(sorted(map(repr, cast("set[Any]", value))))
+        held = {"elements": repr(sorted(map(repr, cast("set[Any]", value))))}
     elif isinstance(value, FunctionType):
-        for cell, inner in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield f".{cell}", inner.cell_contents
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        held = {name: cell.cell_contents for name, cell in cells}
     elif isinstance(value, MethodType):
-        yield ".self", value.__self__
+        held = {"self": value.__self__}
     elif isinstance(value, partial):
         bound = cast("partial[Any]", value)
-        yield from ((f".{k}", v) for k, v in [("args", bound.args), ("keywords", bound.keywords)])
-    else:
-        yield from ((f".{key}", inner) for key, inner in getattr(value, "__dict__", {}).items())
+        held = {"args": bound.args, "keywords": bound.keywords}
+    return [(f".{key}", inner) for key, inner in held.items()]
 
 
 def _equal(one: Any, other: Any) -> bool:

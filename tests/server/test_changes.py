@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from federation import Federation
 from fleet import Fleet
+from messages import check_in
 from potluck.cli.main import app
 from potluck.cli.serve import open_server
 from potluck.core import RefusedError
@@ -40,7 +41,7 @@ def test_deadlines_change_in_an_open_round_too(fleet):
     fleet.clock.pass_(6)
     fleet.service.tick()
     assert fleet.status()["open"]["attempt"] == 2
-    assert 1.0 < other.check_in(fleet.devices[0]).lease_seconds <= 5.0
+    assert 1.0 < check_in(other, fleet.devices[0]).lease_seconds <= 5.0
     other.close()
 
 

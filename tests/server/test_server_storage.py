@@ -267,7 +267,7 @@ def test_one_process_leads_and_another_takes_over_when_it_is_silent(places):
     assert fleet.service.tick()
     assert not other.tick()
     for device in fleet.devices:  # served by the one, accepted by the other
-        work = other.check_in(device)
+        work = check_in(other, device)
         fleet.send(device, work.assignment)
     assert not other.tick()
     fleet.clock.pass_(3)

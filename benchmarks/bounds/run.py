@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from potluck.algorithms import client_update
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_data, build_task
 from potluck.config.experiment import check_experiment
-from potluck.core import FixedPointMean, sample_cohort
-from potluck.engine import TorchRuntime, evaluate
+from potluck.core import ClientContext, FixedPointMean, sample_cohort
+from potluck.engine import TorchRuntime, evaluate, run_of
 from potluck.protocol import Accepted, Claim, Eligibility, Report, encode_inline
 from potluck.server import RoundSettings, Service
 from potluck.server.rounds.bounds import (
@@ -88,12 +89,14 @@ class Clients:
         self.runtime = TorchRuntime(self.task)
 
     def train(self, weights, client, number):
-        examples = self.task.data.client(client)
-        self.runtime.take(examples)
-        place = {"seed": self.experiment.run.seed, "round": number, "client": client}
+        size = int(self.task.data.sizes[client])
+        who = ClientContext(self.experiment.run.seed, number, client, size)
         with kernel_threads(1):
-            made = self.algorithm.client_update(
-                self.runtime, weights, examples.num_examples, **place
+            made = client_update(
+                self.algorithm,
+                weights,
+                who,
+                lambda asked: self.runtime.train(run_of(self.task, asked, who)),
             )
         return made._replace(delta=made.delta.copy())
 

@@ -36,8 +36,9 @@ from potluck.core import sample_cohort, stream
 from potluck.core.plain_json import to_json
 from potluck.data import Examples, FederatedData
 from potluck.data.federated import lengths
+from potluck.engine.local_run import batch_order
 from potluck.models import CharLSTM, PerCharacter
-from potluck.simulation import available_cores
+from potluck.simulation import RoundWork, available_cores
 from potluck.simulation.runs.run_manifest import commit, machine
 
 PARTS = ("logistic", "cnn", "lstm", "ray")
@@ -106,7 +107,7 @@ class Bare:
             random = stream(SEED, "batches", number, client)
             inputs = self.clients[client][0].numpy()
             by_length = None if self.padding is None else lengths(inputs, self.padding)
-            return torch.from_numpy(FedAvg(client_lr=LR).order(size, by_length, random))
+            return torch.from_numpy(batch_order(size, 10, by_length, random))
 
         self.weights = bare.train_round(
             self.model, self.weights, self.clients, cohort.tolist(), shuffle,
@@ -126,7 +127,7 @@ class Engine:
 
     def round(self, number: int, cohort: np.ndarray) -> None:
         result = self.executor.train(
-            self.algorithm, self.state.weights, cohort, seed=SEED, round=number
+            RoundWork(self.algorithm, self.state.weights, cohort, seed=SEED, round=number)
         )
         assert not result.failures, result.failures
         self.state = self.algorithm.server_update(self.state, result.aggregate, round=number)

@@ -36,9 +36,9 @@ from potluck.core import Correction, DataError, sample_cohort
 from potluck.core.plain_json import to_json
 from potluck.engine.devices import device_of, synchronise
 from potluck.engine.gpu.chunk_trainer import DeviceCohort
+from potluck.engine.local_run import LocalRun
 from potluck.engine.precision import Precision, products
-from potluck.engine.vmap.cohort_trainer import LocalRun
-from potluck.simulation import build_data, build_task
+from potluck.simulation import RoundWork, build_data, build_task
 from potluck.simulation.runs.run_manifest import commit, machine
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -67,7 +67,8 @@ def compared_with_cpu(task: Task, executor: Vmap) -> float:
     start, cohort = task.initial_weights(SEED), cohort_of(task, 1)
     loop = Loop(task, num_threads=torch.get_num_threads())
     ours, theirs = (
-        some.train(ALGORITHM, start, cohort, seed=SEED, round=1) for some in (executor, loop)
+        some.train(RoundWork(ALGORITHM, start, cohort, seed=SEED, round=1))
+        for some in (executor, loop)
     )
     assert not ours.failures, ours.failures
     return difference(ours.aggregate, theirs.aggregate, np.zeros_like(start))

@@ -19,7 +19,9 @@ from potluck import CNN, FedAvg, Task, TwoNN
 from potluck.core import stream
 from potluck.data import Examples, FederatedData
 from potluck.data.federated import lengths
+from potluck.engine.local_run import batch_order
 from potluck.models import CharLSTM, PerCharacter
+from potluck.simulation import RoundWork
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 import bare
@@ -105,7 +107,7 @@ class Looped:
         def shuffle(client: int, size: int) -> torch.Tensor:
             random = stream(SEED, "batches", number, client)
             by_length = None if self._by_length is None else self._by_length[client]
-            order = torch.from_numpy(ALGORITHM.order(size, by_length, random))
+            order = torch.from_numpy(batch_order(size, ALGORITHM.batch_size, by_length, random))
             return order.to(self._device)
 
         self._weights = bare.train_round(
@@ -129,7 +131,9 @@ class Engine:
 
     def round(self, number: int, cohort: np.ndarray) -> None:
         weights = self._state.weights
-        result = self._executor.train(ALGORITHM, weights, cohort, seed=SEED, round=number)
+        result = self._executor.train(
+            RoundWork(ALGORITHM, weights, cohort, seed=SEED, round=number)
+        )
         assert not result.failures, result.failures
         assert getattr(self._executor, "refused", None) is None, self._executor.refused
         self._state = ALGORITHM.server_update(self._state, result.aggregate, round=number)

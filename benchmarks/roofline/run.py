@@ -31,7 +31,7 @@ from work import WORK, Work, clients_of
 
 from potluck import FedAvg, Loop, Vmap, Workers
 from potluck.core.plain_json import to_json
-from potluck.simulation import available_cores
+from potluck.simulation import RoundWork, available_cores
 from potluck.simulation.runs.run_manifest import commit, machine
 
 HERE = Path(__file__).parent
@@ -96,7 +96,7 @@ def machine_rates(cores: int, seconds: float) -> dict[str, float]:
 def train(executor: Any, weights: Any, cohort: Any, number: int) -> float:
     """Seconds of one round."""
     before = time.perf_counter()
-    result = executor.train(ALGORITHM, weights, cohort, seed=SEED, round=number)
+    result = executor.train(RoundWork(ALGORITHM, weights, cohort, seed=SEED, round=number))
     assert not result.failures, result.failures
     return time.perf_counter() - before
 

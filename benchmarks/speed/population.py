@@ -16,6 +16,7 @@ import numpy as np
 from potluck import FedAvg, LogisticRegression, Task, Vmap
 from potluck.core import sample_cohort
 from potluck.data import Examples, FederatedData
+from potluck.simulation import RoundWork
 
 SIZES = (10_000, 100_000, 1_000_000)
 COHORT, EXAMPLES, ROUNDS, SEED = 1000, 10, 30, 1
@@ -33,7 +34,7 @@ def measure(sizes: tuple[int, ...] = SIZES, num_rounds: int = ROUNDS) -> dict[st
             before = time.perf_counter()
             cohort = sample_cohort(sizes[i], COHORT, seed=SEED, round=number)
             weights = algorithm.broadcast(states[i])
-            result = executor.train(algorithm, weights, cohort, seed=SEED, round=number)
+            result = executor.train(RoundWork(algorithm, weights, cohort, seed=SEED, round=number))
             states[i] = algorithm.server_update(states[i], result.aggregate, round=number)
             seconds[i].append(round(time.perf_counter() - before, 5))
     medians = {n: statistics.median(s[1:]) for n, s in zip(sizes, seconds, strict=True)}

@@ -188,6 +188,7 @@ def potluck_algorithm(workload: Workload) -> Any:
 def _arrays(workload: Workload) -> tuple[np.ndarray, ...]:
     from potluck.core import sample_cohort, stream
     from potluck.data.federated import lengths
+    from potluck.engine.local_run import batch_order
 
     inputs, targets = _examples(workload)
     nothing = np.empty(0)
@@ -202,7 +203,9 @@ def _arrays(workload: Workload) -> tuple[np.ndarray, ...]:
         for place, k in enumerate(map(int, cohort)):
             by_length = lengths(inputs[k], PADDING) if workload.is_text else None
             random = stream(SEED, "batches", r, k)
-            orders[r - 1, place] = algorithm.order(workload.size, by_length, random)
+            orders[r - 1, place] = batch_order(
+                workload.size, algorithm.batch_size, by_length, random
+            )
     return inputs, targets, task.initial_weights(SEED), cohorts, orders
 
 

@@ -19,11 +19,12 @@ from potluck import (
     rounds,
     schedules,
 )
+from potluck.algorithms import ClientHalf
 from potluck.config.experiment import check_experiment
-from potluck.core import WorkerError
-from potluck.engine import TorchRuntime
+from potluck.core import ClientContext, WorkerError
+from potluck.engine import TorchRuntime, run_of
 from potluck.models import LogisticRegression
-from potluck.simulation import make_executor, train
+from potluck.simulation import RoundWork, make_executor, train
 from potluck.simulation.runs.directory import read_tensors
 from slope import slope_task
 
@@ -104,17 +105,12 @@ def test_both_halves_leave_their_arguments_as_they_are(algorithm, task):
     runtime = TorchRuntime(task)
     kept = None
     for round in (1, 2):
-        runtime.take(task.data.client(3))
+        client = ClientContext(0, round, 3, task.data.client(3).num_examples, kept)
         before = [received.copy(), None if kept is None else kept.copy()]
-        update = algorithm.client_update(
-            runtime,
-            received,
-            task.data.client(3).num_examples,
-            state=kept,
-            seed=0,
-            round=round,
-            client=3,
-        )
+        half = ClientHalf(algorithm, received, client)
+        while half.request is not None:
+            half.answer(runtime.train(run_of(task, half.request, client)))
+        update = half.update
         assert np.array_equal(received, before[0])
         assert kept is None or np.array_equal(kept, before[1])
         assert update.delta.dtype == np.float32
@@ -195,12 +191,14 @@ def test_an_executor_leaves_the_states_that_it_is_given(executor, task):
     runner = make_executor(executor, task, 2)
     try:
         result = runner.train(
-            algorithm,
-            algorithm.broadcast(last.state),
-            np.array([2, 5]),
-            seed=0,
-            round=3,
-            states=given,
+            RoundWork(
+                algorithm,
+                algorithm.broadcast(last.state),
+                np.array([2, 5]),
+                seed=0,
+                round=3,
+                states=given,
+            )
         )
     finally:
         runner.close()

@@ -8,8 +8,10 @@ from potluck import FedAvg, Loop, Task, TwoNN, fed_sgd, partitions, rounds, sche
 from potluck.algorithms import Average
 from potluck.data import Examples
 from potluck.engine import TorchRuntime
+from potluck.engine.local_run import batches_of
 from potluck.engine.runtime import pure_loss
 from potluck.models import accuracy
+from potluck.simulation import RoundWork
 from slope import slope_task
 
 
@@ -82,7 +84,7 @@ def test_a_runtime_step_is_the_pure_local_step(digits_task):
     x, y = torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy())
     for i in range(0, min(len(inputs), 50), 10):
         runtime.step(slice(i, i + 10), 0.1)
-        pure = FedAvg.local_step(pure, gradient(pure, x[i : i + 10], y[i : i + 10]), 0.1)
+        pure = pure - 0.1 * gradient(pure, x[i : i + 10], y[i : i + 10])
     np.testing.assert_allclose(runtime.end()[0], pure.numpy(), rtol=0, atol=1e-6)
     assert np.abs(runtime.end()[0] - start).max() > 1e-3
 
@@ -96,7 +98,7 @@ def test_the_pure_step_can_be_vectorised_over_clients(digits_task):
     w = torch.from_numpy(np.stack([digits_task.initial_weights(k) for k in range(3)]))
 
     def step(w, x, y):
-        return FedAvg.local_step(w, gradient(w, x, y), 0.1)
+        return w - 0.1 * gradient(w, x, y)
 
     together = torch.func.vmap(step)(w, x, y)
     one_by_one = torch.stack([step(w[k], x[k], y[k]) for k in range(3)])
@@ -104,10 +106,9 @@ def test_the_pure_step_can_be_vectorised_over_clients(digits_task):
 
 
 def test_batches_cover_every_example_once_and_the_last_may_be_short():
-    batches = FedAvg(client_lr=1, batch_size=10).batches(25)
-    assert batches == [slice(0, 10), slice(10, 20), slice(20, 25)]
-    assert FedAvg(client_lr=1, batch_size=None).batches(25) == [slice(0, 25)]
-    assert FedAvg(client_lr=1, batch_size=10).batches(1) == [slice(0, 1)]
+    assert batches_of(25, 10) == (slice(0, 10), slice(10, 20), slice(20, 25))
+    assert batches_of(25, None) == (slice(0, 25),)
+    assert batches_of(1, 10) == (slice(0, 1),)
 
 
 def test_a_client_with_one_example_trains():
@@ -160,7 +161,9 @@ def test_training_leaves_global_randomness_and_threads_alone(digits_task):
     threads = torch.get_num_threads()
     torch.manual_seed(5)
     Loop(digits_task).train(
-        FedAvg(client_lr=0.1), digits_task.initial_weights(0), np.array([0]), seed=0, round=1
+        RoundWork(
+            FedAvg(client_lr=0.1), digits_task.initial_weights(0), np.array([0]), seed=0, round=1
+        )
     )
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads

@@ -7,6 +7,7 @@ import torch
 from potluck import Average, FedAvg, Loop, Scaffold, Task, TwoNN, datasets, partitions, rounds
 from potluck.core import TrainingError
 from potluck.engine.runtime import pure_loss
+from potluck.simulation import RoundWork
 from potluck.simulation.executors.client_state_file import Slots
 from slope import slope_task
 
@@ -63,7 +64,8 @@ def test_scaffold_from_zero_controls_is_fedavg_with_equal_weights(digits):
     start = digits.initial_weights(3)
     loop, fedavg = Loop(digits), FedAvg(client_lr=0.1, local_epochs=2)
     deltas = [
-        loop.train(fedavg, start, np.array([k]), seed=3, round=1).aggregate for k in range(10)
+        loop.train(RoundWork(fedavg, start, np.array([k]), seed=3, round=1)).aggregate
+        for k in range(10)
     ]
     _, one = history(Scaffold(client_lr=0.1, local_epochs=2), digits, 1, seed=3)
     np.testing.assert_allclose(one.weights, start + np.mean(deltas, axis=0), rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from potluck.cli.main import app
-from potluck.cli.progress import Clients, with_bar, with_lines
+from potluck.cli.progress import Bar, Clients, Lines
 from potluck.config.experiment import Experiment, load_experiment
 from potluck.config.template import TEMPLATE
 from potluck.simulation import Round, read_run
@@ -390,7 +390,9 @@ def line(number: int) -> dict[str, Any]:
 
 def lines_of(rounds: list[Round], times: list[float], history: list[dict[str, Any]]) -> list[str]:
     out, clock = io.StringIO(), iter(times)
-    assert list(with_lines(rounds, 10, history, out, lambda: next(clock))) == rounds
+    with Lines(10, history, out, lambda: next(clock)) as shown:
+        for round in rounds:
+            shown.show(round)
     return out.getvalue().splitlines()
 
 
@@ -418,7 +420,9 @@ def test_the_bar_shows_round_accuracy_and_bytes():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, color_system=None)
     rounds = [made_round(n, n / 10) for n in range(4)]
-    assert list(with_bar(rounds, 3, [], console)) == rounds
+    with Bar(3, [], console) as shown:
+        for round in rounds:
+            shown.show(round)
     last = [text for text in out.getvalue().splitlines() if "round" in text][-1]
     assert "round 3/3" in last
     assert "loss 0.5000  accuracy 0.3000  up 3 kB" in last
@@ -430,12 +434,10 @@ def test_the_bar_counts_the_clients_of_a_round_where_the_executor_tells():
     clients = Clients()
     clients(0, 10)  # nobody looks yet
 
-    def trained():
-        yield made_round(0, 0.1)
+    with Bar(1, [], console, clients) as shown:
+        shown.show(made_round(0, 0.1))
         clients(7, 10)
-        yield made_round(1, 0.2)
-
-    assert len(list(with_bar(trained(), 1, [], console, clients))) == 2
+        shown.show(made_round(1, 0.2))
     assert "7/10 clients" in out.getvalue()
 
 

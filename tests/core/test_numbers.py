@@ -172,7 +172,7 @@ OPTIONAL = {  # where None is a value of its own
     *("TorchTrainer.num_threads", "Record.limit_bytes", "run.seed"),
 }
 INTERNAL = {  # of which a caller gives what Potluck itself counted, or that are tested elsewhere
-    *("client_update", "server_update", "order", "batches", "client_lr_at", "train_part"),
+    *("client_update", "server_update", "client_lr_at", "local_sgd"),
     *("FederatedData", "Cluster", "client_test", "from_folder", "from_table", "read_idx"),
     *("parts", "is_other", "begin"),
 }

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from potluck import FedAvg, Task, own_data, rounds
 from potluck.cli.main import app
-from potluck.cli.progress import with_bar
+from potluck.cli.progress import Bar
 from potluck.cli.table_output import show_pairs, show_table
 from potluck.core import DivergedError
 from potluck.core.formats import markdown, printable
@@ -131,5 +131,8 @@ def test_a_metric_of_any_name_is_shown_under_the_bar() -> None:
         metrics={"[/red]": lambda outputs, targets: (outputs.argmax(1) == targets).float()},
     )
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    done = list(with_bar(rounds(FedAvg(client_lr=0.1), task, num_rounds=2), 2, [], console))
+    with Bar(2, [], console) as shown:
+        done = list(rounds(FedAvg(client_lr=0.1), task, num_rounds=2))
+        for round in done:
+            shown.show(round)
     assert json.dumps(done[-1].metrics)

@@ -17,7 +17,9 @@ from potluck.data import Examples
 from potluck.data.federated import FederatedData
 from potluck.engine import bind
 from potluck.engine.first_batch import checked_loss
+from potluck.engine.local_run import batches_of
 from potluck.models import mean_squared_error
+from potluck.simulation import RoundWork
 
 SIZES = (7, 12, 3)
 EXECUTORS = {"loop": Loop, "vmap": Vmap, "workers": lambda task: Workers(task, 2)}
@@ -55,7 +57,9 @@ def one_round(task, executor, algorithm=None):
     weights = task.initial_weights(0)
     runner = {**EXECUTORS, "bf16": lambda task: Loop(task, precision="bf16")}[executor](task)
     try:
-        result = runner.train(algorithm, weights, np.arange(task.data.num_clients), seed=0, round=1)
+        result = runner.train(
+            RoundWork(algorithm, weights, np.arange(task.data.num_clients), seed=0, round=1)
+        )
     finally:
         runner.close()
     return result
@@ -241,7 +245,7 @@ def by_hand(task, algorithm, ignored):
         bind(module, vector)
         steps = 0
         for _ in range(algorithm.local_epochs):
-            for batch in algorithm.batches(len(targets)):
+            for batch in batches_of(len(targets), algorithm.batch_size):
                 rows = order[batch]
                 if (targets[rows] == ignored).all():
                     continue

@@ -13,6 +13,7 @@ from potluck import FedAvg, Loop, Task, evaluate, own_data, rounds
 from potluck.core import TrainingError, derive_seed
 from potluck.core.seeds import stream
 from potluck.engine import averaged_tensors, spec_of
+from potluck.simulation import RoundWork
 
 SIZE, CLASSES = 6, 3
 ALGORITHM = FedAvg(client_lr=0.1, local_epochs=2, batch_size=5)
@@ -260,7 +261,9 @@ def test_what_a_loss_counts_starts_anew_for_every_client(loss, wrapped, caplog):
     weights, loop = task.initial_weights(0), Loop(task)
 
     def train(*cohort):
-        return loop.train(ALGORITHM, weights, np.array(cohort), seed=0, round=1).aggregate.copy()
+        return loop.train(
+            RoundWork(ALGORITHM, weights, np.array(cohort), seed=0, round=1)
+        ).aggregate.copy()
 
     first = train(1)
     train(0)

@@ -15,7 +15,7 @@ from potluck.core import derive_seed
 from potluck.core.seeds import stream
 from potluck.engine import averaged_tensors, spec_of
 from potluck.engine.module.randomness import kept_randomness, seed_generators
-from potluck.simulation import Vmap
+from potluck.simulation import RoundWork, Vmap
 
 ALGORITHM = FedAvg(client_lr=0.1, local_epochs=2, batch_size=5)
 SIZE, HIDDEN, CLASSES = 6, 8, 3
@@ -375,7 +375,7 @@ def test_the_order_of_clients_does_not_matter(model):
     weights, loop = task.initial_weights(0), Loop(task)
 
     def train(*cohort):
-        found = loop.train(ALGORITHM, weights, np.array(cohort), seed=0, round=1)
+        found = loop.train(RoundWork(ALGORITHM, weights, np.array(cohort), seed=0, round=1))
         assert not found.failures
         return found.aggregate.copy()
 
@@ -402,9 +402,9 @@ def test_programs_for_devices_leave_such_models_to_the_loop(model, caplog):
     task = Task(model=model, data=DATA)
     weights = task.initial_weights(0)
     arguments = {"seed": 0, "round": 1}
-    expected = Loop(task).train(ALGORITHM, weights, np.arange(3), **arguments).aggregate
+    expected = Loop(task).train(RoundWork(ALGORITHM, weights, np.arange(3), **arguments)).aggregate
     program = Vmap(task, device="cpu")
-    found = program.train(ALGORITHM, weights, np.arange(3), **arguments).aggregate
+    found = program.train(RoundWork(ALGORITHM, weights, np.arange(3), **arguments)).aggregate
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert program.refused is not None
     assert "vmap cannot train this model" in caplog.text
@@ -417,7 +417,9 @@ class Growing(Net):
 
 def test_a_tensor_that_changes_its_shape_is_named():
     task = Task(model=Growing, data=DATA)
-    found = Loop(task).train(ALGORITHM, task.initial_weights(0), np.array([0]), seed=0, round=1)
+    found = Loop(task).train(
+        RoundWork(ALGORITHM, task.initial_weights(0), np.array([0]), seed=0, round=1)
+    )
     assert "mean must have shape (8,), got (9,)" in found.failures[0].reason or (
         "size" in found.failures[0].reason
     )

@@ -6,8 +6,10 @@ import torch
 from torch.nn import functional
 
 from potluck import FedAvg, Loop, Task, Workers, evaluate, federated_evaluation, rounds
+from potluck.core import ClientContext, LocalSGD, stream
 from potluck.data import Examples, FederatedData
 from potluck.engine import TorchRuntime, spec_of
+from potluck.engine.local_run import batch_order, batches_of, run_of
 from potluck.engine.runtime import pure_loss
 from potluck.models import (
     CharacterAccuracy,
@@ -202,27 +204,29 @@ def test_the_pure_loss_takes_padded_sequences():
 def test_batches_by_length_hold_every_example_once_and_little_padding(size):
     random = np.random.default_rng(size)
     lengths = random.integers(1, 80, size)
-    algorithm = FedAvg(client_lr=1.0, batch_size=10)
-    order = algorithm.order(size, lengths, random)
+    order = batch_order(size, 10, lengths, random)
     assert sorted(order) == list(range(size))
     if size >= 20:
-        widths = [lengths[order[b]].max() * len(order[b]) for b in algorithm.batches(size)]
+        widths = [lengths[order[b]].max() * len(order[b]) for b in batches_of(size, 10)]
         at_random = random.permutation(size)
-        others = [lengths[at_random[b]].max() * len(at_random[b]) for b in algorithm.batches(size)]
+        others = [lengths[at_random[b]].max() * len(at_random[b]) for b in batches_of(size, 10)]
         assert sum(widths) < sum(others)
 
 
 def test_batches_by_length_come_in_random_order_and_differ_by_round():
     lengths = np.arange(100)
-    algorithm = FedAvg(client_lr=1.0, batch_size=10)
-    first = [algorithm.order(100, lengths, np.random.default_rng(s))[0] // 10 for s in range(20)]
+    first = [batch_order(100, 10, lengths, np.random.default_rng(s))[0] // 10 for s in range(20)]
     assert len(set(first)) > 5
 
 
 def test_random_batches_are_those_of_other_data():
-    runtime = TorchRuntime(task(batches="random"))
-    runtime.take(lines().client(0))
-    assert runtime.lengths() is None
+    client = ClientContext(3, 1, 0, int(lines().sizes[0]))
+    request = LocalSGD(np.zeros(1, np.float32), 0.1, 1, 10)
+    others = stream(3, "batches", 1, 0).permutation(client.num_examples)
+    found = [run_of(task(batches=b), request, client).rows for b in ("random", "by length")]
+    assert np.array_equal(found[0], others)
+    assert not np.array_equal(found[1], others)
+    assert sorted(found[1]) == sorted(others)
 
 
 def test_evaluation_counts_characters_whatever_the_order_and_padding():

@@ -11,11 +11,12 @@ from sqlalchemy import select
 
 from fleet import CONTENT, Clock, Fleet
 from messages import begin, check_in, claims, device_of, read_version, report_metrics
+from potluck.algorithms import client_update
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_task
 from potluck.config.experiment import check_experiment
-from potluck.core import RefusedError
-from potluck.engine import TorchRuntime
+from potluck.core import ClientContext, RefusedError
+from potluck.engine import TorchRuntime, run_of
 from potluck.protocol import Eligibility, Finished, Wait
 from potluck.server import RoundSettings, Service
 from potluck.server.dashboard.render import Showing
@@ -89,11 +90,11 @@ def test_a_served_run_is_the_simulated_one(places):
                 assert work.reason == "not_selected"
                 continue
             received = np.frombuffer(b"".join(read_version(service, run, work.version)), "<f4")
-            examples = task.data.client(work.client)
-            runtime.take(examples)
-            place = {"seed": work.seed, "round": work.number, "client": work.client}
+            size = int(task.data.sizes[work.client])
+            client = ClientContext(work.seed, work.number, work.client, size)
+            train = lambda asked, client=client: runtime.train(run_of(task, asked, client))  # noqa: E731
             with kernel_threads(1):  # as `loop` has, for the same bits
-                update = algorithm.client_update(runtime, received, examples.num_examples, **place)
+                update = client_update(algorithm, received, client, train)
             said = claims(update.delta, weight=update.weight, loss=update.loss)
             upload = begin(service, device, work.assignment, said)
             append_chunk(service, device, upload.upload, 0, update.delta.astype("<f4").tobytes())

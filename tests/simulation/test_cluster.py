@@ -26,7 +26,7 @@ from potluck import (
     rounds,
 )
 from potluck.core import TaskError, WorkerError
-from potluck.simulation import make_executor
+from potluck.simulation import RoundWork, make_executor
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -243,11 +243,13 @@ def test_clients_are_counted_while_a_round_goes_on(two_nodes, data):
     executor = make_executor("ray", task, 2, progress=lambda *seen: told.append(seen))
     try:
         executor.train(
-            FedAvg(client_lr=0.1, batch_size=14),
-            task.initial_weights(1),
-            np.arange(20),
-            seed=1,
-            round=1,
+            RoundWork(
+                FedAvg(client_lr=0.1, batch_size=14),
+                task.initial_weights(1),
+                np.arange(20),
+                seed=1,
+                round=1,
+            )
         )
         assert told[0] == (0, 20)
         assert told[-1] == (20, 20)
@@ -348,10 +350,12 @@ def test_a_client_that_kills_workers_is_named_and_the_others_count(two_nodes, da
         others = np.flatnonzero(data.sizes < data.sizes[3])
         cohort = np.sort(np.append(others[:7], 3))  # the largest: the one that is timed first
         received = task.initial_weights(1)
-        result = executor.train(algorithm, received, cohort, seed=1, round=1)
+        result = executor.train(RoundWork(algorithm, received, cohort, seed=1, round=1))
         assert [failure.client for failure in result.failures] == [3]
         assert "three workers died" in result.failures[0].reason
-        others = Loop(task).train(algorithm, received, cohort[cohort != 3], seed=1, round=1)
+        others = Loop(task).train(
+            RoundWork(algorithm, received, cohort[cohort != 3], seed=1, round=1)
+        )
         assert result.aggregate.tobytes() == others.aggregate.tobytes()
         # It is met by whoever times the first clients, too.
         assert executor.num_lost == (3 if local == "loop" else 6)
@@ -375,7 +379,7 @@ def test_data_are_placed_once_and_traffic_grows_with_workers(two_nodes, data):
         executor._pool.schedule = counted
         for count in (2, 12, 24):
             weights = task.initial_weights(1)
-            executor.train(algorithm, weights, np.arange(count), seed=1, round=1)
+            executor.train(RoundWork(algorithm, weights, np.arange(count), seed=1, round=1))
         assert max(sums) <= 2
     finally:
         executor.close()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from potluck import FedAvg, Scaffold, Task, TwoNN, datasets, partitions, rounds
+from potluck.algorithms import ClientHalf
 from potluck.config.experiment import check_experiment
 from potluck.core import (
+    ClientContext,
     ConfigError,
     DivergedError,
     Update,
@@ -39,16 +41,15 @@ class Fixed:
     def __init__(self, delta):
         self.delta = np.array(delta, np.float32)
 
-    def client_update(self, runtime, received, num_examples, *, state, seed, round, client):
-        assert state is None
-        return Update(self.delta.copy(), float(num_examples), 0.5, 1)
+    def client_update(self, received, client):
+        assert client.state is None
+        yield from ()
+        return Update(self.delta.copy(), float(client.num_examples), 0.5, 1)
 
 
 def update(algorithm, state=None, *, seed=0, round=1, client=0):
     received = np.zeros(len(algorithm.algorithm.delta), np.float32)
-    return algorithm.client_update(
-        None, received, 5, state=state, seed=seed, round=round, client=client
-    )
+    return ClientHalf(algorithm, received, ClientContext(seed, round, client, 5, state)).update
 
 
 @pytest.fixture(scope="module")

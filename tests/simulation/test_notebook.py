@@ -19,7 +19,7 @@ from potluck import (
     rounds,
 )
 from potluck.cli.main import app
-from potluck.simulation import read_run
+from potluck.simulation import RoundWork, read_run
 from potluck.simulation.runs.cost import measure
 
 EXPERIMENT = """
@@ -58,7 +58,9 @@ def test_what_is_shown_of_an_object_has_at_most_three_lines():
         federated_evaluation(task, seen[-1].weights)["accuracy"],
     ]
     received = task.initial_weights(0)
-    shown.append(executor.train(FedAvg(client_lr=0.1), received, np.arange(2), seed=0, round=1))
+    shown.append(
+        executor.train(RoundWork(FedAvg(client_lr=0.1), received, np.arange(2), seed=0, round=1))
+    )
     for thing in shown:
         assert len(repr(thing)) <= 400
         assert repr(thing).count("\n") <= 2

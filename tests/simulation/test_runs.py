@@ -121,7 +121,7 @@ def test_workers_write_the_same_bytes(undisturbed, tmp_path):
 PROGRAM = """
 import json, sys
 from potluck.config.experiment import check_experiment
-from potluck.simulation import runs
+from potluck.simulation.runs import train as runs
 runs._CHECKPOINT_SECONDS = 0.0
 for round in runs.train(check_experiment(json.loads(sys.argv[1]), "test"), sys.argv[2]):
     pass

@@ -40,8 +40,9 @@ from potluck import (
 from potluck.core import Correction, DivergedError, TrainingError, derive_seed
 from potluck.data import Examples, FederatedData
 from potluck.engine import TorchRuntime
+from potluck.engine.local_run import LocalRun, batches_of
 from potluck.engine.vmap import compile_later
-from potluck.engine.vmap.cohort_trainer import CohortRuntime, LocalRun
+from potluck.engine.vmap.cohort_trainer import CohortRuntime
 from potluck.engine.vmap.compile_later import CompiledLater
 from potluck.engine.vmap.fedsgd_step import PooledStep, _parts
 from potluck.simulation.executors.vmap_executor import chunk_for
@@ -224,11 +225,10 @@ def test_every_client_gets_what_it_would_get_alone(
     task, plain, faster = runtimes[name]
     random = np.random.default_rng(seed)
     start = task.initial_weights(seed)
-    local = FedAvg(client_lr=0.1, batch_size=batch)
     runs = []
     for k, client in enumerate(clients):
         size = int(task.data.sizes[client])
-        batches = [b for b in local.batches(size) if name != "dropped" or b.stop - b.start > 1]
+        batches = [b for b in batches_of(size, batch) if name != "dropped" or b.stop - b.start > 1]
         drift = random.normal(0, 0.1, len(start)).astype(np.float32) if drifts else None
         runs.append(
             LocalRun(
@@ -317,11 +317,11 @@ def test_global_randomness_and_threads_are_left_alone(pairs):
 class Twice(FedAvg):
     """Trains twice in a round, the second time from where the first one ended."""
 
-    def client_update(self, runtime, received, num_examples, *, state=None, seed, round, client):
-        where = {"seed": seed, "round": round, "client": client}
-        first = self.train(runtime, received, num_examples, **where).weights.copy()
-        update = FedAvg.client_update(self, runtime, first, num_examples, **where)
-        return update._replace(delta=update.delta + first - received)
+    def client_update(self, received, client):
+        first = yield self.local_sgd(received, client.round)
+        start = first.weights.copy()  # the next answer may be written over it
+        update = yield from FedAvg.client_update(self, start, client)
+        return update._replace(delta=update.delta + start - received)
 
 
 def test_an_algorithm_that_trains_twice_is_answered_twice(data):

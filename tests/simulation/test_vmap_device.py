@@ -35,8 +35,8 @@ from potluck.engine.gpu.cuda_graph import Captured
 from potluck.engine.gpu.device_examples import Resident
 from potluck.engine.gpu.reduce import DeviceSum
 from potluck.engine.gpu.schedule import ticks
+from potluck.engine.local_run import LocalRun, batches_of
 from potluck.engine.precision import products
-from potluck.engine.vmap.cohort_trainer import LocalRun
 from potluck.models import CharacterAccuracy, CharLSTM, PeepholeCharLSTM, PerCharacter, PerStep
 from slope import slope_task
 
@@ -168,7 +168,7 @@ def test_every_client_gets_what_it_would_get_alone(
     for k, client in enumerate(clients):
         size = int(task.data.sizes[client])
         drift = random.normal(0, 0.1, len(start)).astype(np.float32) if drifts else None
-        batches = FedAvg(client_lr=0.1, batch_size=batch).batches(size)
+        batches = batches_of(size, batch)
         runs.append(
             LocalRun(
                 start * np.float32(1 + k / 10),
@@ -354,11 +354,10 @@ def test_auto_may_choose_a_device(data):
 
 def plan_of(sizes, batch, epochs=1):
     starts = np.cumsum([0, *sizes])
-    local = FedAvg(client_lr=0.1, batch_size=batch)
     return [
         LocalRun(
             np.zeros(1, np.float32), np.arange(a, b),
-            [(s, 0.1) for _ in range(epochs) for s in local.batches(b - a)], 0, Correction(),
+            [(s, 0.1) for _ in range(epochs) for s in batches_of(b - a, batch)], 0, Correction(),
         )
         for a, b in pairwise(starts)
     ]  # fmt: skip

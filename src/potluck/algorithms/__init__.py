@@ -1,7 +1,7 @@
 """Federated algorithms and server optimizers, one paper per file, in two pure halves."""
 
 from potluck.algorithms import schedules
-from potluck.algorithms.contract import Algorithm, Runtime
+from potluck.algorithms.contract import Algorithm, ClientHalf, client_update
 from potluck.algorithms.fedavg import FedAvg, fed_sgd
 from potluck.algorithms.fedavgm import Momentum, Nesterov
 from potluck.algorithms.fedopt import Adagrad, Adam, Yogi
@@ -15,27 +15,34 @@ from potluck.algorithms.server_optimizer import (
     ServerOptimizer,
     ServerState,
 )
-from potluck.algorithms.statistics import num_wide, with_statistics, without_statistics
+from potluck.algorithms.statistics import (
+    num_wide,
+    reports_its_model,
+    with_statistics,
+    without_statistics,
+)
 
 __all__ = [
     "Adagrad",
     "Adam",
     "Algorithm",
     "Average",
+    "ClientHalf",
     "FedAvg",
     "FedProx",
     "LocalTraining",
     "Momentum",
     "Nesterov",
     "OptimizerState",
-    "Runtime",
     "Scaffold",
     "Schedule",
     "ServerOptimizer",
     "ServerState",
     "Yogi",
+    "client_update",
     "fed_sgd",
     "num_wide",
+    "reports_its_model",
     "schedules",
     "with_statistics",
     "without_statistics",

@@ -1,60 +1,21 @@
 """What an algorithm and whatever runs it need of each other.
 
-A runtime owns one model and executes local steps on it. The simulator and a device with PyTorch
-use `potluck.engine.TorchRuntime`; another (ONNX Runtime, say) can follow without a change to any
-algorithm.
+An algorithm is two halves. The client half is a generator: it yields a request for local training
+for each time that it needs some, gets the result back, and returns an `Update`.
+
+    def client_update(self, received, client):
+        local = yield LocalSGD(start=received, lr=0.1, epochs=5, batch_size=10)
+        return Update(local.weights - received, client.num_examples, local.loss, local.num_steps)
+
+It is pure: from equal arguments and answers follow equal requests and an equal update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from potluck.core import Correction, Update, Vector
-
-
-class Runtime(Protocol):
-    """One model in local training on one client's examples."""
-
-    def lengths(self) -> NDArray[np.int64] | None:
-        """How long each of the client's examples is, [examples], where they are sequences that
-        should share a batch with others of their length; None where batches are random."""
-        ...
-
-    def recall(self) -> tuple[Vector, float] | None:
-        """What `end` will give, if the steps that are about to be asked for were made before: a
-        client half that runs a second time need not ask again. None for runtimes that train."""
-        ...
-
-    def begin(
-        self,
-        received: Vector,
-        order: NDArray[np.int64],
-        seed: int,
-        correction: Correction = ...,
-    ) -> None:
-        """Start from the `received` weights with the examples in this `order`.
-
-        `seed` is for what the model itself draws (dropout). Every step until the next `begin`
-        applies the `correction`; the one without arguments changes no bit.
-        """
-        ...
-
-    def step(self, batch: slice, lr: float) -> None:
-        """One local step, w ← w − lr · g(w; batch), on rows of the ordered examples.
-
-        g is ∇ℓ, corrected.
-        """
-        ...
-
-    def end(self) -> tuple[Vector, float]:
-        """The local weights, and the mean of the losses of all steps since `begin`.
-
-        The weights are valid until the next `begin`.
-        """
-        ...
+from potluck.core import ClientContext, LocalSGD, LocalWork, Trained, Update, Vector
 
 
 class Algorithm(Protocol):
@@ -74,22 +35,8 @@ class Algorithm(Protocol):
         """What every client of a round receives: [vectors · dim]."""
         ...
 
-    def client_update(
-        self,
-        runtime: Runtime,
-        received: Vector,
-        num_examples: int,
-        *,
-        state: Vector | None,
-        seed: int,
-        round: int,
-        client: int,
-    ) -> Update:
-        """The client half: local training, from what was received to an `Update`.
-
-        `state` is what this client kept of its last round: [client_vectors · dim], or None in
-        its first and for algorithms whose clients keep nothing.
-        """
+    def client_update(self, received: Vector, client: ClientContext) -> LocalWork:
+        """The client half: from what was received, by local training, to an `Update`."""
         ...
 
     def server_init(self, weights: Vector) -> Any:
@@ -104,3 +51,61 @@ class Algorithm(Protocol):
         `participation` is the part of the population whose updates are in the aggregate.
         """
         ...
+
+
+class ClientHalf:
+    """A client half on its way: either at a request, or at its update.
+
+    Raises:
+        TypeError: it breaks the contract of `Algorithm.client_update`. So may `answer`.
+    """
+
+    request: LocalSGD | None
+    """What it waits for; None once there is an update."""
+    update: Update
+    """What it returned, once it asks no more."""
+
+    def __init__(self, algorithm: Algorithm, received: Vector, client: ClientContext) -> None:
+        self._name = type(algorithm).__name__
+        self._half: Any = algorithm.client_update(received, client)
+        if not isinstance(self._half, Generator):
+            raise TypeError(
+                f"{self._name}.client_update must be a generator, got {_named(self._half)}. "
+                "Write `local = yield LocalSGD(…)` where it trains."
+            )
+        self.answer(None)
+
+    def answer(self, local: Trained | None) -> None:
+        """Give it what it asked for, and have it go on; None starts it."""
+        try:
+            request = self._half.send(local)
+        except StopIteration as end:
+            if not isinstance(end.value, Update):
+                raise TypeError(
+                    f"{self._name}.client_update must return an Update, got {_named(end.value)}. "
+                    "End it with `return Update(…)`."
+                ) from None
+            self.request, self.update = None, end.value
+            return
+        if not isinstance(request, LocalSGD):
+            raise TypeError(
+                f"{self._name}.client_update must yield LocalSGD(…), got {_named(request)}."
+            )
+        self.request = request
+
+
+def client_update(
+    algorithm: Algorithm,
+    received: Vector,
+    client: ClientContext,
+    train: Callable[[LocalSGD], Trained],
+) -> Update:
+    """The update of one client, whose requests are answered by `train` as they come."""
+    half = ClientHalf(algorithm, received, client)
+    while half.request is not None:
+        half.answer(train(half.request))
+    return half.update
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else type(value).__name__

@@ -36,11 +36,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from potluck.algorithms.contract import Runtime
 from potluck.algorithms.local_sgd import LocalTraining
 from potluck.algorithms.schedules import Constant, Schedule
 from potluck.algorithms.server_optimizer import Average, ServerOptimizer, ServerState
-from potluck.core import Update, Vector
+from potluck.core import ClientContext, LocalWork, Update, Vector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,30 +67,12 @@ class FedAvg(LocalTraining):
         """The weights w."""
         return state.weights
 
-    def client_update(
-        self,
-        runtime: Runtime,
-        received: Vector,
-        num_examples: int,
-        *,
-        state: Vector | None = None,
-        seed: int,
-        round: int,
-        client: int,
-    ) -> Update:
+    def client_update(self, received: Vector, client: ClientContext) -> LocalWork:
         """The client half, ClientUpdate(k, w): local training from the received weights."""
-        local = self.train(
-            runtime,
-            received,
-            num_examples,
-            seed=seed,
-            round=round,
-            client=client,
-            proximal=self.proximal,
-        )
+        local = yield self.local_sgd(received, client.round, proximal=self.proximal)
         return Update(
             delta=local.weights - received,
-            weight=float(num_examples),
+            weight=float(client.num_examples),
             loss=local.loss,
             num_steps=local.num_steps,
         )

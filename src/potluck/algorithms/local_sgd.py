@@ -1,38 +1,19 @@
-"""Local training by gradient steps: what the client halves of all algorithms here share.
+"""The hyperparameters of local training, which the client halves of all algorithms here share.
 
-    split the n examples of the client into batches of size B
-    for each local epoch 1 … E, for each batch b:
-        w' = w' − η_t g(w'; b)
-
-g is the gradient of the loss, or what a `Correction` makes of it. η_t is `client_lr` times the
-factor of round t (`client_schedule`).
+See `potluck.core.LocalSGD` for the local steps. Their rate in round t is `client_lr` times the
+factor of that round (`client_schedule`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated
 
-import numpy as np
 from annotated_types import Interval
-from numpy.typing import NDArray
 
-from potluck.algorithms.contract import Runtime
 from potluck.algorithms.schedules import Constant, Schedule
-from potluck.core import Correction, Vector, derive_seed, stream
+from potluck.core import Correction, LocalSGD, Vector
 from potluck.core.validate import check_ranges
-
-W = TypeVar("W")  # vectors, tensors, batches of either
-
-
-class Trained(NamedTuple):
-    """Where local training ended."""
-
-    weights: Vector  # [dim], valid until the runtime's next `begin`
-    loss: float  # the mean over the local steps
-    num_steps: int
-
 
 _ALL_AT_ONCE = "Use None for all of a client's examples in one step."
 _AS_THEY_ARE = "Use None to leave gradients alone."
@@ -64,61 +45,14 @@ class LocalTraining:
         """η in a round (from 1)."""
         return float(self.client_lr * self.client_schedule(round))
 
-    def batches(self, num_examples: int) -> list[slice]:
-        """The batches of one local epoch, as rows of the shuffled examples; the last may be
-        short."""
-        return list(_batches(num_examples, self.batch_size or num_examples))
-
-    def order(
-        self, num_examples: int, lengths: NDArray[np.int64] | None, random: np.random.Generator
-    ) -> NDArray[np.int64]:
-        """The order in which `batches` takes a client's examples: random, or, where examples have
-        lengths [examples], such that those of a batch are of similar length and the batches come
-        in random order."""
-        order = random.permutation(num_examples)
-        if lengths is None or self.batch_size is None or num_examples <= self.batch_size:
-            return order
-        order = order[np.argsort(lengths[order], kind="stable")]
-        whole, rest = divmod(num_examples, self.batch_size)
-        # The short batch comes last, and may be of any length.
-        start = int(random.integers(whole + 1)) * self.batch_size
-        last = order[start : start + rest]
-        others = np.delete(order, np.s_[start : start + rest]).reshape(whole, self.batch_size)
-        return np.concatenate([others[random.permutation(whole)].ravel(), last])
-
-    def train(
-        self,
-        runtime: Runtime,
-        weights: Vector,
-        num_examples: int,
-        *,
-        seed: int,
-        round: int,
-        client: int,
-        proximal: float = 0.0,
-        drift: Vector | None = None,
-    ) -> Trained:
-        """All local steps of one client in one round, from `weights` on."""
-        batches = self.batches(num_examples)
-        found = runtime.recall()
-        if found is None:
-            lr = self.client_lr_at(round)
-            random = stream(seed, "batches", round, client)
-            order = self.order(num_examples, runtime.lengths(), random)
-            correction = Correction(self.gradient_clip, proximal, drift)
-            runtime.begin(weights, order, derive_seed(seed, "model", round, client), correction)
-            for _ in range(self.local_epochs):
-                for batch in batches:
-                    runtime.step(batch, lr)
-            found = runtime.end()
-        return Trained(*found, self.local_epochs * len(batches))
-
-    @staticmethod
-    def local_step(weights: W, gradient: W, lr: float) -> W:
-        """The pure local step, w − η g(w; b), which a runtime may do in place."""
-        return weights - lr * gradient  # type: ignore[operator]
-
-
-@lru_cache(maxsize=4096)  # clients of one size, round after round
-def _batches(num_examples: int, size: int) -> tuple[slice, ...]:
-    return tuple(slice(i, min(i + size, num_examples)) for i in range(0, num_examples, size))
+    def local_sgd(
+        self, start: Vector, round: int, *, proximal: float = 0.0, drift: Vector | None = None
+    ) -> LocalSGD:
+        """All local steps of a client in a round, from some weights on."""
+        return LocalSGD(
+            start=start,
+            lr=self.client_lr_at(round),
+            epochs=self.local_epochs,
+            batch_size=self.batch_size,
+            correction=Correction(self.gradient_clip, proximal, drift),
+        )

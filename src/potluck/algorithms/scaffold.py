@@ -37,11 +37,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from potluck.algorithms.contract import Runtime
 from potluck.algorithms.local_sgd import LocalTraining
 from potluck.algorithms.schedules import Constant, Schedule
 from potluck.algorithms.server_optimizer import Average, ServerOptimizer, ServerState, scaled
-from potluck.core import Update, Vector
+from potluck.core import ClientContext, LocalWork, Update, Vector
 
 CONTROL = "control"
 
@@ -66,30 +65,12 @@ class Scaffold(LocalTraining):
         """w and c."""
         return np.concatenate([state.weights, state.algorithm[CONTROL]])
 
-    def client_update(
-        self,
-        runtime: Runtime,
-        received: Vector,
-        num_examples: int,
-        *,
-        state: Vector | None = None,
-        seed: int,
-        round: int,
-        client: int,
-    ) -> Update:
+    def client_update(self, received: Vector, client: ClientContext) -> LocalWork:
         """The client half, ClientUpdate(i, w, c), with c_i the client's state."""
         weights, control = np.split(received, 2)
-        own = np.zeros_like(control) if state is None else state
-        local = self.train(
-            runtime,
-            weights,
-            num_examples,
-            seed=seed,
-            round=round,
-            client=client,
-            drift=control - own,
-        )
-        distance = self.client_lr_at(round) * local.num_steps  # K η_l
+        own = np.zeros_like(control) if client.state is None else client.state
+        local = yield self.local_sgd(weights, client.round, drift=control - own)
+        distance = self.client_lr_at(client.round) * local.num_steps  # K η_l
         delta = local.weights - weights
         if distance > 0.0:
             change = -control - scaled(1.0 / distance, delta)  # c_i⁺ − c_i

@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from potluck.algorithms.contract import Algorithm, Runtime
-from potluck.core import Correction, DivergedError, Spec, Update, Vector
-
-_NO_CORRECTION = Correction()
+from potluck.algorithms.contract import Algorithm, ClientHalf
+from potluck.algorithms.fedavg import FedAvg
+from potluck.core import ClientContext, DivergedError, LocalSGD, LocalWork, Spec, Trained, Vector
 
 
 def with_statistics(algorithm: Algorithm, spec: Spec) -> Algorithm:
@@ -39,6 +37,12 @@ def with_statistics(algorithm: Algorithm, spec: Spec) -> Algorithm:
 def without_statistics(algorithm: Algorithm) -> Algorithm:
     """What was given to `with_statistics`."""
     return algorithm.algorithm if isinstance(algorithm, _WithStatistics) else algorithm
+
+
+def reports_its_model(algorithm: Algorithm) -> bool:
+    """Whether its client half is that of FedAvg: Δ is the local weights less those received, and
+    the weight is the number of examples."""
+    return type(without_statistics(algorithm)).client_update is FedAvg.client_update
 
 
 def num_wide(algorithm: Algorithm) -> int:
@@ -70,31 +74,16 @@ class _WithStatistics:
         inner = self.algorithm.broadcast(self._inner(state))
         return np.concatenate([inner, state.weights[self.spec.num_parameters :]])
 
-    def client_update(
-        self,
-        runtime: Runtime,
-        received: Vector,
-        num_examples: int,
-        *,
-        state: Vector | None = None,
-        seed: int,
-        round: int,
-        client: int,
-    ) -> Update:
-        shown = _Parameters(runtime, self.spec, received)
-        update = self.algorithm.client_update(
-            shown,
-            shown.received,
-            num_examples,
-            state=state,
-            seed=seed,
-            round=round,
-            client=client,
-        )
-        delta = np.concatenate([update.delta, shown.change(self.spec.num_parameters)])
+    def client_update(self, received: Vector, client: ClientContext) -> LocalWork:
+        shown = _Parameters(self.spec, received)
+        half = ClientHalf(self.algorithm, shown.received, client)
+        while half.request is not None:
+            local = yield shown.whole(half.request)
+            half.answer(shown.parameters(local))
+        delta = np.concatenate([half.update.delta, shown.change(self.spec.num_parameters)])
         for part in _frozen(self.spec):
             delta[part] = shown.change(part.start, part.stop)
-        return update._replace(delta=delta)
+        return half.update._replace(delta=delta)
 
     def server_init(self, weights: Vector) -> Any:
         state = self.algorithm.server_init(weights[: self.spec.num_parameters])
@@ -122,10 +111,10 @@ class _WithStatistics:
 
 
 class _Parameters:
-    """The runtime of a whole model, to an algorithm that sees its parameters alone."""
+    """Local training of a whole model, for an algorithm that sees its parameters alone."""
 
-    def __init__(self, runtime: Runtime, spec: Spec, received: Vector) -> None:
-        self._runtime, self._spec = runtime, spec
+    def __init__(self, spec: Spec, received: Vector) -> None:
+        self._spec = spec
         size, end = spec.num_parameters, len(received) - (spec.dim - spec.num_parameters)
         self._start = received  # [dim]
         if end > size:
@@ -139,35 +128,28 @@ class _Parameters:
             for part in self._frozen:
                 self.received[part] = 0.0
 
-    def lengths(self) -> NDArray[np.int64] | None:
-        return self._runtime.lengths()
-
-    def recall(self) -> tuple[Vector, float] | None:
-        found = self._runtime.recall()
-        return None if found is None else self._taken(*found)
-
-    def begin(
-        self,
-        received: Vector,
-        order: NDArray[np.int64],
-        seed: int,
-        correction: Correction = _NO_CORRECTION,
-    ) -> None:
-        start = self._start
-        if received.ctypes.data != self.received.ctypes.data or self._local is not start:
-            start = np.concatenate([received, self._local[len(received) :]])
+    def whole(self, request: LocalSGD) -> LocalSGD:
+        """What the algorithm asks for, of the whole model."""
+        given, start = request.start, self._start
+        if given.ctypes.data != self.received.ctypes.data or self._local is not start:
+            start = np.concatenate([given, self._local[len(given) :]])
             for part in self._frozen:
                 start[part] = self._local[part]
+        correction = request.correction
         if correction.drift is not None:
-            rest = np.zeros(self._spec.dim - len(received), np.float32)
+            rest = np.zeros(self._spec.dim - len(given), np.float32)
             correction = correction._replace(drift=np.concatenate([correction.drift, rest]))
-        self._runtime.begin(start, order, seed, correction)
+        return request._replace(start=start, correction=correction)
 
-    def step(self, batch: slice, lr: float) -> None:
-        self._runtime.step(batch, lr)
-
-    def end(self) -> tuple[Vector, float]:
-        return self._taken(*self._runtime.end())
+    def parameters(self, local: Trained) -> Trained:
+        """What came of it, without the statistics."""
+        self._local = local.weights
+        parameters = local.weights[: self._spec.num_parameters]
+        if self._frozen:
+            parameters = parameters.copy()
+            for part in self._frozen:
+                parameters[part] = self.received[part]
+        return local._replace(weights=parameters)
 
     def change(self, start: int, stop: int | None = None) -> Vector:
         """What local training made of these entries, less what was received; 0 where it left them
@@ -186,15 +168,6 @@ class _Parameters:
             entry = int(np.flatnonzero(~finite)[0])
             raise _not_finite(self._spec.name_at(start + entry), before[entry], after[entry])
         return change
-
-    def _taken(self, local: Vector, loss: float) -> tuple[Vector, float]:
-        self._local = local
-        parameters = local[: self._spec.num_parameters]
-        if self._frozen:
-            parameters = parameters.copy()
-            for part in self._frozen:
-                parameters[part] = self.received[part]
-        return parameters, loss
 
 
 def _frozen(spec: Spec) -> list[slice]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -106,12 +106,42 @@ def train(
 
     A run that was stopped, in whatever way, continues when the same command is given again.
     """
-    try:
-        _train(file, overrides or [], seeds, out, fresh, per_client)
-    except KeyboardInterrupt:
-        again = _command_line(file, overrides or [], seeds, out)
-        typer.echo(f"\nstopped; the finished rounds are kept. Continue with\n  {again}", err=True)
-        raise typer.Exit(130) from None
+    with _stoppable(_command_line(file, overrides or [], seeds, out)):
+        from potluck.cli.progress import outcome, per_client_rows, per_client_table, summary
+        from potluck.cli.table_output import show_pairs, show_table
+        from potluck.config.experiment import load_experiment
+        from potluck.data.describe import describe
+        from potluck.engine import federated_evaluation
+        from potluck.simulation import build_data, build_task, discard_run, read_weights
+        from potluck.simulation.runs.per_client import by_client, write_per_client
+        from potluck.simulation.runs.report import header, notes, table
+
+        experiment = load_experiment(file, overrides or [])
+        data = build_data(experiment)
+        show_pairs([*summary(experiment), *describe(data).rows()])
+        costs: list[Cost] = []
+        for seed in range(experiment.run.seed, experiment.run.seed + seeds):
+            directory = out / experiment.name / f"seed-{seed}"
+            if fresh:
+                discard_run(directory)
+            costs.append(_train_one(experiment, data, seed, directory))
+            typer.echo()
+            show_pairs(outcome(costs[-1]))
+            if per_client:
+                task = build_task(experiment, data)
+                found = federated_evaluation(task, read_weights(directory), seed=seed)
+                rows = by_client(data, found)
+                show_table(*per_client_table(rows, list(found)))
+                show_pairs(
+                    [*per_client_rows(found), ("file", str(write_per_client(directory, rows)))]
+                )
+        if seeds > 1:
+            typer.echo()
+            show_table(header(costs), table(costs), keys=2)
+            for note in notes(costs):
+                typer.echo(f"\n{note}")
+        where = shlex.quote(str(out / experiment.name))
+        typer.echo(f"\nFor tables and curves: potluck report {where} --out {where}")
 
 
 @app.command()
@@ -210,7 +240,7 @@ def demo(
     """
     if context.invoked_subcommand is not None:
         return
-    from potluck.cli.progress import with_progress
+    from potluck.cli.progress import progress
     from potluck.cli.table_output import show_table
     from potluck.core.formats import markdown
     from potluck.demo import fedsgd_vs_fedavg as demonstration
@@ -226,9 +256,9 @@ def demo(
         for seed in demonstration.SEEDS:
             directory = out / setting.experiment.name / f"seed-{seed}"
             discard_run(directory)
-            rounds = train(setting.experiment, directory, seed=seed)
-            for _ in with_progress(rounds, setting.experiment.run.rounds, []):
-                pass
+            with progress(setting.experiment.run.rounds, []) as shown:
+                for round in train(setting.experiment, directory, seed=seed):
+                    shown.show(round)
             results[key].append(measure(read_run(directory)))
     rows = demonstration.table(results)
     typer.echo()
@@ -238,47 +268,18 @@ def demo(
     typer.echo(f"\npicture: {out / 'demo.png'}   runs: potluck report {shlex.quote(str(out))}")
 
 
-def _train(
-    file: Path, overrides: Sequence[str], seeds: int, out: Path, fresh: bool, per_client: bool
-) -> None:
-    from potluck.cli.progress import outcome, per_client_rows, per_client_table, summary
-    from potluck.cli.table_output import show_pairs, show_table
-    from potluck.config.build import build_data, build_task
-    from potluck.config.experiment import load_experiment
-    from potluck.data.describe import describe
-    from potluck.engine import federated_evaluation
-    from potluck.simulation import discard_run, read_weights
-    from potluck.simulation.runs.per_client import by_client, write_per_client
-    from potluck.simulation.runs.report import header, notes, table
-
-    experiment = load_experiment(file, overrides)
-    data = build_data(experiment)
-    show_pairs([*summary(experiment), *describe(data).rows()])
-    costs: list[Cost] = []
-    for seed in range(experiment.run.seed, experiment.run.seed + seeds):
-        directory = out / experiment.name / f"seed-{seed}"
-        if fresh:
-            discard_run(directory)
-        costs.append(_train_one(experiment, data, seed, directory))
-        typer.echo()
-        show_pairs(outcome(costs[-1]))
-        if per_client:
-            task = build_task(experiment, data)
-            found = federated_evaluation(task, read_weights(directory), seed=seed)
-            rows = by_client(data, found)
-            show_table(*per_client_table(rows, list(found)))
-            show_pairs([*per_client_rows(found), ("file", str(write_per_client(directory, rows)))])
-    if seeds > 1:
-        typer.echo()
-        show_table(header(costs), table(costs), keys=2)
-        for note in notes(costs):
-            typer.echo(f"\n{note}")
-    where = shlex.quote(str(out / experiment.name))
-    typer.echo(f"\nFor tables and curves: potluck report {where} --out {where}")
+@contextmanager
+def _stoppable(again: str) -> Generator[None]:
+    """Tell whoever stops a run by Ctrl-C which command continues it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; the finished rounds are kept. Continue with\n  {again}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory: Path) -> Cost:
-    from potluck.cli.progress import Clients, with_progress
+    from potluck.cli.progress import Clients, progress
     from potluck.data.describe import draw
     from potluck.simulation import read_run, train
     from potluck.simulation.runs.cost import measure
@@ -292,11 +293,11 @@ def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory
     rounds = cast(
         "Generator[Round]", train(experiment, directory, seed=seed, data=data, progress=clients)
     )
-    shown = with_progress(rounds, experiment.run.rounds, history, clients)
     picture = directory / "partition.png"
     idle = True
-    with closing(rounds), closing(shown):
-        for _ in shown:
+    with closing(rounds), progress(experiment.run.rounds, history, clients) as shown:
+        for round in rounds:
+            shown.show(round)
             idle = False
             if not picture.exists():  # not before round 0: the directory may be another run's
                 draw(data, picture)

@@ -1,7 +1,7 @@
 """What the commands show of a run: its progress and its outcome.
 
-In a terminal, progress is a live bar; elsewhere, plain lines.
-Progress takes an iterator of rounds and passes it on, so that the loop stays the caller's.
+In a terminal, progress is a live bar; elsewhere, plain lines. Both are shown one round after
+another, so that the loop stays the caller's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO, cast
 
 from rich.console import Console
@@ -93,13 +93,29 @@ class Clients:
             self.show(f"{done}/{total} clients")
 
 
-def with_progress(
-    rounds: Iterable[Round],
-    num_rounds: int,
-    history: Sequence[Mapping[str, Any]],
-    clients: Clients | None = None,
-) -> Generator[Round]:
-    """Pass rounds on under a live bar in a terminal, and with plain lines elsewhere.
+class _Tallies:
+    """The tally after each round, and what trained it where that is new."""
+
+    def __init__(self, history: Sequence[Mapping[str, Any]]) -> None:
+        self._history = history
+        self._tally: Tally | None = None
+        self._executor = ""
+
+    def after(self, round: Round) -> tuple[Tally, str | None]:
+        tally = self._tally
+        if tally is None:  # a killed run repeats the rounds after its last checkpoint
+            tally = Tally.of([line for line in self._history if line["round"] < round.number])
+        self._tally = tally.after(round)
+        if round.executor in ("", self._executor):
+            return self._tally, None
+        self._executor = round.executor
+        return self._tally, f"executor: {round.executor}"
+
+
+def progress(
+    num_rounds: int, history: Sequence[Mapping[str, Any]], clients: Clients | None = None
+) -> Bar | Lines:
+    """What shows rounds: a live bar in a terminal, and plain lines elsewhere.
 
     Args:
         history: the lines of `rounds.jsonl` before this attempt.
@@ -107,76 +123,93 @@ def with_progress(
     """
     console = Console()
     if console.is_terminal:
-        return with_bar(rounds, num_rounds, history, console, clients)
-    return with_lines(rounds, num_rounds, history, sys.stdout)
+        return Bar(num_rounds, history, console, clients)
+    return Lines(num_rounds, history, sys.stdout)
 
 
-def with_bar(
-    rounds: Iterable[Round],
-    num_rounds: int,
-    history: Sequence[Mapping[str, Any]],
-    console: Console,
-    clients: Clients | None = None,
-) -> Generator[Round]:
-    """Pass rounds on under a live bar.
+class Bar:
+    """Shows rounds by a live bar, as long as it is entered; see `progress`."""
 
-    Args:
-        history: the lines of `rounds.jsonl` before this attempt.
-        clients: what the executor tells of the round under way.
-    """
-    columns = (
-        TextColumn("round {task.completed:.0f}/{task.total:.0f}", markup=False),
-        TextColumn("{task.fields[clients]}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.description}", markup=False),
-        TimeRemainingColumn(compact=True),
-    )
-    tally = Tally.of(history)
-    with Progress(*columns, console=console, expand=True, speed_estimate_period=120) as progress:
-        task = progress.add_task(str(tally), total=num_rounds, completed=tally.number, clients="")
+    def __init__(
+        self,
+        num_rounds: int,
+        history: Sequence[Mapping[str, Any]],
+        console: Console,
+        clients: Clients | None = None,
+    ) -> None:
+        columns = (
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}", markup=False),
+            TextColumn("{task.fields[clients]}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}", markup=False),
+            TimeRemainingColumn(compact=True),
+        )
+        self._tallies, tally = _Tallies(history), Tally.of(history)
+        self._bar = Progress(*columns, console=console, expand=True, speed_estimate_period=120)
+        self._task = self._bar.add_task(
+            str(tally), total=num_rounds, completed=tally.number, clients=""
+        )
         if clients is not None:
-            clients.show = lambda words: progress.update(task, clients=words)
-        chosen = ""
-        for round, tally in _tallied(rounds, history):
-            if round.executor not in ("", chosen):
-                chosen = round.executor
-                progress.console.print(f"executor: {chosen}", markup=False, highlight=False)
-            progress.update(task, completed=tally.number, description=str(tally))
-            yield round
+            clients.show = lambda words: self._bar.update(self._task, clients=words)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, round: Round) -> None:
+        """Show a round that is done."""
+        tally, executor = self._tallies.after(round)
+        if executor is not None:
+            self._bar.console.print(executor, markup=False, highlight=False)
+        self._bar.update(self._task, completed=tally.number, description=str(tally))
 
 
-def with_lines(
-    rounds: Iterable[Round],
-    num_rounds: int,
-    history: Sequence[Mapping[str, Any]],
-    out: TextIO,
-    clock: Callable[[], float] = time.monotonic,
-) -> Generator[Round]:
-    """Pass rounds on and write a line after an evaluated one: the first and the last, and
-    between them at most one a second.
+class Lines:
+    """Writes a line after an evaluated round: the first and the last, and between them at most one
+    a second; see `progress`."""
 
-    Args:
-        history: the lines of `rounds.jsonl` before this attempt.
-    """
-    printed = -math.inf
-    pending: str | None = None
-    chosen = ""
-    recent: deque[float] = deque(maxlen=20)  # seconds of a round; the first of all is no measure
-    for round, tally in _tallied(rounds, history):
-        if round.executor not in ("", chosen):
-            chosen = round.executor
-            _write(out, f"executor: {chosen}")
-        now = clock()
-        recent += [round.seconds] * (round.number > 1)
-        if round.metrics is not None:
-            pending = f"round {round.number:>{len(str(num_rounds))}}/{num_rounds}  {tally}"
-            if now - printed >= _LINE_SECONDS:
-                left = _time_left(recent, num_rounds - round.number)
-                _write(out, pending + left)
-                printed, pending = now, None
-        yield round
-    if pending is not None:
-        _write(out, pending)
+    def __init__(
+        self,
+        num_rounds: int,
+        history: Sequence[Mapping[str, Any]],
+        out: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._num_rounds, self._tallies = num_rounds, _Tallies(history)
+        self._out, self._clock = out, clock
+        self._printed = -math.inf
+        self._pending: str | None = None
+        self._recent: deque[float] = deque(maxlen=20)  # seconds of a round
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self._pending is not None:
+            self._write(self._pending)
+
+    def show(self, round: Round) -> None:
+        """Show a round that is done."""
+        tally, executor = self._tallies.after(round)
+        if executor is not None:
+            self._write(executor)
+        now = self._clock()
+        self._recent += [round.seconds] * (round.number > 1)  # the first of all is no measure
+        if round.metrics is None:
+            return
+        width = len(str(self._num_rounds))
+        self._pending = f"round {round.number:>{width}}/{self._num_rounds}  {tally}"
+        if now - self._printed >= _LINE_SECONDS:
+            left = _time_left(self._recent, self._num_rounds - round.number)
+            self._write(self._pending + left)
+            self._printed, self._pending = now, None
+
+    def _write(self, line: str) -> None:
+        self._out.write(line + "\n")
+        self._out.flush()
 
 
 def summary(experiment: Experiment) -> list[tuple[str, str]]:
@@ -273,23 +306,6 @@ def per_client_rows(metrics: Mapping[str, FederatedMetric]) -> list[tuple[str, s
         )
         for name, metric in metrics.items()
     ] or [("per client", "this task has a loss only, which is not judged per client")]
-
-
-def _tallied(
-    rounds: Iterable[Round], history: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[Round, Tally]]:
-    """Each round with the tally after it."""
-    tally: Tally | None = None
-    for round in rounds:
-        if tally is None:  # a killed run repeats the rounds after its last checkpoint
-            tally = Tally.of([line for line in history if line["round"] < round.number])
-        tally = tally.after(round)
-        yield round, tally
-
-
-def _write(out: TextIO, line: str) -> None:
-    out.write(line + "\n")
-    out.flush()
 
 
 def _time_left(recent: Collection[float], rounds: int) -> str:

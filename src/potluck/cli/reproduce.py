@@ -185,7 +185,7 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
     """Do a job; whether there is time for another."""
     from contextlib import closing
 
-    from potluck.cli.progress import with_progress
+    from potluck.cli.progress import progress
     from potluck.reproduction.grid import has_diverged, run
     from potluck.simulation import read_run
 
@@ -193,9 +193,9 @@ def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
     if (job.directory / "rounds.jsonl").exists():
         history = read_run(job.directory).rounds
     rounds = run(job, data)
-    shown = with_progress(rounds, job.limit, history)
-    with closing(rounds), closing(shown):
-        for _ in shown:
+    with closing(rounds), progress(job.limit, history) as shown:
+        for round in rounds:
+            shown.show(round)
             if deadline is not None and time.monotonic() >= deadline:
                 return False
     if has_diverged(read_run(job.directory)):

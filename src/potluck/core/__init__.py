@@ -30,6 +30,7 @@ from potluck.core.errors import (
     WorkerError,
 )
 from potluck.core.fixed_point import FixedPointMean
+from potluck.core.local_training import ClientContext, LocalSGD, LocalWork, Trained
 from potluck.core.seeds import derive_seed, stream
 from potluck.core.spec import Role, Spec
 from potluck.core.target import Target, is_result, main_metric
@@ -39,6 +40,7 @@ __all__ = [
     "CODECS",
     "AbandonedError",
     "ChecksumError",
+    "ClientContext",
     "Codec",
     "CodedError",
     "ConfigError",
@@ -47,6 +49,8 @@ __all__ = [
     "DivergedError",
     "DownloadError",
     "FixedPointMean",
+    "LocalSGD",
+    "LocalWork",
     "Poisson",
     "PotluckError",
     "ProtocolError",
@@ -57,6 +61,7 @@ __all__ = [
     "StorageError",
     "Target",
     "TaskError",
+    "Trained",
     "TrainingError",
     "Update",
     "Vector",

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from potluck.algorithms import with_statistics
+from potluck.algorithms import client_update, with_statistics
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.plan import Plan, PlannedTask, build_planned_task
 from potluck.core import (
+    ClientContext,
     ConfigError,
-    Correction,
     DataError,
     DivergedError,
     Role,
@@ -31,8 +31,6 @@ from potluck.core.validate import as_count
 from potluck.protocol import Runtime
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from potluck.data import FederatedData
     from potluck.data.tables.schema import Schema
     from potluck.engine import Task, TorchRuntime
@@ -161,6 +159,8 @@ class TorchTrainer:
         check: Callable[[], None],
     ) -> Update:
         """Local training; see `Trainer`."""
+        from potluck.engine import run_of
+
         task, model, whole = self._prepare(plan, spec)
         algorithm = build_algorithm(plan)
         if algorithm.vectors != 1:
@@ -168,16 +168,12 @@ class TorchTrainer:
                 f"a device trains algorithms that send one vector, got algorithm.name = "
                 f"{plan.algorithm.name!r}. Use another algorithm."
             )
-        examples = task.data.client(0)
-        model.take(examples)
-        update = with_statistics(algorithm, whole).client_update(
-            Watched(model, check),
+        context = ClientContext(seed, round, client, task.data.client(0).num_examples)
+        update = client_update(
+            with_statistics(algorithm, whole),
             _unpacked(task, whole, received, seed),
-            examples.num_examples,
-            state=None,
-            seed=seed,
-            round=round,
-            client=client,
+            context,
+            lambda request: model.train(run_of(task, request, context, 0), check),
         )
         if not (np.isfinite(update.loss) and np.isfinite(update.delta).all()):
             raise DivergedError(
@@ -251,41 +247,6 @@ class TorchTrainer:
         if whole.packed().digest() != run.digest():
             raise ConfigError(_misfit(self._where, self._task.data, own, run))
         return whole
-
-
-class Watched:
-    """A runtime whose every step is preceded by a look at whether to go on."""
-
-    def __init__(self, inner: TorchRuntime, check: Callable[[], None]) -> None:
-        self._inner = inner
-        self._check = check
-
-    def lengths(self) -> NDArray[np.int64] | None:
-        """Of the inner runtime."""
-        return self._inner.lengths()
-
-    def recall(self) -> None:
-        """Of the inner runtime."""
-        self._inner.recall()
-
-    def begin(
-        self,
-        received: Vector,
-        order: NDArray[np.int64],
-        seed: int,
-        correction: Correction | None = None,
-    ) -> None:
-        """Of the inner runtime."""
-        self._inner.begin(received, order, seed, correction or Correction())
-
-    def step(self, batch: slice, lr: float) -> None:
-        """Look, then step."""
-        self._check()
-        self._inner.step(batch, lr)
-
-    def end(self) -> tuple[Vector, float]:
-        """Of the inner runtime."""
-        return self._inner.end()
 
 
 def _with_roles_of(run: Spec, own: Spec) -> Spec:

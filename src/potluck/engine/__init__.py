@@ -8,12 +8,14 @@ from potluck.engine.evaluation import (
     federated_evaluation,
     means,
 )
+from potluck.engine.local_run import LocalRun, run_of
 from potluck.engine.runtime import TorchRuntime
 from potluck.engine.task import Task, averaged_tensors, bind, spec_of
 
 __all__ = [
     "Evaluator",
     "FederatedMetric",
+    "LocalRun",
     "Task",
     "TorchRuntime",
     "averaged_tensors",
@@ -22,5 +24,6 @@ __all__ = [
     "evaluation_batches",
     "federated_evaluation",
     "means",
+    "run_of",
     "spec_of",
 ]

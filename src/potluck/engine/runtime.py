@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from potluck.core import Correction, Spec, Vector
+from potluck.core import Correction, Spec, Trained, Vector
 from potluck.data.federated import Examples, lengths, trimmed
 from potluck.data.trees import called, mapped
 from potluck.engine.buffers import check_unaveraged, unaveraged
@@ -20,6 +20,7 @@ from potluck.engine.corrected_step import CorrectedStep
 from potluck.engine.first_batch import checked_loss, in_words, outputs_of
 from potluck.engine.fused_sgd import SMALLEST, InPlaceLayers
 from potluck.engine.gradients import gradients_of
+from potluck.engine.local_run import LocalRun
 from potluck.engine.module.foreign import Foreign
 from potluck.engine.module.pristine import Pristine
 from potluck.engine.module.randomness import seed_generators
@@ -35,8 +36,8 @@ _NO_CORRECTION = Correction()
 class TorchRuntime:
     """One module, its weights in one vector, and local steps that change them in place.
 
-    It serves one client after another: `take` gives it a client's examples, and an algorithm's
-    `client_update` drives the rest. A step is `FedAvg.local_step` without its copies.
+    It serves one client after another: `train` makes all steps of a run. They can be made one by
+    one, too: `take` gives it the examples, then come `begin`, some steps, and `end`.
 
     Args:
         precision: "float32" or "bf16", for processors with bfloat16 products.
@@ -70,8 +71,8 @@ class TorchRuntime:
         self._unaveraged = unaveraged(self.module)
         self._is_checked = False
         self._may_skip = may_count_nothing(self._loss, task.data.train.targets)
+        self._train = task.data.train
         self._padding = task.data.padding
-        self._by_length = task.batches == "by length"
         self._losses: list[Tensor] = []
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._layers: InPlaceLayers | None = None
@@ -83,17 +84,24 @@ class TorchRuntime:
         self._corrected = CorrectedStep(self.module, self._vector)
         self._is_corrected = False
 
+    def train(self, run: LocalRun, before_step: Callable[[], None] | None = None) -> Trained:
+        """Make all steps of a run; its weights are a view, until the next `begin`.
+
+        Args:
+            before_step: is called before each step, and ends the training by what it raises.
+        """
+        self.take(self._train)
+        self.begin(run.start, run.rows, run.seed, run.correction)
+        for batch, lr in run.steps:
+            if before_step is not None:
+                before_step()
+            self.step(batch, lr)
+        weights, loss = self.end()
+        return Trained(weights, loss, len(run.steps))
+
     def take(self, examples: Examples) -> None:
         """Use these examples from the next `begin` on."""
         self._examples = examples
-        self._known = None if self._padding is None else lengths(examples.inputs, self._padding)
-
-    def lengths(self) -> NDArray[np.int64] | None:
-        """The lengths of the examples that were taken, if they are to share batches by it."""
-        return self._known if self._by_length else None
-
-    def recall(self) -> None:
-        """Nothing: steps are made when they are asked for."""
 
     def begin(
         self,
@@ -154,10 +162,9 @@ class TorchRuntime:
         return self._changed or self._pristine.changed()
 
     def _load(self, order: NDArray[np.int64]) -> None:
-        self._lengths = None if self._known is None else self._known[order]
-        self._inputs = mapped(
-            lambda array: torch.from_numpy(array.take(order, axis=0)), self._examples.inputs
-        )
+        inputs = mapped(lambda array: array.take(order, axis=0), self._examples.inputs)
+        self._lengths = None if self._padding is None else lengths(inputs, self._padding)
+        self._inputs = mapped(lambda array: torch.from_numpy(array), inputs)
         self._targets = torch.from_numpy(self._examples.targets.take(order, axis=0))
 
     def _forward(self, batch: slice) -> Tensor:

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from potluck.algorithms import FedAvg
-from potluck.core import Vector, stream
+from potluck.algorithms import FedAvg, client_update
+from potluck.core import ClientContext, Vector, stream
 from potluck.core.plain_json import to_json
 from potluck.data import Dataset, Examples, datasets, divide
-from potluck.engine import Task, TorchRuntime, evaluate
+from potluck.engine import Task, TorchRuntime, evaluate, run_of
 from potluck.models import TwoNN
 from potluck.reproduction.paper import TITLES
 from potluck.simulation.executors.executor import kernel_threads
@@ -212,9 +212,9 @@ def _trained(task: Task, setting: Setting, start: int, client: int) -> Vector:
     )
     received = task.initial_weights(start)
     runtime = TorchRuntime(task)
-    runtime.take(task.data.client(client))
-    update = algorithm.client_update(
-        runtime, received, setting.num_examples, seed=start, round=1, client=client
+    context = ClientContext(start, 1, client, setting.num_examples)
+    update = client_update(
+        algorithm, received, context, lambda asked: runtime.train(run_of(task, asked, context))
     )
     return received + update.delta
 

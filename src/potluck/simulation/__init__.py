@@ -1,16 +1,27 @@
-"""Federated training on one machine: rounds, executors and run directories."""
+"""Federated training on one machine: rounds, executors and run directories.
+
+The executors that not every run needs are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_data, build_task
-from potluck.simulation.executors.auto import Auto
 from potluck.simulation.executors.choose import make_executor
-from potluck.simulation.executors.executor import CohortResult, Executor, Failure, Loop
-from potluck.simulation.executors.ray_cluster import Cluster
-from potluck.simulation.executors.vmap_executor import Vmap
+from potluck.simulation.executors.executor import CohortResult, Executor, Failure, RoundWork
+from potluck.simulation.executors.loop import Loop
 from potluck.simulation.executors.workers import Workers, available_cores
 from potluck.simulation.rounds import Round, rounds
 from potluck.simulation.runs.directory import RunRecord, discard_run, read_run, read_weights
 from potluck.simulation.runs.train import train
+
+if TYPE_CHECKING:
+    from potluck.simulation.executors.auto import Auto
+    from potluck.simulation.executors.ray_cluster import Cluster
+    from potluck.simulation.executors.vmap_executor import Vmap
+
+_LATER = {"Auto": "auto", "Cluster": "ray_cluster", "Vmap": "vmap_executor"}
 
 __all__ = [
     "Auto",
@@ -20,6 +31,7 @@ __all__ = [
     "Failure",
     "Loop",
     "Round",
+    "RoundWork",
     "RunRecord",
     "Vmap",
     "Workers",
@@ -34,3 +46,9 @@ __all__ = [
     "rounds",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'potluck.simulation' has no attribute {name!r}")
+    return getattr(import_module(f"potluck.simulation.executors.{_LATER[name]}"), name)

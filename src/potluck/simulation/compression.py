@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm, Runtime
+from potluck.algorithms import Algorithm, ClientHalf
 from potluck.core import (
+    ClientContext,
     Codec,
     DivergedError,
+    LocalWork,
     ProtocolError,
     Spec,
-    Update,
     Vector,
     decode_vector,
     encode_update,
@@ -63,33 +64,25 @@ class _Compressed:
     def broadcast(self, state: Any) -> Vector:
         return self.algorithm.broadcast(state)
 
-    def client_update(
-        self,
-        runtime: Runtime,
-        received: Vector,
-        num_examples: int,
-        *,
-        state: Vector | None = None,
-        seed: int,
-        round: int,
-        client: int,
-    ) -> Update:
+    def client_update(self, received: Vector, client: ClientContext) -> LocalWork:
         sent = self._sent(len(received))
         num_sent = len(received[sent])
-        residual = None if state is None else state[:num_sent]
-        kept = None if state is None else state[num_sent:]
-        update = self.algorithm.client_update(
-            runtime,
-            received,
-            num_examples,
-            state=kept if self.algorithm.client_vectors > 0 else None,
-            seed=seed,
-            round=round,
-            client=client,
-        )
+        residual = kept = None
+        if client.state is not None:
+            residual, kept = client.state[:num_sent], client.state[num_sent:]
+        inner = client._replace(state=kept if self.algorithm.client_vectors > 0 else None)
+        half = ClientHalf(self.algorithm, received, inner)
+        while half.request is not None:
+            half.answer((yield half.request))
+        update = half.update
         try:
             encoded = encode_update(
-                update.delta[sent], self.codec, residual, seed=seed, round=round, client=client
+                update.delta[sent],
+                self.codec,
+                residual,
+                seed=client.seed,
+                round=client.round,
+                client=client.client,
             )
         except ProtocolError:
             raise DivergedError(

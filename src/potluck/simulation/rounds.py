@@ -30,7 +30,13 @@ from potluck.engine.buffers import roles
 from potluck.engine.module.modes import in_own_modes
 from potluck.simulation.compression import compressed
 from potluck.simulation.executors.choose import ExecutorName, make_executor
-from potluck.simulation.executors.executor import NO_STATES, CohortResult, Executor, Failure
+from potluck.simulation.executors.executor import (
+    NO_STATES,
+    CohortResult,
+    Executor,
+    Failure,
+    RoundWork,
+)
 from potluck.simulation.handed import Kept, own_states
 from potluck.simulation.virtual_time.timeline import Timing, VirtualTime, timeline
 
@@ -197,14 +203,8 @@ def _rounds(
                 clients = sample_cohort(task.data.num_clients, cohort, seed=seed, round=number)
             else:
                 clients = timing.accepted
-            result = runner.train(
-                algorithm,
-                algorithm.broadcast(state),
-                clients,
-                seed=seed,
-                round=number,
-                states=kept,
-            )
+            received = algorithm.broadcast(state)
+            result = runner.train(RoundWork(algorithm, received, clients, seed, number, kept))
             if result.failures and not skip_failures:
                 raise _failed(result.failures, number)
             num_updates = len(clients) - len(result.failures)

@@ -33,8 +33,8 @@ from potluck.engine.gpu.cuda_graph import Captured
 from potluck.engine.gpu.device_examples import Resident
 from potluck.engine.gpu.schedule import Tick, count_for, ticks
 from potluck.engine.gpu.step import DeviceStep
+from potluck.engine.local_run import LocalRun
 from potluck.engine.task import Task
-from potluck.engine.vmap.cohort_trainer import LocalRun
 
 # Shapes that are captured at most. None is given up for another: with a graph, PyTorch may free
 # what others of its stream still use, the workspace of cuBLAS.

@@ -24,10 +24,11 @@ from potluck.engine.gpu.device_examples import Resident
 from potluck.engine.gpu.input_checks import misfits
 from potluck.engine.gpu.recurrence import has_fused_cell
 from potluck.engine.gpu.step import DeviceStep, ModelStep, StackStep, is_pure
+from potluck.engine.local_run import LocalRun
 from potluck.engine.precision import Precision, products
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task, spec_of
-from potluck.engine.vmap.cohort_trainer import CohortRuntime, LocalRun
+from potluck.engine.vmap.cohort_trainer import CohortRuntime
 from potluck.engine.vmap.mlp import layers_of
 
 _LOG = logging.getLogger("potluck")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.engine.vmap.cohort_trainer import LocalRun
+from potluck.engine.local_run import LocalRun
 
 _FEW = 32  # clients, below which a step takes as long as that of one
 _SMALL = 32  # examples; below it every batch is filled up to the largest

@@ -24,24 +24,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potluck.core import Correction, Spec, Vector
+from potluck.core import Spec, Vector
 from potluck.engine.corrected_step import Pull
+from potluck.engine.local_run import LocalRun
 from potluck.engine.task import Task, in_training, spec_of
 from potluck.engine.vmap.functional import Vectorised
 from potluck.engine.vmap.mlp import Stack, layers_of
 
 Index = slice | Tensor  # of clients among those that are trained together
 _CPU = torch.device("cpu")
-
-
-class LocalRun(NamedTuple):
-    """All local steps of one client from some weights on."""
-
-    start: Vector  # [dim], not changed while it is trained
-    rows: NDArray[np.int64]  # of the packed training examples, in the order of the steps
-    steps: Sequence[tuple[slice, float]]  # each the batch, of `rows`, and the rate
-    seed: int  # of what the model draws
-    correction: Correction
 
 
 class Gradient(Protocol):

@@ -18,12 +18,11 @@ anew for another algorithm.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm
 from potluck.core import Vector, WorkerError
@@ -31,14 +30,8 @@ from potluck.core.validate import as_count
 from potluck.data.trees import is_one
 from potluck.engine import Task
 from potluck.engine.devices import device_of
-from potluck.simulation.executors.executor import (
-    NO_STATES,
-    CohortResult,
-    Executor,
-    Loop,
-    empty_mean,
-)
-from potluck.simulation.executors.recording import Work
+from potluck.simulation.executors.executor import CohortResult, Executor, RoundWork
+from potluck.simulation.executors.loop import Loop
 from potluck.simulation.executors.step_timing import Estimate, estimate
 from potluck.simulation.executors.vmap_executor import Vmap
 from potluck.simulation.executors.workers import Workers, available_cores
@@ -113,35 +106,22 @@ class Auto:
         """A run with this seed begins, or goes on."""
         self._task.begin(seed)
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same."""
-        self._task.begin(seed)
-        if len(cohort) > 0 and algorithm != self._algorithm:
-            mean = empty_mean(algorithm, len(received))
-            work = Work(self._task, algorithm, received, seed, round, states, mean)
+    def train(self, work: RoundWork) -> CohortResult:
+        """Local training of one cohort."""
+        self._task.begin(work.seed)
+        if len(work.cohort) > 0 and work.algorithm != self._algorithm:
             placed = None if self._on_device is None else self._on_device.placed
-            self._begin(algorithm, estimate(work, cohort, self._clock, placed))
+            self._begin(work.algorithm, estimate(self._task, work, self._clock, placed))
         started = self._clock()
         try:
-            result = self._executors[self._name].train(
-                algorithm, received, cohort, seed=seed, round=round, states=states
-            )
+            result = self._executors[self._name].train(work)
         except WorkerError:
             if self._is_settled or self._name != "workers":
                 raise
             self._per_step["workers"] = np.inf  # this algorithm does not reach them
             self._tried.add("workers")
             self._advance()
-            return self.train(algorithm, received, cohort, seed=seed, round=round, states=states)
+            return self.train(work)
         words = self.choice
         if not self._is_settled and result.num_steps > 0:
             self._learn(self._clock() - started, result.num_steps)

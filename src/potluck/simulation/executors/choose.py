@@ -1,20 +1,17 @@
-"""The executors that have a name."""
+"""The executors that have a name, each imported when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from potluck.core.validate import as_count
 from potluck.engine import Task, spec_of
-from potluck.engine.devices import device_of, devices_of
 from potluck.engine.precision import Precision
-from potluck.simulation.executors.auto import Auto
-from potluck.simulation.executors.executor import Executor, Loop
-from potluck.simulation.executors.gpu_workers import DeviceWorkers
-from potluck.simulation.executors.ray_cluster import Cluster, Local
-from potluck.simulation.executors.vmap_executor import Vmap, chunk_for
-from potluck.simulation.executors.workers import Workers
+from potluck.simulation.executors.executor import Executor
+
+if TYPE_CHECKING:
+    from potluck.simulation.executors.ray_cluster import Local
 
 ExecutorName: TypeAlias = Literal["auto", "loop", "workers", "vmap", "ray"]
 
@@ -63,12 +60,18 @@ def make_executor(
             "Name the executor."
         )
     if name == "loop":
+        from potluck.simulation.executors.loop import Loop
+
         return Loop(task, precision=precision)
     if name == "workers":
+        from potluck.simulation.executors.workers import Workers
+
         return Workers(task, num_workers, precision=precision)
     if name == "vmap":
         return _vmap(task, num_workers, device or "cpu", precision)
     if name == "ray":
+        from potluck.simulation.executors.ray_cluster import Cluster
+
         return Cluster(
             task,
             num_workers,
@@ -80,6 +83,8 @@ def make_executor(
             progress=progress,
         )
     if name == "auto":
+        from potluck.simulation.executors.auto import Auto
+
         return Auto(task, num_workers, device=device or "auto")
     raise ValueError(
         f"executor must be 'auto', 'loop', 'workers', 'vmap' or 'ray', got executor={name!r}."
@@ -87,6 +92,9 @@ def make_executor(
 
 
 def _vmap(task: Task, processes: int | None, device: str, precision: Precision) -> Executor:
+    from potluck.engine.devices import device_of, devices_of
+    from potluck.simulation.executors.vmap_executor import Vmap, chunk_for
+
     where = device_of(device)
     if where.type == "cpu":
         if precision != "float32":
@@ -97,7 +105,11 @@ def _vmap(task: Task, processes: int | None, device: str, precision: Precision) 
             )
         if processes is None or processes == 1:
             return Vmap(task)
+        from potluck.simulation.executors.workers import Workers
+
         return Workers(task, processes, chunk=chunk_for(spec_of(task.module()).num_bytes))
     if processes is None or processes == 1:
         return Vmap(task, device=where, precision=precision)
+    from potluck.simulation.executors.gpu_workers import DeviceWorkers
+
     return DeviceWorkers(task, devices_of(device, processes), precision)

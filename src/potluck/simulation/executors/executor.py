@@ -1,4 +1,4 @@
-"""What runs a cohort: the interface, and the plain loop that is the oracle of all others.
+"""What an executor is asked and what it answers, and one client of a round.
 
 An executor trains every client of a cohort and returns one weighted mean. Which executor runs
 never changes cohorts, batches or initial weights, and the mean is exact in any order, so two
@@ -7,25 +7,27 @@ executors whose kernels round alike give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm, Runtime, num_wide
-from potluck.core import DivergedError, FixedPointMean, PotluckError, Update, Vector
-from potluck.core.allocator import keep_freed
-from potluck.core.validate import as_count
-from potluck.data import Examples
-from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches
-from potluck.engine.fused_sgd import SMALLEST
-from potluck.engine.module.randomness import kept_randomness
-from potluck.engine.precision import Precision
-from potluck.engine.task import Remade
+from potluck.algorithms import Algorithm, ClientHalf, num_wide
+from potluck.core import (
+    ClientContext,
+    DivergedError,
+    FixedPointMean,
+    PotluckError,
+    Trained,
+    Update,
+    Vector,
+)
+from potluck.engine import Task, TorchRuntime, run_of
+from potluck.engine.local_run import LocalRun
 
 
 class Failure(NamedTuple):
@@ -56,6 +58,18 @@ class CohortResult(NamedTuple):
 NO_STATES: Mapping[int, Vector] = MappingProxyType({})
 
 
+class RoundWork(NamedTuple):
+    """What an executor is asked for in a round; each client of the cohort received the same."""
+
+    algorithm: Algorithm
+    received: Vector
+    cohort: NDArray[np.int64]
+    seed: int
+    round: int
+    states: Mapping[int, Vector] = NO_STATES
+    """By client, what clients kept of their last round; it is not changed."""
+
+
 class Executor(Protocol):
     """Trains cohorts and evaluates models; has a lifetime.
 
@@ -63,20 +77,8 @@ class Executor(Protocol):
     seed decides what a model draws when it is made.
     """
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same.
-
-        `states` holds, by client, what clients kept of their last round; it is not changed.
-        """
+    def train(self, work: RoundWork) -> CohortResult:
+        """Local training of one cohort."""
         ...
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
@@ -88,97 +90,9 @@ class Executor(Protocol):
         ...
 
 
-class Loop:
-    """One client after another, in this process.
-
-    Args:
-        task: as for every executor.
-        num_threads: of PyTorch's kernels during training. With 1 the results are, bit for bit,
-            those of `Workers` on any number of cores; large models run faster with more.
-        precision: of local training: "float32" or "bf16".
-        fused: whether large layers are fused with their SGD step. Without it every step is plain
-            autograd's, which is what tests compare with.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        num_threads: int = 1,
-        *,
-        precision: Precision = "float32",
-        fused: bool = True,
-    ) -> None:
-        keep_freed()
-        self._task = task
-        self._num_threads = as_count("num_threads", num_threads)
-        self._precision: Precision = precision
-        self._fused_from = SMALLEST if fused else None
-        self._test = evaluation_batches(task)
-        self._mean: FixedPointMean | None = None
-        self._model = Remade(task, self._make)
-
-    def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
-        self._task.begin(seed)
-
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same."""
-        self._model.begin(seed)
-        mean = self._mean = empty_mean(algorithm, len(received), self._mean)
-        kept: dict[int, Vector] = {}
-        outcomes: list[Outcome] = []
-        with kept_randomness(), kernel_threads(self._num_threads):
-            for client in map(int, cohort):
-                outcome, state = train_client(
-                    self._task,
-                    self._runtime,
-                    mean,
-                    algorithm,
-                    received,
-                    client,
-                    states.get(client),
-                    seed,
-                    round,
-                )
-                outcomes.append(outcome)
-                if state is not None:
-                    kept[client] = state
-        return summarise(mean, outcomes, kept)
-
-    def evaluate(self, weights: Vector) -> dict[str, float]:
-        """Central evaluation on the task's test examples."""
-        self._model.follow()
-        self._evaluator.load(weights)
-        with kernel_threads(self._num_threads):
-            return self._evaluator.evaluate(self._test)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _make(self) -> None:
-        self._runtime = TorchRuntime(
-            self._task,
-            self._precision,
-            one_thread=self._num_threads == 1,
-            fused_from=self._fused_from,
-        )
-        self._evaluator = Evaluator(self._task)
-
-
-def empty_mean(
-    algorithm: Algorithm, length: int, last: FixedPointMean | None = None
-) -> FixedPointMean:
-    """For updates of this length: the last one, if it fits and is of no more use."""
-    wide = num_wide(algorithm)
+def empty_mean(work: RoundWork, last: FixedPointMean | None = None) -> FixedPointMean:
+    """For the updates of this work: the last one, if it fits and is of no more use."""
+    length, wide = len(work.received), num_wide(work.algorithm)
     if last is None or (last.dim, last.wide) != (length, wide):
         return FixedPointMean(length, wide=wide)
     last.reset()
@@ -207,55 +121,80 @@ class Outcome(NamedTuple):
     failure: Failure | None = None
 
 
-class ClientRuntime(Runtime, Protocol):
-    """A runtime that is told whose examples it trains on."""
-
-    def take(self, examples: Examples) -> None:
-        """Use these examples from the next `begin` on."""
-        ...
+ClientResult: TypeAlias = tuple[Outcome, Vector | None]  # and what the client keeps
 
 
-def train_client(
-    task: Task,
-    runtime: ClientRuntime,
-    mean: FixedPointMean,
-    algorithm: Algorithm,
-    received: Vector,
-    client: int,
-    state: Vector | None,
-    seed: int,
-    round: int,
-) -> tuple[Outcome, Vector | None]:
-    """Train one client and add its update to the mean; also what the client keeps.
+class RoundClient:
+    """One client of a round, whose client half stops where it asks for local training.
 
-    A failure is returned, not raised; a client that failed keeps nothing new.
+    A loop answers at once; what trains many clients side by side collects what they ask for. When
+    the client half is at its end, its update is added to the mean. A failure is kept, not raised,
+    and a client that failed keeps nothing new.
     """
-    examples = task.data.client(client)
-    runtime.take(examples)
-    try:
-        update = algorithm.client_update(
-            runtime,
-            received,
-            examples.num_examples,
-            state=state,
-            seed=seed,
-            round=round,
-            client=client,
-        )
+
+    run: LocalRun | None
+    """The steps that it waits for; None once there is a `result`."""
+    result: ClientResult
+
+    def __init__(self, task: Task, work: RoundWork, number: int, mean: FixedPointMean) -> None:
+        self.number, self.num_examples = number, task.data.client(number).num_examples
+        self._task, self._mean = task, mean
+        state = work.states.get(number)
+        self._context = ClientContext(work.seed, work.round, number, self.num_examples, state)
+        try:
+            self._half = ClientHalf(work.algorithm, work.received, self._context)
+            self._go_on()
+        except Exception as error:
+            self.fail(error)
+
+    def answer(self, local: Trained) -> None:
+        """Give the client half what it waits for."""
+        try:
+            self._half.answer(local)
+            self._go_on()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End here, without an update."""
+        told = str(error) if isinstance(error, PotluckError) else f"{type(error).__name__}: {error}"
+        name = self._task.data.clients[self.number]
+        failure = Failure(self.number, name, told, isinstance(error, DivergedError))
+        self.run, self.result = None, (Outcome(self.number, 0.0, 0.0, 0, 0, failure), None)
+
+    def _go_on(self) -> None:
+        request = self._half.request
+        if request is not None:
+            self.run = run_of(self._task, request, self._context)
+            return
+        update, count = self._half.update, self.num_examples
         if np.isnan(update.loss) and not update.delta.any():  # nothing of this client counts
-            return Outcome(client, 0.0, 0.0, examples.num_examples, 0), None
+            self.run, self.result = None, (Outcome(self.number, 0.0, 0.0, count, 0), None)
+            return
         _check_finite(update)
-        mean.add(update.delta, update.weight)
-    except Exception as error:
-        reason = (
-            str(error) if isinstance(error, PotluckError) else f"{type(error).__name__}: {error}"
-        )
-        failure = Failure(
-            client, task.data.clients[client], reason, isinstance(error, DivergedError)
-        )
-        return Outcome(client, 0.0, 0.0, 0, 0, failure), None
-    outcome = Outcome(client, update.weight, update.loss, examples.num_examples, update.num_steps)
-    return outcome, update.state
+        self._mean.add(update.delta, update.weight)
+        del self._half  # the update is in the mean
+        outcome = Outcome(self.number, update.weight, update.loss, count, update.num_steps)
+        self.run, self.result = None, (outcome, update.state)
+
+
+def started(
+    task: Task, work: RoundWork, numbers: NDArray[np.int64], mean: FixedPointMean
+) -> Iterator[RoundClient]:
+    """These clients of a round, each at its first request when its turn comes."""
+    return (RoundClient(task, work, number, mean) for number in map(int, numbers))
+
+
+def train_client(client: RoundClient, runtime: TorchRuntime) -> ClientResult:
+    """Answer a client as it asks, to its end."""
+    while client.run is not None:
+        try:
+            local = runtime.train(client.run)
+        except Exception as error:
+            client.fail(error)
+        else:
+            client.answer(local)
+    return client.result
 
 
 def _check_finite(update: Update) -> None:
@@ -271,11 +210,10 @@ def _check_finite(update: Update) -> None:
         )
 
 
-def summarise(
-    mean: FixedPointMean, outcomes: list[Outcome], states: Mapping[int, Vector]
-) -> CohortResult:
+def summarise(mean: FixedPointMean, results: Iterable[ClientResult]) -> CohortResult:
     """The result of a cohort, the same in whatever order its clients were trained."""
-    outcomes = sorted(outcomes)
+    results = sorted(results, key=lambda result: result[0].client)
+    outcomes = [outcome for outcome, _ in results]
     total = mean.total
     loss = sum(o.weight * o.loss for o in outcomes) / total if total > 0 else float("nan")
     return CohortResult(
@@ -284,5 +222,5 @@ def summarise(
         num_examples=sum(o.num_examples for o in outcomes),
         num_steps=sum(o.num_steps for o in outcomes),
         failures=tuple(o.failure for o in outcomes if o.failure is not None),
-        states={o.client: states[o.client] for o in outcomes if o.client in states},
+        states={o.client: state for o, state in results if state is not None},
     )

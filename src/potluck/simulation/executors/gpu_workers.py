@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -25,23 +25,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm
 from potluck.core import FixedPointMean, Vector, WorkerError
 from potluck.engine import Task
 from potluck.engine.precision import Precision
-from potluck.simulation.executors.executor import NO_STATES, CohortResult, empty_mean
+from potluck.simulation.executors.executor import CohortResult, RoundWork, empty_mean
 from potluck.simulation.executors.vmap_executor import Vmap
 
 
-class _Request(NamedTuple):
-    """What a process is asked; `algorithm` None asks it to evaluate."""
+class _Evaluation(NamedTuple):
+    """A model of a run with this seed, to be evaluated."""
 
-    algorithm: Algorithm | None
-    received: Vector
-    cohort: NDArray[np.int64]
+    weights: Vector
     seed: int
-    round: int
-    states: Mapping[int, Vector]
 
 
 class _Reply(NamedTuple):
@@ -92,30 +87,22 @@ class DeviceWorkers:
         """A run with this seed begins, or goes on."""
         self._task.begin(seed)
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same.
+    def train(self, work: RoundWork) -> CohortResult:
+        """Local training of one cohort.
 
         Raises:
             WorkerError: a process died or failed. The executor is closed.
         """
-        self._task.begin(seed)
-        parts = divided(cohort, self._task.data.sizes[cohort], len(self._processes))
+        self._task.begin(work.seed)
+        cohort, states = work.cohort, work.states
         requests = [
-            _Request(algorithm, received, part, seed, round,
-                     {int(k): states[int(k)] for k in part if int(k) in states})
-            for part in parts
-        ]  # fmt: skip
+            work._replace(
+                cohort=part, states={int(k): states[int(k)] for k in part if int(k) in states}
+            )
+            for part in divided(cohort, self._task.data.sizes[cohort], len(self._processes))
+        ]
         replies: list[_Reply] = self._ask(requests)
-        mean = empty_mean(algorithm, len(received))
+        mean = empty_mean(work)
         for reply in replies:
             mean.merge(FixedPointMean.of(reply.sum, reply.total, reply.bound, mean.wide))
         results = [reply.result for reply in replies]
@@ -132,8 +119,7 @@ class DeviceWorkers:
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, by the first process."""
-        nobody = np.empty(0, np.int64)
-        (metrics,) = self._ask([_Request(None, weights, nobody, self._task.last_seed(), 0, {})])
+        (metrics,) = self._ask([_Evaluation(weights, self._task.last_seed())])
         return metrics
 
     def close(self) -> None:
@@ -165,7 +151,7 @@ class DeviceWorkers:
         theirs.close()
         return _Process(process, ours)
 
-    def _ask(self, requests: Sequence[_Request]) -> list[Any]:
+    def _ask(self, requests: Sequence[RoundWork | _Evaluation]) -> list[Any]:
         """Send a request to each of the first processes, and wait for their replies."""
         if not self._processes:
             raise WorkerError("the processes were closed. Make a new executor.")
@@ -228,7 +214,7 @@ def _serve(
     parent = os.getppid()
     torch.set_num_threads(1)
     vmap: Vmap | None = None
-    request: _Request | None = None
+    request: RoundWork | _Evaluation | None = None
     while os.getppid() == parent:
         try:
             if vmap is None:
@@ -248,16 +234,9 @@ def _serve(
             return
 
 
-def _answer(vmap: Vmap, request: _Request) -> Any:
+def _answer(vmap: Vmap, request: RoundWork | _Evaluation) -> Any:
     vmap.begin(request.seed)
-    if request.algorithm is None:
-        return vmap.evaluate(request.received)
-    mean, result = vmap.train_part(
-        request.algorithm,
-        request.received,
-        request.cohort,
-        seed=request.seed,
-        round=request.round,
-        states=request.states,
-    )
+    if isinstance(request, _Evaluation):
+        return vmap.evaluate(request.weights)
+    mean, result = vmap.train_part(request)
     return _Reply(result, mean.sum, mean.total, mean.bound)

@@ -12,11 +12,10 @@ from typing import get_args
 
 import numpy as np
 
-from potluck.core import Role, Spec, Vector
+from potluck.core import Role, Spec, Trained, Vector
 from potluck.engine import TorchRuntime
+from potluck.engine.local_run import LocalRun
 from potluck.engine.module.randomness import other_states
-from potluck.engine.vmap.cohort_trainer import LocalRun
-from potluck.simulation.executors.recording import Answer, Recorder
 
 TRIED_STEPS = 3
 TOLERANCE = 1e-3  # of the movement of the weights in so few steps, and of the loss
@@ -31,31 +30,20 @@ def shortened(run: LocalRun, num_steps: int = TRIED_STEPS) -> LocalRun:
     return run._replace(steps=run.steps[:num_steps])
 
 
-def play(plain: TorchRuntime, recorder: Recorder, num_steps: int = TRIED_STEPS) -> Answer:
-    """The first steps of what was recorded, in the plain runtime."""
-    run = recorder.run
-    plain.take(recorder.examples)
-    plain.begin(run.start, run.rows - recorder.first_row, run.seed, run.correction)
-    for batch, lr in run.steps[:num_steps]:
-        plain.step(batch, lr)
-    weights, loss = plain.end()
-    return Answer(weights.copy(), loss)
-
-
-def tried(plain: TorchRuntime, recorder: Recorder) -> Answer:
-    """The same, of a client that is to be compared.
+def tried(plain: TorchRuntime, run: LocalRun) -> Trained:
+    """The first steps of a run in the plain runtime, to be compared.
 
     Raises:
         DisagreesError: the model keeps something of its own, which there is for each client that
             trains alone, but once for all that train side by side.
     """
-    found = play(plain, recorder)
+    local = plain.train(shortened(run))
     name = plain.changed()
     if name is not None:
         raise DisagreesError(
             f"while it trains, it writes {name!r}, and not by writing into a buffer in place"
         )
-    return found
+    return local._replace(weights=local.weights.copy())
 
 
 @contextmanager
@@ -75,7 +63,7 @@ def undrawn() -> Generator[None]:
 
 
 def compare(
-    spec: Spec, start: Vector, found: Answer, expected: Answer, tolerance: float = TOLERANCE
+    spec: Spec, start: Vector, found: Trained, expected: Trained, tolerance: float = TOLERANCE
 ) -> bool:
     """Whether anything could be said: not where the plain loop gives what is not finite.
 

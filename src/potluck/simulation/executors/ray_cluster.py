@@ -34,18 +34,18 @@ from potluck.engine.devices import device_of
 from potluck.engine.precision import Precision, check_precision
 from potluck.engine.task import Remade
 from potluck.simulation.executors.executor import (
-    NO_STATES,
+    ClientResult,
     CohortResult,
     Failure,
     Outcome,
+    RoundWork,
     empty_mean,
     summarise,
 )
+from potluck.simulation.executors.loop import OneByOne
 from potluck.simulation.executors.ray_pool import ActorPool
-from potluck.simulation.executors.recording import Work
 from potluck.simulation.executors.step_timing import Estimate, estimate
 from potluck.simulation.executors.vmap_executor import Vmap
-from potluck.simulation.executors.workers import OneByOne
 
 Local: TypeAlias = Literal["auto", "loop", "vmap"]
 
@@ -54,10 +54,7 @@ class _Training(NamedTuple):
     """What a round is for a worker; placed in the object store once."""
 
     number: int  # of the call, so that a worker knows a new round
-    algorithm: Algorithm
-    received: Vector
-    seed: int
-    round: int
+    work: RoundWork  # without the states, which travel with the clients
     chunk: int | None  # clients side by side; None is one after another
 
 
@@ -147,27 +144,20 @@ class Cluster:
         """A run with this seed begins, or goes on."""
         self._task.begin(seed)
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same.
+    def train(self, work: RoundWork) -> CohortResult:
+        """Local training of one cohort.
 
         Raises:
             WorkerError: no worker is left and none starts, or a worker failed otherwise.
         """
-        self._task.begin(seed)
+        self._task.begin(work.seed)
         self._calls += 1
+        states, cohort = work.states, work.cohort
         largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
-        training = _Training(self._calls, algorithm, received, seed, round, None)
+        sent = work._replace(cohort=largest_first, states={})
+        training = _Training(self._calls, sent, None)
         if len(cohort) > 0:
-            training = training._replace(chunk=self._chunk(training, largest_first, states))
+            training = training._replace(chunk=self._chunk(training, states))
         placed = self._ray.put(training)
         completed = self._pool.schedule(
             largest_first.tolist(),
@@ -178,14 +168,13 @@ class Cluster:
             side_by_side=training.chunk or 1,
             progress=self._progress,
         )
-        mean = empty_mean(algorithm, len(received))
+        mean = empty_mean(work)
         for partial in completed.sums:
             sum, total, bound = partial
             mean.merge(FixedPointMean.of(sum, total, bound, mean.wide))
-        outcomes = [outcome for trained, _ in completed.results for outcome in trained]
-        outcomes += [self._lost_workers_over(client) for client in completed.refused]
-        kept = {client: state for _, new in completed.results for client, state in new.items()}
-        return summarise(mean, outcomes, kept)._replace(executor=self._words(training.chunk))
+        results = [result for results in completed.results for result in results]
+        results += [(self._lost_workers_over(client), None) for client in completed.refused]
+        return summarise(mean, results)._replace(executor=self._words(training.chunk))
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches shared out."""
@@ -206,13 +195,12 @@ class Cluster:
         self._pool.close()
         self._disconnect()
 
-    def _chunk(
-        self, training: _Training, cohort: NDArray[np.int64], states: Mapping[int, Vector]
-    ) -> int | None:
+    def _chunk(self, training: _Training, states: Mapping[int, Vector]) -> int | None:
         """How many clients a worker trains side by side; None where it trains them one by one."""
         if self._local == "loop":
             return None
-        if self._chosen is not None and self._chosen[0] == training.algorithm:
+        algorithm, cohort = training.work.algorithm, training.work.cohort
+        if self._chosen is not None and self._chosen[0] == algorithm:
             return self._chosen[1]
         # As many as a worker may ever have side by side are enough to time.
         few = cohort[: max(-(-len(cohort) // self._count), 2)]
@@ -227,7 +215,7 @@ class Cluster:
         for costs in completed.results:  # none, if three workers were lost over it
             if self._on_gpu or self._local == "vmap" or costs.vmap < costs.loop:
                 chunk = int(costs.chunk)
-        self._chosen = (training.algorithm, chunk)
+        self._chosen = (algorithm, chunk)
         return chunk
 
     def _words(self, chunk: int | None) -> str:
@@ -267,35 +255,28 @@ class _RayWorkerBody:
         self, training: _Training, clients: NDArray[np.int64], states: Mapping[int, Vector]
     ) -> Estimate:
         """What a local step costs here, one after another and side by side."""
-        self._model.begin(training.seed)
-        received = training.received.copy()
-        _, algorithm, _, seed, round, _ = training
-        mean = empty_mean(algorithm, len(received))
-        work = Work(self._task, algorithm, received, seed, round, states, mean)
+        work = training.work
+        self._model.begin(work.seed)
+        work = work._replace(received=work.received.copy(), cohort=clients, states=states)
         placed = None
         if self._device is not None:
             trainer = self._trainer(len(clients))
             placed = trainer.placed if isinstance(trainer, Vmap) else None
-        return estimate(work, clients, time.perf_counter, placed)
+        return estimate(self._task, work, time.perf_counter, placed)
 
     def train(
         self, training: _Training, clients: list[int], states: Mapping[int, Vector]
-    ) -> tuple[list[Outcome], dict[int, Vector]]:
+    ) -> list[ClientResult]:
         """Train clients and add their updates to the partial sum; also what they keep."""
+        work, chunk = training.work, training.chunk
         if training.number != self._call:
             self._call = training.number
-            self._model.begin(training.seed)
-            self._received = training.received.copy()  # what Ray gives cannot be written to
-            self._mean = empty_mean(training.algorithm, len(self._received))
-        outcomes: list[Outcome] = []
-        kept: dict[int, Vector] = {}
-        _, algorithm, _, seed, round, chunk = training
-        work = Work(self._task, algorithm, self._received, seed, round, states, self._mean)
-        for outcome, state in self._trainer(chunk).train_clients(work, np.array(clients, np.int64)):
-            outcomes.append(outcome)
-            if state is not None:
-                kept[outcome.client] = state.copy()
-        return outcomes, kept
+            self._model.begin(work.seed)
+            self._received = work.received.copy()  # what Ray gives cannot be written to
+            self._mean = empty_mean(work)
+        work = work._replace(received=self._received, states=states)
+        trained = self._trainer(chunk).train_clients(work, np.array(clients, np.int64), self._mean)
+        return [(outcome, None if state is None else state.copy()) for outcome, state in trained]
 
     def _make(self) -> None:
         self._trainers: dict[int | None, Vmap | OneByOne] = {}  # by clients side by side

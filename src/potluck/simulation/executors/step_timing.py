@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.engine import TorchRuntime
+from potluck.engine import Task, TorchRuntime
 from potluck.engine.gpu.chunk_trainer import DeviceCohort
+from potluck.engine.local_run import LocalRun
 from potluck.engine.module.randomness import kept_randomness
 from potluck.engine.vmap.cohort_trainer import CohortRuntime
-from potluck.simulation.executors.executor import kernel_threads
-from potluck.simulation.executors.parity import play, shortened
-from potluck.simulation.executors.recording import Recorder, Unanswered, Work
+from potluck.simulation.executors.executor import RoundWork, empty_mean, kernel_threads, started
+from potluck.simulation.executors.parity import shortened
 from potluck.simulation.executors.vmap_executor import chunk_for
 
 _FEW, _MORE = 1, 4  # steps
@@ -39,8 +39,8 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    work: Work,
-    cohort: NDArray[np.int64],
+    task: Task,
+    work: RoundWork,
     clock: Callable[[], float],
     placed: DeviceCohort | None = None,
 ) -> Estimate:
@@ -49,37 +49,36 @@ def estimate(
     Args:
         placed: what trains clients side by side instead of this processor.
     """
+    cohort = work.cohort
     if placed is not None:
         cohort = np.array([k for k in cohort if int(k) not in placed.misfits], np.int64)
-    offsets = work.task.data.offsets
-    sizes = offsets[cohort + 1] - offsets[cohort]
-    cohort = cohort[np.argsort(-sizes, kind="stable")]
+    cohort = cohort[np.argsort(-task.data.sizes[cohort], kind="stable")]
     with kept_randomness(), kernel_threads(1):
-        plain = TorchRuntime(work.task, one_thread=True)
+        plain = TorchRuntime(task, one_thread=True)
         usual = chunk_for(plain.spec.num_bytes) if placed is None else placed.chunk
         usual = min(usual, len(cohort))
-        recorders = _recorded(work, cohort[:usual])
-        if not recorders:
+        runs = _runs(task, work, cohort[:usual])
+        if not runs:
             return Estimate(0.0, np.inf, usual)
-        num_steps = len(cohort) * sum(len(r.run.steps) for r in recorders) / len(recorders)
+        num_steps = len(cohort) * sum(len(run.steps) for run in runs) / len(runs)
 
-        def alone(some: Sequence[Recorder], steps: int) -> None:
-            for recorder in some:
-                play(plain, recorder, steps)
+        def alone(some: Sequence[LocalRun], steps: int) -> None:
+            for run in some:
+                plain.train(shortened(run, steps))
 
         loop = vmap = np.inf
         chunk = usual
         try:
-            loop = _per_step(alone, recorders[:1], clock)
+            loop = _per_step(alone, runs[:1], clock)
             if placed is None and loop > _LONGEST_STEP_SECONDS:
                 return Estimate(loop, np.inf, usual, num_steps)
-            together = placed or CohortRuntime(work.task)
+            together = placed or CohortRuntime(task)
 
-            def side_by_side(some: Sequence[Recorder], steps: int) -> None:
-                together.train([shortened(recorder.run, steps) for recorder in some])
+            def side_by_side(some: Sequence[LocalRun], steps: int) -> None:
+                together.train([shortened(run, steps) for run in some])
 
             for clients in sorted({max(usual // 4, 2), usual}):
-                seconds = _per_step(side_by_side, recorders[:clients], clock, _HOPELESS * loop)
+                seconds = _per_step(side_by_side, runs[:clients], clock, _HOPELESS * loop)
                 if seconds < vmap:
                     chunk, vmap = clients, seconds
                 if vmap > _HOPELESS * loop:
@@ -89,21 +88,15 @@ def estimate(
     return Estimate(loop, vmap, chunk, num_steps)
 
 
-def _recorded(work: Work, clients: NDArray[np.int64]) -> list[Recorder]:
+def _runs(task: Task, work: RoundWork, numbers: NDArray[np.int64]) -> list[LocalRun]:
     """What clients with steps ask for first."""
-    recorders: list[Recorder] = []
-    for client in map(int, clients):
-        recorder = Recorder(work.task, client)
-        try:
-            work.train(client, recorder)
-        except Unanswered:
-            recorders.append(recorder)
-    return recorders
+    runs = (client.run for client in started(task, work, numbers, empty_mean(work)))
+    return [run for run in runs if run is not None]
 
 
 def _per_step(
-    train: Callable[[Sequence[Recorder], int], None],
-    recorders: Sequence[Recorder],
+    train: Callable[[Sequence[LocalRun], int], None],
+    runs: Sequence[LocalRun],
     clock: Callable[[], float],
     hopeless: float = np.inf,
 ) -> float:
@@ -112,7 +105,7 @@ def _per_step(
 
     def seconds(steps: int) -> float:
         started = clock()
-        train(recorders, steps)
+        train(runs, steps)
         return clock() - started
 
     def best(steps: int) -> float:
@@ -124,9 +117,9 @@ def _per_step(
         return fastest
 
     seconds(_FEW)
-    longest = max(len(recorder.run.steps) for recorder in recorders)
-    few = sum(min(len(recorder.run.steps), _FEW) for recorder in recorders)
-    more = sum(min(len(recorder.run.steps), _MORE) for recorder in recorders)
+    longest = max(len(run.steps) for run in runs)
+    few = sum(min(len(run.steps), _FEW) for run in runs)
+    more = sum(min(len(run.steps), _MORE) for run in runs)
     whole = seconds(_MORE)
     if whole > _LONG_SECONDS and whole / more > hopeless:
         return whole / more

@@ -7,20 +7,18 @@ training examples: the same sample in every round, of every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm
 from potluck.core import Vector, stream
 from potluck.core.validate import as_count
 from potluck.engine import Evaluator, Task, evaluation_batches
 from potluck.engine.task import Remade
 from potluck.simulation.executors.executor import (
-    NO_STATES,
     CohortResult,
     Executor,
+    RoundWork,
     kernel_threads,
 )
 
@@ -49,18 +47,9 @@ class WithTrainLoss:
         if begin is not None:
             begin(seed)
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
+    def train(self, work: RoundWork) -> CohortResult:
         """Local training of one cohort, by the other executor."""
-        return self._inner.train(algorithm, received, cohort, seed=seed, round=round, states=states)
+        return self._inner.train(work)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation by the other executor, and the loss on the sample."""

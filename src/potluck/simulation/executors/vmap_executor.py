@@ -1,7 +1,7 @@
 """The `vmap` executor: a cohort as one program.
 
-The clients of a cohort are recorded (`recording`), trained side by side in chunks
-(`CohortRuntime`), and the algorithm's own lines make the updates. Clients of similar size share a
+The client halves of a chunk run until each asks for local training, all are trained side by side
+(`CohortRuntime`), and each is given its result. Clients of similar size share a
 chunk, so that they are done together. Where all make one step from the same weights, the cohort is
 one large batch (`pooling`).
 
@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.algorithms import Algorithm
-from potluck.core import FixedPointMean, TaskError, Vector
+from potluck.core import FixedPointMean, TaskError, Trained, Vector
 from potluck.core.validate import as_count
 from potluck.data.trees import is_one
 from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches
@@ -35,18 +33,23 @@ from potluck.engine.devices import device_of, unpacked_rnns
 from potluck.engine.evaluation import EVALUATION_BATCH
 from potluck.engine.gpu.chunk_trainer import DeviceCohort
 from potluck.engine.gpu.fedsgd_on_device import PooledOnDevice
+from potluck.engine.local_run import LocalRun
 from potluck.engine.module.randomness import kept_randomness
 from potluck.engine.precision import Precision, check_precision, products
 from potluck.engine.task import Remade
-from potluck.engine.vmap.cohort_trainer import CohortRuntime, LocalRun
+from potluck.engine.vmap.cohort_trainer import CohortRuntime
 from potluck.models.losses import may_count_nothing
 from potluck.simulation.executors.executor import (
-    NO_STATES,
+    ClientResult,
     CohortResult,
     Outcome,
+    RoundClient,
+    RoundWork,
     empty_mean,
     kernel_threads,
+    started,
     summarise,
+    train_client,
 )
 from potluck.simulation.executors.fedsgd import Pooling
 from potluck.simulation.executors.gpu_sum import is_reducible, reduce
@@ -58,7 +61,6 @@ from potluck.simulation.executors.parity import (
     tried,
     undrawn,
 )
-from potluck.simulation.executors.recording import Answer, Recorder, Unanswered, Work
 
 _LOG = logging.getLogger("potluck")
 _CHUNK = 256  # clients, beyond which a larger chunk gains nothing
@@ -66,7 +68,6 @@ _CHUNK_BYTES = 4 * 2**20  # of the models of a chunk, which the caches of a proc
 _COPIES = 8  # of each model: weights, gradient, result, what pulls, temporaries
 _EVALUATED = 1000  # examples at a time, on a device
 _TOLERANCES = {"tf32": 2e-2, "bf16": 0.5}  # of a trial, where products are not of float32
-Trained: TypeAlias = tuple[Outcome, Vector | None]  # as `train_client` gives it
 
 
 class Vmap:
@@ -111,65 +112,41 @@ class Vmap:
         """What trains on a device, if one was named."""
         return self._device_cohort
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same."""
-        _, result = self.train_part(
-            algorithm, received, cohort, seed=seed, round=round, states=states
-        )
+    def train(self, work: RoundWork) -> CohortResult:
+        """Local training of one cohort."""
+        _, result = self.train_part(work)
         return result
 
-    def train_part(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> tuple[FixedPointMean, CohortResult]:
+    def train_part(self, work: RoundWork) -> tuple[FixedPointMean, CohortResult]:
         """The same, with the sum that the aggregate was made of."""
-        self.begin(seed)
-        offsets = self._task.data.offsets
-        sizes = offsets[cohort + 1] - offsets[cohort]
-        cohort = cohort[np.argsort(-sizes, kind="stable")]
-        mean = empty_mean(algorithm, len(received))
-        work = Work(self._task, algorithm, received, seed, round, states, mean)
-        outcomes: list[Outcome] = []
-        kept: dict[int, Vector] = {}
+        self.begin(work.seed)
+        cohort = work.cohort
+        cohort = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
+        mean = empty_mean(work)
         with kept_randomness(), kernel_threads(self._num_threads):
-            for outcome, state in self.train_clients(work, cohort):
-                outcomes.append(outcome)
-                if state is not None:
-                    kept[outcome.client] = state
-        return mean, summarise(mean, outcomes, kept)
+            return mean, summarise(mean, self.train_clients(work, cohort, mean))
 
     def begin(self, seed: int) -> None:
         """Train and evaluate the model of a run with this seed from now on."""
         self._model.begin(seed)
 
-    def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
-        """The client halves of these clients, into the mean of `work`; neighbours side by side."""
+    def train_clients(
+        self, work: RoundWork, clients: NDArray[np.int64], mean: FixedPointMean
+    ) -> Iterator[ClientResult]:
+        """The client halves of these clients, into the mean; neighbours side by side."""
         fits = self._fits(clients)
-        pooled = self._pooling.train(work, clients) if fits.all() else None
+        pooled = self._pooling.train(work, clients, mean) if fits.all() else None
         if pooled is not None:
             yield from ((outcome, None) for outcome in pooled)
             return
-        done, rest = self._reduced(work, clients[fits])
+        done, rest = self._reduced(work, clients[fits], mean)
         yield from ((outcome, None) for outcome in done)
         for i in range(0, len(rest), self.chunk):
-            yield from self._train(work, rest[i : i + self.chunk])
-        misfits = [Recorder(self._task, client) for client in map(int, clients[~fits])]
-        yield from self._train_plain(work, misfits)
+            part = rest[i : i + self.chunk]
+            yield from self._train(list(started(self._task, work, part, mean)))
+        misfits = list(started(self._task, work, clients[~fits], mean))
+        self._train_plain(_asking(misfits))
+        yield from (client.result for client in misfits)
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples."""
@@ -211,7 +188,7 @@ class Vmap:
         return np.array([int(client) not in placed.misfits for client in cohort], bool)
 
     def _reduced(
-        self, work: Work, cohort: NDArray[np.int64]
+        self, work: RoundWork, cohort: NDArray[np.int64], mean: FixedPointMean
     ) -> tuple[list[Outcome], NDArray[np.int64]]:
         """The clients that are in the sum already, made on the device; and the others."""
         placed = self._device_cohort
@@ -219,44 +196,29 @@ class Vmap:
             return [], cohort
         if self._may_skip:  # whose losses are looked at before they are in a sum
             return [], cohort
-        recorders = [Recorder(self._task, client) for client in map(int, cohort)]
-        asking = work._replace(mean=empty_mean(work.algorithm, len(work.received)))
-        for recorder in recorders:
-            try:
-                asking.train(recorder.client, recorder)
-                return [], cohort  # without a step
-            except Unanswered:
-                pass
-        if not recorders:
+        clients = list(started(self._task, work, cohort, empty_mean(work)))
+        runs = [client.run for client in clients if client.run is not None]
+        if len(runs) < len(clients) or not runs:
             return [], cohort
         try:
-            self._trust(recorders)
-            done, left = reduce(work, recorders, placed)
+            self._trust(runs)
+            done, left = reduce(cohort.tolist(), runs, work.received, placed, mean)
         except Exception:  # as in `_train`, which tells why
             return [], cohort
-        return done, np.array([recorder.client for recorder in left], np.int64)
+        return done, np.array(left, np.int64)
 
-    def _train(self, work: Work, chunk: NDArray[np.int64]) -> list[Trained]:
-        """Run the client halves of a chunk until each has its answers."""
-        waiting = [Recorder(self._task, client) for client in map(int, chunk)]
-        done: list[Trained] = []
-        while waiting and self.refused is None:
-            asking: list[Recorder] = []
-            for recorder in waiting:
-                try:
-                    done.append(work.train(recorder.client, recorder))
-                except Unanswered:
-                    asking.append(recorder)
-            waiting = asking
+    def _train(self, clients: Sequence[RoundClient]) -> list[ClientResult]:
+        """Answer the clients of a chunk, together, until each is at its end."""
+        while (asking := _asking(clients)) and self.refused is None:
             try:
                 for alike in _alike(asking):
                     self._answer(alike)
             except Exception as error:  # of the model, or of one client's data
-                plain = self._train_plain(work, asking)
+                plain = self._train_plain(asking)
                 if all(outcome.failure is None for outcome, _ in plain):
                     self._refuse(error)
-                return done + plain
-        return done + self._train_plain(work, waiting)
+        self._train_plain(_asking(clients))
+        return [client.result for client in clients]
 
     @property
     def _plain(self) -> TorchRuntime:
@@ -265,46 +227,46 @@ class Vmap:
             self._slow = TorchRuntime(self._task, one_thread=self._num_threads == 1)
         return self._slow
 
-    def _train_plain(self, work: Work, recorders: Sequence[Recorder]) -> list[Trained]:
-        return [work.train(recorder.client, self._plain) for recorder in recorders]
+    def _train_plain(self, asking: Iterable[tuple[RoundClient, LocalRun]]) -> list[ClientResult]:
+        return [train_client(client, self._plain) for client, _ in asking]
 
-    def _trust(self, recorders: Sequence[Recorder]) -> None:
+    def _trust(self, runs: Sequence[LocalRun]) -> None:
         """Compare with the plain loop, unless corrections of this kind were compared before.
 
         Raises:
             Exception: it cannot be vectorised, or differs.
         """
-        kind = _kind(recorders[0].run)
-        if kind not in self._tried and self._try(recorders[:2]):
+        kind = _kind(runs[0])
+        if kind not in self._tried and self._try(runs[:2]):
             self._tried.add(kind)
 
-    def _answer(self, recorders: Sequence[Recorder]) -> None:
-        """Train side by side what was recorded, with corrections of one kind.
+    def _answer(self, asking: Sequence[tuple[RoundClient, LocalRun]]) -> None:
+        """Train side by side what clients ask for, with corrections of one kind.
 
         Raises:
             Exception: it cannot be.
         """
-        self._trust(recorders)
-        weights, losses = self._cohort.train([recorder.run for recorder in recorders])
+        runs = [run for _, run in asking]
+        self._trust(runs)
+        weights, losses = self._cohort.train(runs)
         if self._may_skip and not np.isfinite(losses).all():  # the loop knows which steps to skip
             raise DisagreesError("its loss is not finite where a batch counts nothing")
-        for recorder, row, loss in zip(recorders, weights, losses.tolist(), strict=True):
-            recorder.answers.append(Answer(row, loss))
+        for (client, run), row, loss in zip(asking, weights, losses.tolist(), strict=True):
+            client.answer(Trained(row, loss, len(run.steps)))
 
-    def _try(self, recorders: Sequence[Recorder]) -> bool:
+    def _try(self, runs: Sequence[LocalRun]) -> bool:
         """Compare a few steps with the plain loop's; whether anything could be said.
 
         Raises:
             DisagreesError: they differ.
         """
-        runs = [shortened(recorder.run) for recorder in recorders]
-        expected = [tried(self._oracle, recorder) for recorder in recorders]
+        expected = [tried(self._oracle, run) for run in runs]
+        runs = [shortened(run) for run in runs]
         with undrawn():
             weights, losses = self._cohort.train(runs)
-        found = [Answer(row, loss) for row, loss in zip(weights, losses.tolist(), strict=True)]
         said = [
-            compare(self._plain.spec, run.start, one, other, self._tolerance)
-            for run, one, other in zip(runs, found, expected, strict=True)
+            compare(self._plain.spec, run.start, Trained(row, loss, 0), other, self._tolerance)
+            for run, row, loss, other in zip(runs, weights, losses.tolist(), expected, strict=True)
         ]
         return all(said)
 
@@ -348,9 +310,16 @@ def _kind(run: LocalRun) -> tuple[float | None, float, bool, int]:
     return clip, proximal, drift is None, len(run.start)
 
 
-def _alike(recorders: Sequence[Recorder]) -> Iterable[list[Recorder]]:
+def _asking(clients: Iterable[RoundClient]) -> list[tuple[RoundClient, LocalRun]]:
+    """The clients that wait for local training, and for which."""
+    return [(client, client.run) for client in clients if client.run is not None]
+
+
+def _alike(
+    asking: Iterable[tuple[RoundClient, LocalRun]],
+) -> Iterable[list[tuple[RoundClient, LocalRun]]]:
     """The clients by the kind of their corrections; of one kind almost always."""
-    kinds: dict[object, list[Recorder]] = {}
-    for recorder in recorders:
-        kinds.setdefault(_kind(recorder.run), []).append(recorder)
+    kinds: dict[object, list[tuple[RoundClient, LocalRun]]] = {}
+    for client, run in asking:
+        kinds.setdefault(_kind(run), []).append((client, run))
     return kinds.values()

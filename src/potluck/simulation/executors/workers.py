@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from pickle import PicklingError
@@ -38,14 +38,13 @@ from potluck.algorithms import Algorithm, num_wide
 from potluck.core import FixedPointMean, PotluckError, Vector, WorkerError
 from potluck.core.allocator import keep_freed
 from potluck.core.validate import as_count
-from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches, means, spec_of
+from potluck.engine import Evaluator, Task, evaluation_batches, means, spec_of
 from potluck.engine.native.kernels import kernels_of
 from potluck.engine.precision import Precision, check_precision
 from potluck.engine.task import Remade
 from potluck.simulation.executors.client_state_file import Slots
-from potluck.simulation.executors.executor import NO_STATES, CohortResult, Outcome, summarise
-from potluck.simulation.executors.recording import Work
-from potluck.simulation.executors.vmap_executor import Trained, Vmap
+from potluck.simulation.executors.executor import CohortResult, Outcome, RoundWork, summarise
+from potluck.simulation.executors.loop import OneByOne
 
 
 class _Shared(NamedTuple):
@@ -59,14 +58,11 @@ class _Shared(NamedTuple):
 class _Training(NamedTuple):
     """What the workers are asked in a round; a seed alone asks to evaluate a model of its run."""
 
-    algorithm: Algorithm
+    work: RoundWork  # its cohort by place; without what was received and the states
     length: int  # of what was received, and of an update
-    cohort: NDArray[np.int64]  # by place
     has_state: list[bool]  # by place
     state_length: int  # of those that have one
     jobs: list[tuple[int, int]]  # places from … to …
-    seed: int
-    round: int
 
 
 class _Trained(NamedTuple):
@@ -125,39 +121,28 @@ class Workers:
         """A run with this seed begins, or goes on."""
         self._task.begin(seed)
 
-    def train(
-        self,
-        algorithm: Algorithm,
-        received: Vector,
-        cohort: NDArray[np.int64],
-        *,
-        seed: int,
-        round: int,
-        states: Mapping[int, Vector] = NO_STATES,
-    ) -> CohortResult:
-        """Local training of one cohort, each client of which received the same.
+    def train(self, work: RoundWork) -> CohortResult:
+        """Local training of one cohort.
 
         Raises:
             WorkerError: a worker process died. The executor is closed.
         """
-        self._task.begin(seed)
-        self._make_room(algorithm)
-        offsets = self._task.data.offsets
-        sizes = offsets[cohort + 1] - offsets[cohort]
+        self._task.begin(work.seed)
+        self._make_room(work.algorithm)
+        states, received = work.states, work.received
+        sizes = self._task.data.sizes[work.cohort]
         order = np.argsort(-sizes, kind="stable")
-        largest_first = cohort[order]
+        largest_first = work.cohort[order]
         has_state = [int(client) in states for client in largest_first]
         slots = self._shared.slots
         for place, client in enumerate(map(int, largest_first)):
             if has_state[place] and slots is not None:
                 slots.write(place, states[client])
-        jobs = self._cut(sizes[order])
-        kept_length = max((len(states[int(k)]) for k in cohort if int(k) in states), default=0)
-        request = _Training(
-            algorithm, len(received), largest_first, has_state, kept_length, jobs, seed, round
-        )
+        kept_length = max((len(states[int(k)]) for k in work.cohort if int(k) in states), default=0)
+        sent = work._replace(cohort=largest_first, received=received[:0], states={})
+        request = _Training(sent, len(received), has_state, kept_length, self._cut(sizes[order]))
         replies: list[_Trained] = self._ask(received, request)
-        wide = num_wide(algorithm)
+        wide = num_wide(work.algorithm)
         length = len(received) + wide
         partials = [
             FixedPointMean.of(worker.sum[:length], reply.total, reply.bound, wide)
@@ -171,7 +156,8 @@ class Workers:
             if slots is not None:
                 read = slots.read
                 kept |= {int(largest_first[p]): read(p, n) for p, n in reply.written.items()}
-        return summarise(mean, [o for reply in replies for o in reply.outcomes], kept)
+        outcomes = [outcome for reply in replies for outcome in reply.outcomes]
+        return summarise(mean, [(outcome, kept.get(outcome.client)) for outcome in outcomes])
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, its batches shared out."""
@@ -364,19 +350,19 @@ class _Labour:
 
     def train(self, request: _Training) -> _Trained:
         """Train clients until there are no more, and add their updates to the partial sum."""
-        algorithm, length, cohort, _, _, jobs, seed, round = request
-        self._model.begin(seed)
-        wide = num_wide(algorithm)
-        mean = FixedPointMean(length, self._partial[: length + wide], wide)
+        self._model.begin(request.work.seed)
+        received = self._received[: request.length]
+        work = request.work._replace(received=received)
+        wide = num_wide(work.algorithm)
+        mean = FixedPointMean(request.length, self._partial[: request.length + wide], wide)
         outcomes: list[Outcome] = []
         written: dict[int, int] = {}
-        received = self._received[:length]
-        for job in self._jobs(len(jobs)):
-            places = range(*jobs[job])
-            place_of = {int(cohort[place]): place for place in places}
-            states = self._states(request, places)
-            work = Work(self._task, algorithm, received, seed, round, states, mean)
-            for outcome, state in self._trainer.train_clients(work, cohort[slice(*jobs[job])]):
+        for job in self._jobs(len(request.jobs)):
+            places = range(*request.jobs[job])
+            clients = work.cohort[places.start : places.stop]
+            place_of = dict(zip(clients.tolist(), places, strict=True))
+            work = work._replace(states=self._states(request, places))
+            for outcome, state in self._trainer.train_clients(work, clients, mean):
                 outcomes.append(outcome)
                 if state is not None and self._shared.slots is not None:
                     self._shared.slots.write(place_of[outcome.client], state)
@@ -391,9 +377,13 @@ class _Labour:
         return [(job, self._evaluator.sums(self._batches[job])) for job in jobs]
 
     def _make(self) -> None:
-        task, chunk = self._task, self._chunk
-        self._trainer = OneByOne(task, self._precision) if chunk is None else Vmap(task, chunk)
-        self._evaluator = Evaluator(task)
+        if self._chunk is None:
+            self._trainer = OneByOne(self._task, self._precision)
+        else:
+            from potluck.simulation.executors.vmap_executor import Vmap
+
+            self._trainer = Vmap(self._task, self._chunk)
+        self._evaluator = Evaluator(self._task)
 
     def _states(self, request: _Training, places: range) -> dict[int, Vector]:
         """What the clients in these places keep."""
@@ -402,7 +392,7 @@ class _Labour:
             return {}
         kept = [place for place in places if request.has_state[place]]
         read, length = slots.read, request.state_length
-        return {int(request.cohort[place]): read(place, length) for place in kept}
+        return {int(request.work.cohort[place]): read(place, length) for place in kept}
 
     def _jobs(self, count: int) -> Iterator[int]:
         """Take the next job of all workers, while there are any and the parent lives."""
@@ -413,18 +403,6 @@ class _Labour:
             if job >= count:
                 return
             yield job
-
-
-class OneByOne:
-    """Trains a worker's clients as `Loop` does, and to its bits."""
-
-    def __init__(self, task: Task, precision: Precision) -> None:
-        keep_freed()
-        self._runtime = TorchRuntime(task, precision, one_thread=True)
-
-    def train_clients(self, work: Work, clients: NDArray[np.int64]) -> Iterator[Trained]:
-        """The client halves of these clients, into the mean of `work`."""
-        return (work.train(int(client), self._runtime) for client in clients)
 
 
 def cut(sizes: NDArray[np.int64], parts: int, longest: int) -> list[tuple[int, int]]:

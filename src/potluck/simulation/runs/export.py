@@ -6,8 +6,8 @@ from pathlib import Path
 
 from potluck.config.build import build_data, build_task
 from potluck.config.experiment import check_experiment
-from potluck.engine.state_file import is_model_file, model_file
 from potluck.simulation.runs.directory import read_run, read_tensors, read_weights
+from potluck.simulation.runs.state_file import is_model_file, model_file
 
 
 def export_run(directory: Path) -> bytes:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from safetensors.numpy import save
 
-from potluck.algorithms import Algorithm, ServerState
+from potluck.algorithms import ServerState
 from potluck.algorithms.scaffold import CONTROL
 from potluck.config.algorithm_section import build_algorithm
 from potluck.config.build import build_data, build_task
@@ -38,15 +38,14 @@ from potluck.core.plain_json import to_json
 from potluck.core.validate import as_seed
 from potluck.data import FederatedData
 from potluck.engine import Task
-from potluck.engine.state_file import model_file
 from potluck.simulation.executors.choose import make_executor
 from potluck.simulation.executors.train_loss import WithTrainLoss
 from potluck.simulation.handed import own_states
 from potluck.simulation.rounds import ClientStates, Round, handed_out, rounds
 from potluck.simulation.runs.directory import disk_errors, locked, read_tensors, whole_lines
 from potluck.simulation.runs.run_manifest import difference, make_manifest
+from potluck.simulation.runs.state_file import model_file
 from potluck.simulation.virtual_time.from_experiment import build_virtual_time
-from potluck.simulation.virtual_time.timeline import VirtualTime
 
 _LOG = logging.getLogger("potluck")
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
@@ -86,8 +85,49 @@ def train(
     target = _target(experiment, task)
     digest = None if virtual is None else virtual.fleet.digest()
     run = _Run(Path(directory), make_manifest(experiment, seed, task, digest))
+    settings = experiment.run
     with locked(run.directory):
-        yield from run.train(experiment, algorithm, task, seed, target, virtual, progress)
+        start = run.open()
+        if start is not None and (start.number >= settings.rounds or run.has_reached(target)):
+            run.finish(task)
+            run.close()
+            return
+        (run.directory / "final.safetensors").unlink(missing_ok=True)
+        executor = make_executor(
+            settings.executor,
+            task,
+            settings.workers,
+            address=settings.ray_address,
+            device=settings.device,
+            precision=settings.precision or "float32",
+            local=settings.ray_local,
+            gpus=settings.ray_gpus,
+            progress=progress,
+        )
+        if settings.evaluate_train is not None:
+            executor = WithTrainLoss(executor, task, settings.evaluate_train)
+        try:
+            for round in rounds(
+                algorithm,
+                task,
+                cohort=settings.cohort,
+                num_rounds=settings.rounds,
+                seed=seed,
+                codec=settings.codec or "float32",
+                executor=executor,
+                evaluate_every=settings.evaluate_every,
+                skip_failures=settings.skip_failures,
+                resume=start,
+                virtual=virtual,
+            ):
+                run.keep(round)
+                yield handed_out(round)  # the checkpoint is made of this one
+                if target and round.metrics and target.is_reached(round.metrics[target.metric]):
+                    break
+            run.finish(task)
+        finally:
+            executor.close()
+            run.close()
 
 
 class _Position(NamedTuple):
@@ -106,84 +146,20 @@ class _Run:
         self._manifest = manifest
         self._rounds: FileIO | None = None
         self._timings: FileIO | None = None
+        self._last: _Position | None = None
+        self._unsaved = False
+        self._due = time.monotonic() + _CHECKPOINT_SECONDS
 
-    def train(
-        self,
-        experiment: Experiment,
-        algorithm: Algorithm,
-        task: Task,
-        seed: int,
-        target: Target | None,
-        virtual: VirtualTime | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> Iterator[Round]:
-        run = experiment.run
-        start = self._open()
-        reached = target is not None and self._has_reached(target)
-        if start is not None and (start.number >= run.rounds or reached):
-            self._finish(task, start)
-            self._close()
-            return
-        (self.directory / "final.safetensors").unlink(missing_ok=True)
-        executor = make_executor(
-            run.executor,
-            task,
-            run.workers,
-            address=run.ray_address,
-            device=run.device,
-            precision=run.precision or "float32",
-            local=run.ray_local,
-            gpus=run.ray_gpus,
-            progress=progress,
-        )
-        if run.evaluate_train is not None:
-            executor = WithTrainLoss(executor, task, run.evaluate_train)
-        last: _Position | None = start
-        due = time.monotonic() + _CHECKPOINT_SECONDS
-        unsaved = False
-        try:
-            for round in rounds(
-                algorithm,
-                task,
-                cohort=run.cohort,
-                num_rounds=run.rounds,
-                seed=seed,
-                codec=run.codec or "float32",
-                executor=executor,
-                evaluate_every=run.evaluate_every,
-                skip_failures=run.skip_failures,
-                resume=start,
-                virtual=virtual,
-            ):
-                self._append(round)
-                last = _Position(round.number, round.state, round.client_states)
-                unsaved = True
-                if round.number == 0 or time.monotonic() > due:
-                    due = self._checkpoint(last)
-                    unsaved = False
-                yield handed_out(round)  # the checkpoint is made of this one
-                if target and round.metrics and target.is_reached(round.metrics[target.metric]):
-                    break
-            assert last is not None
-            self._checkpoint(last)
-            unsaved = False
-            self._finish(task, last)
-        finally:
-            executor.close()
-            try:
-                if unsaved and last is not None:
-                    self._checkpoint(last)
-            finally:
-                self._close()
-
-    def _has_reached(self, target: Target) -> bool:
+    def has_reached(self, target: Target | None) -> bool:
         """Whether one of the rounds before reached the target."""
+        if target is None:
+            return False
         lines = whole_lines(self.directory / "rounds.jsonl")
         metrics: list[dict[str, Any]] = [json.loads(line)["metrics"] or {} for line in lines]
         return any(target.is_reached(scores.get(target.metric)) for scores in metrics)
 
-    def _open(self) -> _Position | None:
-        """Check the manifest and open the logs where the checkpoint ends."""
+    def open(self) -> _Position | None:
+        """Check the manifest and open the logs where the checkpoint ends, which is returned."""
         path = self.directory / "manifest.json"
         with disk_errors(self.directory):
             if path.exists():
@@ -203,7 +179,38 @@ class _Run:
             # Without buffers: what was not written for want of space is not tried again at close.
             self._rounds = FileIO(log, "a")
             self._timings = FileIO(self.directory / "timings.jsonl", "a")
+        self._last = start
         return start
+
+    def keep(self, round: Round) -> None:
+        """Write a round down, and a checkpoint if one is due."""
+        self._append(round)
+        self._last = _Position(round.number, round.state, round.client_states)
+        self._unsaved = True
+        if round.number == 0 or time.monotonic() > self._due:
+            self._checkpoint(self._last)
+
+    def finish(self, task: Task) -> None:
+        """Save the last round and its model."""
+        last = self._last
+        assert last is not None
+        if self._unsaved:
+            self._checkpoint(last)
+        content = model_file(
+            task, last.state.weights, seed=self._manifest["seed"], round=last.number
+        )
+        with disk_errors(self.directory):
+            write_whole(self.directory / "final.safetensors", content)
+
+    def close(self) -> None:
+        """Save what is not saved yet, and close the logs."""
+        try:
+            if self._unsaved and self._last is not None:
+                self._checkpoint(self._last)
+        finally:
+            for file in (self._rounds, self._timings):
+                if file is not None:
+                    file.close()
 
     def _compare(self, path: Path) -> None:
         try:
@@ -269,8 +276,7 @@ class _Run:
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _checkpoint(self, last: _Position) -> float:
-        """Save, and tell when to save again."""
+    def _checkpoint(self, last: _Position) -> None:
         started = time.monotonic()
         tensors = {"weights": last.state.weights}
         tensors |= {_OPTIMIZER + name: value for name, value in last.state.optimizer.items()}
@@ -283,18 +289,7 @@ class _Run:
             os.fsync(self._rounds.fileno())  # a checkpoint never runs ahead of its log
             write_whole(self.directory / "checkpoint.safetensors", content)
         now = time.monotonic()
-        return now + max(_CHECKPOINT_SECONDS, 9.0 * (now - started))
-
-    def _finish(self, task: Task, last: _Position) -> None:
-        seed = self._manifest["seed"]
-        content = model_file(task, last.state.weights, seed=seed, round=last.number)
-        with disk_errors(self.directory):
-            write_whole(self.directory / "final.safetensors", content)
-
-    def _close(self) -> None:
-        for file in (self._rounds, self._timings):
-            if file is not None:
-                file.close()
+        self._due, self._unsaved = now + max(_CHECKPOINT_SECONDS, 9.0 * (now - started)), False
 
 
 def _target(experiment: Experiment, task: Task) -> Target | None:

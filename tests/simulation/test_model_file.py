@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from potluck import FedAvg, Task, TwoNN, datasets, evaluate, partitions, rounds
 from potluck.cli.main import app
 from potluck.config.experiment import check_experiment
-from potluck.engine.state_file import model_file
 from potluck.simulation import read_run, read_weights, train
+from potluck.simulation.runs.state_file import model_file
 
 DATA = partitions.iid(datasets.digits(), clients=5, seed=0)
 

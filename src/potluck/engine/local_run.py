@@ -1,0 +1,79 @@
+"""The local steps that a request for local training amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potluck.core import ClientContext, Correction, LocalSGD, Vector, derive_seed, stream
+from potluck.data.federated import lengths
+from potluck.engine.task import Task
+
+
+class LocalRun(NamedTuple):
+    """All local steps of one client from some weights on."""
+
+    start: Vector  # [dim], not changed while it is trained
+    rows: NDArray[np.int64]  # of the packed training examples, in the order of the steps
+    steps: Sequence[tuple[slice, float]]  # each the batch, of `rows`, and the rate
+    seed: int  # of what the model draws
+    correction: Correction
+
+
+def run_of(
+    task: Task, request: LocalSGD, client: ClientContext, number: int | None = None
+) -> LocalRun:
+    """The steps that a client asks for.
+
+    Args:
+        number: of the client in the task's data, where it is another than in the run.
+    """
+    number = client.client if number is None else number
+    data, size = task.data, client.num_examples
+    random = stream(client.seed, "batches", client.round, client.client)
+    steps = None
+    if data.padding is not None and task.batches == "by length":
+        steps = lengths(data.client(number).inputs, data.padding)
+    order = batch_order(size, request.batch_size, steps, random)
+    batches = batches_of(size, request.batch_size)
+    return LocalRun(
+        request.start,
+        order + int(data.offsets[number]),
+        [(batch, request.lr) for _ in range(request.epochs) for batch in batches],
+        derive_seed(client.seed, "model", client.round, client.client),
+        request.correction,
+    )
+
+
+@lru_cache(maxsize=4096)  # clients of one size, round after round
+def batches_of(num_examples: int, batch_size: int | None) -> tuple[slice, ...]:
+    """The batches of one local epoch, as rows of the ordered examples; the last may be short."""
+    size = batch_size or num_examples
+    return tuple(slice(i, min(i + size, num_examples)) for i in range(0, num_examples, size))
+
+
+def batch_order(
+    num_examples: int,
+    batch_size: int | None,
+    lengths: NDArray[np.int64] | None,
+    random: np.random.Generator,
+) -> NDArray[np.int64]:
+    """The order in which batches take a client's examples.
+
+    It is random. Where examples have lengths [examples], those of a batch are of similar length,
+    and the batches come in random order.
+    """
+    order = random.permutation(num_examples)
+    if lengths is None or batch_size is None or num_examples <= batch_size:
+        return order
+    order = order[np.argsort(lengths[order], kind="stable")]
+    whole, rest = divmod(num_examples, batch_size)
+    # The short batch comes last, and may be of any length.
+    start = int(random.integers(whole + 1)) * batch_size
+    last = order[start : start + rest]
+    others = np.delete(order, np.s_[start : start + rest]).reshape(whole, batch_size)
+    return np.concatenate([others[random.permutation(whole)].ravel(), last])

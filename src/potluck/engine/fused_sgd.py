@@ -42,7 +42,9 @@ from potluck.engine.precision import Precision
 
 SMALLEST = 65_536  # weights; below it the plain step is as fast
 _THIN = 32  # rows of a batch; up to here the time goes into reading the weights, not into products
-_LARGE = 1_000_000  # weights; from it on oneDNN multiplies thin batches faster than MKL
+# Weights; from it on oneDNN multiplies thin batches faster than MKL (benchmarks/LOG.md, "oneDNN for
+# products"): 2 to 5 % of a step of the CNN.
+_LARGE = 1_000_000
 
 _Forward = Callable[..., Any]
 

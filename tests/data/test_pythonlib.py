@@ -14,9 +14,10 @@ from torch.nn import functional
 from potluck import FedAvg, Task, federated_evaluation, rounds
 from potluck.core import DataError
 from potluck.data import datasets
-from potluck.data.lines import PADDING, START, SYMBOLS, decode
+from potluck.data.lines import PADDING, START, SYMBOLS
 from potluck.data.partitions import by_group
 from potluck.data.pythonlib import read_modules
+from rows_of_bytes import decode
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:

@@ -12,9 +12,10 @@ import pytest
 from potluck.core import ChecksumError, DataError
 from potluck.data import datasets
 from potluck.data.federated import Array, Dataset, Examples
-from potluck.data.lines import PADDING, START, STEPS, decode
+from potluck.data.lines import PADDING, START, STEPS
 from potluck.data.partitions import by_group, iid
 from potluck.data.shakespeare import Variant, read_roles
+from rows_of_bytes import decode
 
 HAMLET = "THE TRAGEDY OF HAMLET, PRINCE OF DENMARK / Ham"
 ERRORS = "THE COMEDY OF ERRORS / {}"

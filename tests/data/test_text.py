@@ -12,12 +12,12 @@ from potluck.data.lines import (
     PADDING,
     START,
     SYMBOLS,
-    decode,
     encode_lines,
     line_corpus,
     rows_per_line,
 )
 from potluck.data.partitions import by_group
+from rows_of_bytes import decode
 
 LINES = st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=8)
 

@@ -87,15 +87,6 @@ def rows_per_line(lines: Sequence[bytes], steps: int = STEPS) -> NDArray[np.int6
     return np.array([len(line) // steps + 1 for line in lines], np.int64)
 
 
-def decode(rows: Array) -> bytes:
-    """The bytes in some rows, without START and PADDING.
-
-    The targets of all rows give the whole text back, every line with its newline.
-    """
-    symbols = np.asarray(rows).ravel()
-    return symbols[symbols < START].astype(np.uint8).tobytes()
-
-
 def _side(
     names: Sequence[str], lines_of: Sequence[Sequence[bytes]], steps: int
 ) -> tuple[Examples, Array]:

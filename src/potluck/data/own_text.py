@@ -67,21 +67,7 @@ def from_text(
         raise DataError(
             f"text is split by lines or rows, got split={split!r}. Say 'shuffled' or 'last'."
         )
-    called = name or (Path(source).stem if isinstance(source, (str, Path)) else "own text")
-    column = None
-    if isinstance(source, Mapping):
-        texts = cast("Mapping[Any, Any]", source)
-        if not texts:
-            raise DataError("there must be at least one client, got none. Give {name: text}.")
-        names = client_names(texts)
-        clients = {names[key]: _lines(text, names[key]) for key, text in texts.items()}
-    elif isinstance(source, (str, Path)) and Path(source).is_dir():
-        paths = files_in(Path(source), (".txt",))
-        clients = {path.stem: _lines(text_in(path), path.stem) for path in paths}
-    else:
-        column = text_column
-        tables = client_tables(source, client_column)
-        clients = {key: _column(part, text_column) for key, part in tables.items()}
+    clients, column = _read(source, client_column, text_column)
     if schema is not None:
         rules = schema.symbols
         if rules is None:
@@ -92,6 +78,7 @@ def from_text(
     else:
         found = (text for units in clients.values() for unit in units for text in unit)
         rules = Symbols.of(found, as_count("steps", steps), column)
+    called = name or (Path(source).stem if isinstance(source, (str, Path)) else "own text")
     data = _packed(clients, rules, hold_out, called)
     if data.test.num_examples == 0:
         raise DataError(
@@ -99,6 +86,23 @@ def from_text(
             "training. Give more lines."
         )
     return data
+
+
+def _read(
+    source: Any, client_column: str, text_column: str
+) -> tuple[dict[str, list[list[str]]], str | None]:
+    """Of each client its units, which are not taken apart, as lines; and the column of a table."""
+    if isinstance(source, Mapping):
+        texts = cast("Mapping[Any, Any]", source)
+        if not texts:
+            raise DataError("there must be at least one client, got none. Give {name: text}.")
+        names = client_names(texts)
+        return {names[key]: _lines(text, names[key]) for key, text in texts.items()}, None
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        paths = files_in(Path(source), (".txt",))
+        return {path.stem: _lines(text_in(path), path.stem) for path in paths}, None
+    tables = client_tables(source, client_column)
+    return {key: _column(part, text_column) for key, part in tables.items()}, text_column
 
 
 def text_of_file(path: Path, schema: Schema, symbols: Symbols) -> FederatedData:

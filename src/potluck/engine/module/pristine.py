@@ -40,11 +40,11 @@ _FIXED = (
 
 
 class _Table(NamedTuple):
-    """The attributes of a module, or its parameters, buffers or modules."""
+    """The attributes of a module, or its parameters, buffers, modules or hooks."""
 
     name: str  # what its entries' names begin with
-    live: dict[str, Any]
-    before: dict[str, Any]
+    live: dict[Any, Any]
+    before: dict[Any, Any]
 
 
 class _Place(NamedTuple):
@@ -103,7 +103,6 @@ class Pristine:
         self._places: list[_Place] = []
         self._mutable: list[_Mutable] = []
         self._outside: list[_Outside] = []
-        self._hooks: list[Any] = []  # tables of them
         ours = {id(tensor): name for name, tensor in averaged.items()}
         known = dict(module.named_buffers())
         for name, tensor in known.items():
@@ -125,8 +124,6 @@ class Pristine:
         for prefix, part in parts.items():
             self._note(prefix, vars(part), ours)
         self._of_modules = [table for table in self._tables if _is_of_modules(table)]
-        self._hooks_before = [dict(hooks) for hooks in self._hooks]
-        self._num_hooks = sum(map(len, self._hooks))
         self._fixed = {id(value): value for value in [*parts.values(), *module.parameters()]}
         self._fixed |= {id(value): value for value in known.values()}
         self._values = self._copied([m.table.live[m.key] for m in self._mutable])
@@ -140,14 +137,14 @@ class Pristine:
                     trains, address = value.requires_grad, value.data_ptr()
                     place = _Place(ours[id(value)], inner, key, value, value.data, address, trains)
                     self._places.append(place)
-        own = self._note_attributes(prefix, attributes, ours)
-        for key, value in own.before.items():
-            if key in PLUMBING and key not in TABLES and isinstance(value, dict):
-                self._hooks.append(value)
+        self._note_attributes(prefix, attributes, ours)
+        for key in PLUMBING.intersection(attributes).difference(TABLES):
+            if isinstance(attributes[key], dict):
+                self._tables.append(_Table(prefix, attributes[key], dict(attributes[key])))
 
     def _note_attributes(
         self, prefix: str, attributes: dict[str, Any], ours: dict[int, str]
-    ) -> _Table:
+    ) -> None:
         table = _Table(prefix, attributes, dict(attributes))
         self._tables.append(table)
         for key, value in attributes.items():
@@ -158,7 +155,6 @@ class Pristine:
                     self._outside.append(_Outside(prefix + key, value, may_count=False))
             elif not _is_fixed(value):
                 self._mutable.append(_Mutable(prefix + key, table, key, _is_plain(value)))
-        return table
 
     def adopt(self) -> None:
         """Count what was put on the module since then as part of it."""
@@ -203,10 +199,6 @@ class Pristine:
             outside.restore()
         if self._mutable:
             self._restore_values()
-        if sum(map(len, self._hooks)) != self._num_hooks:
-            for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
-                hooks.clear()
-                hooks.update(before)
 
     def changed(self) -> str | None:
         """The name of something that changed, and is neither a value of an averaged tensor nor a
@@ -215,7 +207,7 @@ class Pristine:
             if _differs(table):
                 keys = table.live.keys() | table.before.keys()
                 differing = (k for k in keys if table.live.get(k) is not table.before.get(k))
-                return table.name + min(differing, default="?")
+                return table.name + min(map(str, differing), default="?")
         for place in self._places:
             if place.tensor.data_ptr() != place.address or _is_elsewhere(place):
                 return place.name
@@ -227,7 +219,7 @@ class Pristine:
         for mutable, value in zip(self._mutable, self._values, strict=True):
             if not _same(mutable, mutable.table.live[mutable.key], value):
                 return mutable.name
-        return None if sum(map(len, self._hooks)) == self._num_hooks else "hooks"
+        return None
 
     def _restore_values(self) -> None:
         wrong = [

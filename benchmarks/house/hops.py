@@ -39,7 +39,6 @@ import httpx
 import numpy as np
 
 import potluck
-from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
 from potluck.core import Spec
 from potluck.protocol import (
@@ -61,7 +60,9 @@ from potluck.protocol import (
 )
 from potluck.server import RoundSettings
 from potluck.server.admin.client import Operator
-from potluck.server.process import Listen, Server, open_desk
+from potluck.server.evaluator import Beginning
+from potluck.server.open_run import open_run
+from potluck.server.process import Listen, Server
 from potluck.server.storage.state_folder import Home
 
 ROOT = Path(potluck.__file__).parent
@@ -220,17 +221,9 @@ def trace(folder: Path, dim: int, *, inside: bool) -> list[Function]:
     """The hops of one update of so many numbers."""
     found = Trace()
     home = Home(folder / "home")
-    desk = open_desk(
-        check_experiment(EXPERIMENT, "hops"),
-        home,
-        database=None,
-        blobs=None,
-        build=build_algorithm,
-        weights=np.zeros(dim, np.float32),
-        spec=Spec(("w",), ((dim,),)),
-        plan={"task": "none"},
-        settings=RoundSettings(goal=1, over_selection=1.0, num_rounds=100),
-    )
+    beginning = Beginning(np.zeros(dim, np.float32), Spec(("w",), ((dim,),)), {"task": "none"})
+    settings = RoundSettings(goal=1, over_selection=1.0, num_rounds=100)
+    desk = open_run(check_experiment(EXPERIMENT, "hops"), settings, home, lambda: beginning)
     server = Server(desk, home, Listen(host="127.0.0.1", port=0), 0.0, None)
     thread = threading.Thread(target=server.serve)
     threading.setprofile(found)

@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 
 from messages import read_version
-from potluck.cli.serve import open_server
 from potluck.config.experiment import load_experiment
 from potluck.core import Update
 from potluck.device import SystemClock, TorchTrainer, join, one_client
@@ -18,6 +17,7 @@ from potluck.device.agent import OFFERS
 from potluck.device.clock import Stopped
 from potluck.protocol import CODECS, Runtime
 from potluck.server.admin.client import Operator
+from potluck.server.open_run import open_server
 from potluck.server.process import Listen
 from potluck.server.storage.state_folder import Home
 from potluck.simulation import build_data

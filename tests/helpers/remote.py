@@ -17,7 +17,6 @@ import numpy as np
 
 from fleet import CONTENT, fingerprint
 from messages import read_version
-from potluck.config.algorithm_section import build_algorithm
 from potluck.config.experiment import check_experiment
 from potluck.core import Spec
 from potluck.protocol import (
@@ -42,7 +41,9 @@ from potluck.protocol import (
 from potluck.protocol import fingerprint as key_fingerprint
 from potluck.server import RoundSettings
 from potluck.server.admin.client import Operator
-from potluck.server.process import Listen, Server, open_desk
+from potluck.server.evaluator import Beginning
+from potluck.server.open_run import open_run
+from potluck.server.process import Listen, Server
 from potluck.server.storage.state_folder import Home
 
 RUNTIME = Runtime(name="test", version="1")
@@ -83,16 +84,15 @@ class Served:
         )
 
     def __enter__(self) -> Served:
-        self.desk = open_desk(
+        first = np.zeros(self.dim, np.float32)
+        beginning = Beginning(first, Spec(("w",), ((self.dim,),)), {"task": "none"})
+        self.desk = open_run(
             self.experiment,
+            self.settings,
             self.home,
+            lambda: beginning,
             database=self.places[0],
             blobs=self.places[1],
-            build=build_algorithm,
-            weights=np.zeros(self.dim, np.float32),
-            spec=Spec(("w",), ((self.dim,),)),
-            plan={"task": "none"},
-            settings=self.settings,
         )
         try:
             self.server = Server(

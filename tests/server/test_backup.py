@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from federation import Device, Federation, UnitTrainer
 from fleet import Fleet
 from potluck.cli.main import app
-from potluck.cli.serve import open_server
 from potluck.core import ConfigError, ProtocolError, RunError, StorageError
 from potluck.protocol import Manifest, ManifestSpec, new_key, public_key, sign_manifest
 from potluck.protocol.manifest import verify_manifest
+from potluck.server.open_run import open_server
 from potluck.server.process import Listen
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.changes import begin_epoch

@@ -11,8 +11,8 @@ from federation import Federation
 from fleet import Fleet
 from messages import check_in
 from potluck.cli.main import app
-from potluck.cli.serve import open_server
 from potluck.core import RefusedError
+from potluck.server.open_run import open_server
 from potluck.server.process import Listen
 from potluck.server.rounds.changes import change as change_in
 from potluck.server.storage.database_tables import audit

@@ -11,8 +11,8 @@ from sqlalchemy import inspect
 
 from earlier_versions import COMMITS, FOLDER
 from federation import Device, Federation, UnitTrainer
-from potluck.cli.serve import open_server
 from potluck.core import RefusedError
+from potluck.server.open_run import open_server
 from potluck.server.process import Listen
 from potluck.server.rounds import audit_check
 from potluck.server.storage.copy_database import copy_all

@@ -31,7 +31,6 @@ from typer.testing import CliRunner
 from fleet import Fleet
 from messages import head_of
 from potluck.cli.main import app
-from potluck.cli.serve import open_server
 from potluck.config.experiment import check_experiment, load_experiment
 from potluck.config.round_settings import in_words
 from potluck.core import CodedError, ProtocolError, RefusedError, RunError
@@ -43,6 +42,7 @@ from potluck.server.http.certificate import certificate_fingerprint, ensure_cert
 from potluck.server.http.device_app import error_handlers
 from potluck.server.http.server_connection import Connection
 from potluck.server.logs import JsonFormatter
+from potluck.server.open_run import open_server
 from potluck.server.process import TLS_BYTES, Listen
 from potluck.server.rounds.changes import pause, resume
 from potluck.server.rounds.enrolment import enrol, issue_tokens
@@ -178,7 +178,7 @@ import tempfile
 from pathlib import Path
 from potluck.server.process import Listen
 from potluck.server.storage.database_tables import audit
-from potluck.cli.serve import open_server
+from potluck.server.open_run import open_server
 server = open_server(Path({str(file)!r}), [], Path({str(tmp_path / "home")!r}), Listen(port=0))
 print("torch" in sys.modules, server.desk.spec.dim, sorted(server.desk.plan))
 server.close()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,10 +17,6 @@ from potluck.cli.options import (
     command,
     private_files,
 )
-
-if TYPE_CHECKING:
-    from potluck.config.plan import Need
-    from potluck.server.process import Server
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -100,6 +95,7 @@ def serve(
     from potluck.server.evaluator import evaluated_on
     from potluck.server.http.listening import Listen
     from potluck.server.logs import log_to_stderr
+    from potluck.server.open_run import open_server
 
     options = {"goal": goal, "minimum": minimum, "over_selection": over_selection}
     changes = [f"server.{name}={value}" for name, value in options.items() if value is not None]
@@ -130,51 +126,6 @@ def serve(
     ):
         typer.echo(f"{name:12} {value}")
     server.serve()
-
-
-def open_server(
-    file: Path,
-    overrides: list[str],
-    home_folder: Path,
-    listen: Any,
-    database: str | None = None,
-    blobs: str | None = None,
-    show: Callable[[str], None] | None = None,
-    *,
-    restored: bool = False,
-) -> Server:
-    """A server for an experiment file, bound to its sockets."""
-    from potluck.config.algorithm_section import build_algorithm
-    from potluck.config.experiment import load_experiment
-    from potluck.config.round_settings import RoundSettings
-    from potluck.core import ConfigError
-    from potluck.server.evaluator import evaluator_of, is_evaluated
-    from potluck.server.process import Server, open_desk, resume_desk
-    from potluck.server.storage.state_folder import Home
-
-    experiment = load_experiment(file, overrides)
-    settings = RoundSettings.served(experiment)
-    home = Home(home_folder)
-    places: dict[str, Any] = {"database": database, "blobs": blobs, "build": build_algorithm}
-    desk = resume_desk(experiment, home, settings=settings, restored=restored, **places)
-    evaluator = evaluator_of(experiment if desk is None else desk.experiment)
-    if desk is None:
-        if restored:
-            raise ConfigError(
-                f"--restored goes on with a run that was begun, got none named {experiment.name!r} "
-                "there. Restore it first, or leave out --restored."
-            )
-        every: tuple[Need, ...] = ("charging", "idle", "unmetered")
-        needs: tuple[Need, ...] = tuple(n for n in every if getattr(settings, f"needs_{n}"))
-        begun = evaluator.begin(needs)._asdict()
-        desk = open_desk(experiment, home, settings=settings, **begun, **places)
-    seconds = experiment.server.long_poll_seconds
-    try:
-        evaluate = evaluator.evaluate if is_evaluated(experiment) else None
-        return Server(desk, home, listen, seconds, evaluate, evaluator.cancel, show)
-    except BaseException:
-        desk.service.close()
-        raise
 
 
 def _begin_anew(folder: Path, database: str | None, blobs: str | None) -> None:

@@ -108,9 +108,9 @@ class ProcessHost:
         self._children[process.sentinel] = process, device
 
     def _serve(self) -> int:
-        from potluck.cli.serve import open_server
         from potluck.server.http.listening import Listen
         from potluck.server.logs import log_to_stderr
+        from potluck.server.open_run import open_server
 
         log_to_stderr("info")
         listen, home = Listen(port=self._port), self._folder / "server"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import sys
@@ -22,13 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from sqlalchemy import Connection as Transaction
 from starlette.types import ASGIApp
 
-from potluck.algorithms import Algorithm
-from potluck.config.experiment import Experiment
-from potluck.config.round_settings import RoundSettings
-from potluck.core import ConfigError, Spec, StorageError, Vector
+from potluck.core import StorageError, Vector
 from potluck.protocol.routes import is_loopback
 from potluck.server.admin.admin_app import AdminApp
 from potluck.server.console import Lines
@@ -46,11 +41,7 @@ from potluck.server.http.notifier import Notifier
 from potluck.server.http.server_connection import Connection
 from potluck.server.memory import Looker, Trimmer, no_long_looks, share_heaps
 from potluck.server.metrics import Metrics
-from potluck.server.rounds.changes import begin_epoch
-from potluck.server.service import Service
 from potluck.server.storage.state_folder import Home
-from potluck.server.storage.stored_run import Kept, find, kept
-from potluck.server.storage.vectors import read_spec
 
 TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
@@ -263,111 +254,6 @@ class Server:
             await asyncio.sleep(_TRIM_SECONDS)
             await asyncio.to_thread(looker.look)
             await asyncio.to_thread(trimmer.look)
-
-
-def open_desk(
-    experiment: Experiment,
-    home: Home,
-    *,
-    database: str | None,
-    blobs: str | None,
-    build: Callable[[Experiment], Algorithm],
-    weights: Vector,
-    spec: Spec,
-    plan: dict[str, Any],
-    settings: RoundSettings,
-) -> Desk:
-    """Begin the run of an experiment, or go on with it."""
-    service = _open_service(experiment, home, database, blobs, build)
-    try:
-        key = home.run_key(experiment.name, is_new=service.find_run(experiment.name) is None)
-        run = service.create_run(experiment, weights, spec, settings, plan=plan)
-    except BaseException:
-        service.close()
-        raise
-    return _desk(service, key, run, spec, plan, Kept(experiment, settings, []))
-
-
-def resume_desk(
-    experiment: Experiment,
-    home: Home,
-    *,
-    database: str | None,
-    blobs: str | None,
-    build: Callable[[Experiment], Algorithm],
-    settings: RoundSettings,
-    restored: bool = False,
-) -> Desk | None:
-    """Go on with the run of an experiment, if it was begun: without its data, and so at once."""
-
-    def look(db: Transaction) -> None:
-        """Refuse what cannot go on, while the database is as it was."""
-        run = find(db, experiment.name)
-        if run is not None:
-            kept(run, experiment, settings)
-            home.run_key(experiment.name, is_new=False)
-
-    service = _open_service(experiment, home, database, blobs, build, look)
-    try:
-        begun = service.resume_run(experiment, settings)
-        if begun is not None:
-            run, values = begun
-            key = home.run_key(experiment.name, is_new=False)
-            if restored:
-                begin_epoch(service, run.id, actor="admin")
-            return _desk(service, key, run.id, read_spec(run.spec), json.loads(run.plan), values)
-    except BaseException:
-        service.close()
-        raise
-    service.close()
-    return None
-
-
-def _open_service(
-    experiment: Experiment,
-    home: Home,
-    database: str | None,
-    blobs: str | None,
-    build: Callable[[Experiment], Algorithm],
-    look: Callable[[Transaction], object] = lambda _: None,
-) -> Service:
-    algorithm = build(experiment)
-    if algorithm.vectors != 1 or algorithm.client_vectors != 0:
-        raise ConfigError(
-            "algorithm.name must be one whose clients keep nothing and send one vector, "
-            f"got algorithm.name = {experiment.algorithm.name!r}. Use 'fedavg' or 'fedprox'."
-        )
-    if len(experiment.name) > 64:
-        raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
-    life = home.begin()
-    try:
-        return Service.open(
-            database or home.database,
-            blobs or home.blobs,
-            build=build,
-            life=life,
-            look=look,
-            aside=home.folder,
-        )
-    except BaseException:
-        life.close()
-        raise
-
-
-def _desk(
-    service: Service, key: bytes, run: str, spec: Spec, plan: dict[str, Any], values: Kept
-) -> Desk:
-    experiment, settings, kept = values
-    return Desk(
-        service=service,
-        run=run,
-        key=key,
-        spec=spec,
-        plan=plan,
-        experiment=experiment,
-        settings=settings,
-        kept=kept,
-    )
 
 
 def _phase(status: dict[str, Any]) -> tuple[Any, ...]:

@@ -226,12 +226,6 @@ class Service(Context):
         with self.database.read() as db:
             return [as_dict(row) for row in db.execute(query.order_by(devices.c.client))]
 
-    def find_run(self, name: str) -> str | None:
-        """The id of the run with this name, if it was begun."""
-        with self.database.read() as db:
-            row = one(db, select(runs.c.id).where(runs.c.name == name))
-        return None if row is None else str(row.id)
-
     def history(self, run: str) -> list[dict[str, Any]]:
         """The committed rounds, in order."""
         query = select(ledger).where(ledger.c.run == run)

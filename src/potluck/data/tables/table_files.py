@@ -230,7 +230,7 @@ def client_tables(
     elif not hasattr(source, "columns") or not {"iloc", "to_pandas"} & set(dir(source)):
         raise TypeError(
             f"table must be a pandas DataFrame or a path, got {type(source).__name__}. "
-            "Arrays go to `from_clients`."
+            "For arrays call `from_clients`."
         )
     else:
         frame = source if hasattr(source, "iloc") else source.to_pandas()

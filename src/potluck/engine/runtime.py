@@ -19,9 +19,8 @@ from potluck.engine.buffers import check_unaveraged, unaveraged
 from potluck.engine.corrected_step import CorrectedStep
 from potluck.engine.first_batch import checked_loss, in_words, outputs_of
 from potluck.engine.fused_sgd import SMALLEST, InPlaceLayers
-from potluck.engine.gradients import gradients_of
+from potluck.engine.gradients import Foreign, gradients_of
 from potluck.engine.local_run import LocalRun
-from potluck.engine.module.foreign import Foreign
 from potluck.engine.module.pristine import Pristine
 from potluck.engine.module.randomness import seed_generators
 from potluck.engine.module.variables import Variables

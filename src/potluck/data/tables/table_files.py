@@ -26,8 +26,6 @@ from potluck.data.tables.targets import check_spaces
 
 NOTES = "potluck.notes"  # in the `attrs` of a table: what was taken for granted, in words
 _UNNAMED = re.compile(r"(Unnamed: \d+)?")  # pandas' name for a column without one
-
-
 _SUFFIXES = (".csv", ".npz", ".parquet")
 
 
@@ -273,11 +271,7 @@ def split_by_client(located: Located, client_column: str) -> dict[str, Located]:
 def named_columns(
     table: Any, expected: Sequence[str], others: Collection[str], where: str
 ) -> dict[str, Column]:
-    """The expected columns by name, in their order, of a table that may have the others.
-
-    Raises:
-        DataError: a column is missing, or too many.
-    """
+    """The expected columns by name, in their order, of a table that may have the others."""
     for name in expected:
         check_column(Located(table, where), name)
     known = {*expected, *others}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -178,98 +178,82 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
     """Validate the content of an experiment file; `origin` names it in errors."""
     experiment = validated(Experiment, content, origin)
-    _check_target(experiment.run.target, origin)
-    _check_device(experiment.run, origin)
-    if experiment.devices is not None:
-        _check_devices(experiment.devices, origin)
+    for wrong in (*_wrong_in_run(experiment.run), *_wrong_in_devices(experiment.devices)):
+        raise ConfigError(f"{origin}: {wrong}")
     return experiment
 
 
-def _check_target(target: float | TargetSection | None, origin: str) -> None:
-    """What the schema cannot say: one bound."""
+def _wrong_in_run(run: RunSection) -> Iterator[str]:
+    """What the schema cannot say of [run]: one bound, the names of devices, what goes together."""
+    target, device, executor = run.target, run.device, run.executor
     if isinstance(target, TargetSection) and (target.at_least is None) == (target.at_most is None):
-        raise ConfigError(
-            f"{origin}: run.target must have at_least or at_most, got "
-            f"at_least = {target.at_least}, at_most = {target.at_most}. Give one of the two: "
-            '{metric = "loss", at_most = 2.0}.'
+        yield (
+            f"run.target must have at_least or at_most, got at_least = {target.at_least}, at_most "
+            f'= {target.at_most}. Give one of the two: {{metric = "loss", at_most = 2.0}}.'
         )
-
-
-def _check_device(run: RunSection, origin: str) -> None:
-    """What the schema cannot say of [run]: the names of devices, and what goes with which."""
-    if run.device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
-        raise ConfigError(
-            f"{origin}: run.device must be 'cpu', 'cuda', 'cuda:<number>' or 'auto', got "
-            f"run.device = {run.device!r}. 'auto' takes a GPU if there is one."
+    if device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        yield (
+            "run.device must be 'cpu', 'cuda', 'cuda:<number>' or 'auto', got run.device = "
+            f"{device!r}. 'auto' takes a GPU if there is one."
         )
-    if run.executor == "ray" and run.device not in (None, "cpu", "cuda"):
-        raise ConfigError(
-            f"{origin}: run.device must be 'cpu' or 'cuda' with run.executor = 'ray', got "
-            f"run.device = {run.device!r}. Ray says which GPUs a worker has."
+    if executor == "ray" and device not in (None, "cpu", "cuda"):
+        yield (
+            "run.device must be 'cpu' or 'cuda' with run.executor = 'ray', got run.device = "
+            f"{device!r}. Ray says which GPUs a worker has."
         )
-    if run.device not in (None, "cpu") and run.executor not in ("vmap", "auto", "ray"):
-        raise ConfigError(
-            f"{origin}: run.device must be left out with run.executor = {run.executor!r}, got "
-            f"run.device = {run.device!r}. Use run.executor = 'vmap' or 'auto'."
+    if device not in (None, "cpu") and executor not in ("vmap", "auto", "ray"):
+        yield (
+            f"run.device must be left out with run.executor = {executor!r}, got run.device = "
+            f"{device!r}. Use run.executor = 'vmap' or 'auto'."
         )
-    _check_precision(run, origin)
-
-
-def _check_precision(run: RunSection, origin: str) -> None:
-    """Which numbers go with which executor."""
-    got = (
-        f"got run.precision = {run.precision!r} with run.executor = {run.executor!r} and "
-        f"run.device = {run.device!r}"
-    )
-    on_gpu = run.executor in ("vmap", "ray") and run.device not in (None, "cpu")
+    got = f"got run.precision = {run.precision!r} with run.executor = {executor!r} and run.device"
+    on_gpu = executor in ("vmap", "ray") and device not in (None, "cpu")
     if run.precision == "tf32" and not on_gpu:
-        raise ConfigError(
-            f"{origin}: run.precision must not be 'tf32' without a GPU that is named, {got}. Use "
-            "run.executor = 'vmap' and run.device = 'cuda'."
+        yield (
+            f"run.precision must not be 'tf32' without a GPU that is named, {got} = {device!r}. "
+            "Use run.executor = 'vmap' and run.device = 'cuda'."
         )
-    if run.precision == "bf16" and not on_gpu and run.executor in ("vmap", "auto"):
-        raise ConfigError(
-            f"{origin}: run.precision must not be 'bf16' with this executor and no GPU that is "
-            f"named, {got}. Use run.executor = 'workers', or run.device = 'cuda' with 'vmap'."
+    if run.precision == "bf16" and not on_gpu and executor in ("vmap", "auto"):
+        yield (
+            "run.precision must not be 'bf16' with this executor and no GPU that is named, "
+            f"{got} = {device!r}. Use run.executor = 'workers', or run.device = 'cuda' with 'vmap'."
         )
 
 
-def _check_devices(devices: DevicesSection, origin: str) -> None:
-    """What the schema cannot say: which keys of [devices] go together."""
+def _wrong_in_devices(devices: DevicesSection | None) -> Iterator[str]:
+    """What the schema cannot say of [devices]: which keys go together."""
+    if devices is None:
+        return
     if (devices.profile is None) == (devices.trace is None):
         got = "both" if devices.trace is not None else "neither"
-        raise ConfigError(
-            f"{origin}: [devices] must have devices.profile or devices.trace, got {got}. "
-            "Give one of the two."
+        yield (
+            f"[devices] must have devices.profile or devices.trace, got {got}. Give one of the two."
         )
     source, others = "a trace", ("examples_per_second", "utc_offsets")
     if devices.trace is None:
         source, others = "a profile", ("trace_days",)
     for name in others:
         if name in devices.model_fields_set:
-            raise ConfigError(
-                f"{origin}: devices.{name} must be left out with {source}, got devices.{name} = "
+            yield (
+                f"devices.{name} must be left out with {source}, got devices.{name} = "
                 f"{getattr(devices, name)!r}. Remove it."
             )
 
 
 def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
-    devices = experiment.devices
-    if devices is not None and devices.trace is not None:
-        trace = str((folder / devices.trace).resolve())
-        devices = devices.model_copy(update={"trace": trace})
-        experiment = experiment.model_copy(update={"devices": devices})
     task = experiment.task
-    if experiment.server.test is not None:
-        test = str((folder / experiment.server.test).resolve())
-        server = experiment.server.model_copy(update={"test": test})
-        experiment = experiment.model_copy(update={"server": server})
-    if task.data not in ("folder", "table", "text", "devices"):
-        return experiment
-    if task.path is None:
-        raise ConfigError(
-            f"task.path must be given with task.data = {task.data!r}, got none. "
-            "Name the folder or the file, or with 'devices' the schema of their data."
-        )
-    absolute = str((folder / task.path).resolve())
-    return experiment.model_copy(update={"task": task.model_copy(update={"path": absolute})})
+    keys = {"devices": "trace", "server": "test"}
+    if task.data in ("folder", "table", "text", "devices"):
+        if task.path is None:
+            raise ConfigError(
+                f"task.path must be given with task.data = {task.data!r}, got none. "
+                "Name the folder or the file, or with 'devices' the schema of their data."
+            )
+        keys["task"] = "path"
+    changes: dict[str, Any] = {}
+    for name, key in keys.items():
+        section = getattr(experiment, name)
+        value = getattr(section, key, None)
+        if value is not None:
+            changes[name] = section.model_copy(update={key: str((folder / value).resolve())})
+    return experiment.model_copy(update=changes)

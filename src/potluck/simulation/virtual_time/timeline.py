@@ -150,24 +150,13 @@ def _timeline(
                     updates_received=received,
                 )
                 break
-            reason = went.reason
             if attempt == rules.attempts:
                 raise AbandonedError(
                     f"round {number} was abandoned {attempt} times in a row; the last time after "
-                    f"{now / 3600:.1f} virtual hours: {reason}. Give the devices more time "
+                    f"{now / 3600:.1f} virtual hours: {went.reason}. Give the devices more time "
                     "(devices.selection_seconds, devices.report_seconds), lower run.cohort or "
                     "devices.minimum, or raise devices.attempts."
                 )
-
-
-class _Attempt(NamedTuple):
-    """How an attempt went."""
-
-    closed: float
-    reason: str  # why it was abandoned; empty if it was not
-    reported: list[int]
-    assigned: int
-    dropped: int
 
 
 def _invited(
@@ -202,12 +191,13 @@ def _attempt(
     order = np.lexsort((invited, times))
     order = order[np.isfinite(times[order])]
     lost = np.where(coins < fleet.dropout, parts * work, np.inf)
-    state = _OpenRound(fleet, rules, work, phase, lost)
-    return state.run(opened, times[order].tolist(), invited[order].tolist())
+    made = _Attempt(fleet, rules, work, phase, lost)
+    made.run(opened, times[order].tolist(), invited[order].tolist())
+    return made
 
 
-class _OpenRound:
-    """The state machine of one attempt, from one event to the next."""
+class _Attempt:
+    """One attempt at a round, from one event to the next; and how it went."""
 
     def __init__(
         self,
@@ -221,23 +211,32 @@ class _OpenRound:
         self._work, self._lost = work, lost
         self._events: list[tuple[float, int, int]] = []  # time, what, device
         self._silent: list[float] = []  # since when, of the lost devices
-        self._reported: list[int] = []
-        self._active = self._assigned = 0
+        self._active = 0
+        self.reported: list[int] = []
+        self.assigned = 0
+        self.closed = math.inf
+        self.reason = ""  # why it was abandoned; empty if it was not
 
-    def run(self, opened: float, times: Sequence[float], devices: Sequence[int]) -> _Attempt:
+    @property
+    def dropped(self) -> int:
+        """The devices that were lost before it closed."""
+        return sum(silent <= self.closed for silent in self._silent)
+
+    def run(self, opened: float, times: Sequence[float], devices: Sequence[int]) -> None:
         """From opening to closing; `devices` check in at these ascending `times`."""
         now, coming = opened, 0
         while True:
-            active, reported = self._active, len(self._reported)
-            counts = Counts(active, reported, taken=active + reported, absent=0)
+            taken = self._active + len(self.reported)
+            counts = Counts(self._active, len(self.reported), taken, absent=0)
             step, reason = due(self._phase, counts, now)
             if step == "train":
                 deadline = now + self._rules.report_seconds
                 self._phase = self._phase._replace(report_deadline=deadline)
             elif step != "wait":
-                return self._end(now, reason if step == "abandon" else "")
+                self.closed, self.reason = now, reason if step == "abandon" else ""
+                return
             upcoming = [(self._deadline(), _DEADLINE, -1)]
-            if coming < len(times) and self._active + len(self._reported) < self._phase.slots:
+            if coming < len(times) and taken < self._phase.slots:
                 upcoming.append((max(now, times[coming]), _CHECK_IN, devices[coming]))
             if self._events:
                 upcoming.append(self._events[0])
@@ -256,7 +255,7 @@ class _OpenRound:
                 heapq.heappop(self._events)
                 self._active -= 1
                 if what == _REPORT:
-                    self._reported.append(device)
+                    self.reported.append(device)
 
     def _deadline(self) -> float:
         """Of the reports, once the devices are selected."""
@@ -267,10 +266,10 @@ class _OpenRound:
         leaves = self._fleet.free_until(device, came)
         if leaves <= now:  # it waited for a slot, and is gone
             return
-        if self._assigned == 0:
+        if self.assigned == 0:
             deadline = now + self._rules.selection_seconds
             self._phase = self._phase._replace(selection_deadline=deadline)
-        self._assigned += 1
+        self.assigned += 1
         self._active += 1
         done = now + float(self._work[device])
         silent = min(leaves, now + float(self._lost[device]))
@@ -279,7 +278,3 @@ class _OpenRound:
             heapq.heappush(self._events, (silent + self._rules.silence_seconds, _LEASE, device))
         else:
             heapq.heappush(self._events, (done, _REPORT, device))
-
-    def _end(self, now: float, reason: str) -> _Attempt:
-        dropped = sum(silent <= now for silent in self._silent)
-        return _Attempt(now, reason, self._reported, self._assigned, dropped)

@@ -112,7 +112,7 @@ packed = partial(gzip.compress, mtime=0)  # without the time, which tests would 
         (packed(b"\0\0\x0d\x01" + HEADER[4:]), "got magic=00000d01"),
         (packed(b"\1\0\x08\x01" + HEADER[4:]), "got magic=01000801"),
         (packed(HEADER + b"1234"), r"must hold 5 bytes .*\(5,\), got bytes=4"),
-        (packed(HEADER + b"123456"), r"must hold 5 bytes .*\(5,\), got bytes=more than 5"),
+        (packed(HEADER + b"123456"), r"must hold 5 bytes .*\(5,\), got bytes=6"),
     ],
 )
 def test_a_malformed_idx_file_is_named_with_what_is_wrong(

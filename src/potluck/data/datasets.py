@@ -195,33 +195,30 @@ def read_idx(path: Path, *, num_axes: int) -> Array:
         DataError: not gzip, another magic number, or another size than the header says.
     """
     try:
-        with gzip.open(path, "rb") as stream:
-            header = stream.read(4 + 4 * num_axes)
-            if len(header) < 4 + 4 * num_axes:
-                raise DataError(
-                    f"{path} must start with a header of {4 + 4 * num_axes} bytes, "
-                    f"got bytes={len(header)}. {_DOWNLOAD_AGAIN}"
-                )
-            dtype = _IDX_TYPES.get(header[2])
-            if header[:2] != b"\0\0" or dtype is None or header[3] != num_axes:
-                raise DataError(
-                    f"{path} must start with the idx magic number 0000xx{num_axes:02x} (xx: 08 "
-                    f"or 0c), got magic={header[:4].hex()}. {_DOWNLOAD_AGAIN}"
-                )
-            shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
-            expected = math.prod(shape) * dtype.itemsize
-            body = stream.read(expected + 1)  # one more: is there anything behind the end?
+        content = gzip.decompress(path.read_bytes())
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(
             f"{path} must be a whole gzip file, got error={str(error)!r}. {_DOWNLOAD_AGAIN}"
         ) from error
-    if len(body) != expected:
-        got = str(len(body)) if len(body) < expected else f"more than {expected}"
+    size = 4 + 4 * num_axes
+    if len(content) < size:
         raise DataError(
-            f"{path} must hold {expected} bytes for its shape {shape}, got bytes={got}. "
+            f"{path} must start with a header of {size} bytes, got bytes={len(content)}. "
             f"{_DOWNLOAD_AGAIN}"
         )
-    return np.frombuffer(body, dtype).reshape(shape)
+    dtype = _IDX_TYPES.get(content[2])
+    if content[:2] != b"\0\0" or dtype is None or content[3] != num_axes:
+        raise DataError(
+            f"{path} must start with the idx magic number 0000xx{num_axes:02x} (xx: 08 or 0c), "
+            f"got magic={content[:4].hex()}. {_DOWNLOAD_AGAIN}"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", num_axes, offset=4))
+    if len(content) - size != math.prod(shape) * dtype.itemsize:
+        raise DataError(
+            f"{path} must hold {math.prod(shape) * dtype.itemsize} bytes for its shape {shape}, "
+            f"got bytes={len(content) - size}. {_DOWNLOAD_AGAIN}"
+        )
+    return np.frombuffer(content, dtype, offset=size).reshape(shape)
 
 
 class Windows(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,8 @@ def check_rules(rules: Rules) -> None:
     """Raise a `ValueError` for a rule that there is not."""
     choices: dict[str, tuple[str, ...]] = {
         "missing": ("refuse", "mean", "median"),
-        "scale": ("none", "standard", "minmax", "pixels"),
-        "categories": ("refuse", "one-hot", "codes"),
+        "scale": get_args(Scale),
+        "categories": get_args(Categories),
     }
     for name, allowed in choices.items():
         value: Any = getattr(rules, name)

@@ -99,7 +99,7 @@ class Intake:
         return earlier is not None
 
     def add(self, found: Row[Any], values: Mapping[str, Any]) -> None:
-        """Have a report count; `write` makes it so.
+        """Have a report count; `conclude` makes it so.
 
         Raises:
             RefusedError: late: the round has all it needs.
@@ -117,11 +117,14 @@ class Intake:
             self.closed.add(found.round)
 
     def reject(self, found: Row[Any], reason: str) -> None:
-        """End an assignment whose update can be part of no model; `write` makes it so."""
+        """End an assignment whose update can be part of no model; `conclude` makes it so."""
         self._bad[found.id] = (found, reason)
 
-    def write(self) -> None:
-        """Write what was decided, and close the rounds that have their goal."""
+    def conclude(self, counting: Iterable[Row[Any]]) -> list[Accepted]:
+        """Write what was decided, and close the rounds that have their goal.
+
+        Returns what the devices are told whose reports count, now or since earlier.
+        """
         if self._new:
             self._db.execute(insert(reports), self._new)
             self._db.execute(_DONE, {"ids": sorted(row["assignment"] for row in self._new)})
@@ -131,10 +134,7 @@ class Intake:
         for found, reason in over:  # last, as the audit log's lock is held from then on
             told = {"round": found.round, "reason": reason}
             audit.append(self._db, self._now, f"device {found.device}", "bad update", **told)
-
-    def answers(self, found: Iterable[Row[Any]]) -> list[Accepted]:
-        """What the devices of reports that count are told."""
-        rows = list(found)
+        rows = list(counting)
         if not rows:
             return []
         look = CheckInBatch(self._db, [row.device for row in rows], self._now)
@@ -156,7 +156,7 @@ def earlier_answer(db: Connection, found: Row[Any], sha256: str, now: int) -> Ac
         RefusedError: as `Intake.has`.
     """
     intake = Intake(db, [found], now)
-    return intake.answers([found])[0] if intake.has(found, sha256) else None
+    return intake.conclude([found])[0] if intake.has(found, sha256) else None
 
 
 def report_metrics(context: Context, device: str, message: Evaluation, sha256: str) -> Accepted:
@@ -178,8 +178,7 @@ def report_metrics(context: Context, device: str, message: Evaluation, sha256: s
             text = to_json(checked_sums(metrics, plan))
             values = {"sha256": digest, "num_bytes": len(text), "codec": "json", "metrics": text}
             intake.add(found, values | {"weight": 1.0, "loss": 0.0, "num_steps": 0})
-            intake.write()
-        [answer] = intake.answers([found])
+        [answer] = intake.conclude([found])
     if intake.closed:
         context.on_goal()
     return answer.model_copy(update={"sha256": sha256})

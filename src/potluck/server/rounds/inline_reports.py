@@ -44,8 +44,7 @@ def take_in(
             for error, (claim, message), body in zip(turned_away, arrivals, bodies, strict=True)
         ]
         fault_points.reach("arrive.before-row")
-        intake.write()
-        answers = iter(intake.answers(row for row in outcomes if isinstance(row, Row)))
+        answers = iter(intake.conclude(row for row in outcomes if isinstance(row, Row)))
         told = [next(answers) if isinstance(one, Row) else one for one in outcomes]
         fault_points.reach("arrive.inside")
     fault_points.reach("arrive.after")

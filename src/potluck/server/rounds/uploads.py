@@ -67,7 +67,7 @@ def begin_report(context: Context, device: str, message: Report, codec: Codec) -
         found = known_assignment(db, device, message.assignment, lock=True)
         intake = Intake(db, [found], context.now())
         if intake.check(found, message, codec):
-            return intake.answers([found])[0]
+            return intake.conclude([found])[0]
         claimed = columns_of(message)
         old = one(db, select(uploads).where(uploads.c.assignment == found.id))
         if old is not None and all(getattr(old, k) == v for k, v in claimed.items()):
@@ -203,8 +203,7 @@ def _finish(context: Context, device: str, upload: str) -> tuple[Accepted, bool]
                 find_upload(db, device, row.id)  # or the device began with another one
                 claimed = {name: getattr(row, name) for name in CLAIMED}
                 intake.add(found, claimed | {"key": key} | norms._asdict())
-                intake.write()
-            [answer] = intake.answers([found])
+            [answer] = intake.conclude([found])
             fault_points.reach("finish.inside")
     except RefusedError as error:
         blobs.delete(key)
@@ -291,7 +290,7 @@ def _reject(context: Context, row: Row[Any], found: Row[Any], error: RefusedErro
         else:
             intake = Intake(db, [found], context.now())
             intake.reject(found, str(error))
-            intake.write()
+            intake.conclude([])
     context.blobs.drop(_part(row))
 
 

@@ -100,7 +100,7 @@ def shoot(page: Page, out: Path | None) -> None:
 
 
 def wait_for_round(number: int, server: Server) -> None:
-    while server.desk.service.status(server.desk.run)["round"] < number:
+    while server.served.service.status(server.served.id)["round"] < number:
         time.sleep(0.2)
 
 

@@ -223,8 +223,8 @@ def trace(folder: Path, dim: int, *, inside: bool) -> list[Function]:
     home = Home(folder / "home")
     beginning = Beginning(np.zeros(dim, np.float32), Spec(("w",), ((dim,),)), {"task": "none"})
     settings = RoundSettings(goal=1, over_selection=1.0, num_rounds=100)
-    desk = open_run(check_experiment(EXPERIMENT, "hops"), settings, home, lambda: beginning)
-    server = Server(desk, home, Listen(host="127.0.0.1", port=0), 0.0, None)
+    served = open_run(check_experiment(EXPERIMENT, "hops"), settings, home, lambda: beginning)
+    server = Server(served, home, Listen(host="127.0.0.1", port=0), 0.0, None)
     thread = threading.Thread(target=server.serve)
     threading.setprofile(found)
     thread.start()
@@ -233,11 +233,11 @@ def trace(folder: Path, dim: int, *, inside: bool) -> list[Function]:
         device = Device(server.address, home.certificate.read_text(), invitation)
         for round in (1, 2):
             given = device.assigned()
-            while desk.service.status(desk.run)["open"]["state"] != "TRAINING":
+            while served.service.status(served.id)["open"]["state"] != "TRAINING":
                 time.sleep(0.01)
             found.is_on = round == 2
             device.report(given, np.ones(dim, "<f4").tobytes(), inside=inside)
-            while desk.service.status(desk.run)["version"] < round:
+            while served.service.status(served.id)["version"] < round:
                 time.sleep(0.001)
         found.is_on = False
         device.http.close()

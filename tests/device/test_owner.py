@@ -107,7 +107,7 @@ def test_the_owner_is_shown_the_signed_run_before_the_device_enrols(one):
     error = refused(one, ask=lambda told: asked.append(told))
     assert isinstance(error, DeclinedError)
     [told] = asked
-    key = public_key(one.server.desk.key).hex()
+    key = public_key(one.server.served.key).hex()
     for word in (
         *("small", key[:16], "10 classes", "logistic, 650 parameters: 2,600 bytes", "fedavg"),
         *("1 local epochs (E) in batches of 10 (B)", "client_lr 0.1", "server_lr 1.0"),
@@ -167,7 +167,7 @@ def test_a_plan_that_changes_needs_the_owners_word_again(tmp_path, answer):
         return len(asked) == 1 or answer
 
     def change():
-        federation.server.desk.plan["algorithm"]["local_epochs"] = 9
+        federation.server.served.plan["algorithm"]["local_epochs"] = 9
 
     with Federation(tmp_path, clients=1, rounds=3, server=ONE) as federation:
         device = federation.join(0, UnitTrainer(change), ask=ask)
@@ -244,7 +244,7 @@ def test_a_device_of_before_agreements_were_kept_goes_on_and_keeps_one(tmp_path)
 def test_another_model_is_refused_before_it_is_downloaded(tmp_path):
     def grow():
         large = Spec(("linear.weight", "linear.bias"), ((10, 15_850_000), (10,)))  # 634 MB
-        object.__setattr__(federation.server.desk, "spec", large)
+        object.__setattr__(federation.server.served, "spec", large)
 
     with Federation(tmp_path, clients=1, rounds=3, server=ONE) as federation:
         trainer = Then(lambda _: one_client(federation.data, 0), grow)
@@ -283,7 +283,7 @@ def test_all_that_a_device_sends_is_in_its_record(tmp_path):
         lines = record_of(device)
         sent = [line for line in lines if "path" in line]
         assert Counter(arrived) == Counter((s["method"], s["path"], s["sha256"]) for s in sent)
-        key, run = public_key(federation.server.desk.key), federation.server.desk.name
+        key, run = public_key(federation.server.served.key), federation.server.served.name
         signed = [
             verify_manifest(
                 line["manifest"].encode(), bytes.fromhex(line["signature"]), key,

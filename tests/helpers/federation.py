@@ -162,7 +162,7 @@ class Federation:
         self._thread = threading.Thread(target=self.server.serve)
         self._thread.start()
         self.operator = Operator(Home(home))
-        self.service, self.run = self.server.desk.service, self.server.desk.run
+        self.service, self.run = self.server.served.service, self.server.served.id
         return self
 
     def __exit__(self, *_):

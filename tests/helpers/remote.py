@@ -86,7 +86,7 @@ class Served:
     def __enter__(self) -> Served:
         first = np.zeros(self.dim, np.float32)
         beginning = Beginning(first, Spec(("w",), ((self.dim,),)), {"task": "none"})
-        self.desk = open_run(
+        self.run = open_run(
             self.experiment,
             self.settings,
             self.home,
@@ -96,10 +96,10 @@ class Served:
         )
         try:
             self.server = Server(
-                self.desk, self.home, self.listen, self.long_poll_seconds, self._evaluate
+                self.run, self.home, self.listen, self.long_poll_seconds, self._evaluate
             )
         except BaseException:
-            self.desk.service.close()
+            self.run.service.close()
             raise
         self.port = self.server.port
         self.listen = replace(self.listen, port=self.port)  # of the next start, too
@@ -125,7 +125,7 @@ class Served:
     def caller(self, **options) -> Caller:
         """A device that is not enrolled yet."""
         certificate = self.home.certificate.read_text()
-        options = {"run_key": public_key(self.desk.key)} | options
+        options = {"run_key": public_key(self.run.key)} | options
         named = f"https://{self.listen.host}:{self.port}"
         address = named if self.listen.names else self.server.address
         self.callers.append(Caller(address, certificate, **options))
@@ -140,12 +140,12 @@ class Served:
     def until(self, condition) -> None:
         """Wait for the server to get somewhere by itself."""
         end = time.monotonic() + 300
-        while not condition(self.desk.service.status(self.desk.run)):
+        while not condition(self.run.service.status(self.run.id)):
             assert time.monotonic() < end, "the server did not get there"
             time.sleep(0.02)
 
     def weights(self) -> list[float]:
-        service, run = self.desk.service, self.desk.run
+        service, run = self.run.service, self.run.id
         version = service.status(run)["version"]
         return np.frombuffer(b"".join(read_version(service, run, version)), "<f4").tolist()
 

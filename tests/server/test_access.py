@@ -89,8 +89,8 @@ def names_of(paths) -> set[str]:
 
 def apps(served) -> tuple[DeviceApp, AdminApp]:
     notifier, metrics = Notifier(), Metrics()
-    return DeviceApp(served.desk, notifier, metrics), AdminApp(
-        served.desk, notifier, metrics, "x", None, lambda: ""
+    return DeviceApp(served.run, notifier, metrics), AdminApp(
+        served.run, notifier, metrics, "x", None, lambda: ""
     )
 
 
@@ -266,10 +266,10 @@ def test_a_request_that_is_not_rightly_signed_is_refused_on_every_route(served, 
 
 def _another_run(served) -> str:
     """A token of another run in the same database."""
-    service = served.desk.service
+    service = served.run.service
     experiment = check_experiment(CONTENT | {"name": "another"}, "test")
     weights = np.zeros(served.dim, np.float32)
-    run = service.create_run(experiment, weights, served.desk.spec, served.settings)
+    run = service.create_run(experiment, weights, served.run.spec, served.settings)
     return issue_tokens(service, run, actor="test")[0]
 
 
@@ -330,7 +330,7 @@ def _faulty(served, work, fault, method, path, body, newcomer):
             if newcomer:  # with a token of that run
                 content = json.loads(body) | {"public_key": _public(stranger), "token": token}
                 return stranger, None, json.dumps(content).encode(), {"token"}
-            enrol(served.desk.service, token, bytes.fromhex(_public(stranger)))
+            enrol(served.run.service, token, bytes.fromhex(_public(stranger)))
             return stranger, None, body, {"unknown"}
     raise AssertionError(fault)
 

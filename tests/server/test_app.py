@@ -89,7 +89,7 @@ def test_what_a_device_is_given_is_signed_for_its_run(served):
         last_seen_version=0,
     )
     assert manifest.plan == {"task": "none"}
-    assert manifest.spec.spec() == served.desk.spec
+    assert manifest.spec.spec() == served.run.spec
     assert device.assigned().assignment == given.assignment  # again is the same
     lease = device.ask(
         "progress", Progress(assignment=given.assignment, phase="train", fraction=0.5)
@@ -397,7 +397,7 @@ def test_a_federated_evaluation_changes_no_model(tmp_path, places):
         assert isinstance(accepted, Accepted)
         assert accepted.sha256 == hashlib.sha256(encode_message(message)).hexdigest()
         served.until(lambda told: told["open"] and told["open"]["number"] == 2)
-        found = served.desk.service.evaluations(served.desk.run)
+        found = served.run.service.evaluations(served.run.id)
         assert {"correct": 0.95} in [e["metrics"] for e in found if e["kind"] == "federated"]
         assert served.weights() == [1.0, 0.0, 0.0, 0.0]
 
@@ -412,7 +412,7 @@ def test_a_device_that_has_gone_takes_no_slot(tmp_path, places):
         idle = "potluck_waiting_check_ins 0.0"
         served.until(lambda _: idle in served.operator.text("metrics"))
         served.until(lambda told: told["open"])
-        assert served.desk.service.status(served.desk.run)["open"]["active"] == 0
+        assert served.run.service.status(served.run.id)["open"]["active"] == 0
 
 
 def test_health_and_metrics_tell_nothing_of_devices(served):

@@ -98,7 +98,7 @@ def test_a_changed_run_is_served_again_with_its_old_file_or_the_new_one(tmp_path
     def again(*overrides):
         server = open_server(served.file, list(overrides), tmp_path / "server", Listen(port=0))
         server.close()
-        return server.desk
+        return server.served
 
     with Federation(tmp_path, clients=2, rounds=7, server="report_seconds = 60.0") as served:
         words = ["set", "server.report_seconds=90", "rounds=9", "attempts=7"]
@@ -114,13 +114,13 @@ def test_a_changed_run_is_served_again_with_its_old_file_or_the_new_one(tmp_path
         assert (actor, json.loads(detail)["changes"]["run.rounds"]) == ("admin", [7, 9])
         result = CliRunner().invoke(app, ["set", "seed=3", "--home", str(tmp_path / "server")])
         assert result.exit_code == 1
-    desk = again()
-    assert sorted(desk.kept) == [
+    served = again()
+    assert sorted(served.kept) == [
         "run.rounds = 9 in the run, and not 7",
         "server.attempts = 7 in the run, and not 3",
         "server.report_seconds = 90.0 in the run, and not 60.0",
     ]
-    assert (desk.settings.report_seconds, desk.settings.num_rounds) == (90.0, 9)
+    assert (served.settings.report_seconds, served.settings.num_rounds) == (90.0, 9)
     assert again("server.report_seconds=90", "run.rounds=9", "server.attempts=7").kept == []
     with pytest.raises(RefusedError, match=r"report_seconds = 90.0 and not 30.0\. .*`potluck set`"):
         again("server.report_seconds=30.0")

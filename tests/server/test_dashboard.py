@@ -194,7 +194,7 @@ def test_a_stream_ends_with_its_session_and_no_other(tmp_path):
 
 def test_only_the_newest_key_works_and_serving_makes_none(tmp_path):
     with Served(tmp_path) as served, browser(served) as client:
-        with served.desk.service.database.read() as db:
+        with served.run.service.database.read() as db:
             assert db.execute(sign_ins.select()).all() == []
         older, newest = key_of(served), key_of(served)
         assert enter(client, older).status_code == 401

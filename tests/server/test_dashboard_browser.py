@@ -12,7 +12,7 @@ FITS = "document.documentElement.scrollWidth <= document.documentElement.clientW
 
 
 def a_round(served, devices) -> None:
-    version = served.desk.service.status(served.desk.run)["version"]
+    version = served.run.service.status(served.run.id)["version"]
     served.until(lambda told: told["open"])
     for device in devices:
         device.take_part(served.dim)

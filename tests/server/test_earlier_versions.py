@@ -49,7 +49,7 @@ def test_a_server_and_its_devices_go_on_where_an_earlier_version_was_killed(left
     database = left / "server" / "potluck.db"
     before, old = revision(database), rows(database)
     with Federation.of(left / "experiment.toml") as served:
-        assert served.server.desk.kept == []
+        assert served.server.served.kept == []
         address = served.server.address
         for k in range(2):
             folder = left / f"device-{k}"
@@ -99,7 +99,7 @@ def opened(folder, *overrides):
         folder / "experiment.toml", list(overrides), folder / "server", Listen(port=0)
     )
     server.close()
-    return server.desk
+    return server.served
 
 
 def test_a_run_keeps_what_was_a_default_when_it_was_begun(tmp_path):
@@ -107,9 +107,9 @@ def test_a_run_keeps_what_was_a_default_when_it_was_begun(tmp_path):
     database = folder / "server" / "potluck.db"
     change(database, "settings", max_norm=123.0, attempts=9, of_old=3)
     change(database, "experiment", of_new=None)
-    desk = opened(folder)
-    assert (desk.settings.max_norm, desk.settings.attempts) == (123.0, 9)
-    assert desk.kept == [
+    served = opened(folder)
+    assert (served.settings.max_norm, served.settings.attempts) == (123.0, 9)
+    assert served.kept == [
         "server.attempts = 9 in the run, and not 3",
         "server.max_norm = 123.0 in the run, and not 10000.0",
     ]

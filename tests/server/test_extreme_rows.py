@@ -55,7 +55,7 @@ def test_everything_that_shows_numbers_answers_whatever_they_are(tmp_path, place
             place = {"assignment": device.assigned().assignment, "round": 1, "attempt": 1}
             device.ask("evaluation", Evaluation(**place, metrics={"loss": (1.0, 2)}))
         served.until(lambda told: told["state"] == "finished")
-        service, home = served.desk.service, ["--home", str(served.home.folder)]
+        service, home = served.run.service, ["--home", str(served.home.folder)]
 
         @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
         @example(held=FAR)
@@ -65,9 +65,9 @@ def test_everything_that_shows_numbers_answers_whatever_they_are(tmp_path, place
                 for (table, _), values in zip(HELD, held, strict=True):
                     db.execute(update(table).values(values))
             is_here = held[4]["revoked_ms"] is None
-            showing = Showing(service, served.desk.run)
+            showing = Showing(service, served.run.id)
             assert "Curves" in showing.page(showing.look())
-            assert Lines(service, served.desk.run).look()
+            assert Lines(service, served.run.id).look()
             served.until(lambda _: "potluck_round 1" in served.operator.text("metrics"))
             for command in ("status", "devices", "metrics"):
                 result = CliRunner().invoke(app, [command, *home])

@@ -47,7 +47,7 @@ def test_a_newcomer_that_a_second_server_passes_on_is_not_enrolled(two):
         assert isinstance(answer, Error), answer
         assert answer.code == "token"
         relayed.close()
-    assert right.desk.service.devices(right.desk.run) == []
+    assert right.run.service.devices(right.run.id) == []
 
 
 def test_what_was_signed_for_another_host_is_refused_by_the_runs_own_key(tmp_path):

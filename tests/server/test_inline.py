@@ -121,7 +121,7 @@ def test_the_old_way_and_the_new_make_the_same_model(tmp_path, places):
                     upload = device.report(given, body)
                     assert isinstance(device.put(upload.upload, 0, body), Accepted)
             served.until(lambda told: told["round"] == 1)
-            [row] = served.desk.service.history(served.desk.run)
+            [row] = served.run.service.history(served.run.id)
             found.append((row["model_sha256"], row["accepted_sha256"]))
     assert found[0] == found[1] == found[2]
 
@@ -181,7 +181,7 @@ def test_a_bad_one_is_refused_by_itself(served, body, changes, code, is_final):
     answer = read(device.send("POST", "/v1/report", message))
     assert isinstance(answer, Error), answer
     assert answer.code == code
-    with served.desk.service.database.read() as db:
+    with served.run.service.database.read() as db:
         mine = select(assignments.c.state).where(assignments.c.id == given.assignment)
         assert db.scalar(mine) == ("failed" if is_final else "active")
         named = (audit.c.actor == f"device {device.id}") & (audit.c.action == "bad update")
@@ -193,7 +193,7 @@ def test_a_bad_one_is_refused_by_itself(served, body, changes, code, is_final):
         assert report(device, given, good).code == "late"
     else:
         assert isinstance(report(device, given, unit(given, 64)), Accepted)
-    assert audit_check.check(served.desk.service) is None
+    assert audit_check.check(served.run.service) is None
 
 
 def test_a_report_that_is_replayed_is_refused_whatever_it_holds(served):
@@ -225,7 +225,7 @@ def test_of_many_at_once_as_many_count_as_the_round_has_room_for(tmp_path, place
         kinds = Counter(getattr(answer, "code", "accepted") for answer in answers)
         assert kinds == {"accepted": 3, "late": 9}
         served.until(lambda told: told["round"] == 1)
-        [row] = served.desk.service.history(served.desk.run)
+        [row] = served.run.service.history(served.run.id)
         assert row["accepted"] == 3
         late = next(k for k, answer in enumerate(answers) if isinstance(answer, Error))
         assert report(devices[late], works[late], bodies[late]).code == "late"
@@ -236,7 +236,7 @@ def test_a_device_that_was_thrown_out_is_unknown_at_once(tmp_path, places):
         device = served.device()
         served.until(lambda told: told["open"])
         given = assigned(device)
-        revoke(served.desk.service, device.id, actor="test")
+        revoke(served.run.service, device.id, actor="test")
         assert report(device, given, unit(given, 4)).code == "unknown"
         assert device.check_in(BOTH).code == "unknown"
 

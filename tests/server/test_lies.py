@@ -162,7 +162,7 @@ def lied_to(request, tmp_path_factory):
     )
     federation = Federation(folder, clients=1, rounds=1 + len(LIES), server=server)
     with federation:
-        liar.run_key, liar.folder = federation.server.desk.key, folder / "device0"
+        liar.run_key, liar.folder = federation.server.served.key, folder / "device0"
         trainer = UnitTrainer(lambda: liar.trained.append(liar.current))
         with Intermediary(federation.port, federation.operator._home, liar) as between:
             device = federation.join(0, trainer, between.address, offers=offers)

@@ -246,7 +246,7 @@ def test_without_a_lost_update_a_round_is_committed_if_its_minimum_holds(places,
 
 def test_an_operator_abandons_an_attempt_and_falls_back(places, tmp_path):
     with Served(tmp_path, dim=WIDE, count=1, places=places()) as served:
-        service, device = served.desk.service, served.device()
+        service, device = served.run.service, served.device()
 
         def potluck(*words):
             done = CliRunner().invoke(app, [*words, "--home", str(served.home.folder)])
@@ -257,7 +257,7 @@ def test_an_operator_abandons_an_attempt_and_falls_back(places, tmp_path):
         served.until(lambda status: status["version"] == 1 and status["open"])
         assert "abandoned" in potluck("abandon", "--reason", "it hangs")
         served.until(lambda status: (status["open"] or {}).get("attempt") == 2)
-        model = find_version(service, served.desk.run, 1)
+        model = find_version(service, served.run.id, 1)
         service.blobs.delete(model.key)
         path = f"/v1/models/{model.sha256}"
         assert device.send("GET", path).status_code == 503  # and the leader looks at it
@@ -271,8 +271,8 @@ def test_an_operator_abandons_an_attempt_and_falls_back(places, tmp_path):
         served.until(lambda status: status["version"] == 3)
         assert served.weights()[:2] == [1.0, 0.0]
         with pytest.raises(RefusedError, match="version 3, which can be read"):
-            fall_back(service, served.desk.run, actor="test")
-        assert fall_back(service, served.desk.run, 0, actor="test") == (0, 4)
+            fall_back(service, served.run.id, actor="test")
+        assert fall_back(service, served.run.id, 0, actor="test") == (0, 4)
 
 
 def test_blobs_that_are_away_are_waited_for_and_not_lost(tmp_path):

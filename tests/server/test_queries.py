@@ -149,7 +149,7 @@ class Walk:
                 assert isinstance(device.put(sent[-1][1], 0, body), Accepted)
         for device, upload in [*sent, *sent]:  # also once what was sent is swept
             assert isinstance(read(device.send("GET", f"/v1/uploads/{upload}")), Accepted)
-            self.served.desk.service.sweep()
+            self.served.run.service.sweep()
         for upload in (late, "0" * 32):
             assert isinstance(read(self.devices[2].send("GET", f"/v1/uploads/{upload}")), Error)
 
@@ -191,7 +191,7 @@ class Walk:
 def test_no_statement_of_a_request_reads_a_table_from_end_to_end(tmp_path, places):
     settings = {"minimum": 1.0, "over_selection": 1.5, "federated_every": 1, "num_rounds": 2}
     with Served(tmp_path, places=places(), count=2, **settings) as served:
-        engine = served.desk.service.database.engine
+        engine = served.run.service.database.engine
         found = recorded(engine)
         walk = Walk(served)
         walk.run()

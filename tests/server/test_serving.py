@@ -180,7 +180,7 @@ from potluck.server.process import Listen
 from potluck.server.storage.database_tables import audit
 from potluck.server.open_run import open_server
 server = open_server(Path({str(file)!r}), [], Path({str(tmp_path / "home")!r}), Listen(port=0))
-print("torch" in sys.modules, server.desk.spec.dim, sorted(server.desk.plan))
+print("torch" in sys.modules, server.served.spec.dim, sorted(server.served.plan))
 server.close()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -209,12 +209,12 @@ def test_operators_ask_and_are_answered(tmp_path):
         assert re.fullmatch(
             r"whole: \d+ rows, .* hash [0-9a-f]{64}\n", potluck("audit", "--home", home)
         )
-        head = head_of(served.desk.service)[1]
+        head = head_of(served.run.service)[1]
         assert "whole" in potluck("audit", "--since", head, "--home", home)
         assert "64 hex digits" in error_of("audit", "--since", head[1:], "--home", home)
         wrong = error_of("audit", "--since", head[1:] + "0", "--home", home)
         assert "the end was cut off" in wrong
-        with served.desk.service.database.write() as db:
+        with served.run.service.database.write() as db:
             db.execute(update(audit).where(audit.c.number == 2).values(actor="nobody"))
         assert "got row 2: was changed" in error_of("audit", "--home", home)
 
@@ -503,7 +503,7 @@ def test_an_object_store_that_is_away_is_unavailable_and_the_upload_goes_on_late
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         away = open_blobs(bucket)  # nobody listens there any more
     with Served(tmp_path, places=(None, bucket)) as served:
-        device, service = served.device(), served.desk.service
+        device, service = served.device(), served.run.service
         served.until(lambda told: told["open"])
         upload, here = device.report(device.assigned(), bytes(16)), service.blobs
         for blobs in (away, open_blobs("s3://no-such-bucket")):
@@ -588,10 +588,10 @@ def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(s
     file, home = short_path / "kitchen.toml", short_path / "home"
     file.write_text(EXPERIMENT)
     server = open_server(file, [], home, Listen(port=0))
-    service, run = server.desk.service, server.desk.run
+    service, run = server.served.service, server.served.id
     token = issue_tokens(service, run, actor="test")[0]
     enrol(service, token, bytes(32))
-    fingerprint, key = server.certificate, server.desk.key
+    fingerprint, key = server.certificate, server.served.key
     server.close()
     changes = ["run.rounds=7", "algorithm.client_lr=0.5"]
     with pytest.raises(RefusedError) as refused:
@@ -602,12 +602,12 @@ def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(s
     assert "--fresh" in told
     moved = potluck_fresh(home)
     server = open_server(file, changes, home, Listen(port=0))
-    assert server.desk.service.devices(server.desk.run) == []
-    assert (server.certificate, server.desk.key != key) == (fingerprint, True)
+    assert server.served.service.devices(server.served.id) == []
+    assert (server.certificate, server.served.key != key) == (fingerprint, True)
     server.close()
     old = open_server(file, [], moved, Listen(port=0))  # with what its devices pinned
-    assert [row["client"] for row in old.desk.service.devices(old.desk.run)] == [0]
-    assert (old.certificate, old.desk.key) == (fingerprint, key)
+    assert [row["client"] for row in old.served.service.devices(old.served.id)] == [0]
+    assert (old.certificate, old.served.key) == (fingerprint, key)
     with pytest.raises(RunError, match="another server is at work"):
         Home(moved).put_aside()
     old.close()

@@ -115,11 +115,11 @@ def serve(
     show = typer.echo if is_terminal else None
     server = open_server(file, given, home, listen, database, blobs, show, restored=restored)
     for name, value in (
-        ("run", server.desk.name),
+        ("run", server.served.name),
         ("address", server.address),
         ("certificate", server.certificate or "none: plain HTTP"),
-        *in_words(server.desk.settings),
-        *(("kept", told) for told in server.desk.kept),
+        *in_words(server.served.settings),
+        *(("kept", told) for told in server.served.kept),
         ("evaluation", evaluated_on(load_experiment(file, given))),
         ("dashboard", f"{server.address}/dashboard (a link that signs in: potluck dashboard)"),
         ("admin", home / "admin.sock"),

@@ -20,7 +20,7 @@ from potluck.server.evaluator import (
     evaluator_of,
     is_evaluated,
 )
-from potluck.server.http.handlers import Desk
+from potluck.server.http.handlers import ServedRun
 from potluck.server.http.listening import Listen
 from potluck.server.process import Server
 from potluck.server.rounds.changes import begin_epoch
@@ -67,18 +67,18 @@ def open_server(
         )
         return asked[0].begin(needs)
 
-    desk = open_run(experiment, settings, home, begin, database=database, blobs=blobs)
+    served = open_run(experiment, settings, home, begin, database=database, blobs=blobs)
     try:
         if restored:
-            begin_epoch(desk.service, desk.run, actor="admin")
+            begin_epoch(served.service, served.id, actor="admin")
         evaluator = (
-            asked[0] if asked else evaluator_of(desk.experiment)
+            asked[0] if asked else evaluator_of(served.experiment)
         )  # the first has loaded the data
         evaluate = evaluator.evaluate if is_evaluated(experiment) else None
         seconds = experiment.server.long_poll_seconds
-        return Server(desk, home, listen, seconds, evaluate, evaluator.cancel, show)
+        return Server(served, home, listen, seconds, evaluate, evaluator.cancel, show)
     except BaseException:
-        desk.service.close()
+        served.service.close()
         raise
 
 
@@ -90,7 +90,7 @@ def open_run(
     *,
     database: str | None = None,
     blobs: str | None = None,
-) -> Desk:
+) -> ServedRun:
     """Go on with the run of an experiment: without its data, and so at once; or begin it.
 
     Args:
@@ -106,9 +106,9 @@ def open_run(
             found = service.resume_run(experiment, settings)
             assert found is not None
         run, values = found
-        return Desk(
+        return ServedRun(
             service=service,
-            run=run.id,
+            id=run.id,
             key=home.run_key(experiment.name, is_new=False),
             spec=read_spec(run.spec),
             plan=json.loads(run.plan),

@@ -35,7 +35,7 @@ from potluck.server.http.certificate import (
     ensure_certificate,
 )
 from potluck.server.http.device_app import DeviceApp
-from potluck.server.http.handlers import Desk
+from potluck.server.http.handlers import ServedRun
 from potluck.server.http.listening import Listen, Listener, authority, listen_unix, open_listener
 from potluck.server.http.notifier import Notifier
 from potluck.server.http.server_connection import Connection
@@ -59,7 +59,7 @@ class Server:
 
     def __init__(
         self,
-        desk: Desk,
+        served: ServedRun,
         home: Home,
         listen: Listen,
         long_poll_seconds: float,
@@ -69,11 +69,11 @@ class Server:
     ) -> None:
         """Without `evaluate` nothing is evaluated here. `give_up` has one that is under way raise
         at once, in any thread; `show` is given a line for a person about each round."""
-        self.desk = desk
+        self.served = served
         self._home = home
         self._evaluate, self._give_up = evaluate, give_up
         self._show_line = show
-        self._lines = Lines(desk.service, desk.run, is_evaluated=evaluate is not None)
+        self._lines = Lines(served.service, served.id, is_evaluated=evaluate is not None)
         self._notifier = Notifier()
         self._metrics = Metrics()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,11 +94,11 @@ class Server:
             self._socket.close()
             raise
         devices = DeviceApp(
-            desk, self._notifier, self._metrics, names=names, long_poll_seconds=long_poll_seconds
+            served, self._notifier, self._metrics, names=names, long_poll_seconds=long_poll_seconds
         )
-        self.dashboard = Dashboard(desk, self._notifier, self.address)
+        self.dashboard = Dashboard(served, self._notifier, self.address)
         credential, invite = home.new_credential(), self.dashboard.invite
-        admin = AdminApp(desk, self._notifier, self._metrics, credential, pinned, invite)
+        admin = AdminApp(served, self._notifier, self._metrics, credential, pinned, invite)
         self._servers = [
             _uvicorn(devices.asgi(self.dashboard.paths()), certificate, private_key),
             _uvicorn(admin.asgi(), None, None),
@@ -115,9 +115,9 @@ class Server:
     async def run(self) -> None:
         """Serve until `stop`, SIGTERM or SIGINT."""
         self._loop = asyncio.get_running_loop()
-        self.desk.service.on_goal = lambda: self._soon(self._notifier.wake)
-        self.desk.service.on_open = lambda id: self._soon(lambda: self._notify_of(id))
-        self.desk.service.on_lost = self._metrics.lost.inc
+        self.served.service.on_goal = lambda: self._soon(self._notifier.wake)
+        self.served.service.on_open = lambda id: self._soon(lambda: self._notify_of(id))
+        self.served.service.on_lost = self._metrics.lost.inc
         with _signals(self._loop, self._stop):
             tasks = [asyncio.create_task(server.serve(sockets=[])) for server in self._servers]
             listeners = (self._socket, self._admin_socket)
@@ -138,14 +138,14 @@ class Server:
                 await asyncio.gather(*tasks, trimming, return_exceptions=True)
                 with contextlib.suppress(OSError):
                     self._home.socket.unlink()
-                await asyncio.to_thread(self.desk.service.close)
+                await asyncio.to_thread(self.served.service.close)
 
     def close(self) -> None:
         """Give up a server that never ran."""
         self._socket.close()
         self._admin_socket.close()
         self._home.socket.unlink(missing_ok=True)
-        self.desk.service.close()
+        self.served.service.close()
 
     def stop(self) -> None:
         """Finish what is under way and return from `run`; from any thread."""
@@ -193,10 +193,10 @@ class Server:
         look, sweep = 0.0, 0.0  # when to, again
         while not self._stopping:
             try:
-                await asyncio.to_thread(self.desk.service.move)
+                await asyncio.to_thread(self.served.service.move)
                 if time.monotonic() >= look:
                     look = time.monotonic() + TICK_SECONDS
-                    self._show(await asyncio.to_thread(self.desk.service.status, self.desk.run))
+                    self._show(await asyncio.to_thread(self.served.service.status, self.served.id))
             except Exception as error:
                 self._failed("tick", error)
             if time.monotonic() >= sweep:
@@ -217,7 +217,7 @@ class Server:
 
     async def _sweep(self) -> None:
         try:
-            await asyncio.to_thread(self.desk.service.sweep)
+            await asyncio.to_thread(self.served.service.sweep)
         except Exception as error:
             self._failed("sweep", error)
 
@@ -229,9 +229,9 @@ class Server:
     async def _judge(self) -> None:
         while not self._stopping and self._evaluate is not None:
             try:
-                if self.desk.service.is_leader:
+                if self.served.service.is_leader:
                     await asyncio.to_thread(
-                        self.desk.service.evaluate, self.desk.run, self._evaluate
+                        self.served.service.evaluate, self.served.id, self._evaluate
                     )
             except Exception as error:
                 if not self._stopping:  # or it was given up

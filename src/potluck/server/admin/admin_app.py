@@ -23,7 +23,7 @@ from potluck.core.plain_json import flat, plain
 from potluck.protocol import Invitation, encode_invitation, public_key
 from potluck.protocol.strict_json import encode_json, parse_json, refuse
 from potluck.server.http.device_app import error_handlers, exact_route
-from potluck.server.http.handlers import Desk
+from potluck.server.http.handlers import ServedRun
 from potluck.server.http.middleware import measured
 from potluck.server.http.notifier import Notifier
 from potluck.server.metrics import Metrics
@@ -40,15 +40,15 @@ class AdminApp:
 
     def __init__(
         self,
-        desk: Desk,
+        served: ServedRun,
         notifier: Notifier,
         metrics: Metrics,
         credential: str,
         certificate: str | None,
         invite: Callable[[], str],
     ) -> None:
-        self._desk = desk
-        self._place = (desk.service, desk.run)
+        self._served = served
+        self._place = (served.service, served.id)
         self._notifier = notifier
         self._metrics = metrics
         self._credential = credential.encode()
@@ -57,14 +57,14 @@ class AdminApp:
 
     def asgi(self) -> ASGIApp:
         """The application."""
-        handlers = error_handlers(self._desk.service.now)
+        handlers = error_handlers(self._served.service.now)
         app = Starlette(routes=self.paths(), exception_handlers=handlers)
         app.router.redirect_slashes = False
         return measured(app, self._metrics)
 
     def paths(self) -> list[Route]:
         """All that is answered at the operators' socket."""
-        service, run = self._desk.service, self._desk.run
+        service, run = self._served.service, self._served.id
         gets: dict[str, Callable[[], Any]] = {
             "status": self._status,
             "devices": lambda: service.devices(run),
@@ -122,7 +122,7 @@ class AdminApp:
             )
 
     def _status(self) -> dict[str, Any]:
-        service, run = self._desk.service, self._desk.run
+        service, run = self._served.service, self._served.id
         rounds, evaluations = service.history(run), service.evaluations(run)
         told = {"rounds": rounds[-20:], "evaluations": evaluations[-20:]}
         with service.database.read() as db:
@@ -136,7 +136,7 @@ class AdminApp:
             _refuse(
                 f"since must be a hash of 64 hex digits, got since={since!r:.80}. Copy it whole."
             )
-        service = self._desk.service
+        service = self._served.service
         found = await run_in_threadpool(audit_check.check, service, since)
         with service.database.read() as db:
             rows, last = audit.head(db)
@@ -160,8 +160,8 @@ class AdminApp:
     def _invitation(self, token: str) -> str:
         invitation = Invitation(
             token=token,
-            run=self._desk.name,
-            server_key=public_key(self._desk.key).hex(),
+            run=self._served.name,
+            server_key=public_key(self._served.key).hex(),
             certificate=self._certificate,
         )
         return encode_invitation(invitation)
@@ -176,7 +176,7 @@ class AdminApp:
         version = _version(await _content(request))
 
         def export() -> bytes:
-            return self._desk.service.export(self._desk.run, version, actor="admin")
+            return self._served.service.export(self._served.id, version, actor="admin")
 
         content = await run_in_threadpool(export)
         return Response(content, media_type="application/octet-stream")

@@ -42,7 +42,7 @@ from potluck.server.dashboard.sign_in import (
 )
 from potluck.server.http.admission import Limiter
 from potluck.server.http.device_app import Endpoint, error_response, exact_route
-from potluck.server.http.handlers import Desk
+from potluck.server.http.handlers import ServedRun
 from potluck.server.http.listening import prove
 from potluck.server.http.notifier import Notifier
 
@@ -66,13 +66,13 @@ _FILES = {"style.css": "text/css", "script.js": "text/javascript", "icon.svg": "
 class Dashboard:
     """The pages of one run. The streams need a running event loop."""
 
-    def __init__(self, desk: Desk, notifier: Notifier, address: str) -> None:
-        self._service, self._run = desk.service, desk.run
+    def __init__(self, served: ServedRun, notifier: Notifier, address: str) -> None:
+        self._service, self._run = served.service, served.id
         self._address = address
         self._is_secure = address.startswith("https:")
-        name = f"potluck-{hashlib.sha256(desk.run.encode()).hexdigest()[:8]}"
+        name = f"potluck-{hashlib.sha256(served.id.encode()).hexdigest()[:8]}"
         self.cookie = f"__Host-{name}" if self._is_secure else name
-        self._showing = Showing(desk.service, desk.run)
+        self._showing = Showing(served.service, served.id)
         self._feed = SnapshotFeed(self._read, notifier)
         self._viewers: Counter[str] = Counter()  # streams, by session
         self._over: set[str] = set()

@@ -1,10 +1,9 @@
-"""The application that devices talk to: the protocol's routes over the desk of one run.
+"""The application that devices talk to: the protocol's routes to one served run.
 
-Thin: a small body is read, the gate lets the request in, its message is parsed, the desk answers in
-a thread. A request that waits for its client does not count among those worked on: check-ins wait
-for work (long poll) until a transition or the end of their time, and large bodies have limits of
-their own.
-Every error, on every path, is one message of the protocol.
+Thin: a small body is read, the gate lets the request in, its message is parsed, and the run answers
+in a thread. A request that waits for its client does not count among those worked on: check-ins
+wait for work (long poll) until a transition or the end of their time, and large bodies have limits
+of their own. Every error, on every path, is one message of the protocol.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from potluck.server.http.bodies import (
     read_large,
     read_small,
 )
-from potluck.server.http.handlers import Desk
+from potluck.server.http.handlers import ServedRun
 from potluck.server.http.middleware import measured
 from potluck.server.http.model_answers import LARGE_BYTES, hung_up, model_answer
 from potluck.server.http.notifier import Notifier
@@ -84,14 +83,14 @@ class DeviceApp:
 
     def __init__(
         self,
-        desk: Desk,
+        served: ServedRun,
         notifier: Notifier,
         metrics: Metrics,
         *,
         names: Collection[str] = (),
         long_poll_seconds: float = 25.0,
     ) -> None:
-        self.desk = desk
+        self.served = served
         self.notifier = notifier
         self.metrics = metrics
         self.limiter = Limiter(48, waiting=3000, seconds=20.0)  # a few seconds of one core's work
@@ -103,15 +102,15 @@ class DeviceApp:
         # A chunk of 1 MiB each, at most of 4, so that no device that may send has to wait.
         self.uploads = Transfers(Limiter(SENDERS, waiting=4000, seconds=60.0))
         self.downloads = Transfers(Limiter(64, waiting=4000, seconds=60.0))
-        self.gate = Gate(desk.service, desk.run, public_key(desk.key), names)
+        self.gate = Gate(served.service, served.id, public_key(served.key), names)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
-        self._check_ins: Batches[Any, Message] = Batches(desk.check_ins, GATHER_SECONDS)
-        self._arrivals: Batches[Any, Message] = Batches(desk.take_in, GATHER_SECONDS)
+        self._check_ins: Batches[Any, Message] = Batches(served.check_ins, GATHER_SECONDS)
+        self._arrivals: Batches[Any, Message] = Batches(served.take_in, GATHER_SECONDS)
 
     def asgi(self, others: Sequence[routing.Route] = ()) -> ASGIApp:
         """The application; `others` are paths that are not for devices."""
-        handlers = error_handlers(self.desk.service.now)
+        handlers = error_handlers(self.served.service.now)
         app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
 
@@ -148,7 +147,7 @@ class DeviceApp:
             offset = parse_offset(request.scope["query_string"])
             length = check_form(request, route)
             # 409 and 404 before the body.
-            before = await run_in_threadpool(find_report, self.desk.service, claim.device, upload)
+            before = await run_in_threadpool(find_report, self.served.service, claim.device, upload)
             put = partial(self._put, claim, upload, offset, before)
             if body is not None:
                 return await put(body)
@@ -162,12 +161,12 @@ class DeviceApp:
         _no_query(request)
         if isinstance(route.request, type):
             message = message_in(request, route, route.request, claim, body)
-            return _json(await run_in_threadpool(self.desk.answer, device, message, claim.digest))
+            return _json(await run_in_threadpool(self.served.answer, device, message, claim.digest))
         check_form(request, route)
         if "sha256" in request.path_params:
             return await self._model(request, claim, request.path_params["sha256"])
         return _json(
-            await run_in_threadpool(upload_state, self.desk.service, device, _upload(request))
+            await run_in_threadpool(upload_state, self.served.service, device, _upload(request))
         )
 
     async def _enrol(
@@ -177,8 +176,8 @@ class DeviceApp:
             _no_query(request)
             message = await self.gate.admit_newcomer(request, route, claim, body)
             if isinstance(message, Preview):  # nothing is noted: it changes nothing
-                return _json(await run_in_threadpool(self.desk.preview, message))
-            enrolled = await run_in_threadpool(self.desk.enrol, message)
+                return _json(await run_in_threadpool(self.served.preview, message))
+            enrolled = await run_in_threadpool(self.served.enrol, message)
             self.requests.enter(request.scope, claim.device)
             await self.gate.note(claim)
         self.notifier.wake()
@@ -226,7 +225,7 @@ class DeviceApp:
         """What is announced is sent once the device is one of those that may send."""
         await self.senders.lease(claim.device)
         async with self.limiter:
-            return await self._upload(claim.device, self.desk.answer, claim.device, message, "")
+            return await self._upload(claim.device, self.served.answer, claim.device, message, "")
 
     async def _put(
         self, claim: Claim, upload: str, offset: int, before: Stood, data: bytearray
@@ -234,7 +233,7 @@ class DeviceApp:
         """Append a chunk to an upload that stood so `before` its body was read."""
         check_digest(data, claim)
         self.metrics.received.inc(len(data))
-        chunk = (self.desk.service, claim.device, upload, offset, data, before)
+        chunk = (self.served.service, claim.device, upload, offset, data, before)
         return await self._upload(claim.device, add_chunk, *chunk)
 
     async def _upload(self, device: str, step: Callable[..., Message], *given: Any) -> Response:
@@ -248,7 +247,7 @@ class DeviceApp:
         response = _json(told)
         if isinstance(told, Accepted):
             self.senders.end(device)
-            if self.desk.spec.num_bytes > LARGE_BYTES:  # the connection keeps no buffers
+            if self.served.spec.num_bytes > LARGE_BYTES:  # the connection keeps no buffers
                 response.headers["Connection"] = "close"
         return response
 
@@ -284,7 +283,7 @@ class DeviceApp:
     async def _model(self, request: Request, claim: Claim, sha256: str) -> Response:
         if len(sha256) != 64 or _HEX.fullmatch(sha256) is None:
             raise ProtocolError("not_found", "no such model. Take its name from the manifest.")
-        place = (self.desk.service, self.desk.run)
+        place = (self.served.service, self.served.id)
         model = await run_in_threadpool(find_model, *place, sha256)
         read = partial(read_model, *place)
         answer = model_answer(request, claim, read, model, self.downloads)

@@ -49,11 +49,11 @@ _SKEW_MS = 300_000  # a device's clock may be so late: its manifests expire late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Desk:
+class ServedRun:
     """One run that is served."""
 
     service: Service
-    run: str
+    id: str
     key: bytes
     """Signs manifests."""
     spec: Spec
@@ -75,10 +75,10 @@ class Desk:
     def preview(self, message: Preview) -> Previewed:
         """The run as it stands, for the holder of a token that could be used now."""
         key = bytes.fromhex(message.public_key)
-        enrolment.check_token(self.service, message.token, key, into=self.run)
+        enrolment.check_token(self.service, message.token, key, into=self.id)
         with self.service.database.read() as db:
-            run = run_of(db, self.run)
-        model, now = find_version(self.service, self.run, run.version), self.service.now()
+            run = run_of(db, self.id)
+        model, now = find_version(self.service, self.id, run.version), self.service.now()
         num_rounds = settings_of(run.settings).num_rounds
         place = (run.epoch, num_rounds, run.round, model.version, model.sha256)
         manifest, signature = self._signed(*place, now, now)
@@ -92,7 +92,7 @@ class Desk:
             bytes.fromhex(message.public_key),
             name=message.name or "",
             device_class=message.device_class,
-            into=self.run,
+            into=self.id,
         )
         return Enrolled(
             device=enrolled.id,

@@ -114,13 +114,13 @@ def test_a_changed_run_is_served_again_with_its_old_file_or_the_new_one(tmp_path
         assert (actor, json.loads(detail)["changes"]["run.rounds"]) == ("admin", [7, 9])
         result = CliRunner().invoke(app, ["set", "seed=3", "--home", str(tmp_path / "server")])
         assert result.exit_code == 1
-    served = again()
-    assert sorted(served.kept) == [
+    run = again()
+    assert sorted(run.kept) == [
         "run.rounds = 9 in the run, and not 7",
         "server.attempts = 7 in the run, and not 3",
         "server.report_seconds = 90.0 in the run, and not 60.0",
     ]
-    assert (served.settings.report_seconds, served.settings.num_rounds) == (90.0, 9)
+    assert (run.settings.report_seconds, run.settings.num_rounds) == (90.0, 9)
     assert again("server.report_seconds=90", "run.rounds=9", "server.attempts=7").kept == []
     with pytest.raises(RefusedError, match=r"report_seconds = 90.0 and not 30.0\. .*`potluck set`"):
         again("server.report_seconds=30.0")

@@ -30,7 +30,7 @@ PLAN = json.dumps(write_plan(Plan.model_validate({"task": TASK, "algorithm": {"c
 def test_a_number_that_cannot_be_right_is_refused(metrics, told):
     with pytest.raises(RefusedError, match=told) as refused:
         checked_sums(metrics, PLAN)
-    assert refused.value.code == "bad_update"
+    assert refused.value.code == "bounds"
 
 
 def test_names_that_are_not_the_plans_are_left_out():

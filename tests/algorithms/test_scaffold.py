@@ -8,7 +8,7 @@ from potluck import Average, FedAvg, Loop, Scaffold, Task, TwoNN, datasets, part
 from potluck.core import TrainingError
 from potluck.engine.runtime import pure_loss
 from potluck.simulation import RoundWork
-from potluck.simulation.executors.client_state_file import Slots
+from potluck.simulation.executors.client_state_file import ClientStateFile
 from slope import slope_task
 
 
@@ -155,13 +155,13 @@ def test_a_client_that_fails_keeps_what_it_had(executor):
         history(algorithm, task, 1, executor=executor)
 
 
-def test_slots_give_back_what_was_put_into_them():
-    slots = Slots()
+def test_the_file_of_client_states_gives_back_what_was_written():
+    file = ClientStateFile()
     rows = np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32)
-    for slot in (2, 0):
-        slots.write(slot, rows[slot])
-    assert np.array_equal(slots.read(0, 1000), rows[0])
-    assert np.array_equal(slots.read(2, 1000), rows[2])
-    with pytest.raises(OSError, match="slot 3 must be written"):
-        slots.read(3, 1000)
-    slots.close()
+    for row in (2, 0):
+        file.write(row, rows[row])
+    assert np.array_equal(file.read(0, 1000), rows[0])
+    assert np.array_equal(file.read(2, 1000), rows[2])
+    with pytest.raises(OSError, match="row 3 must be written"):
+        file.read(3, 1000)
+    file.close()

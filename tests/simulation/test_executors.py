@@ -218,7 +218,7 @@ def start(task):
 def test_a_killed_worker_is_reported_and_leaves_no_process(data, chunk):
     task = Task(model=lambda: TwoNN((1, 8, 8)), data=data)
     workers = Workers(task, 2, chunk=chunk)
-    processes = [worker.process for worker in workers._workers]
+    processes = list(workers._pool.processes)
     results = rounds(ALGORITHM, task, executor=workers, cohort=1.0)
     next(results)
     os.kill(processes[0].pid, signal.SIGKILL)
@@ -235,7 +235,7 @@ def test_workers_leave_when_their_parent_is_killed(data, tmp_path):
     child = os.fork()
     if child == 0:
         workers = Workers(Task(model=lambda: TwoNN((1, 8, 8)), data=data), 2)
-        pids = [str(worker.process.pid) for worker in workers._workers]
+        pids = [str(process.pid) for process in workers._pool.processes]
         (tmp_path / "pids.partial").write_text(" ".join(pids))
         (tmp_path / "pids.partial").rename(tmp_path / "pids")
         signal.pause()

@@ -18,34 +18,34 @@ import numpy as np
 from potluck.core import Vector
 
 
-class Slots:
+class ClientStateFile:
     """Numbered vectors of one length that a process and its children share."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this
         self._descriptor = self._file.fileno()
 
-    def read(self, slot: int, length: int) -> Vector:
-        """The vector in a slot that was written with this length, as a copy."""
+    def read(self, row: int, length: int) -> Vector:
+        """The vector in a row that was written with this length, as a copy."""
         vector = np.empty(length, np.float32)
-        self._move(os.preadv, slot, vector)
+        self._move(os.preadv, row, vector)
         return vector
 
-    def write(self, slot: int, vector: Vector) -> None:
-        """Put a vector into a slot; all are of one length while slots are in use."""
-        self._move(os.pwritev, slot, np.ascontiguousarray(vector, np.float32))
+    def write(self, row: int, vector: Vector) -> None:
+        """Put a vector into a row; all are of one length while rows are in use."""
+        self._move(os.pwritev, row, np.ascontiguousarray(vector, np.float32))
 
     def close(self) -> None:
         """Give back the room. Children give back theirs when they end."""
         self._file.close()
 
-    def _move(self, move: Callable[..., int], slot: int, vector: Vector) -> None:
+    def _move(self, move: Callable[..., int], row: int, vector: Vector) -> None:
         rest = memoryview(cast("Any", vector)).cast("B")
-        offset = slot * len(rest)
+        offset = row * len(rest)
         while len(rest) > 0:
             moved = move(self._descriptor, [rest], offset)
             if moved == 0:
-                raise OSError(f"slot {slot} must be written before it is read, got none there.")
+                raise OSError(f"row {row} must be written before it is read, got none there.")
             rest, offset = rest[moved:], offset + moved
 
     # A spawned process is handed the open file; a forked one has it.

@@ -12,45 +12,36 @@ of named functions and classes of a module, as an experiment's is.
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from pickle import PicklingError
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potluck.core import FixedPointMean, Vector, WorkerError
+from potluck.core import FixedPointMean, Vector
 from potluck.engine import Task
 from potluck.engine.precision import Precision
-from potluck.simulation.executors.executor import CohortResult, RoundWork, empty_mean
+from potluck.simulation.executors.executor import (
+    ClientResult,
+    CohortResult,
+    RoundWork,
+    empty_mean,
+    summarise,
+)
+from potluck.simulation.executors.process_pool import ProcessPool
 from potluck.simulation.executors.vmap_executor import Vmap
 
 
-class _Evaluation(NamedTuple):
-    """A model of a run with this seed, to be evaluated."""
+class _Part(NamedTuple):
+    """The clients of a part, and their sum."""
 
-    weights: Vector
-    seed: int
-
-
-class _Reply(NamedTuple):
-    """The result of a part, and its sum."""
-
-    result: CohortResult
+    clients: list[ClientResult]
     sum: NDArray[np.int64]
     total: float
     bound: float
-
-
-class _Process(NamedTuple):
-    process: Any
-    pipe: Connection
 
 
 class DeviceWorkers:
@@ -70,15 +61,14 @@ class DeviceWorkers:
     ) -> None:
         if not devices:
             raise ValueError("devices must name at least one, got none. Give one for each process.")
-        self._task = task
+        self._task, self._count = task, len(devices)
         forks = sys.platform == "linux" and all(device.type == "cpu" for device in devices)
-        self._context = mp.get_context("fork" if forks else "spawn")
-        self._processes: list[_Process] = []
+        self._pool = ProcessPool(
+            mp.get_context("fork") if forks else mp.get_context("spawn"),
+            [(f"a process on {d}", partial(_GpuWorkerBody, task, d, precision)) for d in devices],
+        )
         try:
-            for device in devices:
-                self._processes.append(self._start(device, precision, forks))
-            for process in self._processes:
-                self._receive(process)  # that it is ready, or why it is not
+            self._pool.ask("ready", [None] * len(devices))
         except BaseException:
             self.close()
             raise
@@ -91,99 +81,28 @@ class DeviceWorkers:
         """Local training of one cohort.
 
         Raises:
-            WorkerError: a process died or failed. The executor is closed.
+            WorkerError: a process failed; or it died, and the executor is closed.
         """
         self._task.begin(work.seed)
         cohort, states = work.cohort, work.states
         requests = [
-            work._replace(
-                cohort=part, states={int(k): states[int(k)] for k in part if int(k) in states}
-            )
-            for part in divided(cohort, self._task.data.sizes[cohort], len(self._processes))
+            work._replace(cohort=part, states={k: states[k] for k in part.tolist() if k in states})
+            for part in divided(cohort, self._task.data.sizes[cohort], self._count)
         ]
-        replies: list[_Reply] = self._ask(requests)
+        parts: list[_Part] = self._pool.ask("train", requests)
         mean = empty_mean(work)
-        for reply in replies:
-            mean.merge(FixedPointMean.of(reply.sum, reply.total, reply.bound, mean.wide))
-        results = [reply.result for reply in replies]
-        weighted = [r.loss * reply.total for r, reply in zip(results, replies, strict=True)
-                    if reply.total > 0.0]  # fmt: skip
-        return CohortResult(
-            aggregate=mean.mean(),
-            loss=sum(weighted) / mean.total if weighted else float("nan"),
-            num_examples=sum(result.num_examples for result in results),
-            num_steps=sum(result.num_steps for result in results),
-            failures=tuple(sorted(f for result in results for f in result.failures)),
-            states={k: state for result in results for k, state in sorted(result.states.items())},
-        )
+        for part in parts:
+            mean.merge(FixedPointMean.of(part.sum, part.total, part.bound, mean.wide))
+        return summarise(mean, [client for part in parts for client in part.clients])
 
     def evaluate(self, weights: Vector) -> dict[str, float]:
         """Central evaluation on the task's test examples, by the first process."""
-        (metrics,) = self._ask([_Evaluation(weights, self._task.last_seed())])
+        (metrics,) = self._pool.ask("evaluate", [(weights, self._task.last_seed())])
         return metrics
 
     def close(self) -> None:
         """End the processes. May be called twice."""
-        for process in self._processes:
-            process.pipe.close()  # who reads the end of its pipe leaves
-        for process in self._processes:
-            process.process.join(timeout=5.0)
-            if process.process.is_alive():
-                process.process.kill()
-                process.process.join()
-        self._processes = []
-
-    def _start(self, device: torch.device, precision: Precision, forks: bool) -> _Process:
-        ours, theirs = self._context.Pipe()
-        inherited = [process.pipe for process in self._processes] + [ours] if forks else []
-        process: Any = self._context.Process(  # type: ignore[reportAttributeAccessIssue]
-            target=_serve, args=(self._task, device, precision, theirs, inherited), daemon=True
-        )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
-                process.start()
-        except (AttributeError, PicklingError) as error:
-            raise WorkerError(
-                "for several processes on GPUs, the task must be made of named functions and "
-                f"classes of a module, got {error}. Move them into one, or use one process."
-            ) from None
-        theirs.close()
-        return _Process(process, ours)
-
-    def _ask(self, requests: Sequence[RoundWork | _Evaluation]) -> list[Any]:
-        """Send a request to each of the first processes, and wait for their replies."""
-        if not self._processes:
-            raise WorkerError("the processes were closed. Make a new executor.")
-        asked = list(zip(self._processes, requests, strict=False))
-        try:
-            for process, request in asked:
-                process.pipe.send(request)
-        except (AttributeError, PicklingError) as error:
-            self.close()  # some may have been asked
-            raise WorkerError(
-                "an algorithm must be made of named functions and classes of a module to reach "
-                f"other processes, got {error}. Take a schedule of potluck.schedules."
-            ) from None
-        except OSError:
-            pass  # who died is named where its reply is missing
-        return [self._receive(process) for process, _ in asked]
-
-    def _receive(self, process: _Process) -> Any:
-        try:
-            reply = process.pipe.recv()
-        except (EOFError, OSError):
-            process.process.join(timeout=1.0)
-            code = process.process.exitcode
-            self.close()
-            raise WorkerError(
-                f"processes on devices must live as long as the run, got exit code {code} (-9: "
-                "killed, often for want of memory). Use fewer of them."
-            ) from None
-        if isinstance(reply, str):
-            self.close()
-            raise WorkerError(reply)
-        return reply
+        self._pool.close()
 
 
 def divided(
@@ -200,43 +119,24 @@ def divided(
     return [cohort[np.array(sorted(part), np.int64)] for part in members]
 
 
-def _serve(
-    task: Task,
-    device: torch.device,
-    precision: Precision,
-    pipe: Connection,
-    inherited: list[Connection],
-) -> None:
-    """The life of a process."""
-    for connection in inherited:
-        connection.close()  # or the death of the parent would go unnoticed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    parent = os.getppid()
-    torch.set_num_threads(1)
-    vmap: Vmap | None = None
-    request: RoundWork | _Evaluation | None = None
-    while os.getppid() == parent:
-        try:
-            if vmap is None:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
-                vmap = Vmap(task, device=device, precision=precision)
-                reply: Any = None
-            else:
-                assert request is not None
-                reply = _answer(vmap, request)
-        except Exception as error:
-            reply = f"a process on {device} failed: {type(error).__name__}: {error}"
-        try:
-            pipe.send(reply)
-            request = pipe.recv()
-        except (EOFError, OSError):
-            return
+class _GpuWorkerBody:
+    """What a process does when it is asked."""
 
+    def __init__(self, task: Task, device: torch.device, precision: Precision) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._vmap = Vmap(task, device=device, precision=precision)
 
-def _answer(vmap: Vmap, request: RoundWork | _Evaluation) -> Any:
-    vmap.begin(request.seed)
-    if isinstance(request, _Evaluation):
-        return vmap.evaluate(request.weights)
-    mean, result = vmap.train_part(request)
-    return _Reply(result, mean.sum, mean.total, mean.bound)
+    def ready(self, _: None) -> None:
+        """Answer once the task is on the device."""
+
+    def train(self, work: RoundWork) -> _Part:
+        """Train a part of a cohort."""
+        mean, clients = self._vmap.train_part(work)
+        return _Part(clients, mean.sum, mean.total, mean.bound)
+
+    def evaluate(self, model: tuple[Vector, int]) -> dict[str, float]:
+        """Evaluate a model of the run with this seed."""
+        weights, seed = model
+        self._vmap.begin(seed)
+        return self._vmap.evaluate(weights)

@@ -114,17 +114,16 @@ class Vmap:
 
     def train(self, work: RoundWork) -> CohortResult:
         """Local training of one cohort."""
-        _, result = self.train_part(work)
-        return result
+        return summarise(*self.train_part(work))
 
-    def train_part(self, work: RoundWork) -> tuple[FixedPointMean, CohortResult]:
-        """The same, with the sum that the aggregate was made of."""
+    def train_part(self, work: RoundWork) -> tuple[FixedPointMean, list[ClientResult]]:
+        """Train clients whose sum is a part of a cohort's: the sum, and what came of each."""
         self.begin(work.seed)
         cohort = work.cohort
         cohort = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
         mean = empty_mean(work)
         with kept_randomness(), kernel_threads(self._num_threads):
-            return mean, summarise(mean, self.train_clients(work, cohort, mean))
+            return mean, list(self.train_clients(work, cohort, mean))
 
     def begin(self, seed: int) -> None:
         """Train and evaluate the model of a run with this seed from now on."""

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
         fed_sgd,
         schedules,
     )
-    from potluck.core import Poisson, PotluckError
+    from potluck.core import (
+        ClientAdam,
+        ClientAdamW,
+        ClientMomentum,
+        ClientNesterov,
+        ClientSGD,
+        Poisson,
+        PotluckError,
+    )
     from potluck.data import FederatedData, datasets, own_data, partitions
     from potluck.engine import Task, evaluate, federated_evaluation
     from potluck.models import CNN, LogisticRegression, TwoNN
@@ -50,7 +58,15 @@ _HOMES = {
         "fed_sgd",
         "schedules",
     ),
-    "potluck.core": ("Poisson", "PotluckError"),
+    "potluck.core": (
+        "ClientAdam",
+        "ClientAdamW",
+        "ClientMomentum",
+        "ClientNesterov",
+        "ClientSGD",
+        "Poisson",
+        "PotluckError",
+    ),
     "potluck.simulation": ("Auto", "Cluster", "Loop", "Round", "Vmap", "Workers", "rounds"),
     "potluck.data": (
         "FederatedData",
@@ -76,6 +92,11 @@ __all__ = [
     "Adam",
     "Auto",
     "Average",
+    "ClientAdam",
+    "ClientAdamW",
+    "ClientMomentum",
+    "ClientNesterov",
+    "ClientSGD",
     "Cluster",
     "FedAvg",
     "FedProx",

@@ -273,8 +273,8 @@ def test_every_table_that_the_template_comments_out_is_valid(folder):
     for start in re.findall(r"^# \[algorithm\.\w+\]", TEMPLATE, flags=re.MULTILINE):
         head, tail = TEMPLATE.split(start, 1)
         table, rest = tail.split("\n\n", 1)
-        if "server]" in start:  # its keys belong to several names
-            table = table.split("# momentum")[0].rstrip()
+        # What stands below belongs to other names.
+        table = table.split("# momentum")[0].rstrip()
         shown = start + table
         opened = "\n".join(line.removeprefix("# ") for line in shown.splitlines())
         (folder / "opened.toml").write_text(f"{head}{opened}\n\n{rest}")
@@ -287,18 +287,20 @@ def test_train_says_what_the_algorithm_is_made_of(folder):
         "algorithm.mu=0.5",
         "algorithm.gradient_clip=2",
         "algorithm.server={name='adam', server_lr=0.01}",
+        "algorithm.client_optimizer={name='nesterov', weight_decay=0.5}",
         "algorithm.client_schedule={name='warmup', rounds=2, then={name='cosine', rounds=9}}",
         "run.rounds=1",
     ]
     words = [word for override in overrides for word in ("--set", override)]
     result = potluck("train", "tiny.toml", *words)
     assert result.exit_code == 0, result.output
-    shown = dict(line.split("  ", 1) for line in result.output.splitlines()[:6])
+    shown = dict(line.split("  ", 1) for line in result.output.splitlines()[:7])
     assert {name: value.strip() for name, value in shown.items()} == {
         "experiment": "tiny",
         "algorithm": "fedprox, client_lr 0.5, local_epochs 1, batch_size 10, gradient_clip 2, "
         "mu 0.5",
         "server": "adam, server_lr 0.01, beta1 0.9, beta2 0.99, tau 0.001",
+        "client_optimizer": "nesterov, momentum 0.9, weight_decay 0.5",
         "client_schedule": "warmup, rounds 2, then cosine, rounds 9, floor 0",
         "model": "logistic",
         "partition": "iid",

@@ -203,5 +203,10 @@ def test_every_key_and_name_of_a_plan_is_told() -> None:
     schedules = {row[0] for row in rows("| `client_schedule.name` | its keys | f |")}
     names = ("constant", "exponential", "step", "linear", "cosine", "warmup")
     assert schedules == {f"`{name}`" for name in names}
+    optimizers = rows(
+        "| `client_optimizer.name` | its keys and what they are if missing | a step |"
+    )
+    names = ("sgd", "momentum", "nesterov", "adam", "adamw")
+    assert [row[0] for row in optimizers] == [f"`{name}`" for name in names]
     words = schema["$defs"]["PlannedTask"]["properties"]["model"]["enum"]
     assert all(f"`{word}`" in TEXT for word in words)

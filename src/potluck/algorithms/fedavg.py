@@ -27,9 +27,9 @@ E `local_epochs`, B `batch_size` (∞ is None), η `client_lr`.
 
 Differences from the paper: clients return Δ_k instead of w^k, which is the same mean, and the
 server may hand it to another optimizer than plain averaging (`server`). Both rates may follow a
-schedule over the rounds, and gradients may be clipped. The split into batches is drawn anew in
-every round. Sequences share a batch with others of their length, unless the task says
-otherwise.
+schedule over the rounds, gradients may be clipped, and clients may step by another optimizer than
+plain SGD (`client_optimizer`). The split into batches is drawn anew in every round. Sequences share
+a batch with others of their length, unless the task says otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class FedAvg(LocalTraining):
     """Federated averaging; see the module's docstring for the algorithm and its source.
 
     Args:
-        client_lr, local_epochs, batch_size, client_schedule, gradient_clip: of `LocalTraining`.
+        client_lr, local_epochs, batch_size, client_schedule, gradient_clip, client_optimizer: of
+            `LocalTraining`.
         server: what the server does with the aggregate.
         server_schedule: the factor on the server's rate in each round.
     """

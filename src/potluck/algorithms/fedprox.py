@@ -20,8 +20,8 @@ Differences from the paper: the paper leaves open how h is minimised, to a preci
 differ by client and round; here it is E epochs of gradient steps on every client, and there is no
 client that does only part of them. The paper draws clients with probability n_k / n and averages
 them equally; here the draw is uniform and the mean weighted by n_k. Where `gradient_clip` is set,
-it bounds the gradient of ℓ, without the proximal term. Server optimizers and schedules are as in
-FedAvg.
+it bounds the gradient of ℓ, without the proximal term; a client optimizer gets their sum. Server
+optimizers and schedules are as in FedAvg.
 """
 
 from __future__ import annotations

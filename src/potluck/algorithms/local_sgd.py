@@ -12,7 +12,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from potluck.algorithms.schedules import Constant, Schedule
-from potluck.core import Correction, LocalSGD, Vector
+from potluck.core import PLAIN_SGD, ClientOptimizer, Correction, LocalSGD, Vector
 from potluck.core.validate import check_ranges
 
 _ALL_AT_ONCE = "Use None for all of a client's examples in one step."
@@ -30,6 +30,8 @@ class LocalTraining:
         client_schedule: the factor on `client_lr` in each round; see `potluck.schedules`.
         gradient_clip: > 0, the largest L2 norm of the loss gradient of a local step, which is
             scaled down to it; None leaves gradients as they are.
+        client_optimizer: what a local step makes of the gradient; see
+            `potluck.core.client_optimizer`.
     """
 
     client_lr: Annotated[float, Interval(gt=0), "Start with 0.1."]
@@ -37,6 +39,7 @@ class LocalTraining:
     batch_size: Annotated[int, Interval(ge=1), _ALL_AT_ONCE] | None = 10
     client_schedule: Schedule = field(default_factory=Constant)
     gradient_clip: Annotated[float, Interval(gt=0), _AS_THEY_ARE] | None = None
+    client_optimizer: ClientOptimizer = PLAIN_SGD
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -55,4 +58,5 @@ class LocalTraining:
             epochs=self.local_epochs,
             batch_size=self.batch_size,
             correction=Correction(self.gradient_clip, proximal, drift),
+            optimizer=self.client_optimizer,
         )

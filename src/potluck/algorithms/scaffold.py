@@ -27,7 +27,8 @@ behind the other, and so do Δ_i and Δc_i: twice the bytes of FedAvg each way.
 Differences from the paper: K follows from a client's examples, E · ⌈n_i / B⌉, and so differs
 between clients; all count equally in the mean, as in the paper. In a round of rate 0 controls
 stay as they are. Where `gradient_clip` is set, it bounds the gradient of ℓ, without the controls;
-c_i is then the mean of clipped gradients. The server may hand Δ to another optimizer than plain
+c_i is then the mean of clipped gradients. Clients take plain steps alone: of another optimizer's,
+(w − w') / (K η_l) is not the mean gradient. The server may hand Δ to another optimizer than plain
 averaging, and both rates may follow a schedule.
 """
 
@@ -40,7 +41,7 @@ import numpy as np
 from potluck.algorithms.local_sgd import LocalTraining
 from potluck.algorithms.schedules import Constant, Schedule
 from potluck.algorithms.server_optimizer import Average, ServerOptimizer, ServerState, scaled
-from potluck.core import ClientContext, LocalWork, Update, Vector
+from potluck.core import PLAIN_SGD, ClientContext, LocalWork, Update, Vector
 
 CONTROL = "control"
 
@@ -60,6 +61,15 @@ class Scaffold(LocalTraining):
 
     server: ServerOptimizer = field(default_factory=Average)
     server_schedule: Schedule = field(default_factory=Constant)
+
+    def __post_init__(self) -> None:
+        LocalTraining.__post_init__(self)
+        if self.client_optimizer != PLAIN_SGD:
+            raise ValueError(
+                "client_optimizer must be plain SGD with SCAFFOLD, whose controls take a client's "
+                "way for the sum of its gradients, got "
+                f"client_optimizer={self.client_optimizer!r}. Leave it out, or use FedAvg."
+            )
 
     def broadcast(self, state: ServerState) -> Vector:
         """w and c."""

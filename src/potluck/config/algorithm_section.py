@@ -1,4 +1,4 @@
-"""[algorithm]: a table for each algorithm, server optimizer and schedule, made from its dataclass.
+"""[algorithm]: a table for each algorithm, optimizer and schedule, made from its dataclass.
 
 Keys, defaults and ranges are those of its fields. An algorithm has a name in experiments and plans
 once it stands in `ALGORITHMS`.
@@ -39,6 +39,14 @@ from potluck.algorithms import (
     schedules,
 )
 from potluck.config.section import Section, named
+from potluck.core import (
+    ClientAdam,
+    ClientAdamW,
+    ClientMomentum,
+    ClientNesterov,
+    ClientOptimizer,
+    ClientSGD,
+)
 
 _BatchSize: TypeAlias = Annotated[int, Interval(ge=1)] | Literal["full"]
 
@@ -63,7 +71,7 @@ _Sections: TypeAlias = dict[str, type[NamedSection]]
 
 def _sections(
     kinds: Mapping[str, type],
-    keys: Mapping[Any, tuple[Any, Any]] | None = None,
+    keys: Mapping[Any, tuple[Any, Any] | None] | None = None,
     *,
     base: type[NamedSection] = NamedSection,
     default: str | None = None,
@@ -72,7 +80,7 @@ def _sections(
 
     Args:
         keys: type and default of a key, by name or by the field's type, where they are not those
-            of the field.
+            of the field; None where a table has no such key.
         default: the name that is meant where none is given.
     """
     found: _Sections = {}
@@ -83,6 +91,7 @@ def _sections(
             hint = hints[field.name]
             usual = hint, ... if field.default is MISSING else field.default
             own[field.name] = keys.get(field.name, keys.get(hint, usual))
+        own = {key: value for key, value in own.items() if value is not None}
         title = f"{kind.__name__}_{name}"
         found[name] = create_model(title, __base__=base, __module__=__name__, **own)
         found[name].makes = kind
@@ -117,16 +126,28 @@ SERVERS = _sections(
     },
     default="average",
 )
+CLIENTS = _sections(
+    {
+        "sgd": ClientSGD,
+        "momentum": ClientMomentum,
+        "nesterov": ClientNesterov,
+        "adam": ClientAdam,
+        "adamw": ClientAdamW,
+    }
+)
 _KEYS = {
     "batch_size": (_BatchSize, 10),
+    ClientOptimizer: (_one_of(CLIENTS) | None, None),
     Schedule: (_one_of(_FACTORS | _WARMUP) | None, None),
     ServerOptimizer: (_one_of(SERVERS, "average"), SERVERS["average"](name="average")),
 }
+_PLAIN = {ClientOptimizer: None}
 _ONE_STEP = {"local_epochs": (Literal[1], 1), "batch_size": (Literal["full"], "full")}
 ALGORITHMS = {
     **_sections({"fedavg": FedAvg}, _KEYS, base=AlgorithmSection, default="fedavg"),
-    **_sections({"fedsgd": FedAvg}, _KEYS | _ONE_STEP, base=AlgorithmSection),
-    **_sections({"fedprox": FedProx, "scaffold": Scaffold}, _KEYS, base=AlgorithmSection),
+    **_sections({"fedsgd": FedAvg}, _KEYS | _PLAIN | _ONE_STEP, base=AlgorithmSection),
+    **_sections({"fedprox": FedProx}, _KEYS, base=AlgorithmSection),
+    **_sections({"scaffold": Scaffold}, _KEYS | _PLAIN, base=AlgorithmSection),
 }
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
-from potluck.config.algorithm_section import AlgorithmTable
+from potluck.config.algorithm_section import CLIENTS, AlgorithmTable
 from potluck.config.experiment import Experiment, ModelSection
 from potluck.config.model_task import build_task
 from potluck.config.section import Section
@@ -68,7 +68,11 @@ def plan_of(experiment: Experiment, data: FederatedData, needs: tuple[Need, ...]
     )
     schema = None if data.schema is None else data.schema.to_json()
     _check_size(schema)
-    return Plan(task=task, algorithm=experiment.algorithm, needs=needs, data=schema)
+    algorithm = experiment.algorithm
+    if getattr(algorithm, "client_optimizer", None) == CLIENTS["sgd"](name="sgd"):
+        # Plain steps are the default, and a key that older devices do not know.
+        algorithm = algorithm.model_copy(update={"client_optimizer": None})
+    return Plan(task=task, algorithm=algorithm, needs=needs, data=schema)
 
 
 def _check_size(schema: dict[str, Any] | None) -> None:

@@ -63,6 +63,14 @@ batch_size = 10               # B: examples a local step, or "full"
 # beta2 = 0.99                # adam and yogi only
 # tau = 0.001                 # adagrad, adam and yogi only: smaller updates move in proportion
 
+# [algorithm.client_optimizer] # fedavg and fedprox: what moves a client's weights, as torch.optim
+# name = "sgd"                # sgd: plain steps (the default); momentum, nesterov, adam or adamw
+# weight_decay = 0.0          # adamw has 0.01 if left out
+# momentum = 0.9              # momentum and nesterov only
+# beta1 = 0.9                 # adam and adamw only, as the two below
+# beta2 = 0.999
+# eps = 1e-8
+
 # [algorithm.client_schedule] # a factor on client_lr in each round; constant if left out
 # name = "cosine"             # cosine or linear: rounds, floor; exponential: decay;
                               # step: every, factor; warmup: rounds, then

@@ -1,5 +1,14 @@
 """Vectors, seeds, cohorts, updates and errors: what everything else is made of."""
 
+from potluck.core.client_optimizer import (
+    PLAIN_SGD,
+    ClientAdam,
+    ClientAdamW,
+    ClientMomentum,
+    ClientNesterov,
+    ClientOptimizer,
+    ClientSGD,
+)
 from potluck.core.codecs import (
     CODECS,
     Codec,
@@ -10,7 +19,6 @@ from potluck.core.codecs import (
     update_bytes,
 )
 from potluck.core.cohorts import Poisson, sample_cohort
-from potluck.core.correction import Correction
 from potluck.core.direction import higher_is_better
 from potluck.core.errors import (
     AbandonedError,
@@ -30,7 +38,7 @@ from potluck.core.errors import (
     WorkerError,
 )
 from potluck.core.fixed_point import FixedPointMean
-from potluck.core.local_training import ClientContext, LocalSGD, LocalWork, Trained
+from potluck.core.local_training import ClientContext, Correction, LocalSGD, LocalWork, Trained
 from potluck.core.seeds import derive_seed, stream
 from potluck.core.spec import Role, Spec
 from potluck.core.target import Target, is_result, main_metric
@@ -38,9 +46,16 @@ from potluck.core.update import Update, Vector
 
 __all__ = [
     "CODECS",
+    "PLAIN_SGD",
     "AbandonedError",
     "ChecksumError",
+    "ClientAdam",
+    "ClientAdamW",
     "ClientContext",
+    "ClientMomentum",
+    "ClientNesterov",
+    "ClientOptimizer",
+    "ClientSGD",
     "Codec",
     "CodedError",
     "ConfigError",

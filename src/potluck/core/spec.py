@@ -75,6 +75,12 @@ class Spec:
         return cls(names, shapes, roles, num_statistics)
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the tensors that local steps move."""
+        pairs = zip(self.names, self.roles, strict=True)
+        return tuple(name for name, role in pairs if role == "trained")
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(shape) for shape in self.shapes)
 

@@ -67,7 +67,10 @@ class Policy(Section):
             DeclinedError: with the key.
         """
         size = manifest.length_bytes
-        self._hold(max_model_bytes=size, max_memory_bytes=MEMORY_COPIES * size)
+        algorithm = manifest.plan.get("algorithm")
+        has_state = isinstance(algorithm, dict) and "client_optimizer" in algorithm
+        copies = MEMORY_COPIES + 2 * has_state  # at most two more
+        self._hold(max_model_bytes=size, max_memory_bytes=copies * size)
         self._hold(max_rounds=manifest.rounds or math.inf)  # which the server does not say
 
     def check_work(self, plan: Plan, num_examples: int | None) -> None:

@@ -1,91 +1,149 @@
-"""The plain local step with a correction of the gradient: clipped, proximal, drifting.
+"""A local step, from the gradient of the loss to other weights: clip, correct, step the optimizer.
 
-    w ← w + lr · proximal (received − w) − lr · drift − lr · min(1, gradient_clip / ‖∇ℓ‖) ∇ℓ
+    g = min(1, gradient_clip / ‖∇ℓ‖) ∇ℓ  +  proximal (w − received)  +  drift
+    w, state ← optimizer.step(w, g, state, lr, t)
 
-The terms are applied one after another in place, the one that reads w first, so that the sum is
-never written. Averaged buffers and frozen parameters have no gradient and are not touched.
+It is the same for one client and for many, whose tensors are [clients, …] and whose rates are one
+number or [clients]. Averaged buffers and frozen parameters have no gradient and are not touched. A
+parameter that the loss does not depend on is stepped where a correction gives it a gradient.
+
+Plain SGD adds these terms to w one after another, the one that reads w first, so that g is never
+written. Layers may go further and write no gradient at all (`is_bare`, `is_plain`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from potluck.core import Correction
-from potluck.engine.gradients import gradients_of
-from potluck.engine.task import spec_of
+from potluck.core import PLAIN_SGD, ClientOptimizer
 
-
-class CorrectedStep:
-    """Corrected steps on the parameters of one module, which are views of `vector`."""
-
-    def __init__(self, module: nn.Module, vector: Tensor) -> None:
-        self._spec = spec_of(module)
-        self._named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._vector = vector
-        self._gradient_clip: float | None = None
-        self._proximal = 0.0
-        self._received: list[Tensor] = []  # as the parameters; empty without a proximal term
-        self._drift: list[Tensor] = []
-
-    def begin(self, correction: Correction) -> bool:
-        """Take the correction of the next steps, from the present weights on; whether there is
-        any to take."""
-        self._gradient_clip, self._proximal, drift = correction
-        self._received = [] if self._proximal == 0.0 else self._views(self._vector.clone())
-        self._drift = [] if drift is None else self._views(torch.tensor(drift))
-        return bool(self._gradient_clip is not None or self._received or self._drift)
-
-    def descend(self, loss: Tensor, lr: float) -> None:
-        """One step down the corrected gradient of `loss`."""
-        parameters = list(self._named.values())
-        gradients = gradients_of(loss, parameters)
-        with torch.no_grad():
-            # Both lists may be empty.
-            for parameter, start in zip(parameters, self._received, strict=False):
-                parameter.lerp_(start, lr * self._proximal)
-            for parameter, drift in zip(parameters, self._drift, strict=False):
-                parameter.add_(drift, alpha=-lr)
-            rate = lr * self._clip_factor([g for g in gradients if g is not None])
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.add_(gradient, alpha=-rate)
-
-    def _clip_factor(self, gradients: list[Tensor]) -> float:
-        if self._gradient_clip is None or not gradients:
-            return 1.0
-        squares = [float(gradient.square().sum()) for gradient in gradients]
-        norm = math.sqrt(sum(squares))
-        return self._gradient_clip / max(norm, self._gradient_clip)
-
-    def _views(self, vector: Tensor) -> list[Tensor]:
-        views = self._spec.unflatten(vector)
-        return [views[name] for name in self._named]
+Named: TypeAlias = Mapping[str, Tensor]
+Rate: TypeAlias = float | Tensor  # of all clients, or [clients]
 
 
-class Pull(NamedTuple):
-    """The correction of one step of many clients, in those that make it."""
+class Descent(NamedTuple):
+    """What makes a step of the gradients of one client, or of those clients that make it."""
 
+    optimizer: ClientOptimizer
     gradient_clip: float | None
     proximal: float
-    received: Mapping[str, Tensor]  # by name, each [clients, …]; empty without a proximal term
-    drift: Mapping[str, Tensor]  # the same; empty without a drift
+    received: Named  # by name, as the weights; empty without a proximal term
+    drift: Named  # the same; empty without a drift
+    state: Sequence[Named]  # of `fresh_state`: stepped in place
+    many: bool = True
 
-    def apply(self, parameters: Mapping[str, Tensor], lr: float) -> None:
-        """All of it but the clipping, in place: before the gradient, whatever its size."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether gradients need not be written: this is plain SGD."""
+        return self.optimizer == PLAIN_SGD
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a step is w ← w − lr · ∇ℓ, which layers may take by themselves."""
+        return (
+            self.gradient_clip is None
+            and not self.received
+            and not self.drift
+            and self.optimizer == PLAIN_SGD
+        )
+
+    @torch.no_grad()
+    def take(self, weights: Named, gradients: Named, lr: Rate) -> None:
+        """Make one step, in place.
+
+        Args:
+            weights: the trained parameters by name.
+            gradients: of the loss, for those that it depends on.
+        """
+        factor = self.clip_factor(self._squares(gradients)) if gradients else 1.0
+        if self.is_plain:
+            self.pull(weights, lr)
+            for name, gradient in gradients.items():
+                _add(weights[name], gradient, -(lr * factor))
+            return
+        for name, weight in weights.items():
+            gradient = self._corrected(name, weight, gradients.get(name), factor)
+            if gradient is not None:
+                count, *moments = (part[name] for part in self.state)
+                count += 1
+                numbers = _wide(lr, weight), _wide(count, weight)
+                new, news = self.optimizer.step(weight, gradient, tuple(moments), *numbers)
+                for old, tensor in zip((weight, *moments), (new, *news), strict=True):
+                    old.copy_(tensor)
+
+    def pull(self, weights: Named, lr: Rate) -> None:
+        """What a correction adds to a plain step beside the gradient, in place."""
+        for name, start in self.received.items():
+            if isinstance(lr, Tensor):
+                _add(weights[name], start - weights[name], lr * self.proximal)
+            else:
+                weights[name].lerp_(start, lr * self.proximal)
+        for name, drift in self.drift.items():
+            _add(weights[name], drift, -lr)
+
+    def clip_factor(self, squares: Rate) -> Rate:
+        """From the squared norm of the gradient to what it is multiplied by."""
+        bound = self.gradient_clip
+        if bound is None:
+            return 1.0
+        if isinstance(squares, Tensor):
+            return bound / squares.clamp(min=0.0).sqrt().clamp(min=bound)
+        return bound / max(math.sqrt(squares), bound)
+
+    def _squares(self, gradients: Named) -> Rate:
+        if self.gradient_clip is None:
+            return 0.0
+        if self.many:
+            return sum(g.flatten(1).square().sum(1) for g in gradients.values())
+        return sum(float(g.square().sum()) for g in gradients.values())
+
+    def _corrected(
+        self, name: str, weight: Tensor, gradient: Tensor | None, factor: Rate
+    ) -> Tensor | None:
+        if gradient is not None and self.gradient_clip is not None:
+            gradient = gradient * _wide(factor, gradient)
         if self.received:
-            for name, parameter in parameters.items():
-                parameter.lerp_(self.received[name], lr * self.proximal)
+            pull = self.proximal * (weight - self.received[name])
+            gradient = pull if gradient is None else gradient + pull
         if self.drift:
-            for name, parameter in parameters.items():
-                parameter.add_(self.drift[name], alpha=-lr)
+            gradient = self.drift[name] if gradient is None else gradient + self.drift[name]
+        return gradient
 
-    def clip_factors(self, squares: Tensor) -> Tensor:
-        """From the squared norms of the gradients [clients] to what they are multiplied by."""
-        assert self.gradient_clip is not None
-        norms = squares.clamp(min=0.0).sqrt()
-        return self.gradient_clip / norms.clamp(min=self.gradient_clip)
+
+def fresh_state(
+    optimizer: ClientOptimizer, weights: Named, clients: Sequence[int] = ()
+) -> list[dict[str, Tensor]]:
+    """The state before the first step: by name how often each parameter was stepped, and then the
+    optimizer's own tensors. None of it for plain SGD.
+
+    Args:
+        clients: the shape of a number for each client.
+    """
+    if optimizer == PLAIN_SGD:
+        return []
+    counts = {
+        n: torch.zeros(clients, dtype=torch.float64, device=w.device) for n, w in weights.items()
+    }
+    kinds = zip(*map(optimizer.init, weights.values()), strict=True)
+    return [counts, *(dict(zip(weights, kind, strict=True)) for kind in kinds)]
+
+
+def _add(weight: Tensor, direction: Tensor, factor: Rate) -> None:
+    """weight ← weight + factor · direction, in place."""
+    wide = _wide(factor, weight)
+    if isinstance(wide, Tensor):
+        weight.addcmul_(direction, wide)
+    else:
+        weight.add_(direction, alpha=wide)
+
+
+def _wide(number: Rate, like: Tensor) -> Rate:
+    """A number for each client, against tensors [clients, …]."""
+    if not isinstance(number, Tensor) or number.ndim == 0:
+        return number
+    return number.view(-1, *[1] * (like.ndim - 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from potluck.core import TaskError
 _LOOKS = 2  # losses: a tensor that is made anew for every batch is in one of them
 
 
-def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradient of each parameter; None for one that the loss does not depend on.
+def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients by name; none of a parameter that the loss does not depend on.
 
     It is `backward` and not `torch.autograd.grad`, so that hooks on parameters and modules that
     compute parts of themselves again on the way back do what they do under any optimizer.
@@ -29,8 +29,8 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | No
             "the parameters and the loss, and for parameters that are all frozen."
         )
     torch.autograd.backward(loss)
-    gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    for parameter in parameters.values():
         parameter.grad = None
     return gradients
 

@@ -9,7 +9,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from potluck.core import ClientContext, Correction, LocalSGD, Vector, derive_seed, stream
+from potluck.core import (
+    PLAIN_SGD,
+    ClientContext,
+    ClientOptimizer,
+    Correction,
+    LocalSGD,
+    Vector,
+    derive_seed,
+    stream,
+)
 from potluck.data.federated import lengths
 from potluck.engine.task import Task
 
@@ -22,6 +31,7 @@ class LocalRun(NamedTuple):
     steps: Sequence[tuple[slice, float]]  # each the batch, of `rows`, and the rate
     seed: int  # of what the model draws
     correction: Correction
+    optimizer: ClientOptimizer = PLAIN_SGD
 
 
 def run_of(
@@ -46,6 +56,7 @@ def run_of(
         [(batch, request.lr) for _ in range(request.epochs) for batch in batches],
         derive_seed(client.seed, "model", client.round, client.client),
         request.correction,
+        request.optimizer,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from potluck.core import Correction, Spec, Trained, Vector
+from potluck.core import PLAIN_SGD, ClientOptimizer, Correction, Spec, Trained, Vector
 from potluck.data.federated import Examples, lengths, trimmed
 from potluck.data.trees import called, mapped
 from potluck.engine.buffers import check_unaveraged, unaveraged
-from potluck.engine.corrected_step import CorrectedStep
+from potluck.engine.corrected_step import Descent, fresh_state
 from potluck.engine.first_batch import checked_loss, in_words, outputs_of
 from potluck.engine.fused_sgd import SMALLEST, InPlaceLayers
 from potluck.engine.gradients import Foreign, gradients_of
@@ -73,15 +73,13 @@ class TorchRuntime:
         self._train = task.data.train
         self._padding = task.data.padding
         self._losses: list[Tensor] = []
-        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self._trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._layers: InPlaceLayers | None = None
         if fused_from is not None:
             layers = InPlaceLayers(self.module, precision, compiled=one_thread, smallest=fused_from)
             self._layers = layers if layers.layers else None
         self._pristine.adopt()
         self.module.zero_grad(set_to_none=True)  # what an earlier training may have left
-        self._corrected = CorrectedStep(self.module, self._vector)
-        self._is_corrected = False
 
     def train(self, run: LocalRun, before_step: Callable[[], None] | None = None) -> Trained:
         """Make all steps of a run; its weights are a view, until the next `begin`.
@@ -90,7 +88,7 @@ class TorchRuntime:
             before_step: is called before each step, and ends the training by what it raises.
         """
         self.take(self._train)
-        self.begin(run.start, run.rows, run.seed, run.correction)
+        self.begin(run.start, run.rows, run.seed, run.correction, run.optimizer)
         for batch, lr in run.steps:
             if before_step is not None:
                 before_step()
@@ -108,6 +106,7 @@ class TorchRuntime:
         order: NDArray[np.int64],
         seed: int,
         correction: Correction = _NO_CORRECTION,
+        optimizer: ClientOptimizer = PLAIN_SGD,
     ) -> None:
         """Load the received weights and put the examples in order, so that batches are slices."""
         self._load(order)
@@ -116,29 +115,27 @@ class TorchRuntime:
         self._variables.put_back()  # where a client failed
         self._variables.keep()
         self._weights[...] = received
-        self._is_corrected = self._corrected.begin(correction)
+        self._descent = self._corrected(correction, optimizer)
         seed_generators(seed)
 
     def step(self, batch: slice, lr: float) -> None:
-        """w ← w − lr · ∇ℓ(w; batch), or the corrected gradient, in place; no step for a batch in
-        which nothing counts.
+        """One step down ∇ℓ(w; batch), in place; no step for a batch in which nothing counts.
+
+        A layer takes a bare step of plain SGD by itself where it can. Every other step is
+        `Descent.take`, of gradients that are seen whole before they are applied.
 
         Raises:
             TaskError: model or loss does not keep its contract, or cannot be used on this batch.
         """
         if self._may_skip and counts_nothing(self._loss, self._targets[batch]):
             return
-        if self._is_corrected:  # gradients must be seen whole before they are applied
-            with nullcontext() if self._layers is None else self._layers.plain():
-                loss = self._forward(batch)
-                self._foreign.look(loss)
-                self._corrected.descend(loss, lr)
-        else:
+        layers, fuses = self._layers, self._descent.is_bare
+        with nullcontext() if layers is None or fuses else layers.plain():
             loss = self._forward(batch)
             self._foreign.look(loss)
-            with nullcontext() if self._layers is None else self._layers.step(lr, loss):
-                gradients = gradients_of(loss, self._parameters)
-            self._descend(gradients, lr)
+            with layers.step(lr, loss) if layers is not None and fuses else nullcontext():
+                gradients = gradients_of(loss, self._trained)
+        self._descent.take(self._trained, gradients, lr)
         self._losses.append(loss.detach())
 
     def end(self) -> tuple[Vector, float]:
@@ -183,11 +180,17 @@ class TorchRuntime:
             self._is_checked = True
             return loss
 
-    def _descend(self, gradients: Sequence[Tensor | None], lr: float) -> None:
-        with torch.no_grad():
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.add_(gradient, alpha=-lr)
+    def _corrected(self, correction: Correction, optimizer: ClientOptimizer) -> Descent:
+        """The steps from the present weights on."""
+        clip, proximal, drift = correction
+        received = {} if proximal == 0.0 else self._trained_of(self._vector.clone())
+        drifts = {} if drift is None else self._trained_of(torch.tensor(drift))
+        state = fresh_state(optimizer, self._trained)
+        return Descent(optimizer, clip, proximal, received, drifts, state, many=False)
+
+    def _trained_of(self, vector: Tensor) -> dict[str, Tensor]:
+        views = self.spec.unflatten(vector)
+        return {name: views[name] for name in self._trained}
 
 
 class Judged(nn.Module):

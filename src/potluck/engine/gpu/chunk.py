@@ -3,8 +3,10 @@
     weights[0 … n) ← the weights that each starts from              # [capacity + 1, …] a layer
     for each tick (`potluck.engine.gpu.schedule`):
         mine ← weights of the tick's clients                        # none are moved if it is all
-        mine ← mine − rates · g(mine; their batches, gathered from the examples on the device)
+        mine ← the step on their batches, gathered from the examples on the device
         weights of the tick's clients ← mine
+
+The state of an optimizer goes the way of the weights.
 
 All tensors that a step reads or writes stay where they are, so that it can be replayed. The last
 row belongs to nobody: a tick of 50 clients is filled up to 64, and the fourteen that are too many
@@ -25,9 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potluck.core import Spec, Vector
+from potluck.core import ClientOptimizer, Spec, Vector
 from potluck.data.federated import lengths, trimmed
-from potluck.engine.corrected_step import Pull
+from potluck.engine.corrected_step import Descent, fresh_state
 from potluck.engine.devices import on_stream, sent, stream_of
 from potluck.engine.gpu.cuda_graph import Captured
 from potluck.engine.gpu.device_examples import Resident
@@ -65,6 +67,7 @@ class Program:
         self.weights = self._room()
         self._received: _Named = {}
         self._drift: _Named = {}
+        self._states: dict[ClientOptimizer, list[_Named]] = {}
         self._losses = torch.zeros(capacity + 1, device=device)
         self._shapes: dict[_Shape, _Static] = {}
         self._captures = True  # until a step could not be
@@ -73,7 +76,7 @@ class Program:
         """Put all steps of these clients on the stream, and yield after each tick.
 
         Each advance is to be made within `self.on_stream()`. The corrections of the runs may
-        differ in the drift only.
+        differ in the drift only, their optimizers not.
         """
         self._begin(runs)
         runs, lengths = self._placed(runs)
@@ -124,6 +127,14 @@ class Program:
         if drifts:
             self._drift = self._drift or self._room()
             self._fill(self._drift, drifts)
+        optimizer = runs[0].optimizer
+        if optimizer not in self._states:
+            self._states[optimizer] = fresh_state(
+                optimizer, self._trained(self.weights), (self.capacity + 1,)
+            )
+        for part in self._states[optimizer]:
+            for tensor in part.values():
+                tensor.zero_()
 
     def _fill(self, room: _Named, vectors: Sequence[Vector]) -> None:
         """Write a vector into the row of each client; one that all share is sent once."""
@@ -146,7 +157,8 @@ class Program:
         clip, proximal, drift = runs[0].correction
         is_all = len(tick.clients) == len(runs)
         clients = len(runs) if is_all else min(count_for(len(tick.clients)), self.capacity)
-        return _Shape(clients, tick.size, tick.width, is_all, clip, proximal, drift is not None)
+        rule = runs[0].optimizer, clip, proximal, drift is not None
+        return _Shape(clients, tick.size, tick.width, is_all, *rule)
 
     def _placed(
         self, runs: Sequence[LocalRun]
@@ -200,21 +212,24 @@ class Program:
         inputs, targets = (
             part.reshape(shape.clients, shape.size, *part.shape[1:]) for part in (inputs, targets)
         )
-        pull = Pull(
-            shape.clip,
-            shape.proximal,
-            self._of(self._received, shape, slots) if shape.proximal != 0.0 else {},
-            self._of(self._drift, shape, slots) if shape.has_drift else {},
-        )
-        mine = self._of(self.weights, shape, slots)
-        losses = self._step.step(mine, inputs, targets, present.float(), rates, pull)
+        received = self._trained(self._received) if shape.proximal != 0.0 else {}
+        drift = self._trained(self._drift) if shape.has_drift else {}
+        rooms = [self.weights, *self._states[shape.optimizer]]
+        mine, *state = (self._of(room, shape, slots) for room in rooms)
+        received, drift = (self._of(room, shape, slots) for room in (received, drift))
+        descent = Descent(shape.optimizer, shape.clip, shape.proximal, received, drift, state)
+        losses = self._step.step(mine, inputs, targets, present.float(), rates, descent)
         with torch.no_grad():
             if shape.is_all:  # `mine` are the weights themselves
                 self._losses[: shape.clients].add_(losses)
                 return
             self._losses.index_add_(0, slots, losses)
-            for name, rows_of in mine.items():
-                self.weights[name].index_copy_(0, slots, rows_of)
+            for room, some in zip(rooms, (mine, *state), strict=True):
+                for name, rows_of in some.items():
+                    room[name].index_copy_(0, slots, rows_of)
+
+    def _trained(self, room: _Named) -> _Named:
+        return {name: room[name] for name in self._spec.trained}
 
     @staticmethod
     def _of(room: _Named, shape: _Shape, slots: Tensor) -> _Named:
@@ -230,6 +245,7 @@ class _Shape(NamedTuple):
     size: int  # of a batch
     width: int  # of sequences; 0 where there are none
     is_all: bool  # the clients are all of the chunk
+    optimizer: ClientOptimizer
     clip: float | None
     proximal: float
     has_drift: bool

@@ -105,7 +105,7 @@ class DeviceCohort:
         """Make all steps of all runs.
 
         Args:
-            runs: their corrections may differ in the drift only.
+            runs: their corrections may differ in the drift only, their optimizers not.
 
         Returns:
             The local weights [runs, dim] and the mean losses [runs].

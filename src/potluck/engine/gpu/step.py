@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from potluck.engine.corrected_step import Pull
+from potluck.engine.corrected_step import Descent
 from potluck.engine.gpu.layers import Rewritten, replace
 from potluck.engine.module.randomness import borrowed_randomness
 from potluck.engine.precision import Precision, autocast
@@ -45,9 +45,9 @@ class DeviceStep(Protocol):
         targets: Tensor,
         present: Tensor,
         rates: Tensor,
-        pull: Pull,
+        descent: Descent,
     ) -> Tensor:
-        """w ← w − rate · g(w; batch) for every client, in place; returns their losses [clients].
+        """One local step of every client, in place; returns their losses [clients].
 
         Args:
             weights: by name, each [clients, …].
@@ -64,7 +64,7 @@ class StackStep:
     fills = True
 
     def __init__(self, task: Task, layers: list[Layer]) -> None:
-        self._stack, self._layers = Stack(task, layers), layers
+        self._stack = Stack(task, layers)
 
     def step(
         self,
@@ -73,22 +73,12 @@ class StackStep:
         targets: Tensor,
         present: Tensor,
         rates: Tensor,
-        pull: Pull,
+        descent: Descent,
     ) -> Tensor:
-        """See `DeviceStep`; no gradient of a weight is written."""
+        """See `DeviceStep`."""
         shares = present / present.sum(1, keepdim=True).clamp(min=1.0)
         flat, classes = inputs.flatten(2), targets.reshape(1, -1)
-        losses, hidden, errors = self._stack.errors(weights, flat, classes, shares)
-        factors = -rates
-        if pull.gradient_clip is not None:
-            factors = factors * pull.clip_factors(self._stack.squares(hidden, errors))
-        _pull(weights, rates, pull)
-        for layer, below, error in zip(self._layers, hidden, errors, strict=True):
-            moves = error * factors.view(-1, 1, 1)
-            weights[layer.weight].baddbmm_(moves.transpose(1, 2), below)
-            if layer.bias is not None:
-                weights[layer.bias].add_(moves.sum(1))
-        return losses
+        return self._stack.take(weights, flat, classes, shares, rates, descent)
 
 
 class ModelStep:
@@ -122,7 +112,7 @@ class ModelStep:
         targets: Tensor,
         present: Tensor,
         rates: Tensor,
-        pull: Pull,
+        descent: Descent,
     ) -> Tensor:
         """See `DeviceStep`.
 
@@ -146,8 +136,7 @@ class ModelStep:
         gradients = {
             n: g for n, g in zip(trained, cast("Any", found), strict=True) if g is not None
         }
-        with torch.no_grad():
-            self._descend({n: weights[n] for n in trained}, gradients, rates, pull)
+        descent.take({n: weights[n] for n in trained}, gradients, rates)
         return losses.detach()
 
     def _loss(self, tensors: _Tensors, inputs: Tensor, targets: Tensor, present: Tensor) -> Tensor:
@@ -158,18 +147,6 @@ class ModelStep:
                 return self._judged.at(tensors, inputs, targets).float()
             outputs = functional_call(self._judged.module, dict(tensors), (inputs,))
             return self._by_example.mean(outputs, targets, present)
-
-    @staticmethod
-    def _descend(
-        parameters: _Tensors, gradients: dict[str, Tensor], rates: Tensor, pull: Pull
-    ) -> None:
-        _pull(parameters, rates, pull)
-        factors = -rates
-        if pull.gradient_clip is not None:
-            squares = sum(g.flatten(1).square().sum(1) for g in gradients.values())
-            factors = factors * pull.clip_factors(cast("Tensor", squares))
-        for name, gradient in gradients.items():
-            parameters[name].addcmul_(gradient, _wide(factors, gradient))
 
 
 def is_pure(module: nn.Module, task: Task) -> bool:
@@ -197,18 +174,3 @@ def _are_separate(module: nn.Module, task: Task) -> bool:
             return False
     fits = isinstance(together, Tensor) and together.shape[1:] == alone.shape[1:]
     return fits and torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-5)
-
-
-def _pull(parameters: _Tensors, rates: Tensor, pull: Pull) -> None:
-    """What else than the gradient moves the weights, in place."""
-    for name, parameter in parameters.items():
-        if pull.received:
-            distance = pull.received[name] - parameter
-            parameter.addcmul_(distance, _wide(rates * pull.proximal, parameter))
-        if pull.drift:
-            parameter.addcmul_(pull.drift[name], _wide(-rates, parameter))
-
-
-def _wide(numbers: Tensor, like: Tensor) -> Tensor:
-    """A number for each client, against tensors [clients, …]."""
-    return numbers.view(-1, *[1] * (like.ndim - 1))

@@ -1,9 +1,10 @@
 """Local training of many clients as one program: a matrix of models, and one step for all of them.
 
     weights[k] ← the weights that client k starts from                          # [clients, dim]
+    state[k] ← that of its optimizer before the first step
     until every client has made its steps:
         group the clients whose next batches can be stacked; take the largest group
-        weights[group] ← weights[group] − lr · g(weights[group]; batches of the group)
+        weights[group], state[group] ← the step on the batches of the group
 
 Clients are independent, so each goes at its own pace: one with fewer batches is done earlier, and
 one whose short batch is next waits until the others are through with their full ones. No batch is
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potluck.core import Spec, Vector
-from potluck.engine.corrected_step import Pull
+from potluck.engine.corrected_step import Descent, fresh_state
 from potluck.engine.local_run import LocalRun
 from potluck.engine.task import Task, in_training, spec_of
 from potluck.engine.vmap.functional import Vectorised
@@ -55,15 +56,15 @@ class Gradient(Protocol):
         clients: Sequence[int],
         batches: Sequence[NDArray[np.int64]],
         lr: float,
-        pull: Pull,
+        descent: Descent,
     ) -> Tensor:
-        """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients].
+        """One local step of every client, in place; returns their losses [clients].
 
         Args:
             weights: by name, each [clients, …], those of `clients` only.
             batches: the rows of the packed examples, in arrays [clients, batch] that together
                 are those of `clients`.
-            pull: what else moves the weights.
+            descent: what steps them, of these clients.
         """
         ...
 
@@ -100,7 +101,7 @@ class CohortRuntime:
         """Make all steps of all runs.
 
         Args:
-            runs: their corrections may differ in the drift only.
+            runs: their corrections may differ in the drift only, their optimizers not.
 
         Returns:
             The local weights [runs, dim] and the mean losses [runs].
@@ -112,15 +113,21 @@ class CohortRuntime:
         weights, received, drift = self._begin(runs)
         sums = torch.zeros(len(runs), device=self._device)
         clip, proximal, _ = runs[0].correction
+        optimizer = runs[0].optimizer
+        trained = {name: weights[name] for name in self.spec.trained}
+        state = fresh_state(optimizer, trained, (len(runs),))
         self._gradient.begin([run.seed for run in runs])
         for group in _Groups(self._gradient, runs):
             index = _index(group.clients, self._device)
             mine = _of(weights, index)
-            pull = Pull(clip, proximal, _of(received, index), _of(drift, index))
-            losses = self._gradient.step(mine, group.clients, group.batches, group.lr, pull)
-            if isinstance(index, Tensor):
-                for name, rows in mine.items():  # copies, unlike those of a slice
-                    weights[name].index_copy_(0, index, rows)
+            pulls = _of(received, index), _of(drift, index)
+            states = [_of(part, index) for part in state]
+            descent = Descent(optimizer, clip, proximal, *pulls, states)
+            losses = self._gradient.step(mine, group.clients, group.batches, group.lr, descent)
+            if isinstance(index, Tensor):  # copies, unlike those of a slice
+                for rooms, some in zip((weights, *state), (mine, *states), strict=True):
+                    for name, rows in some.items():
+                        rooms[name].index_copy_(0, index, rows)
                 sums.index_add_(0, index, losses)
             else:
                 sums[index] += losses
@@ -141,17 +148,18 @@ class CohortRuntime:
         else:
             starts = self._there(np.stack([run.start for run in runs]))
         # A tensor a layer, rows next to each other: what batched matrix products want.
-        weights = {n: v.clone(memory_format=_ROWS) for n, v in self._views(starts).items()}
-        received = self._views(starts) if runs[0].correction.proximal != 0.0 else {}
+        weights = {n: v.clone(memory_format=_ROWS) for n, v in self.spec.unflatten(starts).items()}
+        received = self._trained(starts) if runs[0].correction.proximal != 0.0 else {}
         drifts = [run.correction.drift for run in runs if run.correction.drift is not None]
-        drift = self._views(self._there(np.stack(drifts))) if drifts else {}
+        drift = self._trained(self._there(np.stack(drifts))) if drifts else {}
         return weights, received, drift
 
     def _there(self, matrix: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(matrix).to(self._device)
 
-    def _views(self, matrix: Tensor) -> dict[str, Tensor]:
-        return self.spec.unflatten(matrix)
+    def _trained(self, matrix: Tensor) -> dict[str, Tensor]:
+        views = self.spec.unflatten(matrix)
+        return {name: views[name] for name in self.spec.trained}
 
 
 _ROWS = torch.contiguous_format

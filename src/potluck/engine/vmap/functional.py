@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.func import grad_and_value, vmap
 from potluck.core import Spec
 from potluck.data.federated import lengths, trimmed
 from potluck.data.trees import leaves, mapped
-from potluck.engine.corrected_step import Pull
+from potluck.engine.corrected_step import Descent
 from potluck.engine.module.plain import has_hooks
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task, averaged_tensors
@@ -58,6 +58,7 @@ class Vectorised:
         self._counters: list[_Tensors] = []
         self._streams: list[torch.Generator] = []
         self._draws: dict[Hashable, list[Draw]] = {}
+        self._reached: dict[Hashable, list[str]] = {}
         self._has_draws: bool | None = None  # unknown before the first step
         self._given = Given(())
         self._is_known = False  # that the model can be vectorised
@@ -82,9 +83,9 @@ class Vectorised:
         clients: Sequence[int],
         batches: Sequence[NDArray[np.int64]],
         lr: float,
-        pull: Pull,
+        descent: Descent,
     ) -> Tensor:
-        """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients]."""
+        """One local step of every client, in place; returns their losses [clients]."""
         if not self._is_known:
             refuse_hooks(self._judged)
         inputs, targets = self._stacked(batches)
@@ -93,8 +94,8 @@ class Vectorised:
             {name: weights[name] for name in names}
             for names in (self._trained, self._frozen, self._buffers)
         )
-        first = mapped(lambda part: part[0], inputs)
-        draws = self._draws_for(weights, counters, first, targets[0])
+        one = mapped(lambda part: part[0], inputs)
+        draws = self._draws_for(weights, counters, one, targets[0])
         masks = drawn(draws, [self._streams[client] for client in clients])
         masks = [mask.to(self._device) for mask in masks]
         try:
@@ -111,15 +112,11 @@ class Vectorised:
         except Exception as error:
             first, *_ = (str(error) or "failed").splitlines()
             raise RuntimeError(f"at {self._given.last}: {type(error).__name__}: {first}") from error
+        if not descent.is_plain:  # for which a gradient of 0 is not none
+            reached = self._reached_by(weights, counters, one, targets[0])
+            gradients = {name: gradients[name] for name in reached}
         with torch.no_grad():
-            pull.apply(trained, lr)
-            if pull.gradient_clip is not None:
-                squares = sum(g.flatten(1).square().sum(1) for g in gradients.values())
-                factors = pull.clip_factors(cast("Tensor", squares))
-                for gradient in gradients.values():
-                    gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
-            for name, gradient in gradients.items():
-                trained[name].add_(gradient, alpha=-lr)
+            descent.take(trained, gradients, lr)
             for name in self._buffers:
                 weights[name].copy_(state[name])
         if self._start:
@@ -198,6 +195,22 @@ class Vectorised:
             self._draws[shape] = recording.draws
             self._has_draws = bool(self._has_draws or recording.draws)
         return self._draws[shape]
+
+    def _reached_by(
+        self, weights: _Tensors, counters: _Tensors, inputs: Any, targets: Tensor
+    ) -> list[str]:
+        """The parameters on which the loss of a batch of this shape depends: by trying it once."""
+        shape = tuple(tuple(part.shape) for part in leaves(inputs))
+        if shape not in self._reached:
+            first = {name: tensor[0].clone() for name, tensor in weights.items()}
+            trained = [first[name].requires_grad_() for name in self._trained]
+            first |= {name: counter.clone() for name, counter in counters.items()}
+            with torch.enable_grad(), Recording():
+                loss = self._judged.at(first, inputs, targets)
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+            pairs = zip(self._trained, found, strict=True)
+            self._reached[shape] = [name for name, gradient in pairs if gradient is not None]  # type: ignore[reportUnnecessaryComparison]
+        return self._reached[shape]
 
 
 @contextmanager

@@ -8,8 +8,8 @@ gradient has a closed form over the matrix of clients. With batches [clients, ba
     ∂ℓ/∂z_l = (∂ℓ/∂z_{l+1} W_{l+1}) · [z_l > 0]
     W_l ← W_l − lr (∂ℓ/∂z_l)ᵀ h_{l-1},   b_l ← b_l − lr Σ ∂ℓ/∂z_l
 
-The gradient of a layer is never written: its product of two thin matrices is added to W in place.
-Nor is it for its norm, since ‖Gᵀ H‖² = Σ (G Gᵀ) ∘ (H Hᵀ), two products of batch × batch.
+In plain SGD the gradient of a layer is never written: its product of two thin matrices is added to
+W in place. Nor is it for its norm: ‖Gᵀ H‖² = Σ (G Gᵀ) ∘ (H Hᵀ), two products of batch × batch.
 
 Short batches are filled up to the longest of their group; what is filled has weight 0.
 """
@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from potluck.data.trees import is_one
-from potluck.engine.corrected_step import Pull
+from potluck.engine.corrected_step import Descent, Rate
 from potluck.engine.module.plain import are_hooked, is_plain, is_quiet
 from potluck.engine.module.variables import Variables
 from potluck.engine.task import Task
@@ -100,25 +100,21 @@ class Stack:
         clients: Sequence[int],
         batches: Sequence[NDArray[np.int64]],
         lr: float,
-        pull: Pull,
+        descent: Descent,
     ) -> Tensor:
-        """w ← w − lr · g(w; batch) for every client, in place; returns their losses [clients]."""
-        inputs, targets, shares = self._stacked(batches)
-        losses, hidden, errors = self.errors(weights, inputs, targets, shares)
-        if pull.gradient_clip is not None:
-            factors = pull.clip_factors(self.squares(hidden, errors)).view(-1, 1, 1)
-            errors = [error * factors for error in errors]
-        pull.apply(weights, lr)
-        for layer, below, error in zip(self._layers, hidden, errors, strict=True):
-            weights[layer.weight].baddbmm_(error.transpose(1, 2), below, alpha=-lr)
-            if layer.bias is not None:
-                weights[layer.bias].add_(error.sum(1), alpha=-lr)
-        return losses
+        """One local step of every client, in place; returns their losses [clients]."""
+        return self.take(weights, *self._stacked(batches), lr, descent)
 
-    def errors(
-        self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, shares: Tensor
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The losses [clients], and of each layer what it sees and ∂ℓ/∂z.
+    def take(
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        shares: Tensor,
+        lr: Rate,
+        descent: Descent,
+    ) -> Tensor:
+        """The same on these examples.
 
         Args:
             inputs: [clients, batch, in].
@@ -127,7 +123,32 @@ class Stack:
         """
         hidden, logits = self._forward(weights, inputs)
         losses, error = _cross_entropy(logits, targets, shares)
-        return losses, hidden, self._backward(weights, hidden, error)
+        errors = self._backward(weights, hidden, error)
+        if not descent.is_plain:
+            descent.take(weights, self._gradients(hidden, errors), lr)
+            return losses
+        descent.pull(weights, lr)
+        factor: Rate = 1.0
+        if descent.gradient_clip is not None:
+            factor = descent.clip_factor(self._squares(hidden, errors))
+        if isinstance(lr, Tensor):
+            factor, lr = lr * factor, 1.0
+        if isinstance(factor, Tensor):
+            errors = [error * factor.view(-1, 1, 1) for error in errors]
+        for layer, below, error in zip(self._layers, hidden, errors, strict=True):
+            weights[layer.weight].baddbmm_(error.transpose(1, 2), below, alpha=-lr)
+            if layer.bias is not None:
+                weights[layer.bias].add_(error.sum(1), alpha=-lr)
+        return losses
+
+    def _gradients(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Written out, by name."""
+        gradients: dict[str, Tensor] = {}
+        for layer, below, error in zip(self._layers, hidden, errors, strict=True):
+            gradients[layer.weight] = torch.bmm(error.transpose(1, 2), below)
+            if layer.bias is not None:
+                gradients[layer.bias] = error.sum(1)
+        return gradients
 
     def _stacked(self, batches: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [clients, batch, in], targets [1, clients · batch], weights [clients, batch or 1]
@@ -174,7 +195,7 @@ class Stack:
             errors.insert(0, error)
         return errors
 
-    def squares(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    def _squares(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
         """The squared norms of the gradients, [clients]."""
         total = errors[0].new_zeros(len(errors[0]))
         for layer, below, error in zip(self._layers, hidden, errors, strict=True):

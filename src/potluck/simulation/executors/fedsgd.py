@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.algorithms import reports_its_model
-from potluck.core import FixedPointMean, Trained, Vector
+from potluck.core import PLAIN_SGD, FixedPointMean, Trained, Vector
 from potluck.engine import Task, TorchRuntime
 from potluck.engine.gpu.fedsgd_on_device import PooledOnDevice
 from potluck.engine.local_run import LocalRun
@@ -99,7 +99,7 @@ class Pooling:
 
 
 def _is_one_step(run: LocalRun, received: Vector) -> bool:
-    """One step from what was received, of the plain gradient: a pull towards where it starts
-    from is none."""
+    """One plain step of SGD from what was received: a pull towards where it starts from is none."""
     clip, _, drift = run.correction
-    return len(run.steps) == 1 and run.start is received and clip is None and drift is None
+    is_plain = run.optimizer == PLAIN_SGD and clip is None and drift is None
+    return is_plain and len(run.steps) == 1 and run.start is received

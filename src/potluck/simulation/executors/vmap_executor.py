@@ -303,10 +303,10 @@ def chunk_for(model_bytes: int) -> int:
     return int(max(min(_CHUNK, max(_CHUNK_BYTES // model_bytes, 4), fits), 1))
 
 
-def _kind(run: LocalRun) -> tuple[float | None, float, bool, int]:
+def _kind(run: LocalRun) -> object:
     """What runs must have in common to be trained side by side."""
     clip, proximal, drift = run.correction
-    return clip, proximal, drift is None, len(run.start)
+    return run.optimizer, clip, proximal, drift is None, len(run.start)
 
 
 def _asking(clients: Iterable[RoundClient]) -> list[tuple[RoundClient, LocalRun]]:

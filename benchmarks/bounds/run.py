@@ -34,7 +34,7 @@ from potluck.server.rounds.bounds import (
     read_lowered,
     shortened,
 )
-from potluck.server.rounds.check_in import Asked, check_ins
+from potluck.server.rounds.check_in import CheckInRequest, check_ins
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.rounds.inline_reports import take_in
 from potluck.server.storage.vectors import find_version, read_model
@@ -119,7 +119,7 @@ def hostile(clients, attack=None, *, rounds=ROUNDS, order=None, **settings):
         for number in range(1, rounds + 1):
             service.tick()
             weights = np.frombuffer(_model(service, run, number - 1), "<f4")
-            works = check_ins(service, [Asked(name, Eligibility()) for name in names])
+            works = check_ins(service, [CheckInRequest(name, Eligibility()) for name in names])
             made = [clients.train(weights, work.client, number) for work in works]
             sent = [(update.weight, update.delta) for update in made]
             if attack is not None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from potluck.cli.main import app
-from potluck.cli.progress import Bar, Clients, Lines
+from potluck.cli.progress import Bar, Clients, ProgressLines
 from potluck.config.experiment import Experiment, load_experiment
 from potluck.config.template import TEMPLATE
 from potluck.simulation import Round, read_run
@@ -392,7 +392,7 @@ def line(number: int) -> dict[str, Any]:
 
 def lines_of(rounds: list[Round], times: list[float], history: list[dict[str, Any]]) -> list[str]:
     out, clock = io.StringIO(), iter(times)
-    with Lines(10, history, out, lambda: next(clock)) as shown:
+    with ProgressLines(10, history, out, lambda: next(clock)) as shown:
         for round in rounds:
             shown.show(round)
     return out.getvalue().splitlines()

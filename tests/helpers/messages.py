@@ -11,7 +11,7 @@ from sqlalchemy import select
 from potluck.core import RefusedError
 from potluck.protocol import Claim, Eligibility, Evaluation, Report, encode_inline
 from potluck.server.rounds import acceptance
-from potluck.server.rounds.check_in import Asked, check_ins
+from potluck.server.rounds.check_in import CheckInRequest, check_ins
 from potluck.server.rounds.leases import find_device
 from potluck.server.rounds.uploads import begin_report
 from potluck.server.storage import audit
@@ -28,7 +28,7 @@ def claims(vector: np.ndarray, **changes) -> dict[str, Any]:
 
 
 def check_in(service, device: str, eligibility: Eligibility | None = None):
-    [given] = check_ins(service, [Asked(device, eligibility or Eligibility())])
+    [given] = check_ins(service, [CheckInRequest(device, eligibility or Eligibility())])
     if isinstance(given, RefusedError):
         raise given
     return given

@@ -18,7 +18,7 @@ from potluck.config.experiment import Experiment
 from potluck.core import Spec
 from potluck.protocol import Accepted, Eligibility
 from potluck.server import RoundSettings, Service
-from potluck.server.rounds.check_in import Asked, Assigned, check_ins
+from potluck.server.rounds.check_in import Assigned, CheckInRequest, check_ins
 from potluck.server.rounds.commit import load_version
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.rounds.inline_reports import take_in
@@ -151,7 +151,7 @@ def _replayed(run, weights, committed, count: int, folder: Path, sent, fallen) -
 
 def _take_part(service: Service, number: int, told) -> None:
     """The reports of a round, all in one transaction: device → (vector, weight)."""
-    given = check_ins(service, [Asked(device, Eligibility()) for device in told])
+    given = check_ins(service, [CheckInRequest(device, Eligibility()) for device in told])
     came = []
     for work, (device, (vector, weight)) in zip(given, told.items(), strict=True):
         assert isinstance(work, Assigned), work

@@ -12,7 +12,7 @@ from torch import nn
 
 from potluck import Auto, FedAvg, LogisticRegression, Loop, Scaffold, Task, datasets, partitions
 from potluck import rounds as run_rounds
-from potluck.cli.progress import Lines
+from potluck.cli.progress import ProgressLines
 from potluck.config.experiment import check_experiment
 from potluck.core import DivergedError
 from potluck.simulation import make_executor, read_run, train
@@ -175,7 +175,7 @@ def test_the_choice_is_recorded_and_printed(tmp_path, capsys):
         },
         "test",
     )
-    with Lines(4, [], sys.stdout) as shown:
+    with ProgressLines(4, [], sys.stdout) as shown:
         for round in train(experiment, tmp_path):
             shown.show(round)
     printed = capsys.readouterr().out

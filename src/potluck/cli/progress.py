@@ -114,7 +114,7 @@ class _Tallies:
 
 def progress(
     num_rounds: int, history: Sequence[Mapping[str, Any]], clients: Clients | None = None
-) -> Bar | Lines:
+) -> Bar | ProgressLines:
     """What shows rounds: a live bar in a terminal, and plain lines elsewhere.
 
     Args:
@@ -124,7 +124,7 @@ def progress(
     console = Console()
     if console.is_terminal:
         return Bar(num_rounds, history, console, clients)
-    return Lines(num_rounds, history, sys.stdout)
+    return ProgressLines(num_rounds, history, sys.stdout)
 
 
 class Bar:
@@ -167,7 +167,7 @@ class Bar:
         self._bar.update(self._task, completed=tally.number, description=str(tally))
 
 
-class Lines:
+class ProgressLines:
     """Writes a line after an evaluated round: the first and the last, and between them at most one
     a second; see `progress`."""
 
@@ -184,7 +184,7 @@ class Lines:
         self._pending: str | None = None
         self._recent: deque[float] = deque(maxlen=20)  # seconds of a round
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> ProgressLines:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

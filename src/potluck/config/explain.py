@@ -17,7 +17,7 @@ _Tables = dict[str, type[BaseModel]]
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """All that is wrong with the content of a `model`, one sentence each."""
-    seen: dict[str, tuple[_Place, list[Any]]] = {}
+    seen: dict[str, tuple[_Location, list[Any]]] = {}
     details = error.errors()
     for detail in details:
         if not _is_other_shape(detail, details):
@@ -27,7 +27,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     return " ".join(_sentence(place, details) for place, details in seen.values())
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """Where in a file something is wrong."""
 
     key: str  # dotted
@@ -62,7 +62,7 @@ def _is_other_shape(detail: Any, details: list[Any]) -> bool:
     return is_table and any(len(loc) > len(around) + 1 for loc in deeper)
 
 
-def _place(model: type[BaseModel], detail: Any) -> _Place:
+def _place(model: type[BaseModel], detail: Any) -> _Location:
     """Follow pydantic's path, in which there are names of tables and of plain types, too."""
     path: list[str] = []
     section: type[BaseModel] | None = model
@@ -78,7 +78,7 @@ def _place(model: type[BaseModel], detail: Any) -> _Place:
             section = found.pop("", None)
             if found or section is not None:
                 tables, tag = found, None
-    return _Place(".".join(path), around, tables, tag)
+    return _Location(".".join(path), around, tables, tag)
 
 
 def _tables(annotation: Any) -> _Tables:
@@ -95,7 +95,7 @@ def _tables(annotation: Any) -> _Tables:
     return {tags[0]: found[""]} if tags else found
 
 
-def _sentence(place: _Place, details: list[Any]) -> str:
+def _sentence(place: _Location, details: list[Any]) -> str:
     kind, value, key = details[0]["type"], details[0]["input"], place.key
     if kind == "extra_forbidden":
         return _unknown(place)
@@ -115,7 +115,7 @@ def _sentence(place: _Place, details: list[Any]) -> str:
     return f"{key} must be {expected}{chosen}, got {key} = {value!r}.{hint}"
 
 
-def _unknown(place: _Place) -> str:
+def _unknown(place: _Location) -> str:
     fields = sorted(place.section.model_fields)
     near = [field for field in fields if place.last in field.split("_")]
     near += difflib.get_close_matches(place.last, fields, n=1)

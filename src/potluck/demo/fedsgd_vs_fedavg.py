@@ -41,7 +41,7 @@ HEADER = (
 )
 
 
-class Setting(NamedTuple):
+class ComparedRun(NamedTuple):
     """One of the four things that are compared."""
 
     partition: str
@@ -49,10 +49,10 @@ class Setting(NamedTuple):
     experiment: Experiment
 
 
-def settings() -> list[Setting]:
+def settings() -> list[ComparedRun]:
     """Both algorithms on both partitions."""
     return [
-        Setting(partition, algorithm, _experiment(partition, algorithm))
+        ComparedRun(partition, algorithm, _experiment(partition, algorithm))
         for partition in PARTITIONS
         for algorithm in ALGORITHMS
     ]

@@ -36,7 +36,7 @@ from potluck.device.consent import Consent
 from potluck.device.download import receive_model
 from potluck.device.eligibility import Sensor
 from potluck.device.folder import Enrolment, Home
-from potluck.device.lease import NotEligibleError, Watch
+from potluck.device.lease import LeaseKeeper, NotEligibleError
 from potluck.device.outbox import Outbox, Owed
 from potluck.device.policy import DeclinedError, Policy
 from potluck.device.sent_log import DailyLimitError, Record
@@ -171,9 +171,9 @@ class Agent:
         self._record.check(now, 1)
 
     def _work(self, assignment: Assignment) -> Generator[Event]:
-        watch = Watch(assignment, self._connection, self._clock, self._sensor, self._policy)
+        keeper = LeaseKeeper(assignment, self._connection, self._clock, self._sensor, self._policy)
         try:
-            yield from self._fulfil(assignment, watch)
+            yield from self._fulfil(assignment, keeper)
         except (RefusedError, DailyLimitError) as error:
             if isinstance(error, RefusedError):
                 _raise_if_of_the_device(error)
@@ -199,25 +199,25 @@ class Agent:
         else:
             self._trouble.over()
 
-    def _fulfil(self, assignment: Assignment, watch: Watch) -> Generator[Event]:
+    def _fulfil(self, assignment: Assignment, keeper: LeaseKeeper) -> Generator[Event]:
         manifest = self._manifest(assignment)
         plan = read_plan(manifest.plan)
-        watch.needs = plan.needs
+        keeper.needs = plan.needs
         self._consent.require(manifest, plan)
         if assignment.kind == "train":
             length = update_bytes(assignment.codec, manifest.spec.spec())
             self._record.check(self._clock.now_ms(), length)
         folder, inside = self._home.folder / "models", assignment.model
-        received = receive_model(self._connection, manifest, folder, watch.check, inside)
+        received = receive_model(self._connection, manifest, folder, keeper.check, inside)
         spec = manifest.spec.spec()
         if assignment.kind == "evaluate":
             yield Event("evaluating", assignment.round)
-            watch.enter("evaluate")
-            sums = self._trainer.evaluate(plan, spec, received, check=watch.check)
+            keeper.enter("evaluate")
+            sums = self._trainer.evaluate(plan, spec, received, check=keeper.check)
             yield from self._send_evaluation(assignment, dict(sums))
             return
         yield Event("training", assignment.round)
-        watch.enter("train")
+        keeper.enter("train")
         update = self._trainer.train(
             plan,
             spec,
@@ -225,7 +225,7 @@ class Agent:
             seed=assignment.seed,
             round=assignment.round,
             client=assignment.client,
-            check=watch.check,
+            check=keeper.check,
         )
         report = self._keep(assignment, self._policy.bound(update), spec)
         yield Event("trained", assignment.round, f"loss {report.loss:.4f}")

@@ -26,7 +26,7 @@ class NotEligibleError(PotluckError):
     """The device is no longer in the condition that the plan asks for."""
 
 
-class Watch:
+class LeaseKeeper:
     """Looks after one assignment."""
 
     def __init__(

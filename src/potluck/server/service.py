@@ -40,14 +40,14 @@ from potluck.server.rounds.election import LEASE_SECONDS, Candidate, FencedError
 from potluck.server.rounds.state_machine import open_round_of
 from potluck.server.storage import audit, fault_points
 from potluck.server.storage.blobs import BlobStore, open_blobs
-from potluck.server.storage.common_time import Clock, CommonTime, SystemClock
+from potluck.server.storage.common_time import CommonTime, SystemTimeSource, TimeSource
 from potluck.server.storage.context import Context
 from potluck.server.storage.copy_database import upgrade
 from potluck.server.storage.database import Database, as_dict, one
 from potluck.server.storage.database_tables import devices, evaluations, ledger, models, runs
-from potluck.server.storage.state_folder import Life
+from potluck.server.storage.state_folder import FolderLock
 from potluck.server.storage.stored_run import (
-    Kept,
+    StoredRun,
     experiment_of,
     find,
     given_of,
@@ -66,9 +66,9 @@ class Service(Context):
         database: Database,
         blobs: BlobStore,
         build: Callable[[Experiment], Algorithm],
-        clock: Clock,
+        clock: TimeSource,
         lease_seconds: float = LEASE_SECONDS,
-        life: Life | None = None,
+        life: FolderLock | None = None,
     ) -> None:
         time = CommonTime(clock)
         names = {} if life is None else {"id": life.id, "predecessor": life.before}
@@ -94,9 +94,9 @@ class Service(Context):
         blobs: str,
         *,
         build: Callable[[Experiment], Algorithm],
-        clock: Clock | None = None,
+        clock: TimeSource | None = None,
         lease_seconds: float = LEASE_SECONDS,
-        life: Life | None = None,
+        life: FolderLock | None = None,
         look: Callable[[Connection], object] = lambda _: None,
         aside: Path | None = None,
     ) -> Service:
@@ -120,7 +120,7 @@ class Service(Context):
         except BaseException:
             database.close()
             raise
-        clock = clock or SystemClock()
+        clock = clock or SystemTimeSource()
         service = cls(database, open_blobs(blobs), build, clock, lease_seconds, life)
         follow(database, service.time)
         return service
@@ -190,7 +190,7 @@ class Service(Context):
 
     def resume_run(
         self, experiment: Experiment, settings: RoundSettings
-    ) -> tuple[Row[Any], Kept] | None:
+    ) -> tuple[Row[Any], StoredRun] | None:
         """A run that was begun, by its name alone: it takes no data, no model and no PyTorch.
 
         Raises:

@@ -24,7 +24,7 @@ from potluck.engine.module.randomness import borrowed_randomness
 from potluck.engine.precision import Precision, autocast
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task
-from potluck.engine.vmap.dropout import Given, Recording
+from potluck.engine.vmap.dropout import GivenMasks, Recording
 from potluck.engine.vmap.functional import refuse_hooks, slow_operators_refused
 from potluck.engine.vmap.mlp import Layer, Stack
 from potluck.models.losses import by_example
@@ -103,7 +103,7 @@ class ModelStep:
         if not plain:
             replace(module)
         self._is_known = False  # that the model can be vectorised
-        self._given = Given(())
+        self._given = GivenMasks(())
 
     def step(
         self,
@@ -141,7 +141,7 @@ class ModelStep:
 
     def _loss(self, tensors: _Tensors, inputs: Tensor, targets: Tensor, present: Tensor) -> Tensor:
         """The loss of one client's batch."""
-        self._given = Given(())
+        self._given = GivenMasks(())
         with self._given, Rewritten(), autocast(self._precision, self._device):
             if self._by_example is None:
                 return self._judged.at(tensors, inputs, targets).float()

@@ -47,7 +47,7 @@ class _Table(NamedTuple):
     before: dict[Any, Any]
 
 
-class _Place(NamedTuple):
+class _Original(NamedTuple):
     """A tensor of the vector, where it belongs."""
 
     name: str
@@ -100,7 +100,7 @@ class Pristine:
     def __init__(self, module: nn.Module, averaged: dict[str, Tensor], loss: Any = None) -> None:
         self._module = module
         self._tables: list[_Table] = []
-        self._places: list[_Place] = []
+        self._places: list[_Original] = []
         self._mutable: list[_Mutable] = []
         self._outside: list[_Outside] = []
         ours = {id(tensor): name for name, tensor in averaged.items()}
@@ -135,7 +135,9 @@ class Pristine:
             for key, value in inner.items():
                 if ours.get(id(value)):
                     trains, address = value.requires_grad, value.data_ptr()
-                    place = _Place(ours[id(value)], inner, key, value, value.data, address, trains)
+                    place = _Original(
+                        ours[id(value)], inner, key, value, value.data, address, trains
+                    )
                     self._places.append(place)
         self._note_attributes(prefix, attributes, ours)
         for key in PLUMBING.intersection(attributes).difference(TABLES):
@@ -264,7 +266,7 @@ def _is_of_modules(table: _Table) -> bool:
     return any(isinstance(value, nn.Module) for value in table.before.values())
 
 
-def _is_elsewhere(place: _Place) -> bool:
+def _is_elsewhere(place: _Original) -> bool:
     now = place.table.get(place.key)
     return now is not place.tensor or place.tensor.data_ptr() != place.address
 

@@ -26,7 +26,7 @@ _NUMBERS = (int, float, bool, NoneType)
 _FOREIGN = frozenset({"torch", "numpy", "potluck", "builtins"})
 
 
-class _Place(NamedTuple):
+class _Holder(NamedTuple):
     """Where numbers are: named entries of a table, all those of a list or a table, or a cell."""
 
     name: str
@@ -73,7 +73,7 @@ class Variables:
     """The numbers in variables that functions read, and the functions that these call."""
 
     def __init__(self, functions: Iterable[Any]) -> None:
-        self._places: list[_Place] = []
+        self._places: list[_Holder] = []
         self._seen: dict[int, Any] = {}
         for function in functions:
             self._visit("", function)
@@ -125,15 +125,15 @@ class Variables:
             if value.__module__.partition(".")[0] not in _FOREIGN:
                 self._visit_function(value)
         elif isinstance(value, (dict, list)):
-            self._places.append(_Place(name, value))
+            self._places.append(_Holder(name, value))
         elif _is_own_object(value):
-            self._places.append(_Place(name, vars(value)))
+            self._places.append(_Holder(name, vars(value)))
 
     def _visit_function(self, function: FunctionType) -> None:
-        self._places.append(_Place(function.__name__, function.__dict__))
+        self._places.append(_Holder(function.__name__, function.__dict__))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
-            self._places.append(_Place(name, cell))
+            self._places.append(_Holder(name, cell))
             try:
                 self._visit(name, cell.cell_contents)
             except ValueError:  # a variable that is not set yet
@@ -141,7 +141,7 @@ class Variables:
         shared = function.__globals__
         for name in function.__code__.co_names:
             if name in shared:
-                self._places.append(_Place(name, shared, (name,)))
+                self._places.append(_Holder(name, shared, (name,)))
                 self._visit(name, shared[name])
 
 

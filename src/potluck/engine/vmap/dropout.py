@@ -43,7 +43,7 @@ class Recording(TorchFunctionMode):
         return wanted.inputs
 
 
-class Given(TorchFunctionMode):
+class GivenMasks(TorchFunctionMode):
     """Hands the masks that were drawn to the layers that ask for them, in order.
 
     `last` names the function that the model called last: where it stopped, if it did.

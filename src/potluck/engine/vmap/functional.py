@@ -29,7 +29,7 @@ from potluck.engine.module.plain import has_hooks
 from potluck.engine.runtime import Judged
 from potluck.engine.task import Task, averaged_tensors
 from potluck.engine.vmap.compile_later import CompiledLater
-from potluck.engine.vmap.dropout import Draw, Given, Recording, drawn
+from potluck.engine.vmap.dropout import Draw, GivenMasks, Recording, drawn
 
 _Tensors = Mapping[str, Tensor]
 
@@ -60,7 +60,7 @@ class Vectorised:
         self._draws: dict[Hashable, list[Draw]] = {}
         self._reached: dict[Hashable, list[str]] = {}
         self._has_draws: bool | None = None  # unknown before the first step
-        self._given = Given(())
+        self._given = GivenMasks(())
         self._is_known = False  # that the model can be vectorised
         self._gradient = self._mapped(self._loss)
         plain = self._mapped(self._plain_loss)
@@ -137,7 +137,7 @@ class Vectorised:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one client's batch with these masks, and its buffers and counters
         afterwards."""
-        self._given = Given(masks)
+        self._given = GivenMasks(masks)
         with self._given:
             return self._plain_loss(trained, frozen, buffers, counters, inputs, targets)
 

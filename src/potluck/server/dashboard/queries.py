@@ -41,7 +41,7 @@ _BATCH = 500
 _SILENT = (assignments.c.state == "expired") & (assignments.c.reason == LEASE_RAN_OUT)
 
 
-class Tally(NamedTuple):
+class AssignmentCounts(NamedTuple):
     """Assignments by what became of them."""
 
     active: int = 0
@@ -58,8 +58,8 @@ class Tally(NamedTuple):
     def dropped(self) -> int:
         return self.silent + self.failed
 
-    def __add__(self, other: tuple[int, ...]) -> Tally:  # type: ignore[override]
-        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[int, ...]) -> AssignmentCounts:  # type: ignore[override]
+        return AssignmentCounts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class RoundRow:
     goal: int
     minimum: int
     slots: int
-    tally: Tally
+    tally: AssignmentCounts
     opened_ms: int
     closed_ms: int | None
     deadline_ms: int | None
@@ -94,7 +94,7 @@ class Past:
         self.rounds: list[RoundRow] = []
         self.abandoned: list[RoundRow] = []
         self.history: list[RoundRow] = []
-        self.tallies: dict[str, Tally] = defaultdict(Tally)
+        self.tallies: dict[str, AssignmentCounts] = defaultdict(AssignmentCounts)
         self.scores: dict[str, list[tuple[int, float]]] = {}
         self.losses: dict[str, list[tuple[int, float]]] = {}
         self.bytes = (0, 0)  # up, down
@@ -102,7 +102,7 @@ class Past:
         self._metrics: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
         self._judged: dict[str, int] = {}  # kind: the last round
 
-    def read(self, db: Connection, run: str) -> tuple[RoundRow, dict[str, Tally]] | None:
+    def read(self, db: Connection, run: str) -> tuple[RoundRow, dict[str, AssignmentCounts]] | None:
         """Read what is new. Returns the open round, with its tallies by device class."""
         self._read_evaluations(db, run)
         known = self.rounds[-1].number if self.rounds else 0
@@ -121,7 +121,7 @@ class Past:
                 self._keep(made, tallies[row.id])
         return current
 
-    def _made(self, row: Row[Any], tallies: Mapping[str, Tally]) -> RoundRow:
+    def _made(self, row: Row[Any], tallies: Mapping[str, AssignmentCounts]) -> RoundRow:
         names = ("id", "kind", "number", "attempt", "state", "reason", "goal", "minimum", "slots")
         names += ("opened_ms", "closed_ms", "loss", "median_loss")
         names += ("uplink_bytes", "downlink_bytes")
@@ -129,12 +129,12 @@ class Past:
         kind = "central" if row.kind == "train" else "federated"
         return RoundRow(
             **{name: getattr(row, name) for name in names},
-            tally=sum(tallies.values(), Tally()),
+            tally=sum(tallies.values(), AssignmentCounts()),
             deadline_ms=row.selection_deadline_ms if selecting else row.report_deadline_ms,
             metrics=self._metrics[kind, row.number] if row.state == "COMMITTED" else {},
         )
 
-    def _keep(self, row: RoundRow, tallies: Mapping[str, Tally]) -> None:
+    def _keep(self, row: RoundRow, tallies: Mapping[str, AssignmentCounts]) -> None:
         self._ids.add(row.id)
         self.rounds.append(row)
         for name, tally in tallies.items():
@@ -179,7 +179,7 @@ class ClassRow(NamedTuple):
     enrolled: int
     lately: int
     revoked: int
-    tally: Tally
+    tally: AssignmentCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +280,7 @@ def _rounds_from(db: Connection, run: str, number: int) -> list[Row[Any]]:
     return list(db.execute(query).all())
 
 
-def _tally(db: Connection, ids: Sequence[str]) -> dict[str, dict[str, Tally]]:
+def _tally(db: Connection, ids: Sequence[str]) -> dict[str, dict[str, AssignmentCounts]]:
     """Round id → device class → tally."""
     what = case(
         (_SILENT, "silent"),
@@ -292,16 +292,20 @@ def _tally(db: Connection, ids: Sequence[str]) -> dict[str, dict[str, Tally]]:
         .join(devices, devices.c.id == assignments.c.device)
         .group_by(assignments.c.round, devices.c.device_class, what)
     )
-    read: dict[str, dict[str, Tally]] = {id: defaultdict(Tally) for id in ids}
+    read: dict[str, dict[str, AssignmentCounts]] = {id: defaultdict(AssignmentCounts) for id in ids}
     for start in range(0, len(ids), _BATCH):
         these = assignments.c.round.in_(ids[start : start + _BATCH])
         for id, name, kind, count in db.execute(query.where(these)):
-            read[id][name] += Tally(**{kind: count})
+            read[id][name] += AssignmentCounts(**{kind: count})
     return read
 
 
 def _classes(
-    db: Connection, run: str, now: int, over: Mapping[str, Tally], current: Mapping[str, Tally]
+    db: Connection,
+    run: str,
+    now: int,
+    over: Mapping[str, AssignmentCounts],
+    current: Mapping[str, AssignmentCounts],
 ) -> list[ClassRow]:
     here = devices.c.revoked_ms.is_(None)
     lately = case((here & (devices.c.seen_ms > now - LATELY_MS), 1), else_=0)
@@ -322,7 +326,7 @@ def _classes(
             enrolled,
             seen or 0,
             revoked,
-            over.get(name, Tally()) + current.get(name, Tally()),
+            over.get(name, AssignmentCounts()) + current.get(name, AssignmentCounts()),
         )
         for name, enrolled, seen, revoked in db.execute(query)
     ]

@@ -20,7 +20,13 @@ from potluck.core.plain_json import to_json
 from potluck.core.target import is_result
 from potluck.server.dashboard.charts import draw
 from potluck.server.dashboard.events import Snapshot
-from potluck.server.dashboard.queries import Overview, Past, Tally, read_mark, read_overview
+from potluck.server.dashboard.queries import (
+    AssignmentCounts,
+    Overview,
+    Past,
+    read_mark,
+    read_overview,
+)
 from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import runs
 
@@ -77,7 +83,7 @@ class Showing:
         return self._pages.get_template("sign_in.html").render(message=message)
 
     def _render(self, seen: Overview) -> dict[str, str]:
-        total = sum((row.tally for row in seen.classes), Tally())
+        total = sum((row.tally for row in seen.classes), AssignmentCounts())
         values = {"o": seen, "total": total, "charts": self._charts(seen)}
         return {name: self._pages.get_template(f"{name}.html").render(values) for name in SECTIONS}
 

@@ -39,7 +39,7 @@ from potluck.protocol import (
     sign_manifest,
 )
 from potluck.server.rounds import acceptance, check_in, enrolment, inline_reports, leases, uploads
-from potluck.server.rounds.check_in import Asked, Assigned
+from potluck.server.rounds.check_in import Assigned, CheckInRequest
 from potluck.server.service import Service
 from potluck.server.storage import audit
 from potluck.server.storage.stored_run import run_of, settings_of
@@ -111,7 +111,7 @@ class ServedRun:
         """
         early = [self._early(device, message) for device, _, message in asked]
         shown = [
-            Asked(device, None if told else message.eligibility, sequence)
+            CheckInRequest(device, None if told else message.eligibility, sequence)
             for told, (device, sequence, message) in zip(early, asked, strict=True)
         ]
         signed: dict[str, tuple[bytes, bytes]] = {}  # one manifest for all who are in a round

@@ -137,7 +137,7 @@ class _Owner(NamedTuple):
     name: str
 
 
-class Accepted(socket.socket):
+class ClientSocket(socket.socket):
     """A connection, until it is closed."""
 
     def __init__(self, listener: Listener, made: socket.socket, owner: _Owner) -> None:
@@ -172,8 +172,10 @@ class Listener(socket.socket):
         super().__init__(fileno=bound.detach())
         self.limit = limit
         self._most_strangers = min(limit * 3 // 4, _STRANGERS)
-        self._open: dict[int, Accepted] = {}  # by descriptor, also those that are given up
-        self._owned: dict[_Owner, dict[Accepted, None]] = {}  # what has proven least recently first
+        self._open: dict[int, ClientSocket] = {}  # by descriptor, also those that are given up
+        self._owned: dict[
+            _Owner, dict[ClientSocket, None]
+        ] = {}  # what has proven least recently first
         self._by_rank: dict[int, dict[_Owner, None]] = {}
         self._count = {True: 0, False: 0}  # not given up: of addresses, of others
         self._given_up = 0
@@ -203,9 +205,9 @@ class Listener(socket.socket):
             elif num_accepted % _ACCEPTS == 0:
                 await asyncio.sleep(0)
 
-    def admit(self, made: socket.socket, address: Any) -> Accepted:
+    def admit(self, made: socket.socket, address: Any) -> ClientSocket:
         """Count one more connection, for which another is given up where there are many."""
-        accepted = Accepted(self, made, _Owner(True, _network(address)))
+        accepted = ClientSocket(self, made, _Owner(True, _network(address)))
         self._open[accepted.fileno()] = accepted
         self._put(accepted)
         if self._count[True] > self._most_strangers:
@@ -216,11 +218,11 @@ class Listener(socket.socket):
             self._give_up(self._worst(), f"{self.limit}")
         return accepted
 
-    def find(self, descriptor: int) -> Accepted | None:
+    def find(self, descriptor: int) -> ClientSocket | None:
         """The open connection of this descriptor."""
         return self._open.get(descriptor)
 
-    def change(self, accepted: Accepted, owner: _Owner) -> None:
+    def change(self, accepted: ClientSocket, owner: _Owner) -> None:
         """It counts for this owner from now on, as what has proven last."""
         if self._take(accepted):
             accepted.owner = owner
@@ -228,7 +230,7 @@ class Listener(socket.socket):
             if len(self._owned[owner]) > _OF_ONE:
                 self._give_up(owner, f"{_OF_ONE} of one device or session")
 
-    def forget(self, accepted: Accepted) -> None:
+    def forget(self, accepted: ClientSocket) -> None:
         """It is about to be closed."""
         self._take(accepted)
         self._open.pop(accepted.fileno(), None)
@@ -253,14 +255,14 @@ class Listener(socket.socket):
             _LOG.warning("connections", extra={"reason": told})
             self._told, self._told_of = now, self._given_up
 
-    def _put(self, accepted: Accepted) -> None:
+    def _put(self, accepted: ClientSocket) -> None:
         owned = self._owned.setdefault(accepted.owner, {})
         self._unrank(accepted.owner, len(owned))
         owned[accepted] = None
         self._by_rank.setdefault(_rank(accepted.owner, len(owned)), {})[accepted.owner] = None
         self._count[accepted.owner.is_address] += 1
 
-    def _take(self, accepted: Accepted) -> bool:
+    def _take(self, accepted: ClientSocket) -> bool:
         """Count it no more; False: it was not counted."""
         owner = accepted.owner
         owned = self._owned.get(owner, {})
@@ -284,7 +286,7 @@ class Listener(socket.socket):
 
 
 async def _begin(
-    accepted: Accepted, make: Callable[[], asyncio.Protocol], tls: SSLContext | None
+    accepted: ClientSocket, make: Callable[[], asyncio.Protocol], tls: SSLContext | None
 ) -> None:
     loop = asyncio.get_running_loop()
     seconds = None if tls is None else HANDSHAKE_SECONDS

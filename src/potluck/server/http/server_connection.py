@@ -16,7 +16,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from potluck.protocol import Error, encode_message
-from potluck.server.http.listening import Accepted, Listener
+from potluck.server.http.listening import ClientSocket, Listener
 
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 32_768
@@ -33,7 +33,7 @@ class Connection(HttpToolsProtocol):
     _headers_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_over = False  # answered for good: what still comes is not looked at
-    _accepted: Accepted | None = None
+    _accepted: ClientSocket | None = None
     _fault = "the request must be HTTP/1.1, got another."
 
     def __init__(self, *, listener: Listener | None = None, **options: Any) -> None:

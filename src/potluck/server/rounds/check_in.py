@@ -55,10 +55,10 @@ class Assigned(NamedTuple):
     model: bytes | None = None  # if it is small
 
 
-Given: TypeAlias = Assigned | Wait | Finished | RefusedError
+CheckInAnswer: TypeAlias = Assigned | Wait | Finished | RefusedError
 
 
-class Asked(NamedTuple):
+class CheckInRequest(NamedTuple):
     """A check-in."""
 
     device: str
@@ -84,7 +84,7 @@ class Slot(NamedTuple):
     lease_ms: int
 
 
-def check_ins(context: Context, asked: Sequence[Asked]) -> list[Given | None]:
+def check_ins(context: Context, asked: Sequence[CheckInRequest]) -> list[CheckInAnswer | None]:
     """Answer many check-ins at once; the first come are the first to get a slot.
 
     None where only a sequence number was to be noted, and it is.
@@ -116,7 +116,9 @@ def check_ins(context: Context, asked: Sequence[Asked]) -> list[Given | None]:
     return answers
 
 
-def _turned_away(db: Connection, asked: Sequence[Asked], now: int) -> dict[int, RefusedError]:
+def _turned_away(
+    db: Connection, asked: Sequence[CheckInRequest], now: int
+) -> dict[int, RefusedError]:
     """Note the sequence numbers that are new; why the others are refused, by their places."""
     places = [n for n, one in enumerate(asked) if one.sequence is not None]
     claims = [(asked[n].device, asked[n].sequence or 0) for n in places]
@@ -124,7 +126,7 @@ def _turned_away(db: Connection, asked: Sequence[Asked], now: int) -> dict[int, 
     return {n: error for n, error in zip(places, refused, strict=True) if error is not None}
 
 
-def _answer(look: CheckInBatch, asked: Asked) -> Given | None:
+def _answer(look: CheckInBatch, asked: CheckInRequest) -> CheckInAnswer | None:
     return None if asked.eligibility is None else look.answer(asked.device, asked.eligibility)
 
 
@@ -169,7 +171,7 @@ class CheckInBatch:
             self._round = open_round_of(self._db, self._run.id, lock=True)
             self._has_seen = False
 
-    def left(self, asked: Sequence[Asked]) -> list[str]:
+    def left(self, asked: Sequence[CheckInRequest]) -> list[str]:
         """Those that were not counted on, as they could not train or were silent, and now could."""
         return [
             device
@@ -180,7 +182,7 @@ class CheckInBatch:
             and _is_eligible(self._settings, eligibility)
         ]
 
-    def expect(self, asked: Sequence[Asked]) -> None:
+    def expect(self, asked: Sequence[CheckInRequest]) -> None:
         """Count on these again: they ask for work."""
         back = self.left(asked)
         if back:

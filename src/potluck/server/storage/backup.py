@@ -24,7 +24,7 @@ from potluck.core import ConfigError, RunError, StorageError
 from potluck.core.atomic_files import PRIVATE, write_whole
 from potluck.server.storage import audit
 from potluck.server.storage.blobs import BlobStore, FolderStore, open_blobs
-from potluck.server.storage.common_time import SystemClock
+from potluck.server.storage.common_time import SystemTimeSource
 from potluck.server.storage.copy_database import copy_all, copy_to_file
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import models, runs
@@ -65,7 +65,7 @@ def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Co
             copied = _copy_models(db, open_blobs(blobs or home.blobs), FolderStore(made.blobs))
         new.replace(to / "potluck.db")
         with source.write() as db:
-            audit.append(db, SystemClock().wall_ms(), "admin", "backup", to=str(to))
+            audit.append(db, SystemTimeSource().wall_ms(), "admin", "backup", to=str(to))
     return copied
 
 
@@ -86,7 +86,9 @@ def restore(backup: Path, home: Home, database: str | None, blobs: str | None) -
             copied = _copy_models(db, *stores)
             copy_all(db, target)
             with target.write() as there:
-                audit.append(there, SystemClock().wall_ms(), "admin", "restore", backup=str(backup))
+                audit.append(
+                    there, SystemTimeSource().wall_ms(), "admin", "restore", backup=str(backup)
+                )
     return copied
 
 

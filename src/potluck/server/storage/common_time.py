@@ -25,7 +25,7 @@ EARLIEST_MS = 1_672_531_200_000
 _OFF_MS, _OFF_FOR_MS = 60_000, 600_000
 
 
-class Clock(Protocol):
+class TimeSource(Protocol):
     """Where time comes from: a test brings its own."""
 
     def wall_ms(self) -> int:
@@ -37,7 +37,7 @@ class Clock(Protocol):
         ...
 
 
-class SystemClock:
+class SystemTimeSource:
     """The clocks of the machine."""
 
     def wall_ms(self) -> int:
@@ -50,7 +50,7 @@ class SystemClock:
 class CommonTime:
     """One process's reading of the common time."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: TimeSource) -> None:
         self.clock = clock
         self._offset = clock.wall_ms() - clock.elapsed_ms()
         self._off_since: int | None = None

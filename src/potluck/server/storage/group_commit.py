@@ -36,7 +36,7 @@ class Groups:
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
-        self._open: _Group | None = None
+        self._open: _GroupTransaction | None = None
 
     @contextlib.contextmanager
     def join(self) -> Generator[Connection]:
@@ -50,7 +50,7 @@ class Groups:
         with self._turn:
             with self._counting:
                 self._waiting -= 1
-            group = self._open = self._open or _Group(self._begin())
+            group = self._open = self._open or _GroupTransaction(self._begin())
             group.size += 1
             try:
                 yield from group.write()
@@ -61,7 +61,7 @@ class Groups:
         group.wait()
 
 
-class _Group:
+class _GroupTransaction:
     """One transaction of several writers."""
 
     def __init__(self, db: Connection) -> None:

@@ -26,7 +26,7 @@ _KEY_DIGITS = 64  # of a private key
 DEFAULT = Path("potluck-server")
 
 
-class Life:
+class FolderLock:
     """A process's hold on a server's folder, until `close` or the process's end.
 
     The kernel lets go of the lock of a process that was killed. So whoever holds it knows that the
@@ -110,14 +110,14 @@ class Home:
             life.close()
         return aside
 
-    def begin(self) -> Life:
+    def begin(self) -> FolderLock:
         """Be the one process that serves from this folder.
 
         Raises:
             RunError: another one does.
         """
         self.make()
-        return Life(self.folder / "lock")
+        return FolderLock(self.folder / "lock")
 
     @property
     def database(self) -> str:

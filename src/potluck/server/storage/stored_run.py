@@ -39,7 +39,7 @@ CHANGEABLE = {"run.rounds", "run.evaluate_every"} | {
 them in a run."""
 
 
-class Kept(NamedTuple):
+class StoredRun(NamedTuple):
     """A run that goes on, with its own values; those that its file has others of, in words."""
 
     experiment: Experiment
@@ -100,7 +100,7 @@ def run_of(db: Connection, run: str) -> Row[Any]:
 
 def kept(
     run: Row[Any], experiment: Experiment, settings: RoundSettings, spec: Spec | None = None
-) -> Kept:
+) -> StoredRun:
     """What a run goes on with that is served again.
 
     Raises:
@@ -125,7 +125,7 @@ def kept(
         raise RefusedError("conflict", _in_words(run.name, different))
     task = old.task.model_copy(update={"path": experiment.task.path})
     changes = {"task": task, "server": experiment.server}
-    return Kept(old.model_copy(update=changes), rules, told)
+    return StoredRun(old.model_copy(update=changes), rules, told)
 
 
 def _in_words(name: str, different: Mapping[str, str]) -> str:

@@ -50,7 +50,7 @@ from potluck.simulation.executors.vmap_executor import Vmap
 Local: TypeAlias = Literal["auto", "loop", "vmap"]
 
 
-class _Training(NamedTuple):
+class _RoundForWorkers(NamedTuple):
     """What a round is for a worker; placed in the object store once."""
 
     number: int  # of the call, so that a worker knows a new round
@@ -155,7 +155,7 @@ class Cluster:
         states, cohort = work.states, work.cohort
         largest_first = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
         sent = work._replace(cohort=largest_first, states={})
-        training = _Training(self._calls, sent, None)
+        training = _RoundForWorkers(self._calls, sent, None)
         if len(cohort) > 0:
             training = training._replace(chunk=self._chunk(training, states))
         placed = self._ray.put(training)
@@ -195,7 +195,7 @@ class Cluster:
         self._pool.close()
         self._disconnect()
 
-    def _chunk(self, training: _Training, states: Mapping[int, Vector]) -> int | None:
+    def _chunk(self, training: _RoundForWorkers, states: Mapping[int, Vector]) -> int | None:
         """How many clients a worker trains side by side; None where it trains them one by one."""
         if self._local == "loop":
             return None
@@ -252,7 +252,7 @@ class _RayWorkerBody:
         """Answers when everything before it is done."""
 
     def estimate(
-        self, training: _Training, clients: NDArray[np.int64], states: Mapping[int, Vector]
+        self, training: _RoundForWorkers, clients: NDArray[np.int64], states: Mapping[int, Vector]
     ) -> Estimate:
         """What a local step costs here, one after another and side by side."""
         work = training.work
@@ -265,7 +265,7 @@ class _RayWorkerBody:
         return estimate(self._task, work, time.perf_counter, placed)
 
     def train(
-        self, training: _Training, clients: list[int], states: Mapping[int, Vector]
+        self, training: _RoundForWorkers, clients: list[int], states: Mapping[int, Vector]
     ) -> list[ClientResult]:
         """Train clients and add their updates to the partial sum; also what they keep."""
         work, chunk = training.work, training.chunk

@@ -77,8 +77,8 @@ _BESIDE = {
     "Service.status",
     "Service.sweep",
     "Service.evaluate",
-    "Looker.look",
-    "Trimmer.look",
+    "GcScheduler.poll",
+    "Trimmer.poll",
 }
 EXPERIMENT = {
     "name": "hops",

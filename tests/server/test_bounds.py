@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from fleet import Fleet
 from potluck.server import RoundSettings
-from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.render import Renderer
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.bounds import (
     FAR_TIMES,
@@ -125,7 +125,9 @@ def test_a_hostile_report_moves_little_is_named_everywhere_and_is_the_same_after
             (fleet.devices[0], False),
         ]
         assert [one["counted"] for one in told] == kept
-        assert "counted for less" in Showing(fleet.service, fleet.run).look().sections["devices"]
+        assert (
+            "counted for less" in Renderer(fleet.service, fleet.run).snapshot().sections["devices"]
+        )
         assert audit_check.check(fleet.service) is None
         fleet.service.close()
     assert digests[0] == digests[1]

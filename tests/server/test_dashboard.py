@@ -17,7 +17,7 @@ from potluck.protocol import Error, parse_message
 from potluck.server.dashboard.charts import draw, thin
 from potluck.server.dashboard.dashboard_app import HEADERS, MAX_STREAMS
 from potluck.server.dashboard.events import Snapshot, SnapshotFeed
-from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.render import Renderer
 from potluck.server.dashboard.sign_in import (
     KEY_SECONDS,
     SESSION_SECONDS,
@@ -246,14 +246,14 @@ def test_a_throttle_gives_tries_back_with_time():
 
 
 def test_sections_tell_the_rounds_of_the_database(fleet):
-    showing = Showing(fleet.service, fleet.run)
-    assert "No round yet" in showing.look().sections["rounds"]
+    renderer = Renderer(fleet.service, fleet.run)
+    assert "No round yet" in renderer.snapshot().sections["rounds"]
     fleet.round()
     fleet.service.tick()
     given = fleet.assign(fleet.devices[0])
     fail(fleet.service, fleet.devices[0], given.assignment, "out_of_memory")
     fleet.assign(fleet.devices[1])
-    told = showing.look().sections
+    told = renderer.snapshot().sections
     assert "0 of 3 reports accepted, at least 3 needed" in told["round"]
     assert '<li aria-current="step">Selecting</li>' in told["round"]
     assert "3/3" in told["rounds"]
@@ -261,7 +261,7 @@ def test_sections_tell_the_rounds_of_the_database(fleet):
     assert "out of memory" in told["devices"]
     fleet.clock.pass_(121)
     fleet.service.tick()
-    told = showing.look().sections
+    told = renderer.snapshot().sections
     assert "the selection deadline passed: 1 devices of at least 3" in told["abandoned"]
     assert "<svg" in told["charts"]
     assert (
@@ -273,7 +273,9 @@ def test_reports_are_divided_among_device_classes(fleet):
     token = issue_tokens(fleet.service, fleet.run, actor="test")[0]
     enrol(fleet.service, token, b"x" * 32, device_class="phone")
     fleet.round()
-    rows = re.findall(r"<tr>.*?</tr>", Showing(fleet.service, fleet.run).look().sections["classes"])
+    rows = re.findall(
+        r"<tr>.*?</tr>", Renderer(fleet.service, fleet.run).snapshot().sections["classes"]
+    )
     cells = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
     assert cells[1][:5] == ["unnamed", "3", "3", "3", "100.0"]
     assert cells[2][:5] == ["phone", "1", "1", "0", "0.0"]
@@ -287,8 +289,8 @@ def test_nothing_hostile_becomes_html(fleet):
     fail(fleet.service, device, given.assignment, HOSTILE)
     fleet.service.evaluate(fleet.run, lambda _: {HOSTILE: 0.5})
     pause(fleet.service, fleet.run, HOSTILE, actor="test")
-    showing = Showing(fleet.service, fleet.run)
-    page = showing.page(showing.look())
+    renderer = Renderer(fleet.service, fleet.run)
+    page = renderer.page(renderer.snapshot())
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
     assert "experiment" in page
@@ -298,16 +300,16 @@ def test_nothing_hostile_becomes_html(fleet):
 def test_where_nothing_changed_a_look_is_one_query(fleet):
     from sqlalchemy import event as sqlalchemy_event
 
-    showing, asked = Showing(fleet.service, fleet.run), []
-    first = showing.look()
+    renderer, asked = Renderer(fleet.service, fleet.run), []
+    first = renderer.snapshot()
     sqlalchemy_event.listen(
         fleet.service.database.engine,
         "before_cursor_execute",
         lambda *a: asked.append(a[2]) if a[2].startswith("SELECT") else None,
     )
-    assert showing.look() is first
+    assert renderer.snapshot() is first
     assert len(asked) == 1
-    assert Showing(fleet.service, fleet.run).look() == first  # as another process would say
+    assert Renderer(fleet.service, fleet.run).snapshot() == first  # as another process would say
 
 
 def test_viewers_share_looks_and_are_told_only_what_changed():
@@ -369,7 +371,7 @@ def test_a_key_of_one_process_signs_in_at_another_and_both_show_the_same(fleet):
     assert session is not None
     assert is_session(fleet.service.database, fleet.run, session, 2)
     fleet.round()
-    assert Showing(other, fleet.run).look() == Showing(fleet.service, fleet.run).look()
+    assert Renderer(other, fleet.run).snapshot() == Renderer(fleet.service, fleet.run).snapshot()
     sign_out(other.database, fleet.run, session, 3)
     assert not is_session(fleet.service.database, fleet.run, session, 4)
     other.close()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from potluck.cli.main import app
 from potluck.protocol import Evaluation
 from potluck.server.console import Lines
-from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.render import Renderer
 from potluck.server.storage.database_tables import devices, evaluations, ledger, reports, rounds
 from remote import Served
 
@@ -65,9 +65,9 @@ def test_everything_that_shows_numbers_answers_whatever_they_are(tmp_path, place
                 for (table, _), values in zip(HELD, held, strict=True):
                     db.execute(update(table).values(values))
             is_here = held[4]["revoked_ms"] is None
-            showing = Showing(service, served.run.id)
-            assert "Curves" in showing.page(showing.look())
-            assert Lines(service, served.run.id).look()
+            renderer = Renderer(service, served.run.id)
+            assert "Curves" in renderer.page(renderer.snapshot())
+            assert Lines(service, served.run.id).poll()
             served.until(lambda _: "potluck_round 1" in served.operator.text("metrics"))
             for command in ("status", "devices", "metrics"):
                 result = CliRunner().invoke(app, [command, *home])

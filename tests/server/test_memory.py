@@ -8,11 +8,11 @@ import weakref
 import pytest
 
 from potluck.server.memory import (
+    COLLECT_PART,
     GROWTH_BYTES,
-    LOOK_PART,
-    Looker,
+    GcScheduler,
     Trimmer,
-    no_long_looks,
+    only_young_collections,
     resident_bytes,
     share_heaps,
 )
@@ -22,7 +22,7 @@ def test_memory_is_given_back_when_it_has_grown_and_not_otherwise():
     sizes = [100, GROWTH_BYTES, 90, 91, GROWTH_BYTES + 89, GROWTH_BYTES + 90, 90]
     given = []
     trimmer = Trimmer(lambda: sizes.pop(0), given.append)
-    assert [trimmer.look() for _ in range(5)] == [False, True, False, False, True]
+    assert [trimmer.poll() for _ in range(5)] == [False, True, False, False, True]
     assert given == [0, 0]
     assert sizes == []
 
@@ -33,7 +33,7 @@ def test_what_was_freed_between_what_is_in_use_goes_back():
     pieces = [bytes(60_000) for _ in range(3000)]
     before = resident_bytes()
     pieces = pieces[::100]  # most are free, and none at the end of the heap
-    assert Trimmer().look()
+    assert Trimmer().poll()
     assert resident_bytes() < before - 100 * 10**6
 
 
@@ -79,7 +79,7 @@ def old_cycle():
 @pytest.fixture
 def frozen():
     old = gc.get_threshold()
-    with no_long_looks():
+    with only_young_collections():
         assert gc.get_threshold()[:2] == old[:2]
         assert gc.get_threshold()[2] > 10**6
         yield
@@ -89,35 +89,35 @@ def frozen():
 
 def test_cycles_are_looked_for_when_there_is_more_memory(frozen):
     size = [10 * GROWTH_BYTES]
-    looker = Looker(lambda: size[0])
+    scheduler = GcScheduler(lambda: size[0])
     gone = old_cycle()
     gc.collect(1)
     size[0] = 11 * GROWTH_BYTES - 1
-    assert not looker.look()
+    assert not scheduler.poll()
     assert gone() is not None
     size[0] += 1
-    assert looker.look()
+    assert scheduler.poll()
     assert gone() is None
-    assert not looker.look()
+    assert not scheduler.poll()
 
 
 def test_what_was_alive_at_a_look_is_looked_at_again_when_memory_has_doubled(frozen):
     size, now = [10 * GROWTH_BYTES], [0.0]
-    looker = Looker(lambda: size[0], lambda: now[0])
+    scheduler = GcScheduler(lambda: size[0], lambda: now[0])
     cycle = Cycle()
     gone = weakref.ref(cycle)
     size[0] = 11 * GROWTH_BYTES
-    assert looker.look()
+    assert scheduler.poll()
     del cycle
     size[0] = 20 * GROWTH_BYTES - 1
-    assert looker.look()
+    assert scheduler.poll()
     assert gone() is not None
     size[0] += 1
-    assert looker.look()
+    assert scheduler.poll()
     assert gone() is None
-    assert not looker.look()
+    assert not scheduler.poll()
     now[0] += 3600.0
-    assert looker.look()
+    assert scheduler.poll()
 
 
 def test_the_next_look_comes_the_later_the_longer_the_last_one_took(frozen):
@@ -127,10 +127,10 @@ def test_the_next_look_comes_the_later_the_longer_the_last_one_took(frozen):
         now[0] += 0.5  # the time of a look, between the clock's
         return size[0]
 
-    looker = Looker(resident, lambda: now[0])
+    scheduler = GcScheduler(resident, lambda: now[0])
     size[0] = 12 * GROWTH_BYTES
-    assert looker.look()
+    assert scheduler.poll()
     size[0], begin = 14 * GROWTH_BYTES, now[0]
-    while not looker.look():
+    while not scheduler.poll():
         pass
-    assert now[0] - begin == pytest.approx(1.0 / LOOK_PART, rel=0.1)
+    assert now[0] - begin == pytest.approx(1.0 / COLLECT_PART, rel=0.1)

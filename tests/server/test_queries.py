@@ -37,7 +37,7 @@ from potluck.protocol import (
     public_key,
 )
 from potluck.server.console import Lines
-from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.render import Renderer
 from potluck.server.rounds.uploads import find_report
 from potluck.server.storage.database_tables import (
     assignments,
@@ -242,8 +242,8 @@ def work(folder, num_rounds):
     fleet = Fleet(f"sqlite:///{folder}/{num_rounds}.db", folder / "blobs", count=3)
     service, run = fleet.service, fleet.run
     past(fleet, num_rounds)
-    showing, lines = Showing(service, run), Lines(service, run)
-    showing.look(), lines.look()  # these read it all
+    renderer, lines = Renderer(service, run), Lines(service, run)
+    renderer.snapshot(), lines.poll()  # these read it all
     count, steps = [0], {}
     event.listen(service.database.engine, "checkout", lambda c, *_: meter(c, count))
 
@@ -265,8 +265,8 @@ def work(folder, num_rounds):
     measured("commit", service.tick)
     measured("sweep", service.sweep)
     measured("evaluation", lambda: service.evaluate(run, lambda _: {"accuracy": 0.5}))
-    measured("dashboard", showing.look)
-    measured("lines", lines.look)
+    measured("dashboard", renderer.snapshot)
+    measured("lines", lines.poll)
     measured("status", fleet.status)
     service.close()
     return steps

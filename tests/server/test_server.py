@@ -19,7 +19,7 @@ from potluck.core import ClientContext, RefusedError
 from potluck.engine import TorchRuntime, run_of
 from potluck.protocol import Eligibility, Finished, Wait
 from potluck.server import RoundSettings, Service
-from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.render import Renderer
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.changes import pause, resume
 from potluck.server.rounds.check_in import Assigned, wait
@@ -550,7 +550,7 @@ def test_an_evaluation_that_gave_no_number_is_stored_as_json_and_is_no_result(pl
             (stored,) = db.execute(select(evaluations.c.metrics)).scalars()
         json.loads(stored, parse_constant=pytest.fail)
         assert [row["metrics"] for row in fleet.service.evaluations(fleet.run)] == [{"r2": 0.5}]
-        sections = Showing(fleet.service, fleet.run).look().sections
+        sections = Renderer(fleet.service, fleet.run).snapshot().sections
         assert not re.search(r"\b(nan|inf)\b", " ".join(sections.values()), re.IGNORECASE)
     finally:
         fleet.service.close()

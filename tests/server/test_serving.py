@@ -625,25 +625,25 @@ def potluck_fresh(home):
 def test_a_line_a_round_for_people(tmp_path):
     fleet = Fleet(str(tmp_path / "db"), tmp_path / "blobs", count=2, num_rounds=2, minimum=1.0)
     lines = Lines(fleet.service, fleet.run)
-    assert lines.look() == []
+    assert lines.poll() == []
     fleet.round()
-    assert lines.look() == []  # until it was evaluated
+    assert lines.poll() == []  # until it was evaluated
     fleet.service.evaluate(fleet.run, lambda weights: {"accuracy": 0.5})
-    shown = lines.look()
+    shown = lines.poll()
     assert len(shown) == 1
     words = r"round 1/2  2 of 2 devices  train loss 0\.5000  accuracy 0\.5000  0\.0 s"
     assert re.fullmatch(words, shown[0])
-    assert lines.look() == []
-    assert Lines(fleet.service, fleet.run).look() == ["going on after round 1"]
+    assert lines.poll() == []
+    assert Lines(fleet.service, fleet.run).poll() == ["going on after round 1"]
     pause(fleet.service, fleet.run, "for lunch", actor="test")
     resume(fleet.service, fleet.run, actor="test")
     fleet.assign(fleet.devices[0])
     fleet.clock.pass_(10_000)
     fleet.service.tick()
-    assert "abandoned and tried again" in lines.look()[0]
+    assert "abandoned and tried again" in lines.poll()[0]
     unjudged = Lines(fleet.service, fleet.run, is_evaluated=False)
-    unjudged.look()
+    unjudged.poll()
     fleet.round()
     fleet.service.tick()
-    assert [line[:9] for line in unjudged.look()] == ["round 2/2", "finished:"]
+    assert [line[:9] for line in unjudged.poll()] == ["round 2/2", "finished:"]
     fleet.service.close()

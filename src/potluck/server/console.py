@@ -9,7 +9,7 @@ from potluck.server.service import Service
 
 
 class Lines:
-    """Looks at one run and tells what is new; one thread at a time.
+    """Polls one run and tells what is new; one thread at a time.
 
     A round is told when it was evaluated, so that one line has all of it.
     """
@@ -19,10 +19,10 @@ class Lines:
         self._past = Past()
         self._mark: tuple[Any, ...] | None = None
         self._state = ""
-        self._shown: int | None = None  # of the rounds that are over; None before the first look
+        self._shown: int | None = None  # of the rounds that are over; None before the first poll
 
-    def look(self) -> list[str]:
-        """The lines since the last look, or how things stand."""
+    def poll(self) -> list[str]:
+        """The lines since the last poll, or how things stand."""
         with self._service.database.read() as db:
             mark = read_mark(db, self._run)
             if mark == self._mark:

@@ -1,14 +1,13 @@
-"""Memory that a server gives back.
+"""Memory that a server returns to the system after a load peak, and when it collects garbage.
 
-What a burst of a thousand devices needed is needed once.
+CPython runs a full garbage collection each time the number of long-lived objects has grown by 25 %.
+With ten thousand connections each one stops the process for half a second. Most of what a server
+drops is in no cycle, or in a young one. So a server collects when it has grown, and mostly what is
+new.
 
-Python looks through everything that is alive for cycles that nobody uses, again and again: with ten
-thousand connections each look stops the process for half a second. Most of what a server drops is
-in no cycle, or in a young one; so a server looks when it has grown, and mostly at what is new.
-
-glibc keeps what was freed, in a heap for each thread and between what is still in use; the peak of
-a server would be the sum of what its phases needed, instead of the most that one of them needs.
-Elsewhere than on glibc nothing is given back.
+glibc keeps what was freed, in a heap for each thread and between what is still in use. The peak of
+a server would be the sum of what its phases need, instead of the most that one of them needs.
+Elsewhere than on glibc nothing is returned.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pathlib import Path
 from potluck.core.allocator import M_MMAP_THRESHOLD, of_libc
 
 GROWTH_BYTES = 1 << 23
-"""Since memory was last given back; at least, since it was last looked through."""
-LOOK_PART = 1 / 40
-"""Of the time, at most, in which the process stands still to look."""
+"""Since memory was last returned; at least, since the last collection."""
+COLLECT_PART = 1 / 40
+"""Of the time, at most, in which the process stands still to collect."""
 _HOUR = 3600.0
 _M_ARENA_MAX = -8  # of malloc.h
 _LARGE_BYTES = 1 << 18
@@ -57,7 +56,7 @@ class Trimmer:
         self._trim = trim or of_libc("malloc_trim")
         self._kept = 0
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Give back, if it is time to. Returns whether it was."""
         if self._trim is None or self._resident() < self._kept + GROWTH_BYTES:
             return False
@@ -67,8 +66,8 @@ class Trimmer:
 
 
 @contextlib.contextmanager
-def no_long_looks() -> Generator[None]:
-    """In the block Python looks for cycles among young objects alone. A `Looker` does the rest."""
+def only_young_collections() -> Generator[None]:
+    """In the block Python collects young objects alone. A `GcScheduler` does the rest."""
     young, middle, old = gc.get_threshold()
     gc.collect()
     gc.freeze()
@@ -80,9 +79,9 @@ def no_long_looks() -> Generator[None]:
         gc.unfreeze()
 
 
-class Looker:
-    """Looks for cycles when the process has grown by a tenth, among what is new since the last
-    look; and among all, which takes long, when it has doubled, or an hour has passed."""
+class GcScheduler:
+    """Collects what is new since the last collection when the process has grown by a tenth, and
+    everything, which takes long, when it has doubled, or an hour has passed."""
 
     def __init__(
         self,
@@ -94,8 +93,8 @@ class Looker:
         self._next, self._hour = clock(), clock() + _HOUR
         self._kept = self._kept_of_all = self._resident()
 
-    def look(self) -> bool:
-        """Look, if it is time to. Returns whether it was."""
+    def poll(self) -> bool:
+        """Collect, if it is time to. Returns whether it was."""
         start, size = self._clock(), self._resident()
         at_all = size >= 2 * self._kept_of_all or start >= self._hour
         has_grown = size >= self._kept + max(GROWTH_BYTES, self._kept // 10)
@@ -109,7 +108,7 @@ class Looker:
         end = self._clock()
         if at_all:
             self._kept_of_all, self._hour = self._kept, end + _HOUR
-        self._next = end + (end - start) / LOOK_PART
+        self._next = end + (end - start) / COLLECT_PART
         return True
 
 

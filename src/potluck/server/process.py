@@ -39,7 +39,7 @@ from potluck.server.http.handlers import ServedRun
 from potluck.server.http.listening import Listen, Listener, authority, listen_unix, open_listener
 from potluck.server.http.notifier import Notifier
 from potluck.server.http.server_connection import Connection
-from potluck.server.memory import Looker, Trimmer, no_long_looks, share_heaps
+from potluck.server.memory import GcScheduler, Trimmer, only_young_collections, share_heaps
 from potluck.server.metrics import Metrics
 from potluck.server.storage.state_folder import Home
 
@@ -48,7 +48,8 @@ _TRIM_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 _CLOSE_SECONDS = 5
 TLS_BYTES = 1 << 14
-"""What TLS reads of a connection at once, and keeps two buffers of until its handshake is done."""
+"""What TLS reads of a connection at once. With asyncio's own 256 KiB each of 300 devices that poll,
+as in S3, took 309 to 321 KB of memory instead of 63 to 72; in S2 that would be 245 MB more."""
 _LOG = logging.getLogger("potluck.server")
 
 Evaluate = Callable[[Vector], Mapping[str, float]]
@@ -109,7 +110,7 @@ class Server:
         share_heaps()
         SSLProtocol.max_size = TLS_BYTES
         sys.setswitchinterval(0.0005)
-        with no_long_looks() if _owns_process() else contextlib.nullcontext():
+        with only_young_collections() if _owns_process() else contextlib.nullcontext():
             asyncio.run(self.run())
 
     async def run(self) -> None:
@@ -186,16 +187,16 @@ class Server:
             listener.close()
 
     async def _lead(self) -> None:
-        """Move rounds on, at once when there is reason to; look and clean up a few times a second.
+        """Move rounds on, at once when there is reason to; poll and clean up a few times a second.
 
-        A round that this process opens notifies by itself; a look finds what others did.
+        A round that this process opens notifies by itself; a poll finds what others did.
         """
-        look, sweep = 0.0, 0.0  # when to, again
+        poll, sweep = 0.0, 0.0  # when to, again
         while not self._stopping:
             try:
                 await asyncio.to_thread(self.served.service.move)
-                if time.monotonic() >= look:
-                    look = time.monotonic() + TICK_SECONDS
+                if time.monotonic() >= poll:
+                    poll = time.monotonic() + TICK_SECONDS
                     self._show(await asyncio.to_thread(self.served.service.status, self.served.id))
             except Exception as error:
                 self._failed("tick", error)
@@ -205,7 +206,7 @@ class Server:
             await self._notifier.wait_for_wake(TICK_SECONDS)
 
     def _show(self, status: dict[str, Any]) -> None:
-        """Tell of what changed since the last look, and notify where nobody has."""
+        """Tell of what changed since the last poll, and notify where nobody has."""
         self._metrics.state(status)
         seen, now = self._seen, _phase(status)
         if now[:-1] != seen[:-1]:
@@ -242,18 +243,18 @@ class Server:
         """Show a line for each round, when it was evaluated."""
         while not self._stopping:
             try:
-                for line in await asyncio.to_thread(self._lines.look):
+                for line in await asyncio.to_thread(self._lines.poll):
                     show(line)
             except StorageError as error:
                 self._failed("lines", error)
             await self._notifier.wait(1.0)
 
     async def _trim(self) -> None:
-        trimmer, looker = Trimmer(), Looker()
+        trimmer, scheduler = Trimmer(), GcScheduler()
         while True:
             await asyncio.sleep(_TRIM_SECONDS)
-            await asyncio.to_thread(looker.look)
-            await asyncio.to_thread(trimmer.look)
+            await asyncio.to_thread(scheduler.poll)
+            await asyncio.to_thread(trimmer.poll)
 
 
 def _phase(status: dict[str, Any]) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from potluck.core import CodedError, ProtocolError
 from potluck.server.dashboard.events import Snapshot, SnapshotFeed
-from potluck.server.dashboard.render import Showing
+from potluck.server.dashboard.render import Renderer
 from potluck.server.dashboard.sign_in import (
     SESSION_SECONDS,
     Throttle,
@@ -72,7 +72,7 @@ class Dashboard:
         self._is_secure = address.startswith("https:")
         name = f"potluck-{hashlib.sha256(served.id.encode()).hexdigest()[:8]}"
         self.cookie = f"__Host-{name}" if self._is_secure else name
-        self._showing = Showing(served.service, served.id)
+        self._renderer = Renderer(served.service, served.id)
         self._feed = SnapshotFeed(self._read, notifier)
         self._viewers: Counter[str] = Counter()  # streams, by session
         self._over: set[str] = set()
@@ -105,7 +105,7 @@ class Dashboard:
             if not await self._knows(request):
                 return RedirectResponse("/dashboard/sign-in", 303)
             snapshot = await self._feed.snapshot()
-            return HTMLResponse(await run_in_threadpool(self._showing.page, snapshot))
+            return HTMLResponse(await run_in_threadpool(self._renderer.page, snapshot))
 
     async def _events(self, request: Request) -> Response:
         async with self._limiter:
@@ -131,10 +131,10 @@ class Dashboard:
         """What the database has: of the run, and of who may still see it."""
         viewers, now = set(self._viewers), self._service.now()
         self._over = viewers - sessions_of(self._service.database, self._run, viewers, now)
-        return self._showing.look()
+        return self._renderer.snapshot()
 
     async def _form(self, request: Request) -> Response:
-        return HTMLResponse(self._showing.sign_in())
+        return HTMLResponse(self._renderer.sign_in())
 
     async def _sign_in(self, request: Request) -> Response:
         _check_origin(request)
@@ -145,11 +145,11 @@ class Dashboard:
             session = await run_in_threadpool(sign_in, self._service.database, self._run, key, now)
         if session is None and not self._throttle.left(address):
             told = "Too many wrong keys. Wait a minute."
-            return HTMLResponse(self._showing.sign_in(told), 429, {"Retry-After": "60"})
+            return HTMLResponse(self._renderer.sign_in(told), 429, {"Retry-After": "60"})
         if session is None:
             self._throttle.wrong(address)
             told = "This key is unknown, used or too old. Ask for a link with: potluck dashboard"
-            return HTMLResponse(self._showing.sign_in(told), 401)
+            return HTMLResponse(self._renderer.sign_in(told), 401)
         answer = RedirectResponse("/dashboard", 303)
         answer.set_cookie(self.cookie, session, max_age=SESSION_SECONDS, **self._kind())
         return answer

@@ -34,8 +34,8 @@ SECTIONS = ("summary", "round", "charts", "rounds", "abandoned", "classes", "dev
 _AGAIN_SECONDS = 15.0  # what no mark tells: who was seen lately
 
 
-class Showing:
-    """Looks at one run; one thread at a time."""
+class Renderer:
+    """Renders one run; one thread at a time."""
 
     def __init__(self, context: Context, run: str) -> None:
         self._context, self._run = context, run
@@ -55,7 +55,7 @@ class Showing:
         self._pages.filters |= {"moment": moment, "size": size, "percent": percent}
         self._pages.filters |= {"span": span, "score": score}
 
-    def look(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """What to show now: one query where nothing has changed."""
         with self._one, self._context.database.read() as db:
             mark = read_mark(db, self._run)
@@ -103,7 +103,7 @@ def moment(milliseconds: int) -> str:
 
 
 def score(value: float | None) -> str:
-    """A loss with as many digits as are worth a look; – for none."""
+    """A loss with as many digits as a person reads; – for none."""
     if not is_result(value):
         return "–"
     return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"

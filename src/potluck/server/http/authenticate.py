@@ -1,4 +1,4 @@
-"""The gate: which requests get in.
+"""Authentication: which requests get in.
 
 In this order, and never further than the first fault: the signature's headers, a small body, room
 for one more request, the device and its key, the signature, the clock, the sequence number, the
@@ -39,7 +39,7 @@ MAX_HEADERS = 100
 _MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
 
 
-class Gate:
+class Authenticator:
     """Lets signed requests of the devices of one run in, each one once."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """The application that devices talk to: the protocol's routes to one served run.
 
-Thin: a small body is read, the gate lets the request in, its message is parsed, and the run answers
+Thin: a small body is read, the request is authenticated, its message is parsed, and the run answers
 in a thread. A request that waits for its client does not count among those worked on: check-ins
 wait for work (long poll) until a transition or the end of their time, and large bodies have limits
 of their own. Every error, on every path, is one message of the protocol.
@@ -44,7 +44,7 @@ from potluck.protocol import (
     public_key,
 )
 from potluck.server.http.admission import LEAST_SECONDS, DeviceRequests, Limiter, RetryAfter
-from potluck.server.http.authenticate import Gate, claim_of
+from potluck.server.http.authenticate import Authenticator, claim_of
 from potluck.server.http.batching import GATHER_SECONDS, Batches
 from potluck.server.http.bodies import (
     check_digest,
@@ -102,7 +102,7 @@ class DeviceApp:
         # A chunk of 1 MiB each, at most of 4, so that no device that may send has to wait.
         self.uploads = Transfers(Limiter(SENDERS, waiting=4000, seconds=60.0))
         self.downloads = Transfers(Limiter(64, waiting=4000, seconds=60.0))
-        self.gate = Gate(served.service, served.id, public_key(served.key), names)
+        self.authenticator = Authenticator(served.service, served.id, public_key(served.key), names)
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
         self._check_ins: Batches[Any, Message] = Batches(served.check_ins, GATHER_SECONDS)
@@ -139,7 +139,7 @@ class DeviceApp:
         if route.request is CheckIn or route.request is Report:
             return await self._with_claim(request, route, route.request, claim, body)
         async with self.limiter:
-            await self.gate.admit(request, claim)
+            await self.authenticator.admit(request, claim)
             self.requests.enter(request.scope, claim.device)
             if route.request != "bytes":
                 return await self._answer(request, route, claim, body)
@@ -174,12 +174,12 @@ class DeviceApp:
     ) -> Response:
         async with self.newcomers:
             _no_query(request)
-            message = await self.gate.admit_newcomer(request, route, claim, body)
+            message = await self.authenticator.admit_newcomer(request, route, claim, body)
             if isinstance(message, Preview):  # nothing is noted: it changes nothing
                 return _json(await run_in_threadpool(self.served.preview, message))
             enrolled = await run_in_threadpool(self.served.enrol, message)
             self.requests.enter(request.scope, claim.device)
-            await self.gate.note(claim)
+            await self.authenticator.note(claim)
         self.notifier.wake()
         return _json(enrolled)
 
@@ -193,13 +193,15 @@ class DeviceApp:
     ) -> Response:
         """A message whose request is noted in the transaction that does what it asks for."""
         async with self.limiter:
-            await self.gate.verify(request, claim)
+            await self.authenticator.verify(request, claim)
             self.requests.enter(request.scope, claim.device)
             try:
                 _no_query(request)
                 message = message_in(request, route, kind, claim, body)
             except CodedError:
-                await self.gate.note(claim)  # a replay is told that it is one, whatever it holds
+                await self.authenticator.note(
+                    claim
+                )  # a replay is told that it is one, whatever it holds
                 raise
             generation = self.notifier.generation
             if isinstance(message, CheckIn):
@@ -209,7 +211,7 @@ class DeviceApp:
                 self.metrics.received.inc(message.length_bytes)
                 return _json(await self._noted(claim, self._arrivals, (claim, message)))
             else:
-                await self.gate.note(claim)
+                await self.authenticator.note(claim)
                 given = message
         if isinstance(given, Report):
             return await self._announce(claim, given)
@@ -218,7 +220,7 @@ class DeviceApp:
         return _json(given)
 
     async def _noted(self, claim: Claim, batches: Batches[Any, Message], item: Any) -> Message:
-        with self.gate.noting(claim):
+        with self.authenticator.noting(claim):
             return await batches.do(item)
 
     async def _announce(self, claim: Claim, message: Report) -> Response:

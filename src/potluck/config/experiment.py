@@ -19,7 +19,6 @@ from potluck.core import Codec, ConfigError
 
 _Positive: TypeAlias = Annotated[float, Field(gt=0)]
 
-
 LANGUAGE_MODELS = ("char-lstm", "char-lstm-peephole")
 
 

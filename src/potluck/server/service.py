@@ -105,7 +105,7 @@ class Service(Context):
         Args:
             url: of the database, or the path of an SQLite file.
             blobs: a folder, or the URL of an object store.
-            build: from an experiment to its algorithm (`potluck.simulation.build_algorithm`).
+            build: from an experiment to its algorithm (`build_algorithm` of `config`).
             life: this process's hold on its folder, given up by `close`; what the life before it
                 led is taken over at once.
             look: is shown the database as it is; what it raises leaves it so.

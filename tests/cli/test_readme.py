@@ -1,4 +1,4 @@
-"""Every block of README.md that can be run here is run, from its own text, in its order."""
+"""Every block of README.md and of the pages that it begins is run, from its own text, in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READ = [(ROOT / page).read_text() for page in ("README.md", "docs/experiments.md")]
+DEVICES = (ROOT / "docs/real-devices.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = ("pip", "make", "git")  # they install, which tests do not
@@ -31,7 +32,9 @@ class Block(NamedTuple):
         return f"{self.language}: {self.text.splitlines()[0]}"
 
 
-BLOCKS = [Block(*match.groups()) for match in FENCE.finditer(README)]
+PAGES_OF_BLOCKS = [[Block(*match.groups()) for match in FENCE.finditer(page)] for page in READ]
+BLOCKS = [block for page in PAGES_OF_BLOCKS for block in page]
+SERVED = [Block(*match.groups()) for match in FENCE.finditer(DEVICES)]
 
 
 def blocks(*languages: str) -> list[Block]:
@@ -88,6 +91,12 @@ def test_commands(block, clone, monkeypatch):
         pytest.skip("installs, or needs MNIST")
 
 
+def test_the_readme_is_short_and_begins_with_a_command():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert any(line.startswith("```bash") for line in lines[:20])
+
+
 def test_the_program_is_at_most_twelve_lines():
     for block in blocks("python"):
         assert len([line for line in block.text.splitlines() if line.strip()]) <= 12
@@ -100,14 +109,16 @@ def test_links_lead_somewhere(page):
 
 
 def test_real_devices_are_served_as_the_page_says(clone, tmp_path):
-    """The four blocks of a server and its devices, as one script."""
+    """The four blocks of a server and its devices, as one script; the README has some of them."""
+    shown = {line for block in blocks("sh") for line in block.text.splitlines()}
+    assert shown <= {line for block in SERVED for line in block.text.splitlines()}
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     for name, started in (("python", ""), ("potluck", "-m potluck")):
         (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {started} "$@"\n')
         (tmp_path / name).chmod(0o700)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    make, serve, join, take = (block.text for block in blocks("sh"))
+    make, serve, join, take = (block.text for block in SERVED)
     make = make.partition("\n")[2]  # without pip
     serve = serve.replace("&\n", "&\nserver=$!\n")
     join = join.replace("&\n", '&\ndevices+=" $!"\n')

@@ -132,7 +132,7 @@ def test_a_run_beyond_the_policy_is_refused_before_anything_is_downloaded(one, k
 
 
 def test_what_a_policy_bounds_is_bounded_at_the_figure_itself():
-    manifest = type("M", (), {"length_bytes": 2**28, "rounds": 20})()
+    manifest = type("M", (), {"length_bytes": 2**28, "rounds": 20, "plan": PLAN})()
     plan = read_plan(PLAN)
     Policy(max_model_bytes=2**28, max_memory_bytes=2**30, max_rounds=20).check_model(manifest)
     Policy(min_batch_size=10, min_steps=10, max_epochs=2).check_work(plan, 50)

@@ -1,4 +1,4 @@
-"""Memory that training keeps.
+"""Settings of the C library's allocator under which training reuses its memory.
 
 A step of training needs what the step before it freed. glibc would give large pieces back to the
 system in between, which clears every page anew: up to a fifth of a step of the paper's LSTM.
@@ -15,7 +15,7 @@ _MOST = (1 << 31) - 1  # that malloc's settings can be
 
 
 def keep_freed() -> None:
-    """Keep what is freed in this process, for the next step of training."""
+    """Keeps what is freed in this process for the next step of training."""
     mallopt = of_libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, _MOST)
@@ -23,5 +23,5 @@ def keep_freed() -> None:
 
 
 def of_libc(name: str) -> Any:
-    """A function of the C library; None where there is none of this name."""
+    """Returns a function of the C library, or None where there is none of this name."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

@@ -1,8 +1,8 @@
 """Files that are replaced as a whole, and locks that end with their process.
 
-Guarantee: after a kill or a power cut at any moment a file of `write_whole` has the content of
-before or the new one, and once the call has returned the new one. A kill may leave `NAME.partial`
-beside it, which the next call replaces.
+Guarantee: after a kill or a power cut at any moment a file of `write_whole` has its old content or
+the new one. Once the call has returned, it has the new one. A kill may leave `NAME.partial` beside
+it, which the next call replaces.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PRIVATE = 0o600
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Replace a file at once and durably. The caller is its only writer.
+    """Replaces a file at once and durably. The caller is its only writer.
 
     Args:
         mode: of the file, less the process's umask.
@@ -41,7 +41,7 @@ def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Makes the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,7 +50,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_file(path: Path, if_held: str, mode: int = PRIVATE) -> int:
-    """Lock a file, which is made if it is not there, until its descriptor is closed.
+    """Locks a file, which is made if it is missing, until its descriptor is closed.
 
     The kernel releases the lock of a process that ended, in whatever way.
 

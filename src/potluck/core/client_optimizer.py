@@ -37,16 +37,16 @@ _Number: TypeAlias = Any  # a float, or a tensor with one for each client, that 
 
 
 class ClientOptimizer(Protocol):
-    """What local training needs of an optimizer; equal ones compare and hash equal."""
+    """The interface of a local optimizer. Equal ones compare and hash equal."""
 
     def init(self, weights: T) -> tuple[T, ...]:
-        """The state before the first step, as tensors like the weights."""
+        """Returns the state before the first step, as tensors like the weights."""
         ...
 
     def step(
         self, weights: T, gradient: T, state: tuple[T, ...], lr: _Number, number: _Number
     ) -> tuple[T, tuple[T, ...]]:
-        """The weights and the state after a step; the arguments are left as they are.
+        """Returns the weights and the state after a step; the arguments are left as they are.
 
         Args:
             lr: η of this step.
@@ -69,13 +69,13 @@ class ClientSGD:
         check_ranges(self)
 
     def init(self, weights: Any) -> tuple[Any, ...]:
-        """No state."""
+        """Returns no state."""
         return ()
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Down the gradient."""
+        """Steps down the gradient."""
         return weights - lr * _decayed(self.weight_decay, weights, gradient), ()
 
 
@@ -98,13 +98,13 @@ class ClientMomentum:
         check_ranges(self)
 
     def init(self, weights: Any) -> tuple[Any, ...]:
-        """v = 0."""
+        """Returns v = 0."""
         return (weights.new_zeros(weights.shape),)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Down the running sum."""
+        """Steps down the running sum."""
         gradient = _decayed(self.weight_decay, weights, gradient)
         velocity = self.momentum * state[0] + gradient
         return weights - lr * velocity, (velocity,)
@@ -125,13 +125,13 @@ class ClientNesterov:
         check_ranges(self)
 
     def init(self, weights: Any) -> tuple[Any, ...]:
-        """v = 0."""
+        """Returns v = 0."""
         return (weights.new_zeros(weights.shape),)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Down the running sum, one gradient ahead."""
+        """Steps down the running sum, one gradient ahead."""
         gradient = _decayed(self.weight_decay, weights, gradient)
         velocity = self.momentum * state[0] + gradient
         return weights - lr * (gradient + self.momentum * velocity), (velocity,)
@@ -157,13 +157,13 @@ class ClientAdam:
         check_ranges(self)
 
     def init(self, weights: Any) -> tuple[Any, ...]:
-        """m = 0 and s = 0."""
+        """Returns m = 0 and s = 0."""
         return weights.new_zeros(weights.shape), weights.new_zeros(weights.shape)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Down the mean gradient, over the root of the mean square."""
+        """Steps down the mean gradient, over the root of the mean square."""
         gradient = _decayed(self.weight_decay, weights, gradient)
         return _adaptive(self, weights, gradient, state, lr, number)
 
@@ -187,13 +187,13 @@ class ClientAdamW:
         check_ranges(self)
 
     def init(self, weights: Any) -> tuple[Any, ...]:
-        """m = 0 and s = 0."""
+        """Returns m = 0 and s = 0."""
         return weights.new_zeros(weights.shape), weights.new_zeros(weights.shape)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Decay, then as Adam."""
+        """Decays the weights, then steps as Adam."""
         weights = weights * (1.0 - lr * self.weight_decay)
         return _adaptive(self, weights, gradient, state, lr, number)
 

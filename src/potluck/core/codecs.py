@@ -6,17 +6,17 @@
     int8      d + 4 ⌈d / 1024⌉                         scale · q, q in −127 … 127
     int4      Σ over blocks of 4 + ⌈entries / 2⌉       scale · q, q in −7 … 7
 
-int8 and int4 come in blocks of 1024 entries (the last may be shorter): the block's scale as a
-little-endian float32, then its q in two's complement; of two int4 in a byte the first is the lower
-half, and a half that is left over is 0. The scale is the largest magnitude of the block divided by
-127 or 7.
+int8 and int4 come in blocks of 1024 entries, of which the last may be shorter. A block is its scale
+as a little-endian float32, then its q in two's complement. Of two int4 in a byte the first is the
+lower half. A half that is left over is 0. The scale is the largest magnitude of the block divided
+by 127 or 7.
 
-The statistics of a model are behind the entries of an update, in float32 whatever the codec: they
-are averaged, and rounding has nothing to say about them.
+The statistics of a model are behind the entries of an update. They are averaged, and stay float32
+whatever the codec.
 
-Rounding is stochastic: a value between two that the codec knows becomes either, such that the mean
-is the value. What one body loses is added to the next vector (error feedback), so the sum over
-rounds loses no more than the last residual.
+Rounding is stochastic: a value between two representable ones becomes either, such that the mean is
+the value. What one body loses is added to the next vector (error feedback), so the sum over rounds
+loses no more than the last residual.
 
     ENCODE(Δ, residual r, scale s of a block, u uniform in [0, 1) for each entry):
         x = Δ + r
@@ -32,12 +32,12 @@ Karimireddy, Q. Rebjock, S. U. Stich, M. Jaggi: Error Feedback Fixes SignSGD and
 Compression Schemes. ICML 2019, Algorithm 2 (arXiv:1901.09847).
 
 Differences from the papers: s comes from the largest magnitude of 1024 entries and not from the
-norm of the whole vector; there is no entropy code, so that the length is known beforehand; what
-is compressed is a client's update of a round, not a gradient, and a client that is not in a round
-keeps its residual until it is.
+norm of the whole vector. There is no entropy code, so that the length is known beforehand. What is
+compressed is a client's update of a round, not a gradient. A client that is not in a round keeps
+its residual until it is.
 
-Guarantee: `decode_vector` gives finite entries or refuses, and looks at no byte before the length
-is right; `decode_blocks` does so in memory that does not depend on the length.
+Guarantee: `decode_vector` returns finite entries or refuses the body, and reads no byte before the
+length is right. `decode_blocks` does so in memory that does not depend on the length.
 
 Compatibility: a codec never changes; another layout is another name.
 """
@@ -81,7 +81,7 @@ def encode_update(
     client: int,
     num_statistics: int = 0,
 ) -> Encoded:
-    """Encode a client's update of a round, as every client does, simulated or real.
+    """Encodes a client's update of a round, simulated or real.
 
     Args:
         residual: of the client's last update that counted; None before.
@@ -105,7 +105,7 @@ def encode_vector(
     random: np.random.Generator,
     residual: Vector | None = None,
 ) -> Encoded:
-    """Encode `vector` plus the residual of the body before.
+    """Encodes `vector` plus the residual of the body before.
 
     Raises:
         ProtocolError: "not_finite", with NaN or infinity in the vector or the sum.
@@ -129,7 +129,7 @@ def encode_vector(
 
 
 def encoded_bytes(codec: Codec, dim: int) -> int:
-    """The exact length of the body of a vector with `dim` entries."""
+    """Returns the exact length of the body of a vector with `dim` entries."""
     _check(codec, dim)
     if codec == "float32":
         return 4 * dim
@@ -140,16 +140,16 @@ def encoded_bytes(codec: Codec, dim: int) -> int:
 
 
 def update_bytes(codec: Codec, spec: Spec, vectors: int = 1) -> int:
-    """The length of an update: so many vectors of what is trained, and statistics in float32."""
+    """Returns the length of an update: `vectors` of what is trained, and statistics in float32."""
     trained = vectors * spec.size("trained")
     return (encoded_bytes(codec, trained) if trained else 0) + 4 * spec.size("statistic")
 
 
 def check_codec(codec: str) -> None:
-    """Refuse what is no codec.
+    """Refuses the name of an unknown codec.
 
     Raises:
-        ValueError: with the nearest that is one.
+        ValueError: with the nearest known name.
     """
     if codec not in CODECS:
         near = difflib.get_close_matches(codec, CODECS, n=1)
@@ -158,7 +158,7 @@ def check_codec(codec: str) -> None:
 
 
 def decode_vector(body: bytes, codec: Codec, dim: int) -> Vector:
-    """The vector in a body: [dim], finite.
+    """Returns the vector in a body: [dim], finite.
 
     Raises:
         ProtocolError: "wrong_length", "not_finite", or "malformed" for what `encode_vector` never
@@ -173,7 +173,9 @@ def decode_vector(body: bytes, codec: Codec, dim: int) -> Vector:
 def decode_blocks(
     chunks: Iterable[bytes], codec: Codec, dim: int, num_statistics: int = 0
 ) -> Iterator[Vector]:
-    """The vector in a body that arrives in chunks of any size, in pieces of at most 65,536 entries.
+    """Yields the vector of a body that arrives in chunks, at most 65,536 entries at a time.
+
+    The chunks may have any size.
 
     Args:
         num_statistics: entries behind the vector's; no piece has entries of both.
@@ -204,7 +206,7 @@ def decode_blocks(
 
 
 def _decode_run(body: bytes, codec: Codec, dim: int) -> Vector:
-    """Entries from a body of the right length, in which every block but the last is full."""
+    """Decodes a body of the right length, in which every block but the last is full."""
     if codec == "float32":
         vector = np.frombuffer(body, "<f4").astype(np.float32)
     elif codec == "bfloat16":
@@ -224,7 +226,7 @@ def _decode_run(body: bytes, codec: Codec, dim: int) -> Vector:
 
 
 def _decode_rows(rows: Any, codec: Codec, entries: int) -> Any:
-    """Blocks of one length: uint8 [blocks, bytes] → float32 [blocks, entries]."""
+    """Decodes blocks of one length: uint8 [blocks, bytes] → float32 [blocks, entries]."""
     scales = np.ascontiguousarray(rows[:, :4]).view("<f4")  # [blocks, 1]
     if codec == "int8":
         steps = rows[:, 4:].view(np.int8)
@@ -265,7 +267,7 @@ def _encode_quantised(vector: Vector, codec: Codec, random: np.random.Generator)
 
 
 def _encode_rows(values: Vector, codec: Codec, random: np.random.Generator) -> bytes:
-    """Blocks of one length: float32 [blocks, entries] → their bytes."""
+    """Encodes blocks of one length: float32 [blocks, entries] → their bytes."""
     blocks, entries = values.shape
     rows = np.zeros((blocks, _block_bytes(codec, entries)), np.uint8)
     largest = _LARGEST[codec]

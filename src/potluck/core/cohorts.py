@@ -1,8 +1,9 @@
-"""Which clients take part in a round.
+"""The choice of the clients that take part in a round.
 
-Three rules: a fraction C of the population (the paper's: m = max(C·K, 1), so C = 0 means one
-client), a fixed count m, or `Poisson(rate)`, in which every client flips its own coin; only the
-last gives the amplification by sampling that differential privacy accounts for.
+There are three rules: a fraction C of the population, a fixed count m, or `Poisson(rate)`. The
+first is the paper's: m = max(C·K, 1), so C = 0 means one client. In the last every client takes
+part independently. Only that gives the amplification by sampling that differential privacy accounts
+for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from potluck.core.validate import as_count, as_integer, as_real, is_integer
 
 @dataclass(frozen=True, slots=True)
 class Poisson:
-    """Every client takes part with probability `rate` (0 < rate ≤ 1), independently.
+    """Selects every client with probability `rate` (0 < rate ≤ 1), independently.
 
     A cohort may be empty; then the round leaves the model as it is.
     """
@@ -35,7 +36,7 @@ class Poisson:
 
 
 def cohort_size(population: int, cohort: float | int) -> int:
-    """How many clients a fraction (float) or a count (int) of the population is.
+    """Returns the number of clients that a fraction (float) or a count (int) of the population is.
 
     Raises:
         ValueError: a fraction outside [0, 1], a count outside [1, population].
@@ -65,7 +66,7 @@ def cohort_size(population: int, cohort: float | int) -> int:
 def sample_cohort(
     population: int, cohort: float | int | Poisson, *, seed: int, round: int
 ) -> NDArray[np.int64]:
-    """The clients of one round, as sorted indices into the population."""
+    """Returns the clients of one round, as sorted indices into the population."""
     population = as_count("population", population)
     random = stream(seed, "cohort", round)
     if isinstance(cohort, Poisson):

@@ -1,7 +1,7 @@
-"""Which way a metric gets better, by its name.
+"""The direction in which a metric gets better, by its name.
 
-Files hold metrics by name alone, so whoever reads them (reports, targets, searches) asks here. A
-metric may say it itself with an attribute `higher_is_better`, which counts where it is at hand.
+Files hold metrics by name alone, so their readers (reports, targets, searches) use this function. A
+metric may have an attribute `higher_is_better`, which decides where the metric is at hand.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SMALLER_IS_BETTER = frozenset(
 
 
 def higher_is_better(name: str, metric: object = None) -> bool:
-    """Whether a metric is better the larger it is: accuracy and r2 are; losses and errors are not.
+    """Returns whether a larger value is better: yes of accuracy and r2, no of losses and errors.
 
     Args:
         name: as in a task's metrics or in `rounds.jsonl`: "loss", "train_loss", "rmse".

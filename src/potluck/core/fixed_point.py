@@ -4,11 +4,11 @@
     for each update (Δ, weight) in any order:  sum ← sum + weight · Δ;  total ← total + weight
     mean = sum / total
 
-The sum is kept in 64-bit fixed point (multiples of 2⁻³⁰), and integer addition is associative:
-any order, any grouping into partial sums and any number of workers give the same bits, and two
-partial sums merge exactly. A mean is off by at most 2⁻³¹ · clients / total, far below float32.
+The sum is kept in 64-bit fixed point (multiples of 2⁻³⁰), and integer addition is associative. So
+any order, any grouping into partial sums and any number of workers give the same bits. Two partial
+sums merge exactly. A mean is off by at most 2⁻³¹ · clients / total, far below float32.
 
-The price is a range: the largest entry of |weight · Δ|, summed over a cohort, must stay below 2³².
+The range is limited: the largest entry of |weight · Δ|, summed over a cohort, must stay below 2³².
 A sum that might leave it is refused, never wrapped.
 
 Statistics of a model (running variances, counters) may be of any size, and small ones must not
@@ -47,7 +47,7 @@ class FixedPointMean:
     """One, in the integers of the sum."""
 
     def __init__(self, dim: int, buffer: NDArray[np.int64] | None = None, wide: int = 0) -> None:
-        """Start at zero.
+        """Starts at zero.
 
         Args:
             buffer: if given, holds the sum (shared memory, say): [dim + wide].
@@ -62,7 +62,7 @@ class FixedPointMean:
     def of(
         cls, sum: NDArray[np.int64], total: float, bound: float, wide: int = 0
     ) -> FixedPointMean:
-        """The `sum`, `total` and `bound` of another one. The sum is not copied."""
+        """Continues the `sum`, `total` and `bound` of another one. The sum is not copied."""
         mean = cls.__new__(cls)
         mean.sum, mean.total, mean.bound = sum, total, bound
         mean.dim, mean.wide = len(sum) - wide, wide
@@ -70,13 +70,13 @@ class FixedPointMean:
         return mean
 
     def reset(self) -> None:
-        """Back to zero, in place."""
+        """Sets the sum back to zero, in place."""
         self.sum.fill(0)
         self.total = 0.0
         self.bound = 0.0  # no integer of the sum is larger than this
 
     def add(self, vector: Vector, weight: float) -> None:
-        """Add `weight · vector`, with weight > 0.
+        """Adds `weight · vector`, with weight > 0.
 
         Raises:
             DivergedError: values that are not finite, or too large to be summed. The sum is then
@@ -112,11 +112,12 @@ class FixedPointMean:
         self.total += weight
 
     def has_room(self, largest: float) -> bool:
-        """Whether an entry so large, in the integers of the sum, can be added; never NaN."""
+        """Returns whether an entry so large, in the integers of the sum, can be added; never
+        NaN."""
         return self.bound + largest < _LIMIT
 
     def merge(self, other: FixedPointMean) -> None:
-        """Add another partial sum: exact, in any order."""
+        """Adds another partial sum: exact, in any order."""
         if not self.bound + other.bound < _LIMIT:
             raise DivergedError(
                 "updates must be small enough to be summed. Lower the client learning rate."
@@ -126,7 +127,7 @@ class FixedPointMean:
         self.total += other.total
 
     def mean(self) -> Vector:
-        """The weighted mean so far, as float32; zeros when nothing was added: [dim]."""
+        """Returns the weighted mean so far, as float32; zeros when nothing was added: [dim]."""
         if self.total == 0.0:
             return np.zeros(self.dim, np.float32)
         if not self.wide:
@@ -137,7 +138,7 @@ class FixedPointMean:
         return np.concatenate(parts).astype(np.float32)
 
     def _add_wide(self, values: Vector, weight: float) -> float:
-        """Add wide entries, and return the largest integer that this took.
+        """Adds wide entries, and returns the largest integer that this took.
 
         Raises:
             DivergedError: they are not finite, or too large.

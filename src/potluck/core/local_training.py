@@ -1,4 +1,4 @@
-"""What the client half of an algorithm knows of its client, asks for, and is given.
+"""The input, requests and answers of an algorithm's client half.
 
     local = yield LocalSGD(start=received, lr=η, epochs=E, batch_size=B)
 
@@ -16,7 +16,7 @@ from potluck.core.update import Update, Vector
 
 
 class ClientContext(NamedTuple):
-    """Who trains, and in which round."""
+    """The client that trains, and the round."""
 
     seed: int  # of the run
     round: int  # from 1
@@ -63,11 +63,11 @@ class LocalSGD(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Where local training ended."""
+    """The end of local training."""
 
     weights: Vector  # [dim], valid until the client half asks again
     loss: float  # the mean over the local steps, each before its step; NaN if nothing counted
     num_steps: int
 
 
-LocalWork: TypeAlias = Generator[LocalSGD, Trained, Update]  # a client half on its way
+LocalWork: TypeAlias = Generator[LocalSGD, Trained, Update]  # a client half that is running

@@ -1,7 +1,7 @@
-"""JSON as its standard has it: no NaN and no Infinity, in no line of no file.
+"""JSON that keeps to its standard: no NaN and no Infinity.
 
 A number that is not finite becomes null, and a NumPy number or array the same number or list.
-Whoever reads null knows that there was no result.
+A null means that there was no result.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from potluck.core.target import is_result
 
 
 def to_json(value: Any, **layout: Any) -> str:
-    """A value as JSON text; `layout` is that of `json.dumps` (indent, sort_keys, …)."""
+    """Returns a value as JSON text; `layout` is that of `json.dumps` (indent, sort_keys, …)."""
     return json.dumps(plain(value), allow_nan=False, **layout)
 
 
 def read_results(text: str) -> dict[str, float]:
-    """Scores by name as `to_json` wrote them, without those that were no result."""
+    """Returns scores by name as `to_json` wrote them, without those that were no result."""
     scores: dict[str, float | None] = json.loads(text)
     return {name: score for name, score in scores.items() if is_result(score)}
 
 
 def plain(value: Any) -> Any:
-    """The same value in the types of JSON: dictionaries, lists, text, numbers, None."""
+    """Returns the same value in the types of JSON: dictionaries, lists, text, numbers, None."""
     if isinstance(value, np.ndarray | np.generic):
         return plain(cast("Any", value).tolist())
     if isinstance(value, float):
@@ -46,7 +46,7 @@ def _key(key: Any) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values inside nested tables, by names with dots, as an experiment file gives them."""
+    """Returns the values of nested tables by names with dots, as an experiment file has them."""
     pairs: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -60,7 +60,7 @@ class Spec:
         roles: Iterable[Role] = (),
         num_buffers: int = 0,
     ) -> Spec:
-        """The spec of named tensors (anything with a `shape`)."""
+        """Returns the spec of named tensors (anything with a `shape`)."""
         pairs = [(name, tuple(int(n) for n in tensor.shape)) for name, tensor in tensors]
         names, shapes = tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs)
         return cls(names, shapes, tuple(roles), num_buffers)
@@ -69,7 +69,7 @@ class Spec:
     def of_packed(
         cls, names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], num_statistics: int
     ) -> Spec:
-        """The spec of what travels, of which the last tensors are statistics."""
+        """Returns the spec of what travels, of which the last tensors are statistics."""
         trained = len(names) - num_statistics
         roles: tuple[Role, ...] = ("trained",) * trained + ("statistic",) * num_statistics
         return cls(names, shapes, roles, num_statistics)
@@ -86,7 +86,7 @@ class Spec:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where each tensor starts; one more entry than tensors, the last is `dim`."""
+        """The start of each tensor, and `dim` behind the last."""
         ends = [0]
         for size in self.sizes:
             ends.append(ends[-1] + size)
@@ -104,31 +104,32 @@ class Spec:
 
     @property
     def num_parameters(self) -> int:
-        """How many leading entries are parameters, trained or not; an algorithm works on these."""
+        """The number of leading entries that are parameters, trained or not. Algorithms work on
+        these."""
         return self.offsets[len(self.names) - self.num_buffers]
 
     @property
     def is_all_trained(self) -> bool:
-        """Whether every entry is of a trained parameter."""
+        """True if every entry is of a trained parameter."""
         return self.num_buffers == 0 and all(role == "trained" for role in self.roles)
 
     def slices(self, *roles: Role) -> list[slice]:
-        """Where the tensors of these roles lie, in order."""
+        """Returns the places of the tensors of these roles, in order."""
         ends = self.offsets
         return [slice(ends[i], ends[i + 1]) for i, role in enumerate(self.roles) if role in roles]
 
     def size(self, *roles: Role) -> int:
-        """How many entries have these roles."""
+        """Returns the number of entries that have these roles."""
         return sum(part.stop - part.start for part in self.slices(*roles))
 
     def with_roles(self, roles: Mapping[str, Role]) -> Spec:
-        """The same tensors, some of them in another role."""
+        """Returns the same tensors, some of them in another role."""
         new: dict[str, Role] = dict(zip(self.names, self.roles, strict=True))
         new.update((name, role) for name, role in roles.items() if name in new)
         return Spec(self.names, self.shapes, tuple(new.values()), self.num_buffers)
 
     def packed(self) -> Spec:
-        """The spec of what travels: the trained tensors, then the statistics."""
+        """Returns the spec of what travels: the trained tensors, then the statistics."""
         order = [i for i, role in enumerate(self.roles) if role == "trained"]
         statistics = [i for i, role in enumerate(self.roles) if role == "statistic"]
         order += statistics
@@ -136,12 +137,12 @@ class Spec:
         return Spec.of_packed(names, tuple(self.shapes[i] for i in order), len(statistics))
 
     def pack(self, vector: Vector) -> Vector:
-        """From a vector of this spec to one of `packed`."""
+        """Turns a vector of this spec into one of `packed`."""
         parts = self.slices("trained") + self.slices("statistic")
         return np.concatenate([vector[part] for part in parts] or [vector[:0]])
 
     def unpack(self, packed: Vector, rest: Vector) -> Vector:
-        """From a vector of `packed` to one of this spec, with the constants of `rest` [dim]."""
+        """Turns a vector of `packed` into one of this spec, with the constants of `rest` [dim]."""
         vector, start = rest.copy(), 0
         for part in self.slices("trained") + self.slices("statistic"):
             stop = start + part.stop - part.start
@@ -150,13 +151,15 @@ class Spec:
         return vector
 
     def name_at(self, entry: int) -> str:
-        """The tensor in which an entry of the vector lies."""
+        """Returns the name of the tensor in which an entry of the vector lies."""
         ends = self.offsets
         return next(name for i, name in enumerate(self.names) if entry < ends[i + 1])
 
     def digest(self) -> str:
-        """Equal digests mean that vectors are interchangeable, and what an algorithm keeps of
-        them."""
+        """Returns a digest that is equal for specs whose vectors are interchangeable.
+
+        So is then what an algorithm keeps of them.
+        """
         told: tuple[object, ...] = (self.names, self.shapes)
         if not self.is_all_trained:
             trained = tuple(role == "trained" for role in self.roles)
@@ -164,7 +167,7 @@ class Spec:
         return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
 
     def flatten(self, tensors: Mapping[str, Any]) -> Vector:
-        """One new vector with the contents of `tensors`.
+        """Returns one new vector with the contents of `tensors`.
 
         Raises:
             ValueError: a missing or foreign name, or a wrong shape.
@@ -187,7 +190,8 @@ class Spec:
         return vector
 
     def unflatten(self, vector: Any) -> dict[str, Any]:
-        """Views into `vector` by name: an array or tensor whose last axis has length `dim`."""
+        """Returns views into `vector` by name: an array or tensor whose last axis has length
+        `dim`."""
         if vector.shape[-1] != self.dim:
             raise ValueError(
                 f"a vector of this model must have length {self.dim}, "

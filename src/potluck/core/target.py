@@ -14,7 +14,7 @@ from potluck.core.direction import higher_is_better
 
 
 def is_result(score: Any) -> TypeGuard[float]:
-    """Whether a score is a finite number."""
+    """Returns whether a score is a finite number."""
     return isinstance(score, int | float) and abs(score) <= sys.float_info.max
 
 
@@ -36,7 +36,7 @@ class Target:
 
     @classmethod
     def of(cls, value: float, metric: str) -> Target:
-        """A number as the target of a metric, in the direction in which that is better.
+        """Returns a number as the target of a metric, in the direction in which that is better.
 
         Raises:
             ValueError: the number is no accuracy, and the metric is one.
@@ -52,7 +52,8 @@ class Target:
 
     @classmethod
     def read(cls, content: Any, metrics: Collection[str]) -> Target | None:
-        """The `run.target` of an experiment, for a run that is evaluated by these metrics."""
+        """Returns the `run.target` of an experiment, for a run that is evaluated by these
+        metrics."""
         if content is None or isinstance(content, Target):
             return content
         if isinstance(content, Mapping):
@@ -68,11 +69,11 @@ class Target:
 
     @property
     def sign(self) -> float:
-        """By what scores are multiplied so that more is better."""
+        """The factor for scores after which more is better."""
         return -1.0 if self.at_least is None else 1.0
 
     def is_reached(self, score: Any) -> bool:
-        """Whether a score is a result, and good enough."""
+        """Returns whether a score is a result, and good enough."""
         return is_result(score) and self.sign * score >= self.sign * self.value
 
     def __str__(self) -> str:
@@ -82,5 +83,5 @@ class Target:
 
 
 def main_metric(metrics: Collection[str]) -> str:
-    """The metric by which a run is judged if nobody says: accuracy, or loss without it."""
+    """Returns the metric that judges a run by default: accuracy, or loss without it."""
     return "accuracy" if "accuracy" in metrics else "loss"

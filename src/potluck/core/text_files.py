@@ -27,7 +27,7 @@ _BINARY = (
 
 
 def read_text(path: Path) -> str:
-    """The text of a file without its byte-order mark, with LF at the ends of lines.
+    """Returns the text of a file without its byte-order mark, with LF at the ends of lines.
 
     Raises:
         OSError: it cannot be read.
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
 
 
 def encoding_of(path: Path) -> str:
-    """Python's name for the encoding of a text file, all of which has been decoded with it once.
+    """Returns Python's name for the encoding of a text file, after decoding all of it once.
 
     Raises:
         OSError: it cannot be read.
@@ -71,7 +71,7 @@ def encoding_of(path: Path) -> str:
 
 
 def _guessed(head: bytes) -> str | None:
-    """By the mark; without one, UTF-16 shows by the zero halves of its ASCII characters."""
+    """Guesses by the mark; without one, UTF-16 shows by the zero halves of its ASCII characters."""
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding

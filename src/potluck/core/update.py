@@ -1,4 +1,4 @@
-"""What a client reports after local training, and the type of a model."""
+"""The report of a client after local training, and the type of a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What is a count and what is a number, for every public function that takes one.
+"""Checks of counts and numbers, for every public function that takes one.
 
 NumPy's integers are integers and its floats are floats: counts come out of `len(np.unique(…))` and
-`np.ceil` all the time. Truth values and text are neither. What is taken is returned as Python's own
-`int` or `float`, so that it can be written as JSON and compared everywhere.
+`np.ceil` all the time. Truth values and text are neither. Each check returns Python's own `int` or
+`float`, which can be written as JSON and compared everywhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BOUNDS = {
 
 
 def is_integer(value: object) -> bool:
-    """Whether this is an integer of Python, NumPy or PyTorch; truth values are none."""
+    """Returns whether this is an integer of Python, NumPy or PyTorch; truth values are none."""
     if type(value) is int:
         return True
     if _is_truth(value):
@@ -47,7 +47,7 @@ def is_integer(value: object) -> bool:
 
 
 def as_integer(name: str, value: Any, advice: str = "") -> int:
-    """The integer as an `int`.
+    """Returns the integer as an `int`.
 
     Raises:
         TypeError: it is none: text, a truth value, or a float, even a whole one.
@@ -59,7 +59,7 @@ def as_integer(name: str, value: Any, advice: str = "") -> int:
 
 
 def as_count(name: str, value: Any, minimum: int = 1, advice: str = "") -> int:
-    """The count as an `int`, of which there are at least `minimum`.
+    """Returns the count as an `int`, which is at least `minimum`.
 
     Raises:
         TypeError: it is no integer.
@@ -72,7 +72,7 @@ def as_count(name: str, value: Any, minimum: int = 1, advice: str = "") -> int:
 
 
 def as_real(name: str, value: Any, advice: str = "") -> float:
-    """The number as a `float`; it may be infinite or NaN.
+    """Returns the number as a `float`; it may be infinite or NaN.
 
     Raises:
         TypeError: it is none: text, a truth value, an array.
@@ -90,12 +90,12 @@ def as_real(name: str, value: Any, advice: str = "") -> float:
 
 
 def as_seed(value: Any) -> int:
-    """The seed of a run, a partition or a stream as an `int`; any integer is one."""
+    """Returns the seed of a run, a partition or a stream as an `int`; any integer is one."""
     return as_integer("seed", value, "Give an integer, such as 0.")
 
 
 def check_ranges(thing: object) -> None:
-    """Refuse a dataclass of which a number is outside the range that its annotation says.
+    """Refuses a dataclass with a number outside the range that its annotation says.
 
         tau: Annotated[float, Interval(gt=0), "Start with 0.001."]
 
@@ -119,7 +119,7 @@ def check_ranges(thing: object) -> None:
 
 
 class _Range(NamedTuple):
-    """What the annotation of a field says."""
+    """The range in the annotation of a field."""
 
     name: str
     number: type  # float or int
@@ -130,7 +130,7 @@ class _Range(NamedTuple):
 
 @cache
 def _ranges(kind: type) -> list[_Range]:
-    """The fields of a dataclass that have one."""
+    """Returns the fields of a dataclass that have a range."""
     hints: dict[str, Any] = {}
     for each in reversed(kind.__mro__):
         with suppress(NameError):  # names that a user's module has for type checkers alone
@@ -149,7 +149,7 @@ def _ranges(kind: type) -> list[_Range]:
 
 
 def plain(content: Any) -> Any:
-    """The same dictionaries and lists, with NumPy's numbers and texts as Python's."""
+    """Returns the same dictionaries and lists, with NumPy's numbers and texts as Python's."""
     if isinstance(content, dict):
         return {key: plain(value) for key, value in cast("dict[Any, Any]", content).items()}
     if isinstance(content, list):

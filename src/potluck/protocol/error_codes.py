@@ -1,4 +1,4 @@
-"""Why something is refused: one word for programs, and the HTTP status that carries it."""
+"""The codes of refusals: one word for programs, and the HTTP status that carries it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ErrorCode: TypeAlias = Literal[
     "internal",
     "unavailable",
 ]
-"""What a server answers."""
+"""The codes of a server's answers."""
 
 STATUS: dict[ErrorCode, int] = {
     "malformed": 400,  # not what the protocol describes
@@ -73,6 +73,6 @@ FailureReason: TypeAlias = Literal[
     "stopped",
     "error",
 ]
-"""Why a device gives an assignment back. The codes of `verify_manifest` are among them."""
+"""The reasons for which a device gives an assignment back, with the codes of `verify_manifest`."""
 
 FAILURE_REASONS: tuple[FailureReason, ...] = get_args(FailureReason)

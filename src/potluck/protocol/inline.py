@@ -1,8 +1,8 @@
 """Small vectors inside messages: a model in its assignment, an update in its report.
 
-A request of its own costs more than a few thousand bytes. A device that understands this offers
-`inline` among what it accepts; then an assignment may bring its model, and a device that was given
-one so may send its update in the report. Both as canonical base64 (RFC 4648, section 4).
+A request of its own costs more than a few thousand bytes. A device that supports this offers
+`inline` among what it accepts. Then an assignment may bring its model, and the device may send its
+update in the report. Both are canonical base64 (RFC 4648, section 4).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from potluck.core import ProtocolError
 from potluck.protocol.strict_json import refuse
 
 INLINE = "inline"
-"""In `accepts`, beside the codecs."""
+"""The word for it in `accepts`, beside the codecs."""
 INLINE_BYTES = 32_768
-"""Of the longest vector that may be inside a message."""
+"""The length of the longest vector that may be inside a message."""
 MAX_INLINE = 4 * -(-INLINE_BYTES // 3)
-"""Characters of its base64."""
+"""The number of characters of its base64."""
 
 
 def encode_inline(vector: bytes) -> str:
-    """A vector's bytes as they stand in a message."""
+    """Returns a vector's bytes as they stand in a message."""
     return base64.b64encode(vector).decode()
 
 
 def decode_inline(text: str, length_bytes: int) -> bytes:
-    """The bytes of a vector inside a message, which are as many as were announced.
+    """Returns the bytes of a vector inside a message, which are as many as were announced.
 
     Raises:
         ProtocolError: "malformed", "wrong_length".

@@ -3,10 +3,11 @@
     base64url without padding of the canonical JSON of
     {"certificate": SHA-256 of the certificate or null, "run", "server_key", "token", "v": 1}
 
-Guarantee: who gets the string over a channel that nobody could alter pins the server's certificate
-and the run's key before the first connection. The string is a secret until its token is used.
+Guarantee: a device that gets the string over a channel that nobody could alter pins the server's
+certificate and the run's key before the first connection. The string is a secret until its token is
+used.
 
-Compatibility: `v` counts up with any change; a device refuses what it does not know.
+Compatibility: `v` counts up with any change; a device refuses an unknown version.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ class Invitation(Message):
     token: Token
     run: Name
     server_key: Key
-    """It signs the run's manifests."""
+    """The public key of the run's manifests."""
     certificate: Digest | None
     """SHA-256 of the server's certificate (DER). None: the system's authorities vouch for it."""
 
 
 def encode_invitation(invitation: Invitation) -> str:
-    """The string that a person hands on."""
+    """Returns the string that a person hands on."""
     return base64.urlsafe_b64encode(encode_json(invitation.model_dump())).decode().rstrip("=")
 
 
 def parse_invitation(text: str) -> Invitation:
-    """The invitation in a string, which may have blanks, quotes or byte-order marks around it.
+    """Returns the invitation in a string, inside blanks, quotes or byte-order marks.
 
     Raises:
         ProtocolError: "malformed".

@@ -1,7 +1,7 @@
-"""Ed25519 keys (RFC 8032) as raw 32 bytes, and what is made with them.
+"""Ed25519 keys (RFC 8032) as raw 32 bytes, their fingerprints and signatures.
 
-Guarantee: a signature by a key is made by who holds its private half, and no signature for one
-purpose serves another, since what is signed starts with the name of its purpose.
+Guarantee: only the holder of a key's private half can make a signature by it. No signature for one
+purpose serves another, since the signed bytes start with the name of their purpose.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ KEY_BYTES = 32
 
 
 def new_key() -> bytes:
-    """A private key from the system's randomness. Keep it where only its owner can read it."""
+    """Returns a private key from the system's randomness. Only its owner should be able to read
+    it."""
     return Ed25519PrivateKey.generate().private_bytes_raw()
 
 
 @lru_cache(maxsize=64)
 def public_key(private_key: bytes) -> bytes:
-    """The public half."""
+    """Returns the public half."""
     return _private(private_key).public_key().public_bytes_raw()
 
 
 def fingerprint(public_key: bytes) -> str:
-    """The id of a key's owner: the first 16 bytes of its SHA-256, in hex.
+    """Returns the id of a key's owner: the first 16 bytes of its SHA-256, in hex.
 
     A device's id follows from its key: nobody can choose the id of another.
     """
@@ -38,12 +39,12 @@ def fingerprint(public_key: bytes) -> str:
 
 
 def sign_bytes(private_key: bytes, data: bytes) -> bytes:
-    """The 64 bytes of a signature."""
+    """Returns the 64 bytes of a signature."""
     return _private(private_key).sign(data)
 
 
 def is_signature(public_key: bytes, signature: bytes, data: bytes) -> bool:
-    """Whether `signature` is that of `data` by the owner of `public_key`."""
+    """Returns whether `signature` is that of `data` by the owner of `public_key`."""
     try:
         Ed25519PublicKey.from_public_bytes(_sized(public_key, "public_key")).verify(signature, data)
     except InvalidSignature:
@@ -51,7 +52,7 @@ def is_signature(public_key: bytes, signature: bytes, data: bytes) -> bool:
     return True
 
 
-@lru_cache(maxsize=64)  # to read one costs as much as to sign with it
+@lru_cache(maxsize=64)  # reading one costs as much as signing with it
 def _private(key: bytes) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(_sized(key, "private_key"))
 

@@ -1,13 +1,13 @@
-"""A signed manifest: which model, with which plan, from when to when.
+"""A signed manifest: the model, the plan, and the time in which it is valid.
 
     signature = Ed25519(run key, "potluck-manifest-v1" ⏎ manifest bytes)
 
 The server signs the bytes; a device verifies the very bytes that it got, with the key that it
 pinned at enrolment, and only then reads them. The model itself is a blob, named by its SHA-256.
 
-Guarantee: who holds a device's connection but not the run key can neither change a model or a
-plan, nor hand out an old one (for a device that keeps the last version it saw), nor one of another
-run, nor any after it has expired by the device's own clock.
+Guarantee: whoever controls a device's connection without the run key can change no model and no
+plan. They can hand out none of another run, and none after it has expired by the device's own
+clock. To a device that keeps the last version it saw they can hand out no older one.
 
 Compatibility: as for messages; the signed bytes change their first line with the version.
 """
@@ -42,8 +42,10 @@ _Shape: TypeAlias = Annotated[tuple[_Size, ...], Field(max_length=8, strict=Fals
 
 
 class ManifestSpec(Message):
-    """The names and shapes inside the vector, in their order, and the digest of both; and how many
-    of the tensors, the last ones, are statistics, where there are any."""
+    """The names and shapes inside the vector, in their order, and the digest of both.
+
+    Where there are statistics, it also has their number: they are the last tensors.
+    """
 
     names: Annotated[tuple[_TensorName, ...], Field(min_length=1, max_length=4096, strict=False)]
     shapes: Annotated[tuple[_Shape, ...], Field(min_length=1, max_length=4096, strict=False)]
@@ -52,7 +54,7 @@ class ManifestSpec(Message):
 
     @classmethod
     def of(cls, spec: Spec) -> ManifestSpec:
-        """Of what travels (`Spec.packed`)."""
+        """Returns the spec of what travels (`Spec.packed`)."""
         return cls(
             names=spec.names,
             shapes=spec.shapes,
@@ -65,10 +67,10 @@ class ManifestSpec(Message):
 
 
 class Manifest(Message):
-    """A model, and what to do with it."""
+    """A model, its plan, and the place of both in the run."""
 
     version: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
-    """Counts the manifests of a run; it never falls within an epoch."""
+    """The number of the manifest in the run; it never falls within an epoch."""
     previous: Count
     """The version before; 0 before the first."""
     run: Name
@@ -76,11 +78,11 @@ class Manifest(Message):
     spec: ManifestSpec
     length_bytes: NumBytes
     sha256: Digest
-    """Of the model: `length_bytes` of little-endian float32."""
+    """The digest of the model: `length_bytes` of little-endian float32."""
     plan: dict[str, JsonValue]
     """The algorithm's settings and the task, for the device's runtime."""
     rounds: Count = 0
-    """Of the whole run; 0: the server does not say."""
+    """The number of rounds of the whole run; 0: unknown."""
     created_ms: Milliseconds
     expires_ms: Milliseconds
     epoch: Count = 0
@@ -90,7 +92,7 @@ class Manifest(Message):
 
 
 def sign_manifest(private_key: bytes, manifest: Manifest) -> tuple[bytes, bytes]:
-    """The canonical bytes of a manifest and their signature.
+    """Returns the canonical bytes of a manifest and their signature.
 
     Raises:
         ValueError: a manifest that no device would accept.
@@ -113,7 +115,7 @@ def verify_manifest(
     last_seen_version: int,
     last_seen_epoch: int = 0,
 ) -> Manifest:
-    """The manifest in signed bytes, if it may be used.
+    """Returns the manifest in signed bytes, if it may be used.
 
     Args:
         server_key: pinned at enrolment, as `run` is.

@@ -9,10 +9,10 @@
     Failed → Wait                                gives the work back
     Error                                        instead of any answer
 
-Every message names itself in `type`. Every number is bounded and finite, every string has a form.
+Every message has its name in `type`. Every number is bounded and finite, every string has a form.
 
 Compatibility: within one `VERSION` no key is added, removed or changed; a new key is a new version,
-served under its own path. An offer may hold names that a server does not know: it passes over them.
+served under its own path. An offer may hold names that are unknown to a server, which ignores them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from potluck.protocol.strict_json import MAX_INTEGER, encode_json, parse_json, r
 
 VERSION = 1
 MAX_REQUEST_BYTES = 65_536
-"""Of a JSON body that a device sends."""
+"""The limit of a JSON body that a device sends."""
 MAX_ANSWER_BYTES = 1_048_576
-"""Of a JSON body that a server sends."""
+"""The limit of a JSON body that a server sends."""
 MAX_MANIFEST_BYTES = 262_144
 
 DEVICE_NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
@@ -61,20 +61,20 @@ WaitReason: TypeAlias = Literal[
 
 
 class Message(BaseModel):
-    """What all messages have in common: nothing unknown, nothing converted, nothing changed."""
+    """The common base of all messages: nothing unknown, nothing converted, nothing changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Runtime(Message):
-    """What a device trains with."""
+    """The name and version of the library that a device trains with."""
 
     name: Name
     version: Name
 
 
 class Eligibility(Message):
-    """What a device knows of its state; what it does not know it leaves out."""
+    """The state of a device as far as it is known; unknown fields are left out."""
 
     charging: bool | None = None
     idle: bool | None = None
@@ -83,7 +83,7 @@ class Eligibility(Message):
 
 
 class Preview(Message):
-    """Asks what a token's run does with which data; the token is as good as before."""
+    """Asks what a token's run does with which data, without using the token."""
 
     type: Literal["preview"] = "preview"
     token: Token
@@ -100,7 +100,7 @@ class Previewed(Message):
 
 
 class Enrol(Message):
-    """A newcomer's key, with the token that lets it in. Signed with that key."""
+    """The key of a new device, with the token that admits it. Signed with that key."""
 
     type: Literal["enrol"] = "enrol"
     token: Token
@@ -111,7 +111,7 @@ class Enrol(Message):
 
 
 class Enrolled(Message):
-    """The device is known from now on. It pins `server_key`."""
+    """Confirms the enrolment. The device pins `server_key`."""
 
     type: Literal["enrolled"] = "enrolled"
     device: Id
@@ -121,12 +121,12 @@ class Enrolled(Message):
 
 
 class CheckIn(Message):
-    """A device offers itself for a round, or an evaluation."""
+    """Offers a device for a round, or an evaluation."""
 
     type: Literal["check_in"] = "check_in"
     run: Name
     accepts: Annotated[tuple[Name, ...], Field(min_length=1, max_length=16, strict=False)]
-    """Codecs that it can encode, the preferred first; and `inline`."""
+    """The codecs that the device can encode, the preferred first; and `inline`."""
     runtime: Runtime
     eligibility: Eligibility
 
@@ -147,14 +147,14 @@ class Assignment(Message):
     lease_seconds: Lasting
     deadline_ms: Milliseconds
     client: Annotated[int, Field(ge=0, le=2**31 - 1)]
-    """Which client of the run this device is: with `seed` it decides all random streams."""
+    """The index of this device's client in the run: with `seed` it decides all random streams."""
     seed: Count
     model: Inline | None = None
-    """The manifest's, if it is small, for a device that offered `inline`."""
+    """The manifest's model, if it is small, for a device that offered `inline`."""
 
 
 class Wait(Message):
-    """Nothing to do now."""
+    """Tells a device that there is no work now."""
 
     type: Literal["wait"] = "wait"
     retry_after_seconds: RetryAfter
@@ -162,7 +162,7 @@ class Wait(Message):
 
 
 class Finished(Message):
-    """The run is over. The device need not come back."""
+    """Tells a device that the run is over. It need not come back."""
 
     type: Literal["finished"] = "finished"
     run: Name
@@ -170,7 +170,7 @@ class Finished(Message):
 
 
 class Progress(Message):
-    """The device is still at it: asks for a longer lease."""
+    """Asks for a longer lease, as the work goes on."""
 
     type: Literal["progress"] = "progress"
     assignment: Id
@@ -179,14 +179,14 @@ class Progress(Message):
 
 
 class Lease(Message):
-    """The slot is the device's for so long, counted from this answer."""
+    """Gives the slot to the device for so long, counted from this answer."""
 
     type: Literal["lease"] = "lease"
     lease_seconds: Lasting
 
 
 class Report(Message):
-    """An update that is ready for upload. Idempotent by (device, round, attempt)."""
+    """Announces an update that is ready for upload. Idempotent by (device, round, attempt)."""
 
     type: Literal["report"] = "report"
     assignment: Id
@@ -204,7 +204,7 @@ class Report(Message):
 
 
 class Upload(Message):
-    """Where an upload stands: the next chunk starts at `offset`."""
+    """The state of an upload: the next chunk starts at `offset`."""
 
     type: Literal["upload"] = "upload"
     upload: Id
@@ -213,7 +213,7 @@ class Upload(Message):
 
 
 class Accepted(Message):
-    """The report counts, once, however often it was sent."""
+    """Confirms that the report counts: once, however often it was sent."""
 
     type: Literal["accepted"] = "accepted"
     round: RoundNumber
@@ -233,7 +233,7 @@ class Evaluation(Message):
 
 
 class Failed(Message):
-    """The device gives an assignment back, and says why."""
+    """Gives an assignment back, with the reason."""
 
     type: Literal["failed"] = "failed"
     assignment: Id
@@ -273,17 +273,17 @@ M = TypeVar("M", bound=Message)
 
 
 def type_of(kind: type[Message]) -> str:
-    """The name of a kind of message on the wire."""
+    """Returns the name of a kind of message on the wire."""
     return str(kind.model_fields["type"].default)
 
 
 def encode_message(message: Message) -> bytes:
-    """The canonical bytes of a message, without the keys that have no value."""
+    """Returns the canonical bytes of a message, without the keys that have no value."""
     return encode_json(message.model_dump(exclude_none=True))
 
 
 def parse_message(body: bytes, *kinds: type[M], limit: int = MAX_REQUEST_BYTES) -> M:
-    """Read one message, which must be of one of `kinds`.
+    """Reads one message, which must be of one of `kinds`.
 
     Raises:
         ProtocolError: "too_large" or "malformed".
@@ -299,7 +299,7 @@ def parse_message(body: bytes, *kinds: type[M], limit: int = MAX_REQUEST_BYTES) 
 
 
 def validate(kind: type[M], content: Any) -> M:
-    """Check parsed JSON against a model.
+    """Checks parsed JSON against a model.
 
     Raises:
         ProtocolError: "malformed", with the first thing that is wrong.

@@ -1,4 +1,4 @@
-"""Every path of the protocol, as data: what server, device, documents and tests share."""
+"""Every path of the protocol, as data that server, device, documents and tests share."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ from potluck.protocol.messages import (
 from potluck.protocol.strict_json import MAX_INTEGER, refuse
 
 CHUNK_BYTES = 4 * 2**20
-"""Of an upload, but for the last chunk."""
+"""The size of every chunk of an upload but the last."""
 LONG_POLL_SECONDS = 30
-"""How long a server may hold a check-in before it answers."""
+"""The longest time that a server may hold a check-in before it answers."""
 
 Caller: TypeAlias = Literal["newcomer", "device"]
-"""Who may call: the holder of a token and the key it enrols, or an enrolled device of the run."""
+"""The permitted callers: the holder of a token and its new key, or an enrolled device of the
+run."""
 
 _OFFSET = re.compile(rb"offset=(0|[1-9][0-9]{0,15})")
 
@@ -48,7 +49,7 @@ class Route(NamedTuple):
     request: type[Message] | Literal["bytes"] | None
     answers: tuple[type[Message], ...] | Literal["bytes"]
     max_bytes: int
-    """Of the request's body."""
+    """The limit of the request's body."""
 
 
 def _post(
@@ -83,7 +84,7 @@ ROUTES: tuple[Route, ...] = (
 
 
 def parse_offset(query: bytes) -> int:
-    """The offset in the query of a chunk, which must be nothing but that.
+    """Returns the offset in the query of a chunk, which must be nothing but that.
 
     Raises:
         ProtocolError: "malformed".
@@ -95,7 +96,7 @@ def parse_offset(query: bytes) -> int:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own: plain HTTP is for such alone."""
+    """Returns whether an address is this machine's own: plain HTTP is for such alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

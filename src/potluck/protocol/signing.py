@@ -1,4 +1,4 @@
-"""Signed requests: who asks whom, for what, once.
+"""Signed requests, each of which is valid once.
 
     signed bytes = "potluck-request-v2" ⏎ fingerprint of the run's key ⏎ METHOD ⏎ authority ⏎
                    path?query ⏎ SHA-256 of the body ⏎ device ⏎ sequence ⏎ time
@@ -7,7 +7,7 @@ The five headers hold what cannot be seen from the request itself. A server read
 before it reads a byte of the body, and the body against its digest afterwards.
 
 Guarantee: a request that passes was made by the owner of the key, for this run, method, authority,
-path and body, at most `MAX_SKEW_MS` from the server's time; and it passes once, as long as the
+path and body. Its time is at most `MAX_SKEW_MS` from the server's. It passes once, as long as the
 server keeps the last sequence number of each device through restarts. What was signed for one run
 is refused by every other, so a second server gains nothing by passing it on.
 
@@ -26,7 +26,7 @@ from potluck.protocol.keys import fingerprint, is_signature, public_key, sign_by
 from potluck.protocol.strict_json import MAX_INTEGER, refuse
 
 MAX_SKEW_MS = 300_000
-"""How far a request's time may be from the server's."""
+"""The largest difference between a request's time and the server's."""
 
 _PURPOSE = "potluck-request-v2"
 _NUMBER = rb"[1-9][0-9]{0,15}"
@@ -43,7 +43,7 @@ _VISIBLE = re.compile(r"[!-~]{1,2048}")
 
 
 class Claim(NamedTuple):
-    """What the headers of a request say, before anything of it is believed."""
+    """The content of a request's signature headers, before it is verified."""
 
     device: str
     sequence: int
@@ -64,7 +64,7 @@ def sign_request(
     sequence: int,
     time_ms: int,
 ) -> dict[str, str]:
-    """The headers that sign a request.
+    """Returns the headers that sign a request.
 
     Args:
         run_key: the public key of the run that it is for, as it was pinned.
@@ -92,7 +92,7 @@ def sign_request(
 
 
 def read_claim(headers: Iterable[tuple[bytes, bytes]]) -> Claim:
-    """The claim in a request's headers, which are pairs of name and value in any order.
+    """Returns the claim in a request's headers, which are pairs of name and value in any order.
 
     Raises:
         ProtocolError: "unsigned" without any of the five, "malformed" if one is missing, there
@@ -130,7 +130,7 @@ def verify_request(
     now_ms: int,
     last_sequence: int,
 ) -> None:
-    """Check a claim against the request that carried it; pure, and without the body.
+    """Checks a claim against the request that carried it; pure, and without the body.
 
     Args:
         public_key: that of the device that the claim names; None if there is none.
@@ -139,7 +139,8 @@ def verify_request(
 
     Raises:
         ProtocolError: "unknown", "malformed", "bad_signature", "clock" or "replayed", in the order
-            of the checks: who cannot sign learns nothing about clocks and sequence numbers.
+            of the checks: a caller without the key learns nothing about clocks and sequence
+            numbers.
     """
     if public_key is None or fingerprint(public_key) != claim.device:
         raise ProtocolError(
@@ -170,7 +171,7 @@ def verify_request(
 
 
 def check_body(sha256: str, claim: Claim) -> None:
-    """Check the digest of the body that was read, in hex, against the signed one.
+    """Checks the digest of the body that was read, in hex, against the signed one.
 
     Raises:
         ProtocolError: "digest".
@@ -184,7 +185,7 @@ def check_body(sha256: str, claim: Claim) -> None:
 
 
 def signed_bytes(claim: Claim, run_key: bytes, method: str, authority: str, path: str) -> bytes:
-    """What the signature is over; that of the claim itself is left out.
+    """Returns the bytes that the signature covers; that of the claim itself is left out.
 
     Raises:
         ValueError: a method, authority or path that cannot be in a request.

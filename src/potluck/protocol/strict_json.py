@@ -1,8 +1,8 @@
 """JSON on the wire: strict when read, canonical when written.
 
-A reader of hostile bytes must not be surprised: not by depth that overflows a stack, not by a key
-that is there twice and means one thing to one parser and another to the next, not by numbers that
-a double cannot hold. All of that is refused, as `ProtocolError`, before anything looks inside.
+Hostile bytes may hold depth that overflows a stack, or numbers that a double cannot hold. They may
+hold a key twice, which means one thing to one parser and another to the next. All of that is
+refused, as `ProtocolError`, before the content is used.
 
 Compatibility: whatever `encode_json` writes, `parse_json` reads, with the same content.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from potluck.core import ProtocolError
 
 MAX_DEPTH = 16
-"""Objects and arrays inside one another."""
+"""The most objects and arrays inside one another."""
 
 MAX_INTEGER = 2**53 - 1
 """The largest integer below which a double holds every integer exactly."""
@@ -27,7 +27,7 @@ _TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(body: bytes, limit: int) -> Any:
-    """Read one JSON value of at most `limit` bytes that fills `body`.
+    """Reads one JSON value of at most `limit` bytes that fills `body`.
 
     Raises:
         ProtocolError: "too_large" above the limit, else "malformed".
@@ -56,8 +56,11 @@ def parse_json(body: bytes, limit: int) -> Any:
 
 
 def encode_json(value: Any) -> bytes:
-    """The canonical bytes: UTF-8, keys in the order of their code points, no spaces, numbers as
-    Python writes them (the shortest decimal that reads back as the same double)."""
+    """Returns the canonical bytes of a value.
+
+    They are UTF-8, with keys in the order of their code points and no spaces. Numbers are as Python
+    writes them: the shortest decimal that reads back as the same double.
+    """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -65,7 +68,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def refuse(what: str) -> NoReturn:
-    """Raise the error for a body or header that is not what the protocol says."""
+    """Raises the error for a body or header that is not what the protocol says."""
     raise ProtocolError("malformed", f"{what}. Send what docs/protocol.md describes.")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -112,7 +112,14 @@ def train(
         from potluck.config.experiment import load_experiment
         from potluck.data.describe import describe
         from potluck.engine import federated_evaluation
-        from potluck.simulation import build_data, build_task, discard_run, read_weights
+        from potluck.simulation import (
+            build_data,
+            build_task,
+            discard_run,
+            read_run,
+            read_weights,
+        )
+        from potluck.simulation.runs.cost import measure
         from potluck.simulation.runs.per_client import by_client, write_per_client
         from potluck.simulation.runs.report import header, notes, table
 
@@ -124,7 +131,10 @@ def train(
             directory = out / experiment.name / f"seed-{seed}"
             if fresh:
                 discard_run(directory)
-            costs.append(_train_one(experiment, data, seed, directory))
+            with _training(experiment, data, seed, directory) as (rounds, show):
+                for round in rounds:
+                    show(round)
+            costs.append(measure(read_run(directory)))
             typer.echo()
             show_pairs(outcome(costs[-1]))
             if per_client:
@@ -278,32 +288,36 @@ def _stoppable(again: str) -> Generator[None]:
         raise typer.Exit(130) from None
 
 
-def _train_one(experiment: Experiment, data: FederatedData, seed: int, directory: Path) -> Cost:
+@contextmanager
+def _training(
+    experiment: Experiment, data: FederatedData, seed: int, directory: Path
+) -> Generator[tuple[Generator[Round], Callable[[Round], None]]]:
+    """The rounds of a run, and what shows each."""
     from potluck.cli.progress import Clients, progress
     from potluck.data.describe import draw
     from potluck.simulation import read_run, train
-    from potluck.simulation.runs.cost import measure
 
     history: list[dict[str, Any]] = []
     if (directory / "manifest.json").exists():
         history = read_run(directory).rounds
     verb = "continuing" if history else "training"
     typer.echo(f"\n{verb} with seed {seed} in {directory}")
-    clients = Clients()
+    clients, picture, idle = Clients(), directory / "partition.png", True
     rounds = cast(
         "Generator[Round]", train(experiment, directory, seed=seed, data=data, progress=clients)
     )
-    picture = directory / "partition.png"
-    idle = True
+
+    def show(round: Round) -> None:
+        nonlocal idle
+        idle = False
+        shown.show(round)
+        if not picture.exists():  # not before round 0: the directory may be another run's
+            draw(data, picture)
+
     with closing(rounds), progress(experiment.run.rounds, history, clients) as shown:
-        for round in rounds:
-            shown.show(round)
-            idle = False
-            if not picture.exists():  # not before round 0: the directory may be another run's
-                draw(data, picture)
+        yield rounds, show
     if idle:
         typer.echo("nothing to do: this run has finished")
-    return measure(read_run(directory))
 
 
 def _prefix(out: Path) -> Path:

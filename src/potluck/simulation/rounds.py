@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,9 @@ from potluck.simulation.executors.executor import (
     RoundWork,
 )
 from potluck.simulation.handed import Kept, own_states
-from potluck.simulation.virtual_time.timeline import Timing, VirtualTime, timeline
+
+if TYPE_CHECKING:
+    from potluck.simulation.virtual_time.timeline import Timing, VirtualTime
 
 ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until its next round
 
@@ -185,6 +187,8 @@ def _rounds(
             _check_length(state.weights, spec.dim)
         timings: Iterator[Timing] | None = None
         if virtual is not None:
+            from potluck.simulation.virtual_time.timeline import timeline
+
             traffic = _traffic(algorithm, codec, spec)
             timings = timeline(
                 virtual,

@@ -45,7 +45,6 @@ from potluck.simulation.rounds import ClientStates, Round, handed_out, rounds
 from potluck.simulation.runs.directory import disk_errors, locked, read_tensors, whole_lines
 from potluck.simulation.runs.run_manifest import difference, make_manifest
 from potluck.simulation.runs.state_file import model_file
-from potluck.simulation.virtual_time.from_experiment import build_virtual_time
 
 _LOG = logging.getLogger("potluck")
 _CHECKPOINT_SECONDS = 15.0  # between checkpoints, or more: writing them takes a tenth of the time
@@ -81,7 +80,11 @@ def train(
     data = build_data(experiment) if data is None else data
     task = build_task(experiment, data)
     algorithm = build_algorithm(experiment)
-    virtual = build_virtual_time(experiment, data.num_clients, seed)
+    virtual = None
+    if experiment.devices is not None:
+        from potluck.simulation.virtual_time.from_experiment import build_virtual_time
+
+        virtual = build_virtual_time(experiment, data.num_clients, seed)
     target = _target(experiment, task)
     digest = None if virtual is None else virtual.fleet.digest()
     run = _Run(Path(directory), make_manifest(experiment, seed, task, digest))

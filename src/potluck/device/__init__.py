@@ -1,4 +1,4 @@
-"""A device: keeps its data, and sends updates of a model. Needs neither a server nor PyTorch."""
+"""A device: keeps its data, and sends updates of a model. Imports neither a server nor PyTorch."""
 
 from potluck.device.agent import Agent, Event
 from potluck.device.clock import Clock, Stopped, SystemClock

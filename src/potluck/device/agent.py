@@ -1,13 +1,13 @@
-"""A device's loop: check in, work, report, and come back when it is told to.
+"""A device's loop: check in, work, report, and check in again when the server says.
 
     while the run goes on:
         send the update that is owed, if there is one
         check in → wait, or an assignment:
             verify the manifest, download the model, train (or evaluate), keep the update on disk
 
-`work` is a generator of events, so what is shown or logged is its caller's. A stop (`Clock`) ends
-it at once: an update that is finished is kept and sent at the next start, and an assignment that
-is not is given back.
+`work` is a generator of events, so its caller decides what is shown or logged. A stop (`Clock`)
+ends it at once. A finished update is kept and sent at the next start. An unfinished assignment is
+given back.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ from potluck.protocol import (
 )
 
 OFFERS = (*CODECS, INLINE)
-"""What a device accepts."""
+"""The codecs and forms that a device accepts."""
 _OF_THE_DEVICE = ("unsigned", "unknown", "bad_signature", "clock", "replayed", "method", "media")
-"""Refusals that say nothing about its work, which is kept."""
+"""Refusals that say nothing about the device's work, which is kept."""
 _UNFIT = (ConfigError, DataError, TaskError)
-"""What another assignment would end with, too."""
+"""Errors with which another assignment would end, too."""
 _OVER = ("late", "conflict")
 _CHECK_IN = f"/v{VERSION}/check-in"
 
 
 class Event(NamedTuple):
-    """Something that a person may want to see."""
+    """A step of the work that a person may want to see."""
 
     what: Literal[
         "enrolled",
@@ -93,7 +93,7 @@ class Event(NamedTuple):
 
 
 class Agent:
-    """A device that is enrolled, at work."""
+    """The loop of an enrolled device."""
 
     def __init__(
         self,
@@ -121,12 +121,12 @@ class Agent:
         self._trouble = Trouble(connection.backoff())
 
     def work(self) -> Generator[Event]:
-        """Take part until the run is over.
+        """Takes part until the run is over.
 
         Raises:
-            RefusedError, OSError, …: what passes (`trouble.PASSES`); begin again later.
+            RefusedError, OSError, …: a passing trouble (`trouble.PASSES`); begin again later.
             ConfigError, DataError: this device cannot train in this run.
-            Stopped: the clock says so.
+            Stopped: the clock was stopped.
         """
         while True:
             try:
@@ -137,7 +137,7 @@ class Agent:
                 self._clock.wait(error.seconds)
 
     def _turn(self) -> Generator[Event, None, bool]:
-        """One check-in and what comes of it; whether the run is over."""
+        """Checks in once and does what the answer asks for. Returns whether the run is over."""
         owed = self._outbox.owed()
         if owed is not None:
             yield from self._send(owed)
@@ -162,7 +162,7 @@ class Agent:
         return False
 
     def _check_now(self) -> None:
-        """Whether the owner lets this device take on work now."""
+        """Refuses if the owner does not let this device take on work now."""
         now = self._clock.now_ms()
         seconds = self._policy.seconds_to_hours(now)
         if seconds:
@@ -182,7 +182,7 @@ class Agent:
                 yield from self._give_back(assignment, "ineligible")
             elif error.code not in _OVER:
                 self._trouble.wait(error)  # or the next check-in brings it again
-        except (Stopped, GeneratorExit):  # here, or in whoever is shown the events
+        except (Stopped, GeneratorExit):  # here, or in the consumer of the events
             self._say_stopped(assignment)
             raise
         except (ProtocolError, *_UNFIT, DivergedError, NotEligibleError) as error:
@@ -254,8 +254,10 @@ class Agent:
         return manifest
 
     def _keep(self, assignment: Assignment, update: Update, spec: Spec) -> Report:
-        """Put an update into the outbox; what was trained is lost neither to a stop nor to a disk
-        that is full for a while."""
+        """Puts an update into the outbox.
+
+        A stop does not lose what was trained, nor does a disk that is full for a while.
+        """
         while True:
             try:
                 with self._clock.hold():
@@ -294,7 +296,7 @@ class Agent:
         return report
 
     def _send(self, owed: Owed) -> Generator[Event]:
-        """Send an update that is owed; whatever comes of it, it is owed no more."""
+        """Sends an update that is owed. Whatever the answer, it is owed no more."""
         round = owed.report.round
         try:
             answer = send_update(self._connection, owed, lambda: self._clock.wait(0))
@@ -325,8 +327,11 @@ class Agent:
     def _give_back(
         self, assignment: Assignment, reason: FailureReason, error: Exception | None = None
     ) -> Generator[Event]:
-        """Tell the server why this device cannot, and wait as long as it says; with an error that
-        may come again, longer each time."""
+        """Tells the server why this device cannot do its work, and waits as long as the answer
+        says.
+
+        With an error that may come again it waits longer each time.
+        """
         message = Failed(assignment=assignment.assignment, reason=reason)
         try:
             until = assignment.deadline_ms
@@ -343,15 +348,15 @@ class Agent:
             self._trouble.wait(error, seconds)
 
     def _leave(self, assignment: Assignment, reason: FailureReason) -> None:
-        """Tell the server not to wait for this device."""
+        """Tells the server not to wait for this device."""
         message = Failed(assignment=assignment.assignment, reason=reason)
         until = assignment.deadline_ms
-        # Refused, the round is over and does not wait.
+        # A refusal means that the round is over and does not wait.
         with contextlib.suppress(RefusedError, DailyLimitError):
             self._connection.ask(f"/v{VERSION}/failure", message, Wait, until_ms=until)
 
     def _say_stopped(self, assignment: Assignment) -> None:
-        """A courtesy, tried once: the slot is for another now."""
+        """Tells the server once that the slot is free for another device."""
         if self._outbox.owed() is not None:
             return
         message = Failed(assignment=assignment.assignment, reason="stopped")

@@ -1,4 +1,4 @@
-"""A device's time: what it is, by whose clock, and waiting that a stop ends at once."""
+"""A device's clock, and waits that a stop ends at once."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Protocol
 
 
 class Stopped(BaseException):
-    """The device is to stop now. Not an `Exception`: nothing may take it for a failure of work."""
+    """The device is to stop now. Not an `Exception`, so that no handler takes it for failed
+    work."""
 
 
 class Clock(Protocol):
-    """Where a device gets its time from, and how it waits."""
+    """The source of a device's time, and of its waits."""
 
     def now_ms(self) -> int:
-        """Unix time in milliseconds, as this machine counts it."""
+        """Returns Unix time in milliseconds by this machine's clock."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds that never jump."""
+        """Returns seconds that never jump."""
         ...
 
     def wait(self, seconds: float) -> None:
-        """Wait; 0 only looks whether to stop.
+        """Waits; 0 only checks for a stop.
 
         Raises:
             Stopped: now, or as soon as it is asked for.
@@ -33,7 +34,7 @@ class Clock(Protocol):
         ...
 
     def hold(self) -> AbstractContextManager[None]:
-        """What is done inside is done to its end, whoever asks to stop."""
+        """Does the work in the block to its end, also if a stop is requested."""
         ...
 
 
@@ -41,19 +42,19 @@ class SystemClock:
     """The machine's clock. `stop` may be called from a signal handler or another thread."""
 
     def __init__(self) -> None:
-        self._stop: SimpleQueue[None] = SimpleQueue()  # a signal handler may put into it, always
+        self._stop: SimpleQueue[None] = SimpleQueue()  # a signal handler may always put into it
         self._held = False
 
     def now_ms(self) -> int:
-        """Unix time in milliseconds, as this machine counts it."""
+        """Returns Unix time in milliseconds by this machine's clock."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
-        """Seconds that never jump."""
+        """Returns seconds that never jump."""
         return time.monotonic()
 
     def wait(self, seconds: float) -> None:
-        """Wait; see `Clock`."""
+        """Waits; see `Clock`."""
         try:
             self._stop.get(seconds > 0, max(seconds, 0.0))
         except Empty:
@@ -63,7 +64,7 @@ class SystemClock:
 
     @contextmanager
     def hold(self) -> Generator[None]:
-        """Put `interrupt` off until this is done."""
+        """Puts `interrupt` off until the block is done."""
         self._held = True
         try:
             yield
@@ -71,11 +72,11 @@ class SystemClock:
             self._held = False
 
     def stop(self) -> None:
-        """End every wait, the present one and those to come."""
+        """Ends every wait, the present one and those to come."""
         self._stop.put(None)
 
     def interrupt(self) -> None:
-        """Stop from a signal handler: wherever the program is, unless it holds."""
+        """Stops from a signal handler, wherever the program is, unless it is in `hold`."""
         self.stop()
         if not self._held:
             raise Stopped

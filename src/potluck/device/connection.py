@@ -1,10 +1,10 @@
 """A device's connection to its server: signed requests, tried again until they are answered.
 
-One request at a time. Before each the next sequence number is stored, and the request recorded.
-A request without an answer, or with one that is not of the protocol (a proxy's page, say), is tried
-again after a random time that grows. So is one that the full disk takes no record of, or that would
-go to another server than the pinned one. A refusal is raised. A wrong clock is corrected by
-what the server says, once for a request. Between corrections time is counted by the monotonic
+One request at a time. Before each the next sequence number is stored, and the request recorded. A
+request without an answer, or with one that is not of the protocol (a proxy's page, say), is tried
+again after a random time that grows. So is one that cannot be recorded because the disk is full, or
+that would go to another server than the pinned one. A refusal is raised. A wrong clock is corrected
+by the server's time, once for a request. Between corrections time is counted by the monotonic
 clock, so a jump of the machine's clock moves no deadline in the middle of the work.
 """
 
@@ -43,12 +43,12 @@ LATEST_MS = 4_102_444_800_000
 """The year 2100. Sequence numbers may start from the time: a later one could use them all up."""
 _TEMPORARY = ("misdirected", "overloaded", "internal", "unavailable")
 _TRIES = {"clock": 1, "replayed": 4, "digest": 2}
-"""Of a request that was refused so. A sequence number is doubled from the second on."""
+"""The tries of a request that was refused so. From the second on the sequence number is doubled."""
 _TIMEOUT = httpx.Timeout(2.0 * LONG_POLL_SECONDS, connect=15.0)
 
 
 class Unanswered(Exception):
-    """A request without an answer that the protocol knows; it may be tried again."""
+    """A request without an answer of the protocol; it may be tried again."""
 
     def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -61,7 +61,7 @@ class _Answer(NamedTuple):
 
 
 class Connection:
-    """An open connection, with a lifetime."""
+    """An open connection to the server."""
 
     def __init__(
         self,
@@ -101,19 +101,19 @@ class Connection:
         self.close()
 
     def hurry(self) -> None:
-        """Wait for no answer longer than a few seconds from now on."""
+        """Waits for no answer longer than a few seconds from now on."""
         self._client.timeout = httpx.Timeout(3.0)
 
     def close(self) -> None:
-        """Close the sockets."""
+        """Closes the sockets."""
         self._client.close()
 
     def now_ms(self) -> int:
-        """Unix time as the server counts it, as far as it is known."""
+        """Returns Unix time by the server's clock, as far as it is known."""
         return _elapsed_ms(self._clock) + self._offset_ms
 
     def backoff(self) -> Backoff:
-        """A new wait between tries."""
+        """Returns a new wait between tries."""
         return Backoff(self._clock, *filter(None, [self._uniform]))
 
     def ask(
@@ -123,7 +123,7 @@ class Connection:
         *answers: type[M],
         until_ms: int | None = None,
     ) -> M:
-        """Post a message until it is answered.
+        """Posts a message until it is answered.
 
         Args:
             until_ms: by the server's clock; nothing is tried again later.
@@ -141,7 +141,7 @@ class Connection:
         *answers: type[M],
         until_ms: int | None = None,
     ) -> M:
-        """Send a request until it is answered; see `ask`."""
+        """Sends a request until it is answered; see `ask`."""
         corrections = self._replays = 0
         while True:
             self._clock.wait(0)
@@ -166,7 +166,7 @@ class Connection:
                 return answer
 
     def call_once(self, method: str, path: str, body: bytes, *answers: type[M]) -> M:
-        """Send a request once.
+        """Sends a request once.
 
         Raises:
             Unanswered: it may be tried again.
@@ -186,7 +186,7 @@ class Connection:
     def stream(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Generator[httpx.Response]:
-        """Send a request once, and read the answer piecewise.
+        """Sends a request once, and reads the answer piecewise.
 
         Raises:
             Unanswered: there is none, or it breaks off, or it is another server's.
@@ -220,7 +220,7 @@ class Connection:
             raise Unanswered(f"{self._url} gives no answer ({told})") from None
 
     def _untrusted(self, error: ssl.SSLCertVerificationError) -> str:
-        """Why a certificate is not taken; ours says so itself, where one is pinned."""
+        """Returns why a certificate is not trusted. With a pinned one our own check says so."""
         reason = getattr(error, "verify_message", "")
         if not reason:
             return str(error.args[0])
@@ -231,7 +231,7 @@ class Connection:
         )
 
     def refuse(self, status: int, body: bytes) -> NoReturn:
-        """Raise what an answer that is not a success says.
+        """Raises the error in an answer that is not a success.
 
         Raises:
             Unanswered: it may be tried again.
@@ -254,10 +254,11 @@ class Connection:
         raise RefusedError(error.code, error.message)
 
     def correct_clock(self, server_time_ms: int) -> None:
-        """Count as the server does, from here on; small differences are those of the way.
+        """Sets the time by the server's from here on. Small differences come from the way.
 
-        Nobody signs this time. Who is in between can move it, and so keep a manifest from expiring;
-        but not into the past of a newer manifest, whose version counts (`verify_manifest`).
+        Nobody signs this time. An intermediary can move it, and so keep a manifest from expiring.
+        It cannot bring back an older manifest than the last, since versions count
+        (`verify_manifest`).
         """
         if server_time_ms > LATEST_MS:
             return
@@ -284,7 +285,7 @@ def _elapsed_ms(clock: Clock) -> int:
 
 
 def check_url(url: str, certificate: str | None) -> httpx.URL:
-    """The address of a server, checked.
+    """Returns the address of a server, checked.
 
     Raises:
         ConfigError: it is none, or one that a device may not use.
@@ -308,7 +309,7 @@ def check_url(url: str, certificate: str | None) -> httpx.URL:
 
 
 def read_answer(response: httpx.Response) -> bytes:
-    """The body of an answer that should be a message.
+    """Returns the body of an answer that should be a message.
 
     Raises:
         Unanswered: it is longer than any message.
@@ -322,7 +323,7 @@ def read_answer(response: httpx.Response) -> bytes:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What an error goes back to."""
+    """Returns the error that another one goes back to."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,10 +1,10 @@
-"""The owner's word: what a run is to do with this device's data is shown first, and agreed to.
+"""The owner's consent to what a run does with this device's data.
 
-    agreed.json     in the device's folder: the terms that the owner said yes to
+    agreed.json     in the device's folder: the terms that the owner agreed to
 
-Terms are all of a signed manifest that stays the same from round to round: the run, the model's
-names and shapes, the plan and the number of rounds. Others than those agreed to (but for fewer
-rounds) need the owner's word again, whoever signed them.
+Terms are the part of a signed manifest that stays the same from round to round. It is the run, the
+model's names and shapes, the plan and the number of rounds. Any change but fewer rounds needs the
+owner's consent again, whoever signed it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from potluck.protocol import Manifest
 from potluck.protocol.strict_json import encode_json
 
 Ask: TypeAlias = Callable[[str], bool]
-"""Shows the owner what a run is to do, and brings the answer."""
+"""Shows the owner the terms of a run, and returns the answer."""
 
 
 class Consent:
-    """What the owner of one device agreed to, and how to ask.
+    """The terms that the owner of one device agreed to, and the way to ask.
 
     Args:
         key: that signs the run's manifests, in hexadecimal.
@@ -42,7 +42,7 @@ class Consent:
         self._checked: dict[str, Any] | None = None
 
     def require(self, manifest: Manifest, plan: Plan) -> None:
-        """Go on only with terms that fit the policy and the data, and that the owner agreed to.
+        """Goes on only with terms that fit the policy and the data, and that the owner agreed to.
 
         A device that enrolled before terms were kept has agreed to the first that it sees.
 
@@ -76,7 +76,7 @@ class Consent:
 
 
 def terms_of(manifest: Manifest) -> dict[str, Any]:
-    """What stays the same from round to round."""
+    """Returns the part of a manifest that stays the same from round to round."""
     return {
         "run": manifest.run,
         "rounds": manifest.rounds,
@@ -86,7 +86,7 @@ def terms_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def differences(agreed: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
-    """What the owner did not agree to: the keys, with both values."""
+    """Returns the keys that the owner did not agree to, with both values."""
     before, now = flat(agreed), flat(terms)
     return [
         f"{key}: {before.get(key)} → {now.get(key)}"
@@ -99,7 +99,7 @@ def differences(agreed: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str
 def in_words(
     manifest: Manifest, plan: Plan, key: str, num_examples: int | None, changes: list[str]
 ) -> str:
-    """The terms for a person, a line each."""
+    """Returns the terms for a person, a line each."""
     task, algorithm, spec = plan.task, plan.algorithm, manifest.spec.spec()
     size = f"{manifest.length_bytes:,} bytes"
     steps = num_steps(plan, num_examples)
@@ -117,7 +117,7 @@ def in_words(
         "this machine; an update can show single examples: docs/what-leaves.md",
         "changed": "; ".join(changes),
     }
-    # A line stays one, whatever the names of a signed schema hold.
+    # The names of a signed schema may hold line breaks.
     return "\n".join(
         f"{name:<10}  {' '.join(text.split())}" for name, text in lines.items() if text
     )
@@ -138,7 +138,7 @@ def _inputs(plan: Plan) -> str:
 
 
 def _rates(algorithm: AlgorithmSection) -> str:
-    """Rates, and what changes the gradient, as the plan names them."""
+    """Returns the rates and corrections as the plan names them."""
     told = algorithm.model_dump(exclude={"name", "local_epochs", "batch_size"}, exclude_none=True)
     return ", ".join(f"{key} {value}" for key, value in flat(told).items())
 

@@ -2,11 +2,11 @@
 
 A download is resumed where it was cut off.
 
-    models/<SHA-256>         the last model that was whole and right
+    models/<SHA-256>         the last model that was complete and verified
     models/<SHA-256>.part    one that is on its way, also after a restart
 
-The old model goes when the new one is right, and not before: whatever a server or somebody in
-between sends, a device has the last model that it could verify.
+The old model is removed once the new one is verified. So a device has the last model that it could
+verify, whatever a server or an intermediary sends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def receive_model(
     check: Callable[[], None],
     inside: str | None = None,
 ) -> Vector:
-    """The model of a manifest, [dim], from its assignment, the folder or the server.
+    """Returns the model of a manifest, [dim], from its assignment, the folder or the server.
 
     Args:
         check: called often; what it raises ends the download, and the part stays.
@@ -63,7 +63,7 @@ def receive_model(
 
 
 def _unpack(inside: str, manifest: Manifest) -> bytes:
-    """What an assignment brought, if it is the manifest's model."""
+    """Returns the model that an assignment brought, if it is the manifest's."""
     try:
         model = decode_inline(inside, manifest.length_bytes)
     except ProtocolError as error:
@@ -78,7 +78,7 @@ def _unpack(inside: str, manifest: Manifest) -> bytes:
 
 
 def _verified(path: Path, manifest: Manifest) -> bytes | None:
-    """The bytes of a file, if they are the manifest's model."""
+    """Returns the bytes of a file, if they are the manifest's model."""
     if _size(path) != manifest.length_bytes:
         return None
     model = path.read_bytes()
@@ -130,7 +130,7 @@ def _complete(
 def _fetch(
     connection: Connection, manifest: Manifest, path: Path, check: Callable[[], None]
 ) -> None:
-    """One request for what is missing."""
+    """Requests the missing bytes once."""
     start = _size(path)
     if start > manifest.length_bytes:
         path.unlink()

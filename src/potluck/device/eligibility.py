@@ -1,7 +1,7 @@
-"""Whether a device is charging, idle and on a network that costs nothing, as Linux tells it.
+"""The condition of a device on Linux: charging, idle, and on a network that costs nothing.
 
-What cannot be told is None, and left out of the check-in. Another system brings its own function:
-a `Sensor` is anything that returns an `Eligibility`.
+An unknown part is None, and left out of the check-in. For another system pass a function of your
+own: a `Sensor` is anything that returns an `Eligibility`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class LinuxSensor:
         )
 
     def charging(self) -> bool | None:
-        """On mains, or charging a battery; a machine without a battery is on mains."""
+        """Returns whether the device is on mains, or charges a battery. Without a battery it is on
+        mains."""
         folder = self.root / "sys/class/power_supply"
         if not folder.is_dir():
             return None
@@ -59,7 +60,7 @@ class LinuxSensor:
         return all(status in ("Charging", "Full", "Not charging") for status in batteries)
 
     def idle(self) -> bool | None:
-        """Little load over the last minute."""
+        """Returns whether there was little load over the last minute."""
         load = _word(self.root / "proc/loadavg")
         try:
             return float(load.split()[0]) < IDLE_LOAD * (os.cpu_count() or 1)
@@ -67,7 +68,7 @@ class LinuxSensor:
             return None
 
     def unmetered(self) -> bool | None:
-        """No network in use is said, or guessed, to be metered."""
+        """Returns whether no network in use is said, or guessed, to be metered."""
         if self.network_manager is None:
             return None
         command = [self.network_manager, "-g", "GENERAL.STATE,GENERAL.METERED", "device", "show"]
@@ -85,7 +86,7 @@ class LinuxSensor:
         return None if not known else not any(metered.startswith("yes") for metered in known)
 
     def free_memory_bytes(self) -> int | None:
-        """What can be had without swapping."""
+        """Returns the memory that is available without swapping."""
         for line in _word(self.root / "proc/meminfo").splitlines():
             name, _, rest = line.partition(":")
             if name == "MemAvailable":

@@ -56,7 +56,7 @@ def join(
     offers: tuple[str, ...] = OFFERS,
     proxy: str | None = None,
 ) -> Generator[Event]:
-    """Take part in the run of an invitation until it is over.
+    """Takes part in the run of an invitation until it is over.
 
     Args:
         invitation: what `potluck enroll` printed; not needed by a device that is enrolled.
@@ -69,12 +69,11 @@ def join(
         proxy: the http://host:port of an HTTP proxy that leads to the server.
 
     Raises:
-        ConfigError: no invitation and not enrolled, or enrolled elsewhere; or the data do not fit
-            the run, the policy forbids it, or the owner does not agree: a newcomer's invitation is
-            as good as before.
-        DataError: the same, of the data alone.
-        RefusedError: the invitation cannot be used, or the device was revoked.
-        RunError: the folder cannot be used. What else may happen passes (`trouble`).
+        ConfigError: no invitation and not enrolled, or enrolled elsewhere. Or the data do not fit
+        the run, the policy forbids it, or the owner does not agree. A new device's invitation stays
+        valid. DataError: the same, of the data alone. RefusedError: the invitation cannot be used,
+        or the device was revoked. RunError: the folder cannot be used. Any other trouble is waited
+        out (`trouble`).
     """
     if name is not None and not re.fullmatch(DEVICE_NAME, name):
         raise ConfigError(
@@ -160,10 +159,9 @@ def run_until_stopped(
     policy: Policy | None = None,
     **options: Any,
 ) -> bool:
-    """Take part until the run is over, or SIGTERM or Ctrl-C comes; whether it is over.
+    """Takes part until the run is over, or until SIGTERM or Ctrl-C. Returns whether it is over.
 
-    Call it in the main thread: the signals end it at once, whatever it does. `options` are those
-    of `join`.
+    Call it in the main thread: the signals end it at once. `options` are those of `join`.
     """
     clock = SystemClock()
 
@@ -187,7 +185,7 @@ def run_until_stopped(
 
 
 def _is_of_a_stop(error: BaseException | None) -> bool:
-    """Whether a stop ended the work, or what failed while it was cleaned up after."""
+    """Returns whether a stop ended the work, or failed it during the clean-up."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error is not None
@@ -195,7 +193,7 @@ def _is_of_a_stop(error: BaseException | None) -> bool:
 
 @contextmanager
 def bounded_memory(policy: Policy | None) -> Generator[None]:
-    """Let the system hold this process to the owner's bound: beyond it an allocation fails."""
+    """Lets the system enforce the owner's bound: beyond it an allocation fails."""
     if policy is None or policy.max_memory_bytes is None:
         yield
         return
@@ -212,8 +210,7 @@ def bounded_memory(policy: Policy | None) -> Generator[None]:
 def preview(
     invited: Invitation, home: Home, connection: Connection, record: Record, consent: Consent
 ) -> None:
-    """Get the owner's word, and try the data on what the run asks for, before the invitation is
-    used up.
+    """Asks for consent and tries the data on the run's plan, before the invitation is used.
 
     Raises:
         ConfigError, DataError: they do not fit, or the owner or the policy says no.
@@ -242,7 +239,7 @@ def enrol(
     trainer: Trainer,
     name: str | None,
 ) -> Enrolment:
-    """Use an invitation's token up. Safe to repeat: the same key gets the same answer.
+    """Uses an invitation's token. Safe to repeat: the same key gets the same answer.
 
     Raises:
         RefusedError: the token is unknown, used or expired; or the server is another.
@@ -278,7 +275,7 @@ def enrol(
 def _invited_again(
     enrolment: Enrolment, invited: Invitation | None, home: Home, error: RefusedError
 ) -> Invitation:
-    """What a device tries to enrol with again that its server does not know any more."""
+    """Returns what a device enrols with again that is unknown to its server."""
     if invited is not None:
         return invited
     token = home.token()
@@ -300,7 +297,7 @@ def enrol_again(
     trainer: Trainer,
     name: str | None,
 ) -> Enrolment:
-    """Enrol at a server that was restored from a backup of before this device came.
+    """Enrols at a server that was restored from a backup of before this device came.
 
     Raises:
         RefusedError: revoked: the server knows this device, and what became of it; unknown: it does

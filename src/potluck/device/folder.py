@@ -1,4 +1,4 @@
-"""A device's folder: who it is, how far it has counted, what it owes, what it has sent.
+"""A device's folder: its key, its enrolment, its sequence number, and its updates.
 
     device.key           its private key, another for each enrolment; never leaves this folder
     invited              the token that the key was made for
@@ -33,11 +33,11 @@ from potluck.protocol.messages import Digest, Id, Key, Name
 from potluck.protocol.strict_json import MAX_INTEGER, encode_json
 
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""What opening a folder may fail with for a while."""
+"""Errors of opening a folder that may pass."""
 
 
 class Enrolment(Message):
-    """What a device was told when it enrolled, and believes from then on."""
+    """The facts that a device received at its enrolment, and trusts from then on."""
 
     url: str
     device: Id
@@ -47,7 +47,7 @@ class Enrolment(Message):
 
 
 class Home:
-    """A device's folder, held by this process until `close`."""
+    """A device's folder, locked by this process until `close`."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -67,14 +67,14 @@ class Home:
             ) from None
 
     def close(self) -> None:
-        """Let another process use the folder."""
+        """Lets another process use the folder."""
         os.close(self._lock)
 
     def expect(self, token: str) -> None:
-        """Be somebody new for this token, unless its enrolment was only interrupted.
+        """Makes a new identity for this token, unless its enrolment was only interrupted.
 
-        Two servers of one key could pass its requests on to each other. What was kept for the run
-        before goes: its updates are not for another.
+        Two servers of one key could pass its requests on to each other. Files of the run before are
+        removed: its updates are not for another.
         """
         path = self.folder / "invited"
         digest = hashlib.sha256(token.encode()).hexdigest()  # what an older version kept
@@ -87,12 +87,12 @@ class Home:
         write_whole(path, token.encode(), PRIVATE)
 
     def token(self) -> str | None:
-        """The token that this device enrolled with, or tried to."""
+        """Returns the token that this device enrolled with, or tried to."""
         path = self.folder / "invited"
         return path.read_text() if path.exists() else None
 
     def key(self) -> bytes:
-        """The device's private key, made at first use.
+        """Returns the device's private key, made at first use.
 
         Raises:
             RunError: a key that others can read, or that is none.
@@ -118,7 +118,7 @@ class Home:
         return key
 
     def enrolment(self) -> Enrolment | None:
-        """What the device was told when it enrolled; None before.
+        """Returns the facts of the enrolment; None before.
 
         Raises:
             RunError: a file that is not what was written.
@@ -135,13 +135,13 @@ class Home:
             ) from None
 
     def keep_enrolment(self, enrolment: Enrolment) -> None:
-        """Pin a server and its run."""
+        """Pins a server and its run."""
         write_whole(self.folder / "enrolment.json", encode_json(enrolment.model_dump()), PRIVATE)
 
     def next_sequence(self, at_least: int) -> int:
-        """A number for one request, above all earlier ones; it is stored before it is returned.
+        """Returns a number for one request, above all earlier ones; it is stored first.
 
-        `at_least` matters where the number was lost, or has fallen behind what the server knows.
+        `at_least` matters where the number was lost, or is behind the server's.
         """
         path = self.folder / "sequence"
         last = _read_number(path)
@@ -150,19 +150,22 @@ class Home:
         return number
 
     def double_sequence(self) -> None:
-        """Go on from twice the last number: the server knows a higher one, from before the number
-        was lost here, and from a clock that was ahead."""
+        """Goes on from twice the last number.
+
+        The server has a higher one, from before the number was lost here, or from a clock that was
+        ahead.
+        """
         last = _read_number(self.folder / "sequence") or 0
         if 2 * last <= MAX_INTEGER:
             self.next_sequence(2 * last)
 
     def has_sequence(self) -> bool:
-        """Whether it is known how far the device has counted."""
+        """Returns whether a last sequence number is stored."""
         return _read_number(self.folder / "sequence") is not None
 
     @property
     def manifest(self) -> tuple[int, int]:
-        """The highest epoch and manifest version that were accepted; 0, 0 before the first."""
+        """Returns the highest accepted epoch and manifest version; 0, 0 before the first."""
         try:
             version, *epoch = map(int, (self.folder / "manifest").read_text().split())
         except (FileNotFoundError, ValueError):
@@ -170,13 +173,13 @@ class Home:
         return (epoch[0] if epoch else 0), version
 
     def accept_manifest(self, version: int, epoch: int = 0) -> None:
-        """Refuse what is older from now on."""
+        """Refuses older manifests from now on."""
         if (epoch, version) > self.manifest:
             text = f"{version} {epoch}" if epoch else str(version)
             write_whole(self.folder / "manifest", text.encode(), PRIVATE)
 
     def keep_audit(self, head: str | None) -> None:
-        """Keep a hash of the server's audit log: `potluck audit --since` must find it there."""
+        """Keeps a hash of the server's audit log: `potluck audit --since` must find it there."""
         if head is not None:
             write_whole(self.folder / "audit", head.encode(), PRIVATE)
 

@@ -1,9 +1,9 @@
-"""Whether a device may go on with its assignment, looked at between the steps of its work.
+"""The lease of an assignment, checked between the steps of the work.
 
-It may not when it is stopped, when the deadline has passed, when the server says that the slot is
-lost, or when it is no longer charging or on a free network where the plan asks for that. (Its own
-training keeps it from being idle, so that is asked for at check-ins only.) A third of the lease
-after the last word, the server is told that the work goes on.
+The work ends when the device is stopped, when the deadline has passed, or when the server says that
+the slot is lost. It ends too when the plan asks for a charging device or a free network, and that
+has changed. (Training itself keeps a device from being idle, so only check-ins ask for that.) A
+third of the lease after the last request, the server is told that the work goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from potluck.device.policy import Policy
 from potluck.protocol import VERSION, Assignment, Lease, Progress
 
 SENSE_SECONDS = 5.0
-"""How often the condition of the device is looked at."""
+"""The seconds between two checks of the device's condition."""
 
 
 class NotEligibleError(PotluckError):
@@ -27,7 +27,7 @@ class NotEligibleError(PotluckError):
 
 
 class LeaseKeeper:
-    """Looks after one assignment."""
+    """Keeps the lease of one assignment, and checks that the work may go on."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class LeaseKeeper:
         self._policy, self._end = policy, clock.monotonic() + policy.max_seconds
 
     def enter(self, phase: Literal["train", "evaluate"]) -> None:
-        """The next phase of the work begins."""
+        """Begins the next phase of the work."""
         if phase != self._phase:
             self._phase = phase
             self._tell()
 
     def check(self) -> None:
-        """Go on, or not.
+        """Returns if the work may go on.
 
         Raises:
             Stopped: the device is to stop.

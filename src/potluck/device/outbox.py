@@ -4,8 +4,8 @@
     outbox/residual     what the encoding lost; the next update gets it, once this one is accepted
     outbox/report.json  what announces it; written last: with it the update exists
 
-A device that is killed sends it when it is started again. It is dropped when the server refuses it
-for good.
+A killed device sends it when it is started again. It is dropped when the server refuses it for
+good.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Outbox:
         self._residual = folder / "accepted-residual"
 
     def put(self, report: Report, body: bytes, residual: Vector) -> None:
-        """Owe an update. When this returns it survives a power cut."""
+        """Stores an update to be sent. When this returns it survives a power cut."""
         write_whole(self._body, body, PRIVATE)
         write_whole(self._next, residual.astype("<f4").tobytes(), PRIVATE)
         write_whole(self._report, encode_message(report), PRIVATE)
 
     def owed(self) -> Owed | None:
-        """What is to be sent, if anything."""
+        """Returns the update that is to be sent, if there is one."""
         try:
             report = parse_message(self._report.read_bytes(), Report)
         except (FileNotFoundError, ProtocolError):
@@ -53,18 +53,18 @@ class Outbox:
         return Owed(report, self._body)
 
     def accept(self) -> None:
-        """The server has it: the next update makes up for what this one lost."""
+        """Notes that the server accepted the update: the next one makes up for what it lost."""
         if self._next.exists():
             self._next.replace(self._residual)
         self.drop()
 
     def drop(self) -> None:
-        """Owe nothing."""
+        """Removes the update."""
         for path in (self._report, self._body, self._next):
             path.unlink(missing_ok=True)
 
     def residual(self, dim: int) -> Vector | None:
-        """What the last accepted update lost, if it was of this length."""
+        """Returns what the last accepted update lost, if it has this length."""
         if not self._residual.exists():
             return None
         residual = np.frombuffer(self._residual.read_bytes(), "<f4").astype(np.float32)

@@ -1,7 +1,7 @@
-"""The data of one device: a file of its owner's, or one client of an experiment.
+"""The data of one device: a file of its owner, or one client of an experiment.
 
-Which number stands for which word must be the same on all devices, and one of them cannot know it:
-text is read by the run's schema alone.
+All devices must number words alike, and a single one cannot know the numbers. So text is read by
+the run's schema alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SUFFIXES = (".npz", ".csv", ".parquet", ".txt")
 
 
 def check_own(path: Path) -> None:
-    """Refuse what cannot be read as a device's data, whatever a run makes of them.
+    """Refuses a path that cannot be read as a device's data in any run.
 
     Raises:
         DataError: it is no `.npz`, `.csv`, `.parquet` or `.txt` file, and no folder that holds
@@ -43,7 +43,8 @@ def check_own(path: Path) -> None:
 def read_own(
     path: Path, *, target_column: str | None = None, schema: Schema | None = None
 ) -> FederatedData:
-    """One client, from a `.npz`, `.csv` or `.parquet` file, or a folder that holds just one.
+    """Returns one client, from a `.npz`, `.csv` or `.parquet` file, or a folder that holds just
+    one.
 
     Test examples are held out as in a simulation on a folder of such files.
 
@@ -70,7 +71,7 @@ def read_own(
 
 
 def one_client(data: FederatedData, client: int) -> FederatedData:
-    """The `client`-th client, from 0, of divided data, alone: for demos and tests.
+    """Returns the `client`-th client, from 0, of divided data, alone: for demos and tests.
 
     Raises:
         DataError: there is no such client.

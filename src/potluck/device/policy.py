@@ -1,7 +1,7 @@
-"""What the owner of a device lets a run do with it: a TOML file, checked as strictly as a plan.
+"""The owner's policy for a device: a TOML file, checked as strictly as a plan.
 
-A plan that asks for more is refused before anything is downloaded, whoever signed it. What is left
-out is not limited, but for the time that one assignment may take.
+A plan that asks for more is refused before anything is downloaded, whoever signed it. A key that is
+left out sets no limit, except on the time of one assignment.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Policy(Section):
     """The keys of the file; all of them are optional."""
 
     min_batch_size: _Count | None = None
-    """Examples in a local step; the last, shorter batch of an epoch is not looked at."""
+    """Examples in a local step; the last, shorter batch of an epoch is not checked."""
     min_steps: _Count | None = None
     """Local steps of a round."""
     max_epochs: _Count | None = None
@@ -42,15 +42,15 @@ class Policy(Section):
     max_seconds: Annotated[int, Field(ge=1, le=604_800)] = 86_400
     """Download and local training of a round; after that the assignment is given back."""
     max_rounds: _Count | None = None
-    """Of the whole run, as the plan says them."""
+    """Rounds of the whole run, by the plan."""
     max_rounds_a_day: _Count | None = None
     """Assignments, evaluations among them, whatever became of them; a day is one of UTC."""
     hours: Annotated[list[_Hour], Field(min_length=2, max_length=2)] | None = None
     """[from, to] of the day by this machine's clock; [22, 6] is the night."""
     max_memory_bytes: Annotated[int, Field(ge=2**29, le=2**53 - 1)] | None = None
-    """Of the process; the system enforces it (Linux)."""
+    """Memory of the process; the system enforces it (Linux)."""
     max_model_bytes: _Count | None = None
-    """Of one download."""
+    """Bytes of one download."""
     max_sent_bytes_a_day: _Count | None = None
     """As --daily-limit."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -61,7 +61,7 @@ class Policy(Section):
     """Keep every update in sent/updates, as it is sent."""
 
     def check_model(self, manifest: Manifest) -> None:
-        """Refuse a model that is too large, or too long a run.
+        """Refuses a model that is too large, or a run that is too long.
 
         Raises:
             DeclinedError: with the key.
@@ -74,7 +74,7 @@ class Policy(Section):
         self._hold(max_rounds=manifest.rounds or math.inf)  # which the server does not say
 
     def check_work(self, plan: Plan, num_examples: int | None) -> None:
-        """Refuse local training that is too much, or so little that it shows single examples.
+        """Refuses local training that is too much, or so little that it shows single examples.
 
         Raises:
             DeclinedError: with the key.
@@ -85,7 +85,7 @@ class Policy(Section):
         self._hold(min_steps=num_steps(plan, num_examples))
 
     def _hold(self, **asked: float | None) -> None:
-        """Refuse what is beyond the key of its name."""
+        """Refuses a value beyond the key of its name."""
         for key, value in asked.items():
             limit = getattr(self, key)
             if limit is None or value is None:
@@ -97,7 +97,7 @@ class Policy(Section):
                 )
 
     def seconds_to_hours(self, now_ms: int) -> float:
-        """Until the hours of the day begin in which the device may work; 0: it may now."""
+        """Returns the seconds until the permitted hours of the day begin; 0: they have begun."""
         if self.hours is None:
             return 0.0
         local = time.localtime(now_ms / 1000)
@@ -107,14 +107,14 @@ class Policy(Section):
         return 0.0 if inside else float((start - now) % 86_400)
 
     def bound(self, update: Update) -> Update:
-        """The update as it may leave: clipped, with noise.
+        """Returns the update as it may leave: clipped, with noise.
 
         Guarantee: with both, one update is differentially private for the whole of the device's
         data: the Gaussian mechanism with a sensitivity of 2 clip_norm. Updates of several rounds
-        compose. The noise comes from the system's randomness, which no server knows.
+        compose. The noise comes from the system's randomness, which is unknown to any server.
 
         Raises:
-            DeclinedError: it is of fewer local steps than it may be.
+            DeclinedError: it has fewer local steps than the policy asks for.
         """
         self._hold(min_steps=update.num_steps)
         if self.clip_norm is None:
@@ -128,7 +128,7 @@ class Policy(Section):
 
 
 def load_policy(path: Path | str) -> Policy:
-    """Read a policy file.
+    """Reads a policy file.
 
     Raises:
         ConfigError: it cannot be read, or a key or a value in it is wrong.
@@ -150,7 +150,7 @@ def load_policy(path: Path | str) -> Policy:
 
 
 def num_steps(plan: Plan, num_examples: int | None) -> int | None:
-    """Local steps of a round, where the number of examples is known."""
+    """Returns the local steps of a round, where the number of examples is known."""
     size = plan.algorithm.batch_size
     if size == "full":
         return plan.algorithm.local_epochs

@@ -5,10 +5,10 @@ A file for each day (UTC), one JSON object a line, written before the bytes leav
     {"time_ms": …, "method": "POST", "path": "/v1/report", "bytes": 431, "sha256": "…",
      "message": {…}}
 
-A message stands there whole, but for its token; an update, also one inside a report, only as its
-length and digest; `updates/<SHA-256>` is that update, where the owner asks for it. Each manifest
-that the device works for has a line too, with the signed bytes and their signature. Files are
-appended to and never changed; old ones may be deleted.
+A message stands there whole, but for its token. An update, also one inside a report, stands there
+as its length and digest. Where the owner asks for it, `updates/<SHA-256>` is that update. Each
+manifest that the device works for has a line too, with the signed bytes and their signature. Files
+are appended to and never changed; old ones may be deleted.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _HIDDEN = ("token", "update")
 
 
 class DailyLimitError(PotluckError):
-    """The device may do no more for so many seconds: until tomorrow, if it has done enough today,
-    or until its hours begin."""
+    """The device may do no more for some seconds.
+
+    That is until tomorrow, if it has done enough today, or until its hours begin.
+    """
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
@@ -40,7 +42,7 @@ class DailyLimitError(PotluckError):
 
 
 class Record:
-    """What was sent, in a folder.
+    """The record of what was sent, in a folder.
 
     Args:
         limit_bytes: the most that bodies of one day may sum up to; None: that of the policy.
@@ -60,7 +62,7 @@ class Record:
         self._assignments: set[str] = set()
 
     def add(self, now_ms: int, method: str, path: str, body: bytes, *, is_message: bool) -> None:
-        """Note a request that is about to be sent.
+        """Notes a request that is about to be sent.
 
         Raises:
             DailyLimitError: it may not be sent today.
@@ -90,7 +92,7 @@ class Record:
     def add_manifest(
         self, now_ms: int, manifest: str, signature: str, assignment: str | None = None
     ) -> None:
-        """Note what the device is about to work for: the signed bytes, and their signature."""
+        """Notes the manifest that the device is about to work for: signed bytes and signature."""
         self.sent(now_ms)
         line = {"time_ms": now_ms, "bytes": 0, "manifest": manifest, "signature": signature}
         if assignment is not None:
@@ -99,14 +101,14 @@ class Record:
         self._append(line)
 
     def keep_update(self, sha256: str, body: bytes) -> None:
-        """Keep an update that is about to be sent, if the owner asks for that."""
+        """Keeps an update that is about to be sent, if the owner asks for that."""
         if self._policy.keep_updates:
             folder = self._folder / "updates"
             folder.mkdir(mode=0o700, exist_ok=True)
             write_whole(folder / sha256, body, PRIVATE)
 
     def check_rounds(self, now_ms: int) -> None:
-        """Whether one more assignment may be taken today.
+        """Refuses one more assignment beyond today's limit.
 
         Raises:
             DailyLimitError: it may not.
@@ -121,7 +123,7 @@ class Record:
             )
 
     def check(self, now_ms: int, num_bytes: int) -> None:
-        """Whether so many bytes may be sent today.
+        """Refuses so many bytes beyond today's limit.
 
         Raises:
             DailyLimitError: they may not.
@@ -135,7 +137,7 @@ class Record:
             )
 
     def sent(self, now_ms: int) -> int:
-        """The bytes of all bodies of this day, also of an earlier process."""
+        """Returns the bytes of all bodies of this day, also of an earlier process."""
         day = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC).date().isoformat()
         if day != self._day:
             self._day, self._sent, self._assignments = day, 0, set()
@@ -151,7 +153,7 @@ class Record:
 
 
 def seconds_to_tomorrow(now_ms: int) -> float:
-    """Until the limit is counted anew."""
+    """Returns the seconds until the limit is counted anew."""
     return (DAY_MS - now_ms % DAY_MS) / 1000
 
 

@@ -1,8 +1,8 @@
-"""Training on a device: the very `client_update` of the simulation, watched at every step.
+"""Training on a device: the `client_update` of the simulation, with a check before every step.
 
-A `Trainer` is the seam for other runtimes: it knows one device's data, and turns a plan and a
-received model into an update, or into sums of metrics. The one here is PyTorch's, which is imported
-when it is first needed.
+A `Trainer` is the interface for other runtimes. It has one device's data, and turns a plan and a
+received model into an update, or into sums of metrics. `TorchTrainer` imports PyTorch when it is
+first needed.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from potluck.data.tables.schema import Schema
     from potluck.engine import Task, TorchRuntime
 
-_TRIED = 32  # examples of a step that takes them all
+_TRIED = 32  # examples in the trial of a step that takes them all
 Sums = Mapping[str, tuple[float, int]]
 
 
 class Trainer(Protocol):
-    """What trains and evaluates on one device's data."""
+    """Trains and evaluates on one device's data."""
 
     def runtime(self) -> Runtime:
-        """Its name and version, for the server."""
+        """Returns the runtime's name and version, for the server."""
         ...
 
     def fit(self, plan: Plan, spec: Spec) -> int | None:
-        """Check that this device's data fit the plan, as far as that can be told beforehand.
+        """Checks beforehand, as far as possible, that this device's data fit the plan.
 
         Returns:
             The number of examples, where it is known.
@@ -68,7 +68,7 @@ class Trainer(Protocol):
         client: int,
         check: Callable[[], None],
     ) -> Update:
-        """Local training. `check` is called before each step; what it raises ends the training.
+        """Trains locally. `check` is called before each step; its error ends the training.
 
         Args:
             spec: of what travels: of `received`, and of the update's Δ.
@@ -83,7 +83,7 @@ class Trainer(Protocol):
     def evaluate(
         self, plan: Plan, spec: Spec, weights: Vector, *, check: Callable[[], None]
     ) -> Sums:
-        """Each metric's sum over the device's own test examples, and their number."""
+        """Returns each metric's sum over the device's own test examples, and their number."""
         ...
 
 
@@ -115,7 +115,7 @@ class TorchTrainer:
         self._model: TorchRuntime | None = None
 
     def runtime(self) -> Runtime:
-        """PyTorch and its version, without importing it."""
+        """Returns PyTorch's name and version, without importing it."""
         try:
             version = metadata.version("torch").partition("+")[0]
         except metadata.PackageNotFoundError:
@@ -123,7 +123,7 @@ class TorchTrainer:
         return Runtime(name="torch", version=version)
 
     def fit(self, plan: Plan, spec: Spec) -> int | None:
-        """Take one local step from a model of this device's own, and forget it; see `Trainer`."""
+        """Takes one local step from a model of this device's own, and forgets it; see `Trainer`."""
         task, model, _ = self._prepare(plan, spec)
         examples = task.data.client(0)
         model.take(examples)
@@ -158,7 +158,7 @@ class TorchTrainer:
         client: int,
         check: Callable[[], None],
     ) -> Update:
-        """Local training; see `Trainer`."""
+        """Trains locally; see `Trainer`."""
         from potluck.engine import run_of
 
         task, model, whole = self._prepare(plan, spec)
@@ -192,7 +192,7 @@ class TorchTrainer:
     def evaluate(
         self, plan: Plan, spec: Spec, weights: Vector, *, check: Callable[[], None]
     ) -> Sums:
-        """Sums of metrics; see `Trainer`."""
+        """Returns sums of metrics; see `Trainer`."""
         from potluck.engine import Evaluator, evaluation_batches
         from potluck.models.task_metrics import is_statistic
 
@@ -213,7 +213,7 @@ class TorchTrainer:
         return sums
 
     def _prepare(self, plan: Plan, spec: Spec) -> tuple[Task, TorchRuntime, Spec]:
-        """The task, what trains it, and the spec of the whole model with the run's roles."""
+        """Returns the task, its runtime, and the spec of the whole model with the run's roles."""
         if self._task is None or self._model is None or _data_of(plan) != _data_of(self._plan):
             import torch
 
@@ -241,7 +241,8 @@ class TorchTrainer:
         return self._task, self._model, self._whole(spec, self._model.spec)
 
     def _whole(self, run: Spec, own: Spec) -> Spec:
-        """The spec of this device's model with the roles of the run's, which must be the same."""
+        """Returns the spec of this device's model with the roles of the run's, which must be the
+        same."""
         assert self._task is not None
         whole = _with_roles_of(run, own)
         if whole.packed().digest() != run.digest():
@@ -250,7 +251,7 @@ class TorchTrainer:
 
 
 def _with_roles_of(run: Spec, own: Spec) -> Spec:
-    """This device's model, of which statistics are what the run takes for some."""
+    """Returns this device's spec, with the run's statistics as statistics."""
     statistics = set(run.names[len(run.names) - run.num_buffers :])
     roles: dict[str, Role] = {
         name: "statistic" if name in statistics else "constant"
@@ -261,14 +262,14 @@ def _with_roles_of(run: Spec, own: Spec) -> Spec:
 
 
 def _unpacked(task: Task, whole: Spec, received: Vector, seed: int) -> Vector:
-    """The whole model, with this device's constants around what was received."""
+    """Returns the whole model, with this device's constants around what was received."""
     if whole.is_all_trained:
         return received
     return whole.unpack(received, task.initial_weights(seed))
 
 
 def _misfit(where: str, data: FederatedData, own: Spec, run: Spec) -> str:
-    """How a model for a device's data differs from that of the run."""
+    """Returns how a model for a device's data differs from that of the run."""
     mine, theirs = (dict(zip(spec.names, spec.shapes, strict=True)) for spec in (own, run))
     names = [name for name in theirs if mine.get(name) != theirs[name]] or list(mine)
     name = names[0]

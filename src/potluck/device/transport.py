@@ -1,8 +1,8 @@
-"""How a device reaches its server: by TLS with a pinned certificate or as usual, and by a proxy.
+"""The way of a device to its server: TLS with a pinned certificate or as usual, and proxies.
 
 With a fingerprint no byte of a request leaves before the server has shown, in a TLS handshake, that
 it holds the private key of exactly that certificate. Names, dates and authorities do not matter
-then, so a clock that is wrong does not either.
+then, and neither does a wrong clock.
 
 A proxy is asked for a tunnel (CONNECT) and passes bytes on. TLS is between device and server, so
 the pin of the certificate holds, and the proxy sees the server's name and how much is sent.
@@ -20,14 +20,14 @@ from potluck.protocol.routes import is_loopback
 
 
 def proxy_of(url: str, given: str | None = None) -> str | None:
-    """The proxy to an address: the one that is given, or that of the environment.
+    """Returns the proxy to an address: the given one, or that of the environment.
 
     `HTTPS_PROXY`, else `ALL_PROXY`, where `NO_PROXY` does not exempt the address; none to this
     machine itself.
 
     Raises:
-        ConfigError: one that is not spoken to in plain HTTP. A TLS connection inside another one
-            would not be that of which the certificate is compared.
+        ConfigError: a proxy that does not take plain HTTP. A TLS connection inside another one
+        would not be that of which the certificate is compared.
     """
     parts = urlsplit(url)
     host, scheme = parts.hostname or "", parts.scheme.lower()
@@ -49,7 +49,7 @@ def proxy_of(url: str, given: str | None = None) -> str | None:
 
 
 def client_context(certificate: str | None) -> ssl.SSLContext:
-    """What to connect with.
+    """Returns the TLS context of a connection.
 
     Args:
         certificate: the SHA-256, in hex, of the certificate as DER; None: the certificate

@@ -1,6 +1,6 @@
-"""What a device outlasts: told once for each change, tried again after pauses that grow.
+"""Errors that a device waits out: shown once for each change, tried again after growing pauses.
 
-A device ends for what a person must decide, and for nothing else:
+A device ends only for errors that need a person's decision:
 
     its invitation    unknown, used, expired or of another run (`token`)
     an operator       revoked it (`revoked`)
@@ -9,9 +9,9 @@ A device ends for what a person must decide, and for nothing else:
                       plan that this version does not know
     its folder        in use, another user's, or damaged (RunError)
 
-All else passes, and whoever is there when it does goes on: no network, another certificate (a
-captive portal, a server that was started on another folder), a server that does not know the device
-(an older backup), that does not like its clock or its signature or answers nonsense, a full disk.
+All other errors may pass, and the device goes on afterwards: no network, or a full disk. The
+certificate may be another: a captive portal's, or that of a server on another folder. The server
+may not know the device (an older backup), refuse its clock or signature, or answer nonsense.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from potluck.device.sent_log import DailyLimitError
 
 MAX_BACKOFF_SECONDS = 300.0
 PASSES = (RefusedError, ProtocolError, DailyLimitError, OSError, MemoryError)
-"""What is waited out, but for a refused invitation and a revocation."""
+"""The errors that are waited out, but for a refused invitation and a revocation."""
 
 _CHANCE = random.SystemRandom()  # local training seeds the global generator
 _LOG = logging.getLogger("potluck.device")
 
 
 class Backoff:
-    """How long to wait between tries: U(0, min(300, 2ⁿ)) seconds before try n + 1."""
+    """Waits between tries: U(0, min(300, 2ⁿ)) seconds before try n + 1."""
 
     def __init__(
         self, clock: Clock, uniform: Callable[[float, float], float] = _CHANCE.uniform
@@ -44,25 +44,25 @@ class Backoff:
         self.tries = 0
 
     def wait(self, at_least: float = 0.0) -> None:
-        """Wait after one more try that failed."""
+        """Waits after one more try that failed."""
         self.tries += 1
         longest = min(MAX_BACKOFF_SECONDS, 2.0 ** min(self.tries, 16))
         self._clock.wait(max(self._uniform(0.0, longest), at_least))
 
     def reset(self) -> None:
-        """Something was got: begin anew."""
+        """Begins anew after a success."""
         self.tries = 0
 
 
 class Trouble:
-    """One kind of work, which may fail for a while."""
+    """The failures of one kind of work, which may pass."""
 
     def __init__(self, backoff: Backoff) -> None:
         self._backoff = backoff
         self._told = ""
 
     def wait(self, error: Exception, at_least: float = 0.0) -> None:
-        """Wait before another try."""
+        """Waits before another try."""
         told = str(error) or type(error).__name__
         kind = re.sub(r"\d+", "", told)  # as bytes and seconds change from try to try
         if kind != self._told:
@@ -72,7 +72,7 @@ class Trouble:
         self._backoff.wait(at_least)
 
     def over(self) -> None:
-        """It works: what fails next is told anew."""
+        """Notes a success: the next failure is shown again."""
         if self._told:
             _LOG.info("it works again")
         self._told = ""

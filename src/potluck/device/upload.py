@@ -1,4 +1,4 @@
-"""Uploading an update in chunks; at most one chunk is sent twice for each time it is cut off."""
+"""The upload of an update in chunks; each interruption sends at most one chunk twice."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _DIGEST_TRIES = 2
 
 
 def send_update(connection: Connection, owed: Owed, check: Callable[[], None]) -> Accepted:
-    """Announce an update and send what the server lacks of it, until the server says what became of
-    it: also after the deadline, as it may count already.
+    """Announces an update and sends the bytes that the server lacks, until its fate is known.
+
+    It goes on after the deadline, as the update may count already.
 
     Args:
         check: called before each chunk; what it raises ends the upload, which can go on later.

@@ -34,7 +34,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 _SERVER_MODULES = (
     "alembic",
-    "anyio",
     "h11",
     "httpx",
     "jinja2",

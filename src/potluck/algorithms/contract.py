@@ -1,4 +1,4 @@
-"""What an algorithm and whatever runs it need of each other.
+"""The contract between an algorithm and the executor, server or device that runs it.
 
 An algorithm is two halves. The client half is a generator: it yields a request for local training
 for each time that it needs some, gets the result back, and returns an `Update`.
@@ -19,20 +19,20 @@ from potluck.core import ClientContext, LocalSGD, LocalWork, Trained, Update, Ve
 
 
 class Algorithm(Protocol):
-    """What an executor, a server or a device needs of an algorithm: its two halves."""
+    """The two halves of an algorithm, as an executor, a server or a device calls them."""
 
     @property
     def vectors(self) -> int:
-        """How many model-sized vectors travel to a client in a round, and as many back."""
+        """Number of model-sized vectors sent to a client in a round; as many are sent back."""
         ...
 
     @property
     def client_vectors(self) -> int:
-        """How many model-sized vectors a client keeps from one round to its next."""
+        """Number of model-sized vectors that a client keeps from one round to its next."""
         ...
 
     def broadcast(self, state: Any) -> Vector:
-        """What every client of a round receives: [vectors · dim]."""
+        """Returns the vector that every client of a round receives: [vectors · dim]."""
         ...
 
     def client_update(self, received: Vector, client: ClientContext) -> LocalWork:
@@ -54,10 +54,10 @@ class Algorithm(Protocol):
 
 
 class ClientHalf:
-    """A client half on its way: either at a request, or at its update.
+    """A running client half: it has made a request, or returned its update.
 
     Raises:
-        TypeError: it breaks the contract of `Algorithm.client_update`. So may `answer`.
+        TypeError: it breaks the contract of `Algorithm.client_update`. `answer` may raise this too.
     """
 
     request: LocalSGD | None
@@ -76,7 +76,7 @@ class ClientHalf:
         self.answer(None)
 
     def answer(self, local: Trained | None) -> None:
-        """Give it what it asked for, and have it go on; None starts it."""
+        """Sends the result of its request and continues it; None starts it."""
         try:
             request = self._half.send(local)
         except StopIteration as end:
@@ -100,7 +100,7 @@ def client_update(
     client: ClientContext,
     train: Callable[[LocalSGD], Trained],
 ) -> Update:
-    """The update of one client, whose requests are answered by `train` as they come."""
+    """Returns the update of one client; `train` answers its requests one by one."""
     half = ClientHalf(algorithm, received, client)
     while half.request is not None:
         half.answer(train(half.request))

@@ -15,7 +15,7 @@ section 2, written for the weights at which clients train.
 η_s is `server_lr`, β `momentum`.
 
 Differences from the paper: the paper subtracts weights in the other order, so that its Δ is −Δ
-here; it has no server rate, which is η_s = 1; η_s may follow a schedule.
+here. It has no server rate, which is η_s = 1. Here η_s may follow a schedule.
 """
 
 from __future__ import annotations

@@ -58,14 +58,14 @@ class Adagrad:
     def step(
         self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
-        """Move each weight by its own rate, which only falls."""
+        """Moves each weight by its own rate, which only falls."""
         v = state["v"] + np.square(aggregate)
         return {"v": v}, _moved(weights, self.server_lr * scale, aggregate, v, self.tau)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _WithMoments(ABC):
-    """What FedAdam and FedYogi share: all but the line for v."""
+    """The common part of FedAdam and FedYogi: all but the line for v."""
 
     server_lr: Annotated[float, Interval(gt=0), "Start with 0.01 and tune it."]
     beta1: Annotated[float, Interval(ge=0, lt=1), "Start with 0.9."] = 0.9
@@ -82,7 +82,7 @@ class _WithMoments(ABC):
     def step(
         self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
-        """Move each weight by its own rate."""
+        """Moves each weight by its own rate."""
         m = scaled(self.beta1, state["m"]) + scaled(1.0 - self.beta1, aggregate)
         v = self._next_v(state["v"], np.square(aggregate))
         return {"m": m, "v": v}, _moved(weights, self.server_lr * scale, m, v, self.tau)

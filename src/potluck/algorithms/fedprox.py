@@ -17,7 +17,7 @@ Heterogeneous Networks. MLSys 2020, Algorithm 2 (arXiv:1812.06127).
 μ is `mu`; the other letters are those of FedAvg. With μ = 0 this is FedAvg, to the bit.
 
 Differences from the paper: the paper leaves open how h is minimised, to a precision γ_k that may
-differ by client and round; here it is E epochs of gradient steps on every client, and there is no
+differ by client and round. Here it is E epochs of gradient steps on every client, and there is no
 client that does only part of them. The paper draws clients with probability n_k / n and averages
 them equally; here the draw is uniform and the mean weighted by n_k. Where `gradient_clip` is set,
 it bounds the gradient of ℓ, without the proximal term; a client optimizer gets their sum. Server

@@ -21,8 +21,8 @@ control variates (arXiv:1910.06378).
 
 η_l is `client_lr`, η_g the server's rate (`server=Average(server_lr=…)`), c the vector "control"
 of the server state, c_i the client state, N the population. c_i is the mean of the gradients that
-client i saw in its last round, and never leaves it; Δc_i does. w and c travel as one vector, one
-behind the other, and so do Δ_i and Δc_i: twice the bytes of FedAvg each way.
+client i computed in its last round. It stays with the client; Δc_i is sent. w and c travel as one
+vector, one behind the other, and so do Δ_i and Δc_i: twice the bytes of FedAvg each way.
 
 Differences from the paper: K follows from a client's examples, E · ⌈n_i / B⌉, and so differs
 between clients; all count equally in the mean, as in the paper. In a round of rate 0 controls

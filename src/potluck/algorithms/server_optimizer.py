@@ -31,7 +31,7 @@ class ServerState(NamedTuple):
 
 
 class ServerOptimizer(Protocol):
-    """What an algorithm needs of a server optimizer."""
+    """The methods that an algorithm calls on a server optimizer."""
 
     def init(self, weights: Vector) -> OptimizerState:
         """The state before round 1."""
@@ -63,7 +63,7 @@ class Average:
     def step(
         self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
-        """Move all the way to the mean, or `server_lr` of the way."""
+        """Moves all the way to the mean, or `server_lr` of the way."""
         rate = float(self.server_lr * scale)
         if rate == 1.0:
             return state, weights + aggregate

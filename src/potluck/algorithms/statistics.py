@@ -5,10 +5,10 @@
     server:    p ← the algorithm's server half, of the weighted mean of Δ_k
                s ← s + the weighted mean of (s_k − s)
 
-A running variance is no parameter, and the difference of two is no gradient: a server optimizer
-would take it below zero, and a proximal term, a control variate, a bound on a norm or a codec that
-rounds gradients has nothing to say about it. So an algorithm is never shown one. It is given the
-parameters alone, by `with_statistics`, which is an algorithm again.
+A running variance is no parameter, and the difference of two is no gradient. A server optimizer
+would take it below zero. A proximal term, a control variate, a bound on a norm and a codec that
+rounds gradients do not apply to it. So an algorithm never sees one. `with_statistics` gives it the
+parameters alone, and is an algorithm again.
 
 A frozen parameter is in the vector of the algorithm, where its Δ is 0. One that the forward pass
 writes (a momentum encoder) is averaged like a buffer. What a client did not change has no
@@ -35,18 +35,18 @@ def with_statistics(algorithm: Algorithm, spec: Spec) -> Algorithm:
 
 
 def without_statistics(algorithm: Algorithm) -> Algorithm:
-    """What was given to `with_statistics`."""
+    """Returns the algorithm that was given to `with_statistics`."""
     return algorithm.algorithm if isinstance(algorithm, _WithStatistics) else algorithm
 
 
 def reports_its_model(algorithm: Algorithm) -> bool:
-    """Whether its client half is that of FedAvg: Δ is the local weights less those received, and
+    """True if its client half is that of FedAvg: Δ is the local weights less those received, and
     the weight is the number of examples."""
     return type(without_statistics(algorithm)).client_update is FedAvg.client_update
 
 
 def num_wide(algorithm: Algorithm) -> int:
-    """How many entries of an update, the last ones, are statistics; see `core.FixedPointMean`."""
+    """Number of entries at the end of an update that are statistics; see `core.FixedPointMean`."""
     return algorithm.num_statistics if isinstance(algorithm, _WithStatistics) else 0
 
 
@@ -124,12 +124,12 @@ class _Parameters:
         self.received = received[:end]
         """What the algorithm received: [vectors · num_parameters]."""
         if not all(np.isfinite(received[part]).all() for part in self._frozen):
-            self.received = self.received.copy()  # of a mask, say; nobody is to subtract infinities
+            self.received = self.received.copy()  # a mask may hold infinities: ∞ − ∞
             for part in self._frozen:
                 self.received[part] = 0.0
 
     def whole(self, request: LocalSGD) -> LocalSGD:
-        """What the algorithm asks for, of the whole model."""
+        """Extends the algorithm's request to the whole model."""
         given, start = request.start, self._start
         if given.ctypes.data != self.received.ctypes.data or self._local is not start:
             start = np.concatenate([given, self._local[len(given) :]])
@@ -142,7 +142,7 @@ class _Parameters:
         return request._replace(start=start, correction=correction)
 
     def parameters(self, local: Trained) -> Trained:
-        """What came of it, without the statistics."""
+        """Returns the result of local training without the statistics."""
         self._local = local.weights
         parameters = local.weights[: self._spec.num_parameters]
         if self._frozen:
@@ -152,8 +152,8 @@ class _Parameters:
         return local._replace(weights=parameters)
 
     def change(self, start: int, stop: int | None = None) -> Vector:
-        """What local training made of these entries, less what was received; 0 where it left them
-        alone, whatever they are.
+        """Returns the change of these entries in local training; 0 where they are the same, even if
+        not finite.
 
         Raises:
             DivergedError: a difference is not finite.

@@ -1,4 +1,4 @@
-"""From what each client brings, a table or two arrays, to federated data and their schema.
+"""Makes federated data and their schema of each client's table or two arrays.
 
 First the targets of all clients are given one meaning. Then test examples are held out, the
 schema is computed from what is left, or a given one is taken, and applied to all rows alike.
@@ -26,7 +26,7 @@ Rows = NDArray[np.int64]
 
 
 class Source(NamedTuple):
-    """What one client brings, or a test set, read but not prepared."""
+    """The data of one client, or a test set, read but not prepared."""
 
     where: str  # for messages
     inputs: Array | Mapping[str, Column]  # an array of numbers, or the features of a table
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the user says of the data."""
+    """The user's options for the data."""
 
     name: str
     kind: TargetKind | None = None
@@ -164,7 +164,7 @@ def _fitted(
 
 
 def _by_feature(inputs: Array, rules: Rules, where: str) -> bool:
-    """Whether arrays are filled and scaled, which rows of features alone can be."""
+    """True if arrays are filled and scaled, which only rows of features can be."""
     if rules.categories != "refuse":
         raise DataError(
             f"categories are columns of tables, got categories={rules.categories!r} for arrays "

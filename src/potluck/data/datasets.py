@@ -107,12 +107,12 @@ def digits(*, test_fraction: float = 0.2) -> Dataset:
 
 
 def wisdm() -> Dataset:
-    """WISDM 1.1: what 36 people did while a phone in their pocket felt it, six classes.
+    """WISDM 1.1: six activities of 36 people, by the accelerometer of a phone in the pocket.
 
-    5,418 windows of ten seconds; inputs are float32 [n, 43]; targets index `WISDM_CLASSES`;
+    5,418 windows of ten seconds. Inputs are float32 [n, 43], targets index `WISDM_CLASSES`, and
     groups are the users. Of each user's windows of one activity the last 20 %, in the published
-    order, are that user's test examples. (The last 20 % of all of a user's windows would be
-    mostly activities that are not in the rest: users did them in turn.)
+    order, are that user's test examples. (The last 20 % of all of a user's windows would be mostly
+    activities that are not in the rest: users did them in turn.)
 
     Features are standardised with the mean and the deviation of the training windows. A missing
     value ("?", a peak that was not found: 615 of 232,974) becomes the training mean, which is 0

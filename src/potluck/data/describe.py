@@ -1,8 +1,8 @@
 """A partition described before training: numbers for a table, and a picture.
 
 The label skew of one client is the total-variation distance ½ Σ_c |p_k(c) − p(c)| between its
-labels and everybody's: 0 where it has the same mixture, towards 1 where it has labels that nearly
-nobody else has. A small client differs by chance, so even an IID partition is above 0.
+labels and those of all. It is 0 where the mixture is the same, and near 1 where few other clients
+have its labels. A small client differs by chance, so even an IID partition is above 0.
 
 Text has no labels to compare: its sizes are told in characters beside examples, which are lines.
 
@@ -38,7 +38,7 @@ _TRIFLE = 0.05  # total variation, or, of means, four times as many deviations
 
 
 class Spread(NamedTuple):
-    """How some number varies over the clients."""
+    """Smallest, median, mean and largest of a number over the clients."""
 
     total: int
     smallest: int
@@ -62,7 +62,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionSummary:
-    """What a partition is like."""
+    """The numbers that describe a partition."""
 
     data: FederatedData
     examples: Spread  # for training
@@ -103,7 +103,7 @@ class PartitionSummary:
 
 
 def describe(data: FederatedData) -> PartitionSummary:
-    """Summarise a partition; linear in the number of training examples."""
+    """Summarises a partition, in time linear in the number of training examples."""
     classes, skew = _label_statistics(data) if _has_labels(data) else (None, None)
     characters = test_characters = None
     if data.padding is not None:
@@ -209,7 +209,7 @@ def _warning(how: str) -> tuple[str, str]:
 
 
 def draw(data: FederatedData, path: str | Path) -> None:
-    """Draw the labels of the first 100 clients and the histogram of all sizes.
+    """Draws the labels of the first 100 clients and the histogram of all sizes.
 
     Args:
         path: a file that does or does not exist yet; its suffix (.png, .svg, .pdf) is its format.
@@ -228,7 +228,7 @@ def _has_labels(data: FederatedData) -> bool:
 
 
 def _characters(examples: Examples, padding: int) -> NDArray[np.int64]:  # [examples]
-    """How many targets of each example count."""
+    """Returns the number of targets of each example that count."""
     counted = examples.targets != padding
     return counted.reshape(len(counted), -1).sum(axis=1)
 

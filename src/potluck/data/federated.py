@@ -47,7 +47,7 @@ class Examples(NamedTuple):
         return f"Examples(inputs={inputs}, targets={told(self.targets)})"
 
     def rows(self, index: Any) -> Examples:
-        """Some of them, by a slice or an array of row numbers."""
+        """Returns some of them, by a slice or an array of row numbers."""
         return Examples(mapped(lambda array: array[index], self.inputs), self.targets[index])
 
 
@@ -64,7 +64,7 @@ def joined(parts: Iterable[Examples]) -> tuple[Examples, NDArray[np.int64]]:
 
 
 def lengths(inputs: Array, padding: int) -> NDArray[np.int64]:
-    """How many steps of each sequence [examples, steps] are before its padding: [examples]."""
+    """Returns the length of each sequence [examples, steps] without its padding: [examples]."""
     return (inputs != padding).sum(axis=1, dtype=np.int64)
 
 
@@ -117,10 +117,10 @@ class FederatedData:
     Client k owns the rows `offsets[k]:offsets[k + 1]` of `train`, and, where clients have test
     examples of their own, the rows `test_offsets[k]:test_offsets[k + 1]` of `test`.
 
-    `kind` says what the targets are: "classes" (a whole number each, from 0 to num_classes − 1),
-    "regression" (quantities; num_classes is 0), "multilabel" (rows of num_classes zeros and ones)
-    or "text" (the symbols that follow). If it is not given, it is text where there is padding, a
-    regression where num_classes is 0, and else classes.
+    `kind` is the kind of the targets. "classes" is a whole number each, from 0 to num_classes − 1.
+    "regression" is quantities, with a num_classes of 0. "multilabel" is rows of num_classes zeros
+    and ones, and "text" the symbols that follow. If it is not given, it is text where there is
+    padding, a regression where num_classes is 0, and else classes.
     """
 
     name: str
@@ -142,7 +142,7 @@ class FederatedData:
         object.__setattr__(self, "clients", tuple(client_names(self.clients).values()))
 
     def __repr__(self) -> str:
-        """Three lines: who, what, and of which kind."""
+        """Returns three lines: clients, examples, and the kind of the targets."""
         sizes, inputs = self.sizes, self.train.inputs
         whose = "shared" if self.test_offsets is None else "each client's own"
         named = {"classes": "classes", "multilabel": "labels", "text": "symbols of text"}
@@ -166,7 +166,7 @@ class FederatedData:
 
     @property
     def sizes(self) -> NDArray[np.int64]:  # [clients]
-        """How many training examples each client has."""
+        """The number of training examples of each client."""
         return np.diff(self.offsets)
 
     def client(self, index: int) -> Examples:
@@ -203,7 +203,7 @@ class FederatedData:
 def divide(
     dataset: Dataset, parts: Sequence[NDArray[np.int64]], clients: Sequence[str] | None = None
 ) -> FederatedData:
-    """Give the training rows `parts[k]` to client k and pack them.
+    """Gives the training rows `parts[k]` to client k and packs them.
 
     Args:
         parts: row numbers of `dataset.train`, one array a client, in the client's order.

@@ -83,7 +83,7 @@ def encode_lines(lines: Sequence[bytes], steps: int = STEPS) -> Examples:
 
 
 def rows_per_line(lines: Sequence[bytes], steps: int = STEPS) -> NDArray[np.int64]:
-    """How many rows of `encode_lines` each line fills: 1 if it has less than `steps` bytes."""
+    """Returns the number of rows of `encode_lines` for each line: 1 below `steps` bytes."""
     return np.array([len(line) // steps + 1 for line in lines], np.int64)
 
 

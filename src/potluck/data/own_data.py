@@ -7,12 +7,12 @@ All three come down to one pair of arrays per client, checked and packed in the 
   tables always become float32. Missing values are refused, or filled in (`missing`); numbers may be
   scaled (`scale`), and columns of text become codes (`categories`), see
   `potluck.data.tables.fitting`.
-- What the targets are, classes, a regression or several labels, is what the user says (`kind`);
-  what the values show is a proposal, see `potluck.data.tables.targets`. Text is mapped to classes
-  in sorted order, over all clients together, and the names are kept.
+- Targets are classes, a regression or several labels, as the user says (`kind`). Without `kind` the
+  values give a proposal, see `potluck.data.tables.targets`. Text is mapped to classes in sorted
+  order, over all clients together, and the names are kept.
 - Unless a test set is given, 20 % of each client's examples (`test_fraction`) are its test
-  examples, of each class its share, drawn by `seed`: at least one of two, and none where a client
-  has only one. `split` holds out the last rows, the latest, or whole groups instead, see
+  examples. They are drawn by `seed`, of each class its share: at least one of two, and none where a
+  client has only one. `split` holds out the last rows, the latest, or whole groups instead, see
   `potluck.data.tables.hold_out`.
 
 All of this is one `Schema`, `data.schema`, which is made once for all clients, or given (`schema`).
@@ -135,7 +135,8 @@ def from_folder(
 
     The files are all `.npz` (arrays `inputs` and `targets`), all `.csv`, or all `.parquet` (a
     target column; every other column is a feature). A client is called as its file without the
-    suffix. Hidden files are ignored; any other file or folder is refused, lest a client be lost.
+    suffix. Hidden files are ignored. Any other file or folder is refused, so that no client is
+    lost.
 
     Args:
         target_column: its name, or the names of several: labels, or quantities.
@@ -348,7 +349,7 @@ def _asked(
     options: tuple[str, float, int],  # split, test_fraction, seed
     target_column: str | Sequence[str] = (),
 ) -> Asked:
-    """What the user says, checked."""
+    """Checks the user's options and returns them together."""
     hold_out = HoldOut.asked(*options)
     check_rules(rules)
     said = (kind, num_classes, rules, hold_out) != (None, None, Rules(), HoldOut())

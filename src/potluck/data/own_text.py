@@ -111,7 +111,8 @@ def text_of_file(path: Path, schema: Schema, symbols: Symbols) -> FederatedData:
 
 
 def units_of_file(path: Path, symbols: Symbols) -> list[list[str]]:
-    """What is held out as a whole, a line of a text file or a row of a table, as lines."""
+    """Returns the units that are held out whole, as lines: lines of a text file, or rows of a
+    table."""
     if path.suffix.lower() == ".txt":
         return _lines(text_in(path), path.stem)
     column = symbols.column or "text"  # also where all of its texts are numbers here

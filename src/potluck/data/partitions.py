@@ -26,7 +26,7 @@ Rows = NDArray[np.int64]
 
 
 def iid(dataset: Dataset, clients: int, *, seed: int) -> FederatedData:
-    """Shuffle the training examples and deal them evenly.
+    """Shuffles the training examples and deals them evenly.
 
     Where they do not divide evenly the first clients get one more, as `numpy.array_split` does.
     """
@@ -38,7 +38,7 @@ def iid(dataset: Dataset, clients: int, *, seed: int) -> FederatedData:
 def shards(
     dataset: Dataset, clients: int, shards_per_client: int = 2, *, seed: int
 ) -> FederatedData:
-    """Sort the training examples by label, cut them into equal shards and deal those at random.
+    """Sorts the training examples by label, cuts them into equal shards and deals those at random.
 
     The non-IID partition of McMahan et al. 2017: on MNIST, 100 clients and two shards each give
     200 shards of 300, so that most clients see two digits. Examples of one label stay in their
@@ -64,16 +64,16 @@ def shards(
 def dirichlet(
     dataset: Dataset, clients: int, alpha: float, *, seed: int, min_examples: int = 1
 ) -> FederatedData:
-    """Divide each label among the clients in proportions drawn from a Dirichlet distribution.
+    """Divides each label among the clients in proportions drawn from a Dirichlet distribution.
 
-    For each label c draw p ~ Dir_clients(alpha) and give client k the fraction p_k of the
-    examples of c: Yurochkin et al., *Bayesian Nonparametric Federated Learning of Neural
-    Networks*, ICML 2019 (not Hsu et al. 2019, who draw label proportions for each client, of
+    For each label c draw p ~ Dir_clients(alpha) and give client k the fraction p_k of the examples
+    of c. This is the partition of Yurochkin et al., *Bayesian Nonparametric Federated Learning of
+    Neural Networks*, ICML 2019 (not Hsu et al. 2019, who draw label proportions for each client, of
     equal sizes). Small alpha: few labels a client and very different sizes; large alpha: IID.
 
-    One difference: a client that is left with fewer than `min_examples` is filled up with random
-    examples of whichever client then has most, where others draw the whole partition again,
-    which with many clients never ends.
+    One difference: a client left with fewer than `min_examples` is filled up with random examples
+    of the client that then has most. Others draw the whole partition again, which with many clients
+    never ends.
     """
     clients = _checked_clients(dataset, clients)
     alpha = as_real("alpha", alpha)
@@ -102,10 +102,10 @@ def dirichlet(
 
 
 def unbalanced(dataset: Dataset, clients: int, sigma: float, *, seed: int) -> FederatedData:
-    """Shuffle the training examples and deal them in log-normal sizes.
+    """Shuffles the training examples and deals them in log-normal sizes.
 
-    Every client gets one example and its share of the rest, in proportion to exp(sigma · z) with
-    z standard normal: sigma = 0 is equal sizes, at sigma = 1 a tenth of the clients has about
+    Every client gets one example and its share of the rest, in proportion to exp(sigma · z) with z
+    standard normal. At sigma = 0 sizes are equal. At sigma = 1 a tenth of the clients has about
     four tenths of the examples.
     """
     clients = _checked_clients(dataset, clients)
@@ -129,8 +129,9 @@ def by_group(dataset: Dataset, *, min_examples: int = 1) -> FederatedData:
 
     Nothing is random. Groups with fewer than `min_examples` training examples are left out. Where
     the data set names the groups of its test examples and each of them is a training group too,
-    a client keeps its own test examples: the test set is re-ordered by client, without the rows
-    of groups that were left out. Otherwise (MNIST's test writers are other people) all share it.
+    a client keeps its own test examples. The test set is then re-ordered by client, without the
+    rows of groups that were left out. Otherwise (MNIST's test writers are other people) all share
+    it.
 
     Raises:
         DataError: a data set without groups, or no group with `min_examples`.

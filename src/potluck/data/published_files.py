@@ -1,9 +1,9 @@
-"""The published data files: where they lie, where they come from, and whether they are genuine.
+"""The published data files: their places, their hosts and their checksums.
 
 A file is looked for in the folder that `POTLUCK_DATA` names (layout: `mnist/`, `qmnist/`,
-`shakespeare/`, `wisdm/`), then in the cache (`POTLUCK_CACHE`, or the user's cache folder), and is
-otherwise downloaded from the first host that gives it. Wherever it lies, its md5 is compared with
-the published one before anybody reads it.
+`shakespeare/`, `wisdm/`). The cache is next (`POTLUCK_CACHE`, or the user's cache folder).
+Otherwise it is downloaded from the first host that gives it. Wherever it lies, its md5 is compared
+with the published one before it is read.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ FILES: Mapping[str, PublishedFile] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """What `potluck data list` says about one data set, without a download."""
+    """The entry of one data set in `potluck data list`, found without a download."""
 
     name: str
     what: str
@@ -205,7 +205,7 @@ def _check(path: Path, md5: str) -> None:
 
 
 def _download(file: PublishedFile, target: Path) -> None:
-    """Ask the hosts in turn; keep the first genuine copy."""
+    """Asks the hosts in turn and keeps the first genuine copy."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -268,7 +268,7 @@ def _pooch() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a few words and without the address, which is named already."""
+    """Returns the reason in a few words, without the address, which is named already."""
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code}"

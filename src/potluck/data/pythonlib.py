@@ -34,8 +34,8 @@ def pythonlib(*, max_lines_per_client: int = 500) -> Dataset:
     - Blanks at the ends of lines and empty lines are left out; tabs and indentation stay.
     - A package's files follow each other in the order of their paths.
     - Tests are left out, and so are modules that many installations lack (distutils, ensurepip,
-      idlelib, lib2to3, tkinter, turtle, turtledemo), so that the clients of one version are the
-      same whoever packaged it.
+      idlelib, lib2to3, tkinter, turtle, turtledemo). So the clients of one version are the same in
+      every distribution.
     - Modules with fewer than three lines are left out.
 
     Args:

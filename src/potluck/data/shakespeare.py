@@ -24,7 +24,7 @@ _NOTICE = re.compile(r"<<THIS ELECTRONIC VERSION.*?>>", re.DOTALL)
 
 
 class _Layout(NamedTuple):
-    """How an edition prints a speech. Both match whole lines without trailing blanks."""
+    """The two patterns of a speech in print. Both match whole lines without trailing blanks."""
 
     opening: re.Pattern[str]  # role, first line
     more: re.Pattern[str]  # one more line
@@ -61,10 +61,10 @@ def shakespeare(*, variant: Variant = "clean") -> Dataset:
     6. Roles with fewer than three lines are left out. Of the n others the last max(1, ⌊n/5⌋)
        lines are test lines. Each line counts with its newline.
 
-    That is "paper". In THE COMEDY OF ERRORS rule 5 takes in what Shakespeare did not write: stage
-    directions, and the publisher's notice between the scenes, where two sentences look like roles
-    (WITH PERMISSION, COMMERCIALLY). "clean" removes each notice, from `<<THIS ELECTRONIC VERSION`
-    to `>>`, and lets an empty line end a speech there too. Other plays are alike in both.
+    That is "paper". In THE COMEDY OF ERRORS rule 5 includes lines that Shakespeare did not write:
+    stage directions, and the publisher's notice between the scenes, where two sentences look like
+    roles (WITH PERMISSION, COMMERCIALLY). "clean" removes each notice, from `<<THIS ELECTRONIC
+    VERSION` to `>>`, and lets an empty line end a speech there too. Other plays are alike in both.
 
     One line is longer than 79 bytes: 81, a test line of Orlando in AS YOU LIKE IT. It fills two
     rows, so that there is one row more than there are lines.
@@ -128,7 +128,7 @@ def _plays(text: str) -> Generator[tuple[str, list[str]]]:
 def _speeches(
     lines: Iterable[str], layout: _Layout, ends_at_blank: bool
 ) -> Generator[tuple[str, str]]:
-    """Who speaks, and the line, for every line that is spoken."""
+    """Yields the speaker and the text of every line that is spoken."""
     role: str | None = None
     for line in lines:
         if opening := layout.opening.fullmatch(line):

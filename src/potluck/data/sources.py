@@ -1,4 +1,4 @@
-"""What one client brings, read and checked on its own: two arrays, or the columns of a table."""
+"""The data of one client, read and checked alone: two arrays, or the columns of a table."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def target_array(values: Any, what: str) -> Array:
 
 
 def as_array(values: Any, what: str) -> Array:
-    """Whatever NumPy makes an array of; a hole of a mask or of pandas is NaN."""
+    """Returns a NumPy array of the values; a hole of a mask or of pandas is NaN."""
     if isinstance(values, np.ma.MaskedArray):
         values = _unmasked(values)
     if hasattr(values, "detach") and hasattr(values, "cpu"):  # a tensor
@@ -140,7 +140,7 @@ def _unmasked(masked: Any) -> Any:
 
 
 def _of_objects(array: Array, what: str) -> Array:
-    """What pandas makes of columns of several types, of decimals, and of integers with holes."""
+    """Converts an array of objects: columns of several types, decimals, integers with holes."""
     pandas: Any = importlib.import_module("pandas")
     found: list[Array] = []
     for name, values in enumerate(array.reshape(len(array), -1).T):

@@ -47,7 +47,7 @@ def first(tree: Any) -> Any:
 
 
 def is_one(tree: Any) -> bool:
-    """Whether it is a single array or tensor, and not several together."""
+    """True if it is a single array or tensor, and not several together."""
     return not isinstance(tree, (Mapping, tuple, list))
 
 

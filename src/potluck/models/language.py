@@ -7,12 +7,12 @@ padding symbol does not count (see the losses for sequences in `potluck.models.l
 `CharLSTM` is the paper's model without its peepholes, on PyTorch's own LSTM: the faster one, and
 the one our results use. `PeepholeCharLSTM` has the paper's parameters to the last one.
 
-The paper does not say how its weights start. PyTorch draws all of an LSTM's within ± 1 / √hidden,
-so that what an embedding of 8 says moves a gate by a tenth and what the first layer says moves the
-second by a hundredth; and the first rounds of training go into making that louder. Here all gates,
-and the output, start with variance 1 for inputs of the size that they have, with an orthogonal
-matrix for what a gate remembers (A. M. Saxe, J. L. McClelland, S. Ganguli: Exact solutions to the
-nonlinear dynamics of learning in deep linear neural networks. ICLR 2014), and without biases.
+The paper does not say how its weights start. PyTorch draws all of an LSTM's within ± 1 / √hidden.
+An embedding of 8 then moves a gate by a tenth, and the first layer moves the second by a hundredth.
+The first rounds of training are spent on making these weights larger. Here all gates, and the
+output, start with variance 1 for inputs of the size that they have, with an orthogonal matrix for
+what a gate remembers (A. M. Saxe, J. L. McClelland, S. Ganguli: Exact solutions to the nonlinear
+dynamics of learning in deep linear neural networks. ICLR 2014), and without biases.
 """
 
 from __future__ import annotations

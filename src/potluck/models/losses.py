@@ -14,7 +14,7 @@ For sequences, targets are [batch, steps], padded at their end, and outputs are 
 [batch, steps, symbols]; a runtime leaves out of both the steps that are padding in the whole batch.
 Two losses differ by what they divide by: `PerCharacter` by the real characters of the batch,
 `PerStep` by a fixed number of steps a line, as the paper's figures seem to. With lines of 42
-characters and 80 steps the second is about half the first, and wants twice the rate.
+characters and 80 steps the second is about half the first, and needs twice the rate.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PerCharacter:
         return _summed(outputs, targets, self.padding) / self.count(targets)
 
     def count(self, targets: Tensor) -> int:
-        """How many characters the loss is the mean over."""
+        """Returns the number of characters that the loss is the mean over."""
         return max(int((targets != self.padding).sum()), 1)
 
 
@@ -142,7 +142,7 @@ class Weighted(NamedTuple):
 
 
 def count_of(loss: Any) -> Count | None:
-    """What a loss divides by, as a function of the targets of a batch; None if it is not known."""
+    """Returns the divisor of a loss as a function of the targets of a batch, or None if unknown."""
     own: Any = getattr(loss, "count", None)
     if inspect.ismethod(own) or inspect.isfunction(own):  # tuples have another
         return lambda targets: float(own(targets))
@@ -160,7 +160,7 @@ def count_of(loss: Any) -> Count | None:
 
 
 def may_count_nothing(loss: Loss, targets: NDArray[Any]) -> bool:
-    """Whether there may be batches of these targets in which nothing counts."""
+    """True if batches of these targets may have no target that counts."""
     if targets.dtype.kind not in "iu":
         return False
     count = count_of(loss)
@@ -172,7 +172,7 @@ def may_count_nothing(loss: Loss, targets: NDArray[Any]) -> bool:
 
 
 def counts_nothing(loss: Loss, targets: Tensor) -> bool:
-    """Whether a loss of these targets is 0/0. Of a loss that is not known here, this is so where
+    """True if a loss of these targets is 0/0. Of a loss that is not known here, this is so where
     every target is a class below 0."""
     count = count_of(loss)
     if count is not None:

@@ -51,13 +51,14 @@ class PeepholeLSTM(nn.Module):
 
 
 def start_inputs(weight: Tensor, input_size: float) -> None:
-    """Draw [outputs, inputs] in place, uniform, so that the outputs have variance 1."""
+    """Draws [outputs, inputs] in place, uniform, so that the outputs have variance 1."""
     bound = math.sqrt(3.0 / weight.shape[1]) / input_size
     weight.uniform_(-bound, bound)
 
 
 def start_gates(weight: Tensor) -> None:
-    """Draw the recurrent weights [4 · hidden, hidden] in place: an orthogonal matrix for a gate."""
+    """Draws the recurrent weights [4 · hidden, hidden] in place: an orthogonal matrix for a
+    gate."""
     for gate in weight.chunk(4):
         nn.init.orthogonal_(gate)
 

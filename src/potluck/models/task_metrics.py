@@ -39,7 +39,7 @@ class Statistic(Protocol):
     higher_is_better: bool
 
     def terms(self, outputs: Any, targets: Tensor) -> Tensor:
-        """What each example adds to the sums: [batch, terms]."""
+        """Returns the terms that each example adds to the sums: [batch, terms]."""
         ...
 
     def value(self, totals: NDArray[np.float64]) -> float:
@@ -150,10 +150,10 @@ def defaults(kind: TargetKind) -> tuple[Loss, dict[str, Metric]]:
 
 
 def check_judges(loss: Any, metrics: Any) -> None:
-    """Refuse what can be no loss, or no metrics.
+    """Checks the types of a loss and of metrics.
 
     Raises:
-        TypeError, ValueError: it cannot.
+        TypeError, ValueError: they are none; the message says what to give.
     """
     if not callable(loss) or isinstance(loss, type):
         raise TypeError(
@@ -180,7 +180,7 @@ def check_judges(loss: Any, metrics: Any) -> None:
 
 
 def is_statistic(metric: Any) -> bool:
-    """Whether a metric is made of sums over examples by a last step."""
+    """True if a metric is made of sums over examples by a last step."""
     return callable(getattr(metric, "terms", None)) and callable(getattr(metric, "value", None))
 
 
@@ -200,5 +200,5 @@ class CharacterAccuracy:
 
 
 def _is_column(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether classes come as [batch, 1] beside logits [batch, classes]."""
+    """True if classes are [batch, 1] and logits [batch, classes]."""
     return targets.ndim == outputs.ndim == 2 and targets.shape[1] == 1 < outputs.shape[1]

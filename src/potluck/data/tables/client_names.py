@@ -1,4 +1,4 @@
-"""Names of clients: text, whatever they are called in the user's data.
+"""Names of clients as text, made of any key in the user's data.
 
 NumPy's integers, dates, missing values and tuples (pandas' keys of a group) become the text that
 Python prints for them, and bytes are read as UTF-8. Two clients never share a name.
@@ -14,7 +14,7 @@ from potluck.core.validate import plain
 
 
 def client_names(keys: Iterable[Any]) -> dict[Any, str]:
-    """What each client is called, in the same order."""
+    """Returns the name of each client, in the same order."""
     names: dict[Any, str] = {}
     keys_of: dict[str, Any] = {}
     for key in keys:
@@ -29,7 +29,7 @@ def client_names(keys: Iterable[Any]) -> dict[Any, str]:
 
 
 def client_name(key: Any) -> str:
-    """What one client is called."""
+    """Returns the name of one client."""
     if isinstance(key, bytes):
         key = key.decode("utf-8", "surrogateescape")
     elif isinstance(key, tuple):

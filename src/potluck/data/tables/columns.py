@@ -35,7 +35,7 @@ _LONGEST = 60  # value in a message
 
 
 class Column(NamedTuple):
-    """What is in a column. What is missing is 0, NaN, False or "" in `values`."""
+    """The content of a column. A missing value is 0, NaN, False or "" in `values`."""
 
     type: ColumnType
     values: Array  # [rows]: int64, float64, bool or str
@@ -80,7 +80,7 @@ def array_column(values: Array) -> Column:
 
 
 def is_hole(text: str) -> bool:
-    """Whether this stands for a hole among numbers: "NA", "null", "?" and the like."""
+    """True if the text stands for a hole among numbers: "NA", "null", "?" and the like."""
     return text.lower() in _HOLES
 
 
@@ -109,7 +109,7 @@ def first_text(values: Array) -> int:
 
 
 def check_target(column: Column, name: str, where: str) -> None:
-    """Raise a `DataError` where a target column has holes."""
+    """Raises a `DataError` where a target column has holes."""
     if column.missing.any():
         raise DataError(
             "every example must have a target, got none in "
@@ -118,7 +118,7 @@ def check_target(column: Column, name: str, where: str) -> None:
 
 
 def check_told_apart(column: Column, become: NDArray[np.float32], name: str, where: str) -> None:
-    """Raise a `DataError` where whole numbers become the same float32, as identifiers do.
+    """Raises a `DataError` where whole numbers become the same float32, as identifiers do.
 
     Args:
         become: [rows], of the values of the column.
@@ -182,7 +182,8 @@ def _of_objects(values: Array, missing: NDArray[np.bool_], name: str, where: str
 def _check_families(
     present: list[Any], families: Sequence[str], rows: Array, name: str, where: str
 ) -> None:
-    """Raise a `DataError` for the first value of no family, or of another than the one on top."""
+    """Raises a `DataError` for the first value of no family, or of another than the first
+    value's."""
     if "other" in families:
         index = families.index("other")
         raise DataError(

@@ -87,7 +87,7 @@ def _records(path: Path, options: dict[str, Any]) -> Iterator[tuple[int, list[st
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """How text is coded and fields are divided, from the header."""
+    """Returns pandas' options for a file: its encoding, separator and skipped rows."""
     encoding = encoding_of(path)
     with path.open(encoding=encoding) as file:
         start = file.read(1 << 16)
@@ -134,8 +134,8 @@ def _too_many(path: Path, options: dict[str, Any], table: Any) -> DataError:
 
 
 def _check_whole(path: Path, options: dict[str, Any], table: Any) -> None:
-    """Refuse rows that are shorter than the header, which pandas fills with holes, and longer ones,
-    of which it takes the first field for a name of the row."""
+    """Refuses rows that are shorter than the header, which pandas fills with holes, and longer
+    ones, of which it takes the first field for a name of the row."""
     if table.shape[1] < 2 or not table.iloc[:, -1].isna().any():
         return
     for line, fields in _records(path, options):
@@ -184,7 +184,7 @@ def _value(text: str) -> bool | int | float:
 def _check_forms(
     series: Any, texts: dict[Any, str], forms: set[str], name: str, path: Path
 ) -> None:
-    """Refuse separators of thousands, and what may be them."""
+    """Refuses separators of thousands, and what may be one."""
     commas = [text for text in texts.values() if "," in text]
     if "thousands" in forms:
         form, what = "thousands", "numbers must have no separators of thousands"
@@ -204,7 +204,7 @@ def _check_forms(
 
 
 def _check_points(path: Path, options: dict[str, Any], names: list[str]) -> None:
-    """Refuse 1.234 where other columns have decimal commas: it is a thousand there."""
+    """Refuses 1.234 where other columns have decimal commas: it is a thousand there."""
     raw: Any = _parsed(path, options, dtype=str, usecols=names) if names else None
     for name in names:
         points = [(row, text) for row, text in enumerate(raw[name]) if "." in text]

@@ -58,7 +58,7 @@ class Feature(BaseModel):
 
     @property
     def width(self) -> int:
-        """How many numbers of an example it gives."""
+        """The number of entries that it takes in an example."""
         return len(self.categories) if self.type == "category" and self.one_hot else 1
 
     def encode(self, column: Column, where: str) -> NDArray[np.float32]:  # [rows, width]
@@ -102,7 +102,7 @@ class Feature(BaseModel):
         where: str,
         advice: str = "Mend it, or remove the row.",
     ) -> None:
-        """Raise a `DataError` for the first row that is wrong."""
+        """Raises a `DataError` for the first row that is wrong."""
         if wrong.any():
             row = int(wrong.argmax())
             got = "nan" if column.missing[row] else repr(column.values[row].item())
@@ -121,7 +121,7 @@ def as_float32(values: NDArray[Any], what: str) -> NDArray[np.float32]:
 
 
 def check_finite(values: NDArray[Any], what: str) -> None:
-    """Raise a `DataError` for NaN and infinity among numbers."""
+    """Raises a `DataError` for NaN and infinity among numbers."""
     if not np.isfinite(values).all():
         row = int(np.argwhere(~np.isfinite(values))[0][0])
         raise DataError(
@@ -131,7 +131,7 @@ def check_finite(values: NDArray[Any], what: str) -> None:
 
 
 def check_pixels(values: NDArray[Any], what: str) -> None:
-    """Raise a `DataError` for numbers that are not from 0 to 255, or that are scaled already."""
+    """Raises a `DataError` for numbers that are not from 0 to 255, or that are scaled already."""
     found = values[np.isfinite(values)]
     if found.size == 0:
         return

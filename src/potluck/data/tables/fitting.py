@@ -35,7 +35,7 @@ _MOST = 1000  # categories of a column
 
 
 class Rules(NamedTuple):
-    """What the user says of features."""
+    """The user's rules for features."""
 
     missing: Missing = "refuse"
     scale: Scale = "none"
@@ -51,7 +51,7 @@ class Given(NamedTuple):
 
 
 def check_rules(rules: Rules) -> None:
-    """Raise a `ValueError` for a rule that there is not."""
+    """Raises a `ValueError` for an unknown rule."""
     choices: dict[str, tuple[str, ...]] = {
         "missing": ("refuse", "mean", "median"),
         "scale": get_args(Scale),

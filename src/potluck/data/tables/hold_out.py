@@ -1,9 +1,9 @@
 """Which of a client's examples are its test examples: shuffled and stratified unless asked.
 
 A file is often sorted, by diagnosis or by time, so that its last rows are not like the others.
-The default therefore draws the test examples, of each class its share. It depends on the seed and
-the targets alone, not on the client's name or place, so that a device that reads its own file
-holds out the very rows that a simulation over a folder of such files does.
+The default therefore draws the test examples, of each class its share. The draw depends on the seed
+and the targets alone, not on the client's name or place. So a device that reads its own file holds
+out the same rows as a simulation over a folder of such files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPLIT_PATTERN = r"^(shuffled|last|(time|group):[^\x00-\x1f]{1,200})$"
 
 
 class HoldOut(BaseModel):
-    """How a client's examples are split into training and test examples.
+    """The rule that splits a client's examples into training and test examples.
 
     `split` is "shuffled" (of each class its share, at random), "last" (the last rows as they are),
     "time:COLUMN" (the latest rows) or "group:COLUMN" (whole groups, such as patients, at random).
@@ -42,7 +42,7 @@ class HoldOut(BaseModel):
 
     @classmethod
     def asked(cls, split: str, test_fraction: Any, seed: Any) -> HoldOut:
-        """What a caller says, checked."""
+        """Checks the caller's options and returns the rule."""
         fraction = as_real("test_fraction", test_fraction)
         if not 0.0 < fraction < 1.0:
             raise ValueError(
@@ -89,8 +89,8 @@ class HoldOut(BaseModel):
 
 
 def num_test(num_examples: int, fraction: float) -> int:
-    """How many of a client's examples are its test examples: the fraction rounded down, but at
-    least one of two examples and none of one, so that training always keeps one."""
+    """Returns the number of a client's test examples: the fraction rounded down, but at least one
+    of two examples and none of one, so that training always keeps one."""
     if num_examples < 2:
         return 0
     return min(max(1, math.floor(num_examples * fraction + 1e-9)), num_examples - 1)
@@ -99,9 +99,9 @@ def num_test(num_examples: int, fraction: float) -> int:
 def _stratified(targets: NDArray[Any], count: int, random: np.random.Generator) -> Rows:
     """`count` rows, of each class its share to less than one row, where rows have a class.
 
-    Shares are rounded down, and what is left goes to the largest remainders, first of classes that
-    keep an example for training then; of equal remainders to a class at random, and not to the
-    first, or no client with an example of each class would be tested on the last.
+    Shares are rounded down. The rest goes to the largest remainders, first of classes that keep an
+    example for training then. Equal remainders are drawn at random: if the first class won, no
+    client with an example of each class would be tested on the last.
     """
     order = random.permutation(len(targets))
     if targets.ndim != 1 or targets.dtype.kind not in "iu":

@@ -1,7 +1,6 @@
-"""How messages name a row: by the line of its file, or by its number in the whole table.
+"""The name of a row in messages: the line of its file, or its number in the whole table.
 
-What a client has may be some of the rows of a table, so that a row's number among them is of no
-use to whoever looks for it.
+A client may own some of the rows of a table. A row's number among those does not help to find it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What data a model takes, as one object: columns by name, their types, fills and scales, the
-categories, the class labels, the shapes, and how test examples are held out.
+"""The data that a model takes, as one object: columns by name, their types, fills and scales, the
+categories, the class labels, the shapes, and the hold-out of test examples.
 
 It is made once, over the data of all clients, or given. It is written into a run's directory and
-can travel to devices, so that each of them prepares its own file in the very same way: columns in
-another order are put in order, one that is missing or too many is refused by name, and so is a
-value that the model does not know.
+can be sent to devices, so that each prepares its own file in the same way. Columns in another order
+are put in order. A column that is missing or too many is refused by name, and so is a value that
+the model does not know.
 
 Compatibility: strict JSON of bounded size. An unknown key is refused.
 """
@@ -85,7 +85,7 @@ class Schema(BaseModel):
 
     @classmethod
     def from_json(cls, content: Any) -> Schema:
-        """Check what came as JSON: text, bytes, or what they were parsed to.
+        """Checks a schema as JSON: text, bytes, or the parsed value.
 
         Raises:
             DataError: it is no schema; the message names the key.
@@ -214,7 +214,7 @@ class Schema(BaseModel):
         return values
 
     def check_is(self, table: bool, where: str) -> None:
-        """Raise a `DataError` for arrays where a table is wanted, or the other way round."""
+        """Raises a `DataError` for arrays where a table is wanted, or the other way round."""
         if bool(self.targets) != table:
             expected, got = ("a table with columns", "arrays")[:: 1 if self.targets else -1]
             raise DataError(

@@ -22,7 +22,7 @@ _INT16 = 2**15
 
 
 class Symbols(BaseModel):
-    """How lines of text become rows of numbers."""
+    """The coding of lines of text as rows of numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -60,7 +60,7 @@ class Symbols(BaseModel):
 
     @property
     def size(self) -> int:
-        """How many symbols there are, with START and PADDING."""
+        """The number of symbols, with START and PADDING."""
         return self.start + 2
 
     @property

@@ -128,7 +128,7 @@ def read_tables(
     """The tables of many clients, called as their files.
 
     A column of text in one `.csv` file may look like numbers or truth values in another, as wards
-    "1" and "3A" or answers "true" and "unknown" do; it is then text in all of them.
+    "1" and "3A" or answers "true" and "unknown" do. It is then text in all of them.
 
     Args:
         categories: whether text may be a feature; otherwise it is left for a message.
@@ -285,7 +285,7 @@ def named_columns(
 
 
 def check_column(located: Located, column: str) -> None:
-    """Raise a `DataError` unless the table has such a column."""
+    """Raises a `DataError` unless the table has such a column."""
     if column not in located.table.columns:
         raise DataError(
             f"{located.where} must have one column {column!r}, got columns "
@@ -294,5 +294,5 @@ def check_column(located: Located, column: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its details; its type where it says nothing."""
+    """Returns the first line of an error's message, or its type where there is none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,9 @@
-"""What targets are: classes, quantities (a regression), several labels at once, or text.
+"""The kind of targets: classes, quantities (a regression), several labels at once, or text.
 
-The user says it (`kind`, in an experiment `task.kind`). What an array or a column shows is only a
-proposal: text and Booleans are classes, decimals are quantities, and whole numbers are classes
-where they are exactly 0 to k − 1 with few classes and many repeats. That proposal is told in
-words. Anything else that could be either is refused, with the two ways to say it.
+The user says it (`kind`, in an experiment `task.kind`). An array or a column gives only a proposal.
+Text and Booleans are classes, and decimals are quantities. Whole numbers are classes where they are
+exactly 0 to k − 1 with few classes and many repeats. That proposal is told in words. Anything else
+that could be either is refused, with the two ways to say it.
 
 A label of −100 among codes from 0 is no class: the loss leaves it out, as PyTorch's do.
 
@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What the targets of all parts are."""
+    """The kind and the classes of the targets of all parts."""
 
     kind: TargetKind
     num_classes: int  # 0 for a regression
@@ -116,7 +116,7 @@ def codes_of(texts: Array, names: Sequence[str]) -> NDArray[np.int64]:
 
 
 def check_spaces(names: Sequence[str], what: str, where: str) -> None:
-    """Raise a `DataError` for two names that look alike: they differ in the spaces around them
+    """Raises a `DataError` for two names that look alike: they differ in the spaces around them
     alone, or in how an accent is coded, as a Mac and a PC do."""
     stripped: dict[str, str] = {}
     for name in names:
@@ -215,7 +215,7 @@ def _either(parts: Sequence[Part], distinct: Array, num: int, what: str) -> Data
 
 
 def _are_codes(distinct: Array) -> bool:
-    """Whether sorted distinct whole numbers are 0, 1, …, k − 1."""
+    """True if sorted distinct whole numbers are 0, 1, …, k − 1."""
     return len(distinct) > 0 and distinct[0] == 0 and int(distinct[-1]) == len(distinct) - 1
 
 
@@ -340,7 +340,7 @@ def _whole(part: Part) -> Array:
 
 
 def _check(wrong: Array, part: Part, must: str, advice: str, name: str = "") -> None:
-    """Raise a `DataError` for the first target of a part that is wrong."""
+    """Raises a `DataError` for the first target of a part that is wrong."""
     if wrong.any():
         row, *rest = (int(k) for k in np.unravel_index(wrong.argmax(), wrong.shape))
         got = f"{name}{part.values[(row, *rest)].item()!r}"

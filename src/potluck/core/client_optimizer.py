@@ -83,14 +83,7 @@ PLAIN_SGD = ClientSGD()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientMomentum:
-    """SGD along the running sum of the gradients.
-
-    Args:
-        momentum: in [0, 1), the part of the sum that a step keeps.
-        weight_decay: ≥ 0, times the weights, added to the gradient.
-    """
-
+class _WithMomentum:
     momentum: _Momentum = 0.9
     weight_decay: _Decay = 0.0
 
@@ -100,6 +93,16 @@ class ClientMomentum:
     def init(self, weights: Any) -> tuple[Any, ...]:
         """Returns v = 0."""
         return (weights.new_zeros(weights.shape),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientMomentum(_WithMomentum):
+    """SGD along the running sum of the gradients.
+
+    Args:
+        momentum: in [0, 1), the part of the sum that a step keeps.
+        weight_decay: ≥ 0, times the weights, added to the gradient.
+    """
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
@@ -111,22 +114,12 @@ class ClientMomentum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientNesterov:
+class ClientNesterov(_WithMomentum):
     """SGD along the running sum as it would be if the next gradient were like this one.
 
     Args:
         momentum, weight_decay: as for `ClientMomentum`.
     """
-
-    momentum: _Momentum = 0.9
-    weight_decay: _Decay = 0.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def init(self, weights: Any) -> tuple[Any, ...]:
-        """Returns v = 0."""
-        return (weights.new_zeros(weights.shape),)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
@@ -138,7 +131,21 @@ class ClientNesterov:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientAdam:
+class _Adaptive:
+    beta1: _Beta1 = 0.9
+    beta2: _Beta2 = 0.999
+    eps: _Epsilon = 1e-8
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    def init(self, weights: Any) -> tuple[Any, ...]:
+        """Returns m = 0 and s = 0."""
+        return weights.new_zeros(weights.shape), weights.new_zeros(weights.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientAdam(_Adaptive):
     """Adam (Kingma, Ba: Adam: A Method for Stochastic Optimization. ICLR 2015, Algorithm 1).
 
     Args:
@@ -148,17 +155,7 @@ class ClientAdam:
         weight_decay: ≥ 0, times the weights, added to the gradient.
     """
 
-    beta1: _Beta1 = 0.9
-    beta2: _Beta2 = 0.999
-    eps: _Epsilon = 1e-8
     weight_decay: _Decay = 0.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def init(self, weights: Any) -> tuple[Any, ...]:
-        """Returns m = 0 and s = 0."""
-        return weights.new_zeros(weights.shape), weights.new_zeros(weights.shape)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
@@ -169,7 +166,7 @@ class ClientAdam:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientAdamW:
+class ClientAdamW(_Adaptive):
     """Adam with decoupled weight decay (Loshchilov, Hutter: Decoupled Weight Decay Regularization.
     ICLR 2019, Algorithm 2, with decay times the rate, as in PyTorch).
 
@@ -178,17 +175,7 @@ class ClientAdamW:
         weight_decay: ≥ 0; times η, the part of the weights that a step takes away.
     """
 
-    beta1: _Beta1 = 0.9
-    beta2: _Beta2 = 0.999
-    eps: _Epsilon = 1e-8
     weight_decay: _Decay = 0.01
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def init(self, weights: Any) -> tuple[Any, ...]:
-        """Returns m = 0 and s = 0."""
-        return weights.new_zeros(weights.shape), weights.new_zeros(weights.shape)
 
     def step(
         self, weights: Any, gradient: Any, state: tuple[Any, ...], lr: _Number, number: _Number
@@ -203,7 +190,7 @@ def _decayed(weight_decay: float, weights: Any, gradient: Any) -> Any:
 
 
 def _adaptive(
-    adam: ClientAdam | ClientAdamW,
+    adam: _Adaptive,
     weights: Any,
     gradient: Any,
     state: tuple[Any, ...],

@@ -1,7 +1,7 @@
-"""What a run hands out of itself: copies, so that nobody changes the run by working on them.
+"""Copies of a run's arrays for the caller, whose changes do not reach the run.
 
-A round's weights are there to be subtracted from, fine-tuned and averaged, in place where that is
-shorter. The run goes on from its own.
+A caller may subtract from a round's weights, fine-tune or average them, also in place. The run
+continues from its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from potluck.core import Vector
 
 
 class Kept(Mapping[int, Vector]):
-    """What clients keep, by client. Every access gives a copy, so that the states of many clients
-    are not copied round after round.
+    """Client states by client. Every access gives a copy, so that the states of many clients are
+    not copied round after round.
 
     Args:
-        own: is not copied, and not changed by anybody.
+        own: is neither copied nor changed.
     """
 
     def __init__(self, own: Mapping[int, Vector]) -> None:
@@ -35,7 +35,7 @@ class Kept(Mapping[int, Vector]):
 
 
 def own_states(states: Mapping[int, Vector]) -> Mapping[int, Vector]:
-    """States that were handed in, as nobody else has them."""
+    """Returns states that no caller can change: those of a `Kept` as they are, others copied."""
     if isinstance(states, Kept):
         return states.own
     return {client: np.array(state) for client, state in states.items()}

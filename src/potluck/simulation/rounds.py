@@ -46,7 +46,7 @@ ClientStates: TypeAlias = Mapping[int, Vector]  # by client: what it keeps until
 
 
 class Round(NamedTuple):
-    """What one round gave. Round 0 is the initial model. Its arrays are the caller's."""
+    """The result of one round. Round 0 is the initial model. Its arrays are the caller's."""
 
     number: int
     weights: Vector  # [dim], the model after this round
@@ -87,7 +87,7 @@ def rounds(
     resume: tuple[int, Any] | tuple[int, Any, ClientStates] | None = None,
     virtual: VirtualTime | None = None,
 ) -> Iterator[Round]:
-    """Train, and yield every round as it is done, from round 0, the initial model.
+    """Trains, and yields every round as it is done, from round 0, the initial model.
 
     Args:
         cohort: the fraction C of all clients (0.0 means one), their number, or `Poisson(rate)`.
@@ -242,7 +242,7 @@ def _check_length(weights: Vector, dim: int) -> None:
 
 
 def handed_out(round: Round) -> Round:
-    """The same round, in arrays that are the caller's: changes in place do not reach the run."""
+    """Returns the round with copied arrays: changes in place do not reach the run."""
     states = round.client_states
     return round._replace(
         weights=round.weights.copy(),
@@ -266,7 +266,7 @@ def _traffic(algorithm: Algorithm, codec: Codec, spec: Spec) -> _Traffic:
 
 
 def _with_moved(spec: Spec, before: Vector, after: Vector) -> Spec:
-    """With constants that turned out to be none: from now on they travel."""
+    """Returns the spec with constants that training changed made statistics, which travel."""
     constants = spec.slices("constant")
     moved = [p for p in constants if before[p].tobytes() != after[p].tobytes()]
     return spec.with_roles({spec.name_at(part.start): "statistic" for part in moved})
@@ -301,7 +301,8 @@ def _round(
 
 
 def _timed(round: Round, timing: Timing, traffic: _Traffic) -> Round:
-    """A round with its virtual time, and with the bytes of the devices whose work was lost too."""
+    """Returns a round with its virtual time, and with the bytes of devices whose work was lost
+    too."""
     received = timing.updates_received - len(round.failures)
     return round._replace(
         uplink_bytes=traffic.up * received,

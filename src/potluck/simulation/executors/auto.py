@@ -1,4 +1,4 @@
-"""The `auto` executor: whichever of the others is fastest for this task, by the clock.
+"""The `auto` executor: the fastest of the others for this task, by the clock.
 
     before the first round: time a few local steps of its first clients, in `loop` and in `vmap`
     if a round will take a tenth of a second: two rounds with `workers`, each of which trains
@@ -7,7 +7,7 @@
     when training has taken a tenth of a second: two rounds with `workers`, if not done yet
     from then on: the one whose second round was the fastest
 
-The steps that are timed first are copies of what the clients do next and leave no trace; the rounds
+The steps that are timed first are copies of the clients' next steps and leave no trace. The rounds
 count. The first of two warms up. Processes must be started, which takes a tenth of a second, so
 runs shorter than that do without. Where there is a GPU, it is what `vmap` trains on.
 
@@ -83,7 +83,7 @@ class Auto:
 
     @property
     def choice(self) -> str:
-        """What trains now, and why, in words; empty before the first round."""
+        """The present executor and the reason, in words; empty before the first round."""
         others = sorted((s, n) for n, s in self._per_step.items() if n != self._name)
         if self._name not in self._per_step and not others:
             return ""
@@ -103,7 +103,7 @@ class Auto:
         return words + measured + (f" ({compared})" if compared else "")
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
 
     def train(self, work: RoundWork) -> CohortResult:
@@ -132,12 +132,12 @@ class Auto:
         return self._executors[self._name].evaluate(weights)
 
     def close(self) -> None:
-        """End the processes, if there are any. May be called twice."""
+        """Ends the processes, if there are any. May be called twice."""
         for executor in self._executors.values():
             executor.close()
 
     def _begin(self, algorithm: Algorithm, costs: Estimate) -> None:
-        """Start to choose for an algorithm."""
+        """Starts the choice for an algorithm."""
         self._algorithm = algorithm
         self._spent, self._is_settled = 0.0, False
         self._tried = set()
@@ -154,7 +154,7 @@ class Auto:
         self._advance()
 
     def _learn(self, seconds: float, num_steps: int) -> None:
-        """After a round: whom the next one is given to."""
+        """Takes the time of a round into account and chooses the executor of the next."""
         self._spent += seconds
         self._rounds += 1
         vmap = self._executors.get("vmap")
@@ -166,7 +166,7 @@ class Auto:
         self._advance()
 
     def _advance(self) -> None:
-        """Give the next rounds to whoever had none, or choose."""
+        """Gives the next rounds to an executor that had none, or chooses."""
         tried_workers = "workers" in self._tried
         alone = min(self._per_step[name] for name in _ALONE if name in self._per_step)
         if tried_workers and self._per_step["workers"] <= _CLEARLY * alone:
@@ -183,7 +183,8 @@ class Auto:
             self._settle()
 
     def _start_workers(self) -> bool:
-        """Processes that train as the faster one does alone; whether there are any."""
+        """Starts processes that train as the faster executor does alone. Returns whether there are
+        any."""
         if self._num_workers == 1:
             return False
         faster = min(_ALONE, key=lambda name: self._per_step.get(name, np.inf))
@@ -206,7 +207,8 @@ class Auto:
             self._executors.pop("workers").close()
 
     def _fastest(self) -> _Name:
-        """Of those that were given a round: what was foreseen of the others is not like it."""
+        """Returns the fastest executor that had a round; estimates of the others do not compare
+        with it."""
         fastest: _Name = "loop"
         seconds = self._per_step["loop"] if "loop" in self._tried else np.inf
         for name in self._tried:

@@ -1,4 +1,4 @@
-"""The executors that have a name, each imported when it is asked for."""
+"""Makes executors by name; each is imported on first use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_executor(
     gpus: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Executor:
-    """An executor by its name; the caller closes it.
+    """Makes an executor by its name; the caller closes it.
 
     Args:
         num_workers: for "workers" and "ray"; as many as there are cores if None. For "vmap" more

@@ -1,8 +1,8 @@
 """Client states on their way between the processes of `workers`: rows of a nameless file.
 
-The file has no name, so that no way of ending leaves it behind, and rows that nobody wrote take
-no room. It is read and written with system calls instead of being mapped: a full disk is then an
-error with a name, not a signal that kills the process.
+The file has no name, so it is gone however the process ends. Unwritten rows take no room. It is
+read and written with system calls instead of being mapped: a full disk is then an error with a
+name, not a signal that kills the process.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class ClientStateFile:
         self._descriptor = self._file.fileno()
 
     def read(self, row: int, length: int) -> Vector:
-        """The vector in a row that was written with this length, as a copy."""
+        """Returns a copy of the vector in a row that was written with this length."""
         vector = np.empty(length, np.float32)
         self._move(os.preadv, row, vector)
         return vector
 
     def write(self, row: int, vector: Vector) -> None:
-        """Put a vector into a row; all are of one length while rows are in use."""
+        """Writes a vector into a row; all are of one length while rows are in use."""
         self._move(os.pwritev, row, np.ascontiguousarray(vector, np.float32))
 
     def close(self) -> None:
-        """Give back the room. Children give back theirs when they end."""
+        """Closes the file. Children close theirs when they end."""
         self._file.close()
 
     def _move(self, move: Callable[..., int], row: int, vector: Vector) -> None:

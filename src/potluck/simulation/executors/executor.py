@@ -1,7 +1,7 @@
-"""What an executor is asked and what it answers, and one client of a round.
+"""The contract of an executor: its work, its results, and one client of a round.
 
-An executor trains every client of a cohort and returns one weighted mean. Which executor runs
-never changes cohorts, batches or initial weights, and the mean is exact in any order, so two
+An executor trains every client of a cohort and returns one weighted mean. The choice of executor
+never changes cohorts, batches or initial weights, and the mean is exact in any order. So two
 executors whose kernels round alike give the same bits.
 """
 
@@ -40,7 +40,7 @@ class Failure(NamedTuple):
 
 
 class CohortResult(NamedTuple):
-    """What local training of one cohort gave."""
+    """The result of local training of one cohort."""
 
     aggregate: Vector  # [vectors · dim], the weighted mean of the updates; zeros if there were none
     loss: float  # the weighted mean of the clients' training losses; NaN if there were none
@@ -59,7 +59,7 @@ NO_STATES: Mapping[int, Vector] = MappingProxyType({})
 
 
 class RoundWork(NamedTuple):
-    """What an executor is asked for in a round; each client of the cohort received the same."""
+    """The work of an executor in a round; each client of the cohort received the same."""
 
     algorithm: Algorithm
     received: Vector
@@ -71,7 +71,7 @@ class RoundWork(NamedTuple):
 
 
 class Executor(Protocol):
-    """Trains cohorts and evaluates models; has a lifetime.
+    """An object that trains cohorts and evaluates models until it is closed.
 
     One that makes its model itself may have a method `begin(seed)`, which a run calls first: the
     seed decides what a model draws when it is made.
@@ -86,12 +86,12 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back whatever it holds. May be called twice."""
+        """Releases its processes and memory. May be called twice."""
         ...
 
 
 def empty_mean(work: RoundWork, last: FixedPointMean | None = None) -> FixedPointMean:
-    """For the updates of this work: the last one, if it fits and is of no more use."""
+    """Returns an empty mean for the updates of this work; `last` is reused if it fits."""
     length, wide = len(work.received), num_wide(work.algorithm)
     if last is None or (last.dim, last.wide) != (length, wide):
         return FixedPointMean(length, wide=wide)
@@ -101,7 +101,7 @@ def empty_mean(work: RoundWork, last: FixedPointMean | None = None) -> FixedPoin
 
 @contextmanager
 def kernel_threads(num_threads: int) -> Generator[None]:
-    """Within it, PyTorch's kernels use so many threads."""
+    """Sets the number of threads of PyTorch's kernels inside a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -111,7 +111,7 @@ def kernel_threads(num_threads: int) -> Generator[None]:
 
 
 class Outcome(NamedTuple):
-    """What is kept of one client's update once it is in the sum."""
+    """The part of a client's update that is kept once it is in the sum."""
 
     client: int
     weight: float
@@ -127,9 +127,9 @@ ClientResult: TypeAlias = tuple[Outcome, Vector | None]  # and what the client k
 class RoundClient:
     """One client of a round, whose client half stops where it asks for local training.
 
-    A loop answers at once; what trains many clients side by side collects what they ask for. When
-    the client half is at its end, its update is added to the mean. A failure is kept, not raised,
-    and a client that failed keeps nothing new.
+    A loop answers at once. An executor that trains side by side collects the requests first. When
+    the client half ends, its update is added to the mean. A failure is kept, not raised, and a
+    client that failed keeps nothing new.
     """
 
     run: LocalRun | None
@@ -148,7 +148,7 @@ class RoundClient:
             self.fail(error)
 
     def answer(self, local: Trained) -> None:
-        """Give the client half what it waits for."""
+        """Sends the client half the result of its request."""
         try:
             self._half.answer(local)
             self._go_on()
@@ -156,7 +156,7 @@ class RoundClient:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """End here, without an update."""
+        """Ends the client half without an update."""
         told = str(error) if isinstance(error, PotluckError) else f"{type(error).__name__}: {error}"
         name = self._task.data.clients[self.number]
         failure = Failure(self.number, name, told, isinstance(error, DivergedError))
@@ -181,12 +181,12 @@ class RoundClient:
 def started(
     task: Task, work: RoundWork, numbers: NDArray[np.int64], mean: FixedPointMean
 ) -> Iterator[RoundClient]:
-    """These clients of a round, each at its first request when its turn comes."""
+    """Yields these clients of a round, each run up to its first request."""
     return (RoundClient(task, work, number, mean) for number in map(int, numbers))
 
 
 def train_client(client: RoundClient, runtime: TorchRuntime) -> ClientResult:
-    """Answer a client as it asks, to its end."""
+    """Answers the requests of a client until it ends."""
     while client.run is not None:
         try:
             local = runtime.train(client.run)
@@ -211,7 +211,7 @@ def _check_finite(update: Update) -> None:
 
 
 def summarise(mean: FixedPointMean, results: Iterable[ClientResult]) -> CohortResult:
-    """The result of a cohort, the same in whatever order its clients were trained."""
+    """Returns the result of a cohort, the same in any order of training."""
     results = sorted(results, key=lambda result: result[0].client)
     outcomes = [outcome for outcome, _ in results]
     total = mean.total

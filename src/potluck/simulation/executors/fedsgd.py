@@ -1,9 +1,9 @@
 """A cohort whose clients all make one step from the same weights, as one large batch.
 
 It is exact where the update of an algorithm is linear in the local weights: `FedAvg` and `FedProx`
-with E = 1 and B = ∞, that is federated SGD. Then the mean of the updates is the update of the
-mean: the first client is answered with the mean of all local weights, and what it reports counts
-as much as all of them. Elsewhere clients are trained side by side.
+with E = 1 and B = ∞, that is federated SGD. Then the mean of the updates is the update of the mean.
+The first client gets the mean of all local weights as its answer, and its update counts for all.
+Other cohorts are trained side by side.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Pooling:
     def train(
         self, work: RoundWork, numbers: NDArray[np.int64], mean: FixedPointMean
     ) -> list[Outcome] | None:
-        """Train these clients into the mean; None, and nothing in the mean, if they are none of
-        these, or not for this model."""
+        """Trains these clients into the mean. Returns None and leaves the mean alone if the clients
+        or the model do not suit."""
         if self._is_refused or not reports_its_model(work.algorithm) or len(numbers) == 0:
             return None
         alone = empty_mean(work)
@@ -78,7 +78,7 @@ class Pooling:
         local, losses, shares = self._step(received, runs)
         new = local[local.view(np.int32) != received.view(np.int32)]
         if not (np.isfinite(losses).all() and np.isfinite(new).all()):
-            return None  # side by side, whoever it was is named
+            return None  # side by side the client is named
         outcomes = [
             Outcome(client.number, float(n := client.num_examples), loss, n, 1)
             for client, loss in zip(clients, losses, strict=True)
@@ -90,7 +90,7 @@ class Pooling:
     def _step(
         self, received: Vector, runs: Sequence[LocalRun]
     ) -> tuple[Vector, list[float], NDArray[np.float64]]:
-        """The mean of the local weights, the losses, and the shares [clients]."""
+        """Returns the mean of the local weights, the losses, and the shares [clients]."""
         sizes = np.array([len(run.rows) for run in runs], np.float64)
         shares = sizes / sizes.sum()
         batches = [run.rows[run.steps[0][0]] for run in runs]
@@ -99,7 +99,8 @@ class Pooling:
 
 
 def _is_one_step(run: LocalRun, received: Vector) -> bool:
-    """One plain step of SGD from what was received: a pull towards where it starts from is none."""
+    """True if a run is one plain step of SGD from the received weights; there a proximal term is
+    0."""
     clip, _, drift = run.correction
     is_plain = run.optimizer == PLAIN_SGD and clip is None and drift is None
     return is_plain and len(run.steps) == 1 and run.start is received

@@ -1,12 +1,13 @@
 """A cohort whose updates are summed on the device that trains it, so that one sum comes back.
 
 It is exact where an algorithm's update is the difference of the weights and its weight the number
-of examples: `FedAvg` and `FedProx`. Then the request for local training says all, and the sum is
-made of the same integers as elsewhere (`potluck.engine.gpu.reduce`). For other algorithms, and for
-updates in a codec, the local weights come back and the algorithm's own lines make the update.
+of examples: `FedAvg` and `FedProx`. Then the request for local training determines the update, and
+the sum is made of the same integers as elsewhere (`potluck.engine.gpu.reduce`). For other
+algorithms, and for updates in a codec, the local weights come back and the algorithm's own lines
+make the update.
 
-A client whose loss is not finite, or whose update cannot be summed, is left out and handed back: it
-is trained where the reason can be told.
+A client whose loss is not finite, or whose update cannot be summed, is left out and returned. It is
+then trained by the path that names the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from potluck.simulation.executors.executor import Outcome
 
 
 def is_reducible(algorithm: Algorithm, cohort: DeviceCohort) -> bool:
-    """Whether `reduce` may be asked for the updates of an algorithm."""
+    """True if `reduce` can sum the updates of an algorithm."""
     return reports_its_model(algorithm) and cohort.is_pure
 
 
@@ -36,7 +37,7 @@ def reduce(
     cohort: DeviceCohort,
     mean: FixedPointMean,
 ) -> tuple[list[Outcome], list[int]]:
-    """Train these clients, whose runs these are, and add the sum of their updates to the mean.
+    """Trains these clients, given by their runs, and adds the sum of their updates to the mean.
 
     Returns:
         The clients that are in it, and the numbers of those that are not.

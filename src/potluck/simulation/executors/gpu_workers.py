@@ -1,12 +1,12 @@
 """`vmap` on several devices, or several times on one: a process for each, and a sum from each.
 
 Each process has the task, a device and a `Vmap` on it. In a round it trains its part of the cohort
-and sends the sum of its updates, in the integers in which means are kept, so that the sums of all
-give the mean that one process would give. Parts are of similar numbers of examples, and follow from
-the cohort alone.
+and sends the sum of its updates. Sums are in the integers in which means are kept, so all together
+give the mean of one process. Parts are of similar numbers of examples, and follow from the cohort
+alone.
 
-Processes that use a GPU are spawned, because CUDA does not survive a fork: their task must be made
-of named functions and classes of a module, as an experiment's is.
+Processes that use a GPU are spawned, because CUDA does not work after a fork. Their task must be
+made of named functions and classes of a module, as an experiment's is.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class DeviceWorkers:
             raise
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
 
     def train(self, work: RoundWork) -> CohortResult:
         """Local training of one cohort.
 
         Raises:
-            WorkerError: a process failed; or it died, and the executor is closed.
+            WorkerError: a process failed; or it exited, and the executor is closed.
         """
         self._task.begin(work.seed)
         cohort, states = work.cohort, work.states
@@ -101,15 +101,15 @@ class DeviceWorkers:
         return metrics
 
     def close(self) -> None:
-        """End the processes. May be called twice."""
+        """Ends the processes. May be called twice."""
         self._pool.close()
 
 
 def divided(
     cohort: NDArray[np.int64], sizes: NDArray[np.int64], parts: int
 ) -> list[NDArray[np.int64]]:
-    """A cohort in parts of similar numbers of examples: the largest clients first, each to the
-    part that has the fewest so far."""
+    """Divides a cohort into parts of similar numbers of examples: the largest clients first, each
+    to the part that has the fewest so far."""
     loads = np.zeros(parts, np.int64)
     members: list[list[int]] = [[] for _ in range(parts)]
     for i in np.argsort(-sizes, kind="stable").tolist():
@@ -120,7 +120,7 @@ def divided(
 
 
 class _GpuWorkerBody:
-    """What a process does when it is asked."""
+    """The methods of a worker process."""
 
     def __init__(self, task: Task, device: torch.device, precision: Precision) -> None:
         if device.type == "cuda":
@@ -128,15 +128,15 @@ class _GpuWorkerBody:
         self._vmap = Vmap(task, device=device, precision=precision)
 
     def ready(self, _: None) -> None:
-        """Answer once the task is on the device."""
+        """Returns once the task is on the device."""
 
     def train(self, work: RoundWork) -> _Part:
-        """Train a part of a cohort."""
+        """Trains a part of a cohort."""
         mean, clients = self._vmap.train_part(work)
         return _Part(clients, mean.sum, mean.total, mean.bound)
 
     def evaluate(self, model: tuple[Vector, int]) -> dict[str, float]:
-        """Evaluate a model of the run with this seed."""
+        """Evaluates a model of the run with this seed."""
         weights, seed = model
         self._vmap.begin(seed)
         return self._vmap.evaluate(weights)

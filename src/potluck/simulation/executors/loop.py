@@ -1,4 +1,4 @@
-"""The `loop` executor: one client after another, which is the oracle of all others."""
+"""The `loop` executor: one client after another. All others are tested against it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Loop:
         self._model = Remade(task, self._make)
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
 
     def train(self, work: RoundWork) -> CohortResult:
@@ -78,7 +78,7 @@ class Loop:
             return self._evaluator.evaluate(self._test)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: a loop holds no resources."""
 
     def _make(self) -> None:
         self._runtime = TorchRuntime(
@@ -100,6 +100,6 @@ class OneByOne:
     def train_clients(
         self, work: RoundWork, clients: NDArray[np.int64], mean: FixedPointMean
     ) -> Iterator[ClientResult]:
-        """The client halves of these clients, whose updates go into the mean."""
+        """Runs the client halves of these clients; their updates go into the mean."""
         runtime = repeat(self._runtime)
         return map(train_client, started(self._task, work, clients, mean), runtime)

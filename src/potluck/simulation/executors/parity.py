@@ -1,7 +1,7 @@
-"""A few steps in the plain loop beside the same in a faster program: they must agree.
+"""The parity check: a few steps in the plain loop and in a faster program must agree.
 
-A model may do what nobody foresaw: draw from a stream of its own, keep Python state, mix the
-examples of a batch. So no program is trusted with a model before it was tried on it.
+A model may draw from a stream of its own, keep Python state, or mix the examples of a batch. So a
+program is used for a model only after this check.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # of the movement of the weights in so few steps, and of the l
 
 
 class DisagreesError(Exception):
-    """A program does not give what the plain loop gives."""
+    """A program does not give the numbers of the plain loop."""
 
 
 def shortened(run: LocalRun, num_steps: int = TRIED_STEPS) -> LocalRun:
@@ -31,11 +31,11 @@ def shortened(run: LocalRun, num_steps: int = TRIED_STEPS) -> LocalRun:
 
 
 def tried(plain: TorchRuntime, run: LocalRun) -> Trained:
-    """The first steps of a run in the plain runtime, to be compared.
+    """Runs the first steps of a run in the plain runtime, for comparison.
 
     Raises:
-        DisagreesError: the model keeps something of its own, which there is for each client that
-            trains alone, but once for all that train side by side.
+        DisagreesError: the model keeps state of its own. Each client in the loop has one, and
+        clients side by side share one.
     """
     local = plain.train(shortened(run))
     name = plain.changed()
@@ -48,7 +48,7 @@ def tried(plain: TorchRuntime, run: LocalRun) -> Trained:
 
 @contextmanager
 def undrawn() -> Generator[None]:
-    """Within it, clients train side by side.
+    """Checks that clients that train side by side in this block draw from no common stream.
 
     Raises:
         DisagreesError: the model draws from a stream of which there is one for all of them.
@@ -65,7 +65,7 @@ def undrawn() -> Generator[None]:
 def compare(
     spec: Spec, start: Vector, found: Trained, expected: Trained, tolerance: float = TOLERANCE
 ) -> bool:
-    """Whether anything could be said: not where the plain loop gives what is not finite.
+    """Compares two results. Returns False, without a verdict, where the plain loop's is not finite.
 
     Parameters are compared together, and each buffer by itself: a counter is large and a mean is
     small. What neither moved is equal, also where it is infinite.

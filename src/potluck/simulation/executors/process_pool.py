@@ -1,7 +1,7 @@
-"""Child processes that answer requests for as long as an executor lives, on cores or on GPUs.
+"""A pool of child processes that answer an executor's requests until it is closed.
 
-A pool of the standard library hands each task to whichever process is free. Here every process is
-asked in a round, since each holds a part of the round's sum.
+A pool of the standard library gives each task to any free process. Here every process gets a
+request in a round, since each holds a part of the round's sum.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class ProcessPool:
             theirs.close()
 
     def ask(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """Call a method in each of the first processes, as many as there are arguments.
+        """Calls a method in each of the first processes, as many as there are arguments.
 
         Raises:
-            WorkerError: a process died, and the pool is closed; or it was closed before.
+            WorkerError: a process exited, and the pool is closed; or it was closed before.
             PotluckError: that a process raised. Another exception becomes a `WorkerError`.
         """
         if not self._pipes:
@@ -81,7 +81,7 @@ class ProcessPool:
                 for pipe in wait([pipe for pipe in asked if pipe not in replies]):
                     assert isinstance(pipe, Connection)
                     replies[pipe] = pipe.recv()
-        except (AttributeError, PicklingError) as error:  # nobody has been asked yet
+        except (AttributeError, PicklingError) as error:  # no process has a request yet
             raise WorkerError(
                 "an algorithm must be made of named functions and classes of a module to reach the "
                 f"workers, got {error}. Take a schedule of potluck.schedules, or executor='loop'."
@@ -100,7 +100,7 @@ class ProcessPool:
         return [replies[pipe] for pipe in asked]
 
     def close(self) -> None:
-        """End the processes. May be called twice."""
+        """Ends the processes. May be called twice."""
         for pipe in self._pipes:
             pipe.close()  # a process that reads the end of its pipe ends
         for process in self.processes:
@@ -111,7 +111,7 @@ class ProcessPool:
 
 
 def has_parent() -> bool:
-    """Whether the process that started this one still runs."""
+    """True if the process that started this one still runs."""
     parent = mp.parent_process()
     return parent is not None and parent.pid == os.getppid()
 
@@ -119,10 +119,10 @@ def has_parent() -> bool:
 def _serve(
     name: str, make: Callable[[], object], pipe: Connection, inherited: list[Connection]
 ) -> None:
-    """Answer requests until the pipe is closed."""
+    """Answers requests until the pipe is closed."""
     for connection in inherited:
-        connection.close()  # or the death of the parent would go unnoticed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+        connection.close()  # or this process would not notice that the parent ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     torch.set_num_threads(1)
     body: object = None
     while True:

@@ -4,11 +4,11 @@ The client data are placed in the cluster's object store once, and each machine'
 them from its shared memory. A worker has a core, or a part of a GPU, and trains its clients one
 after another or side by side, whichever is faster (`local`).
 
-In a round every worker is sent the model once per machine and the numbers of clients to train, adds
-their updates to a partial sum of its own, and sends that sum back when no clients are left: traffic
-grows with workers, not with clients (except for the states that the clients of SCAFFOLD keep, which
-travel). Sums are exact in any order, so it changes nothing which worker trained which client, nor
-that one was lost and its clients were trained again; side by side, nothing beyond float tolerance.
+In a round the model is sent to each machine once, and to every worker the numbers of its clients. A
+worker adds their updates to a partial sum and sends that back when no clients are left. So traffic
+grows with workers, not with clients, except for the states of SCAFFOLD's clients, which are sent.
+Sums are exact in any order. So the division of clients among workers changes nothing, and neither
+do lost workers whose clients are trained again. Side by side this holds to float tolerance.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Local: TypeAlias = Literal["auto", "loop", "vmap"]
 
 
 class _RoundForWorkers(NamedTuple):
-    """What a round is for a worker; placed in the object store once."""
+    """The work of a round for the workers; placed in the object store once."""
 
     number: int  # of the call, so that a worker knows a new round
     work: RoundWork  # without the states, which travel with the clients
@@ -59,7 +59,7 @@ class _RoundForWorkers(NamedTuple):
 
 
 class _Means(NamedTuple):
-    """What a worker is made of."""
+    """The parts of which a worker is made."""
 
     task: Task
     device: str | None  # a GPU; None is a core
@@ -137,11 +137,11 @@ class Cluster:
 
     @property
     def num_lost(self) -> int:
-        """How many workers were lost and replaced so far."""
+        """The number of workers that were lost and replaced so far."""
         return self._pool.num_lost
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
 
     def train(self, work: RoundWork) -> CohortResult:
@@ -191,12 +191,13 @@ class Cluster:
         return means(self._task, weights, [sums for _, sums in numbered])
 
     def close(self) -> None:
-        """End the workers, and the cluster if it was started for them. May be called twice."""
+        """Ends the workers, and the cluster if it was started for them. May be called twice."""
         self._pool.close()
         self._disconnect()
 
     def _chunk(self, training: _RoundForWorkers, states: Mapping[int, Vector]) -> int | None:
-        """How many clients a worker trains side by side; None where it trains them one by one."""
+        """Returns how many clients a worker trains side by side; None where it trains them one by
+        one."""
         if self._local == "loop":
             return None
         algorithm, cohort = training.work.algorithm, training.work.cohort
@@ -235,7 +236,7 @@ class Cluster:
 
 
 class _RayWorkerBody:
-    """What a worker of the cluster does; it lives in a process of its own."""
+    """A worker of the cluster, in a process of its own."""
 
     def __init__(self, means: _Means) -> None:
         torch.set_num_threads(1)
@@ -249,12 +250,12 @@ class _RayWorkerBody:
         self._call = 0
 
     def ready(self) -> None:
-        """Answers when everything before it is done."""
+        """Returns when everything before it is done."""
 
     def estimate(
         self, training: _RoundForWorkers, clients: NDArray[np.int64], states: Mapping[int, Vector]
     ) -> Estimate:
-        """What a local step costs here, one after another and side by side."""
+        """Measures the cost of a local step here, one after another and side by side."""
         work = training.work
         self._model.begin(work.seed)
         work = work._replace(received=work.received.copy(), cohort=clients, states=states)
@@ -267,7 +268,8 @@ class _RayWorkerBody:
     def train(
         self, training: _RoundForWorkers, clients: list[int], states: Mapping[int, Vector]
     ) -> list[ClientResult]:
-        """Train clients and add their updates to the partial sum; also what they keep."""
+        """Trains clients and adds their updates to the partial sum. Returns their new states
+        too."""
         work, chunk = training.work, training.chunk
         if training.number != self._call:
             self._call = training.number
@@ -293,7 +295,7 @@ class _RayWorkerBody:
         return self._trainers[chunk]
 
     def take_sum(self) -> _Partial:
-        """The partial sum, which is zero from then on."""
+        """Returns the partial sum and sets it to zero."""
         partial = _Partial(self._mean.sum, self._mean.total, self._mean.bound)
         self._mean = FixedPointMean(len(self._received), wide=self._mean.wide)
         return partial
@@ -301,7 +303,7 @@ class _RayWorkerBody:
     def evaluate(
         self, model: tuple[Vector, int], call: int, numbers: list[int]
     ) -> list[tuple[int, Any]]:
-        """The sums of batches of the central evaluation, with their numbers."""
+        """Returns the sums of batches of the central evaluation, with their numbers."""
         if call != self._call:
             self._call = call
             weights, seed = model
@@ -330,7 +332,7 @@ def _check_local(local: str, precision: Precision, device: str | None, gpus: flo
 
 
 def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, bool]:
-    """The module `ray`, connected; and whether the connection is ours to end."""
+    """Connects `ray`. Returns the module, and whether the connection is ours to end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import
     ray = importlib.import_module("ray")
     if ray.is_initialized():
@@ -365,7 +367,7 @@ def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, 
 
 
 def _knock(address: str | None) -> None:
-    """See whether anybody answers at host:port; Ray itself would try for minutes."""
+    """Checks that host:port accepts connections; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10.0).close()

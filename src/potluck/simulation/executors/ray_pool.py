@@ -1,9 +1,9 @@
 """A pool of Ray actors that do numbered jobs, and are replaced when they are lost.
 
-Jobs are scheduled in their order, in chunks that shrink towards the end, to whichever actor is
-idle. An actor keeps the sum of its chunks until no jobs are left, and then gives it in one piece.
-If it is lost before that, all its jobs are scheduled again, so that every job counts once. A job
-that was running in three actors that were lost is not tried again.
+Jobs are scheduled in their order, in chunks that shrink towards the end, to any idle actor. An
+actor keeps the sum of its chunks until no jobs are left, and then gives it in one piece. If it is
+lost before that, all its jobs are scheduled again, so that every job counts once. A job that was
+running in three actors that were lost is not tried again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _START_SECONDS = 120.0  # for an actor to start, when there is no other
 
 
 class Completed(NamedTuple):
-    """What came of the jobs, in no particular order."""
+    """The results of the jobs, in no particular order."""
 
     results: list[Any]  # of chunks
     sums: list[Any]  # one of every actor that did something, or more after a loss
@@ -31,7 +31,7 @@ class Completed(NamedTuple):
 
 
 class _Member:
-    """One actor, as it is seen from here."""
+    """One actor of the pool and its present jobs."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -41,7 +41,7 @@ class _Member:
 
 
 class _Schedule:
-    """The jobs of one call, as far as they have come."""
+    """The jobs of one call: waiting, running and done."""
 
     def __init__(self, jobs: Sequence[int], side_by_side: int) -> None:
         self.waiting, self.side_by_side = deque(jobs), side_by_side
@@ -50,7 +50,8 @@ class _Schedule:
         self._lost_over: Counter[int] = Counter()  # by job, the actors that were lost
 
     def next_chunk(self, num_actors: int) -> list[int]:
-        """The next jobs for one actor. A job that an actor was lost over gets one to itself."""
+        """Returns the next jobs for one actor. A job over which an actor was lost is a chunk of its
+        own."""
         share = -(-len(self.waiting) // num_actors)
         size = max(min(self.side_by_side, share), len(self.waiting) // (4 * num_actors))
         chunk = [self.waiting.popleft()]
@@ -60,7 +61,7 @@ class _Schedule:
         return chunk
 
     def num_open(self) -> int:
-        """How many jobs are not done."""
+        """The number of jobs that are not done."""
         return len(self.waiting) + sum(len(member.chunk) for member in self.busy.values())
 
     def note_answer(self, member: _Member, answer: Any) -> None:
@@ -114,7 +115,7 @@ class ActorPool:
         side_by_side: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> Completed:
-        """Have every job done, and counted, once.
+        """Runs every job and counts it once.
 
         Args:
             jobs: in the order in which they are scheduled.
@@ -152,13 +153,13 @@ class ActorPool:
                 return schedule.completed
 
     def close(self) -> None:
-        """End all of them. May be called twice."""
+        """Ends all of them. May be called twice."""
         for member in [*self._idle, *self._starting.values()]:
             self._end(member)
         self._idle, self._starting = [], {}
 
     def _await_answer(self, schedule: _Schedule) -> None:
-        """Wait for one answer, or for an actor that has started."""
+        """Waits for one answer, or for an actor that has started."""
         ready = self._ray.wait([*schedule.busy, *self._starting], num_returns=1)[0][0]
         if ready in self._starting:
             self._note_start(ready)
@@ -177,7 +178,7 @@ class ActorPool:
             self._replace(member)
 
     def _await_first(self) -> None:
-        """Wait until one of those that are starting has started."""
+        """Waits until one of those that are starting has started."""
         until = time.monotonic() + _START_SECONDS
         while not self._idle:
             left = max(0.0, until - time.monotonic())

@@ -1,7 +1,7 @@
-"""What a local step costs, in the plain loop and side by side: a few copies of the first steps.
+"""Measures the cost of a local step, in the plain loop and side by side, on copies of first steps.
 
-The time of few steps is taken from that of more, so that what surrounds the steps of a client
-cancels: in a round it is spread over many.
+The time of few steps is subtracted from that of more, so that the fixed cost of a client cancels.
+In a round it is spread over many steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HOPELESS = 1.5  # times the loop's time, from which on a program is not timed a
 
 
 class Estimate(NamedTuple):
-    """What a local step of one client costs."""
+    """The cost of a local step of one client."""
 
     loop: float  # seconds
     vmap: float  # seconds; infinite where clients cannot be trained side by side, or need not be
@@ -44,7 +44,7 @@ def estimate(
     clock: Callable[[], float],
     placed: DeviceCohort | None = None,
 ) -> Estimate:
-    """Time the first steps of a cohort's largest clients. Nothing of it is kept.
+    """Times the first steps of a cohort's largest clients. Their results are dropped.
 
     Args:
         placed: what trains clients side by side instead of this processor.
@@ -89,7 +89,7 @@ def estimate(
 
 
 def _runs(task: Task, work: RoundWork, numbers: NDArray[np.int64]) -> list[LocalRun]:
-    """What clients with steps ask for first."""
+    """Returns the first requests of clients that have steps."""
     runs = (client.run for client in started(task, work, numbers, empty_mean(work)))
     return [run for run in runs if run is not None]
 
@@ -100,8 +100,8 @@ def _per_step(
     clock: Callable[[], float],
     hopeless: float = np.inf,
 ) -> float:
-    """Seconds of a step of one client, where these are trained at a time; by one look, if that is
-    long and beyond `hopeless`."""
+    """Returns the seconds of a step of one client, where these are trained at a time. One
+    measurement is enough if it is long and beyond `hopeless`."""
 
     def seconds(steps: int) -> float:
         started = clock()

@@ -1,8 +1,8 @@
 """The training loss of the averaged model, beside its test metrics.
 
-What clients report is the loss while they train, which falls with every local epoch whatever the
-average is worth. This is the loss of the model that a round ends with, on a sample of all clients'
-training examples: the same sample in every round, of every run.
+Clients report the loss while they train, which falls with every local epoch whatever the average is
+worth. This is the loss of a round's final model on a sample of all clients' training examples. The
+sample is the same in every round of every run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WithTrainLoss:
         self._batches = evaluation_batches(task, train.rows(rows))
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
         begin: Callable[[int], None] | None = getattr(self._inner, "begin", None)
         if begin is not None:
@@ -61,7 +61,7 @@ class WithTrainLoss:
         return {**metrics, "train_loss": loss}
 
     def close(self) -> None:
-        """Close the other executor."""
+        """Closes the other executor."""
         self._inner.close()
 
     def _make(self) -> None:

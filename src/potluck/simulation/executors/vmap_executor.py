@@ -1,17 +1,17 @@
 """The `vmap` executor: a cohort as one program.
 
-The client halves of a chunk run until each asks for local training, all are trained side by side
-(`CohortRuntime`), and each is given its result. Clients of similar size share a
-chunk, so that they are done together. Where all make one step from the same weights, the cohort is
-one large batch (`pooling`).
+The client halves of a chunk run until each asks for local training. All are then trained side by
+side (`CohortRuntime`), and each gets its result. Clients of similar size share a chunk, so that
+they end together. Where all make one step from the same weights, the cohort is one large batch
+(`fedsgd`).
 
-A model is first tried on two clients for a few steps (`trial`). One that cannot be vectorised, or
-that gives something else then, is trained by the plain loop, and a line of the log "potluck" says
-why. When a chunk fails later, its clients are trained one by one, which names the one whose data
-it was.
+A model is first compared with the plain loop on two clients for a few steps (`parity`). One that
+cannot be vectorised, or that differs, is trained by the plain loop, and a line of the log "potluck"
+says why. When a chunk fails later, its clients are trained one by one, which names the client at
+fault.
 
 On a GPU it is another program (`potluck.engine.gpu.chunk_trainer`) for the same clients, and where
-the algorithm allows it the updates are summed there (`reducing`).
+the algorithm allows it the updates are summed there (`gpu_sum`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Vmap:
 
     @property
     def placed(self) -> DeviceCohort | None:
-        """What trains on a device, if one was named."""
+        """The trainer on a device, if one was named."""
         return self._device_cohort
 
     def train(self, work: RoundWork) -> CohortResult:
@@ -117,7 +117,8 @@ class Vmap:
         return summarise(*self.train_part(work))
 
     def train_part(self, work: RoundWork) -> tuple[FixedPointMean, list[ClientResult]]:
-        """Train clients whose sum is a part of a cohort's: the sum, and what came of each."""
+        """Trains clients whose sum is a part of a cohort's. Returns the sum, and the outcome of
+        each."""
         self.begin(work.seed)
         cohort = work.cohort
         cohort = cohort[np.argsort(-self._task.data.sizes[cohort], kind="stable")]
@@ -126,13 +127,14 @@ class Vmap:
             return mean, list(self.train_clients(work, cohort, mean))
 
     def begin(self, seed: int) -> None:
-        """Train and evaluate the model of a run with this seed from now on."""
+        """Trains and evaluates the model of a run with this seed from now on."""
         self._model.begin(seed)
 
     def train_clients(
         self, work: RoundWork, clients: NDArray[np.int64], mean: FixedPointMean
     ) -> Iterator[ClientResult]:
-        """The client halves of these clients, into the mean; neighbours side by side."""
+        """Runs the client halves of these clients into the mean; neighbours are trained side by
+        side."""
         fits = self._fits(clients)
         pooled = self._pooling.train(work, clients, mean) if fits.all() else None
         if pooled is not None:
@@ -156,10 +158,10 @@ class Vmap:
             return self._evaluator.evaluate(self._test)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: this executor holds no resources to close."""
 
     def _make(self) -> None:
-        """All that trains and evaluates."""
+        """Makes the trainers and the evaluator."""
         task, precision, (chunk, compiles, device) = self._task, self._precision, self._asked
         self._slow: TorchRuntime | None = None
         self._oracle = TorchRuntime(task, fused_from=None)
@@ -180,7 +182,7 @@ class Vmap:
         self.refused = None
 
     def _fits(self, cohort: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which clients have data that the device may be given."""
+        """Returns the clients whose data may be placed on the device."""
         placed = self._device_cohort
         if placed is None or not placed.misfits:
             return np.ones(len(cohort), bool)
@@ -189,7 +191,8 @@ class Vmap:
     def _reduced(
         self, work: RoundWork, cohort: NDArray[np.int64], mean: FixedPointMean
     ) -> tuple[list[Outcome], NDArray[np.int64]]:
-        """The clients that are in the sum already, made on the device; and the others."""
+        """Sums on the device where that is possible. Returns the clients in the sum, and the
+        others."""
         placed = self._device_cohort
         if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
             return [], cohort
@@ -207,7 +210,7 @@ class Vmap:
         return done, np.array(left, np.int64)
 
     def _train(self, clients: Sequence[RoundClient]) -> list[ClientResult]:
-        """Answer the clients of a chunk, together, until each is at its end."""
+        """Answers the clients of a chunk together until each ends."""
         while (asking := _asking(clients)) and self.refused is None:
             try:
                 for alike in _alike(asking):
@@ -221,7 +224,7 @@ class Vmap:
 
     @property
     def _plain(self) -> TorchRuntime:
-        """What trains a model, or one client, that cannot be vectorised."""
+        """The runtime for a model, or one client, that cannot be vectorised."""
         if self._slow is None:
             self._slow = TorchRuntime(self._task, one_thread=self._num_threads == 1)
         return self._slow
@@ -230,7 +233,7 @@ class Vmap:
         return [train_client(client, self._plain) for client, _ in asking]
 
     def _trust(self, runs: Sequence[LocalRun]) -> None:
-        """Compare with the plain loop, unless corrections of this kind were compared before.
+        """Compares with the plain loop, unless corrections of this kind were compared before.
 
         Raises:
             Exception: it cannot be vectorised, or differs.
@@ -240,7 +243,7 @@ class Vmap:
             self._tried.add(kind)
 
     def _answer(self, asking: Sequence[tuple[RoundClient, LocalRun]]) -> None:
-        """Train side by side what clients ask for, with corrections of one kind.
+        """Trains the requests of clients side by side, with corrections of one kind.
 
         Raises:
             Exception: it cannot be.
@@ -254,7 +257,7 @@ class Vmap:
             client.answer(Trained(row, loss, len(run.steps)))
 
     def _try(self, runs: Sequence[LocalRun]) -> bool:
-        """Compare a few steps with the plain loop's; whether anything could be said.
+        """Compares a few steps with the plain loop's. Returns whether there was a verdict.
 
         Raises:
             DisagreesError: they differ.
@@ -277,7 +280,7 @@ class Vmap:
 def _placed(
     task: Task, device: str | torch.device | None, precision: Precision, chunk: int | None
 ) -> DeviceCohort | None:
-    """The clients of a task on a device, if one was named."""
+    """Places the clients of a task on a device, if one was named."""
     if device is None:
         if precision != "float32":
             raise ValueError(
@@ -296,28 +299,28 @@ def _placed(
 
 
 def chunk_for(model_bytes: int) -> int:
-    """How many clients are trained side by side: a function of the machine, not of the moment,
-    since the same chunks give the same bits."""
+    """Returns how many clients are trained side by side. It depends on the machine alone, not on
+    its present load, since the same chunks give the same bits."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = physical // 8 // (_COPIES * model_bytes)
     return int(max(min(_CHUNK, max(_CHUNK_BYTES // model_bytes, 4), fits), 1))
 
 
 def _kind(run: LocalRun) -> object:
-    """What runs must have in common to be trained side by side."""
+    """Returns the properties that runs must share to be trained side by side."""
     clip, proximal, drift = run.correction
     return run.optimizer, clip, proximal, drift is None, len(run.start)
 
 
 def _asking(clients: Iterable[RoundClient]) -> list[tuple[RoundClient, LocalRun]]:
-    """The clients that wait for local training, and for which."""
+    """Returns the clients that wait for local training, and their requests."""
     return [(client, client.run) for client in clients if client.run is not None]
 
 
 def _alike(
     asking: Iterable[tuple[RoundClient, LocalRun]],
 ) -> Iterable[list[tuple[RoundClient, LocalRun]]]:
-    """The clients by the kind of their corrections; of one kind almost always."""
+    """Groups the clients by the kind of their corrections; almost always there is one."""
     kinds: dict[object, list[tuple[RoundClient, LocalRun]]] = {}
     for client, run in asking:
         kinds.setdefault(_kind(run), []).append((client, run))

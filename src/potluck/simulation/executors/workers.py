@@ -1,11 +1,11 @@
-"""The `workers` executor: one client per core, in processes that live as long as the run.
+"""The `workers` executor: one client per core, in processes that run until it is closed.
 
 Kernels are single-threaded, because two clients on two cores do more than one client on both.
-Each worker takes the next client of the cohort when it has finished one, largest first, and adds
-the update to its own partial sum in shared memory; once a round the parent adds up one sum per
-worker. The weights and the sums lie in shared memory and the client data are shared with the
-parent, so that a round sends a few bytes through a pipe. Since sums are exact in any order, it
-does not matter which worker took which client.
+Each worker takes the next client of the cohort when it has finished one, largest first. It adds the
+update to its own partial sum in shared memory. Once a round the parent adds up one sum per worker.
+The weights and the sums lie in shared memory and the client data are shared with the parent, so
+that a round sends a few bytes through a pipe. Since sums are exact in any order, it does not matter
+which worker took which client.
 
 With `chunk`, a worker takes so many clients at a time and trains them side by side, as `vmap` does.
 A cohort is then cut into a multiple of as many chunks as there are workers, of about equal work.
@@ -44,7 +44,7 @@ from potluck.simulation.executors.process_pool import ProcessPool, has_parent
 
 
 class _Shared(NamedTuple):
-    """Memory that the parent and all workers see."""
+    """Memory shared by the parent and all workers."""
 
     received: Any  # float32 [vectors · dim]
     next_job: Any  # int64, the number of jobs taken so far
@@ -52,7 +52,7 @@ class _Shared(NamedTuple):
 
 
 class _Training(NamedTuple):
-    """What the workers are asked in a round."""
+    """The request to the workers in a round."""
 
     work: RoundWork  # its cohort by place; without what was received and the states
     length: int  # of what was received, and of an update
@@ -62,7 +62,7 @@ class _Training(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """What a worker answers; its sum is in shared memory."""
+    """The answer of a worker; its sum is in shared memory."""
 
     total: float
     bound: float
@@ -107,14 +107,14 @@ class Workers:
         self._start(vectors=1, states=None)
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
 
     def train(self, work: RoundWork) -> CohortResult:
         """Local training of one cohort.
 
         Raises:
-            WorkerError: a worker process died. The executor is closed.
+            WorkerError: a worker process exited. The executor is closed.
         """
         self._task.begin(work.seed)
         self._make_room(work.algorithm)
@@ -157,14 +157,14 @@ class Workers:
         return means(self._task, weights, [sums for _, sums in numbered])
 
     def close(self) -> None:
-        """End the processes. May be called twice."""
+        """Ends the processes. May be called twice."""
         self._pool.close()
         if self._shared.states is not None:
             self._shared.states.close()
             self._shared = self._shared._replace(states=None)
 
     def _cut(self, sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Clients of these sizes, the largest first, as jobs."""
+        """Divides clients of these sizes into jobs, the largest first."""
         if self._chunk is None:
             return [(place, place + 1) for place in range(len(sizes))]
         rounds_of_jobs = -(-len(sizes) // (self._num_workers * self._chunk))
@@ -187,7 +187,7 @@ class Workers:
         self._pool = ProcessPool(context, [("a worker", partial(body, sum)) for sum in sums])
 
     def _make_room(self, algorithm: Algorithm) -> None:
-        """Start again with more room, if this algorithm needs it."""
+        """Restarts the processes with more room, if this algorithm needs it."""
         has_file = self._shared.states is not None
         stateful = algorithm.client_vectors > 0 or has_file
         vectors = max(algorithm.vectors, self._vectors)
@@ -196,19 +196,19 @@ class Workers:
             self._start(vectors, ClientStateFile() if stateful else None)
 
     def _ask(self, method: str, received: Vector, argument: object) -> list[Any]:
-        """Ask all workers the same."""
+        """Sends all workers the same request."""
         self._received[: len(received)] = received
         self._shared.next_job.value = 0
         return self._pool.ask(method, [argument] * self._num_workers)
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else mp.cpu_count()
 
 
 class _WorkerBody:
-    """What a worker does when it is asked."""
+    """The methods of a worker process."""
 
     def __init__(
         self, task: Task, chunk: int | None, precision: Precision, shared: _Shared, sum: Any
@@ -221,7 +221,7 @@ class _WorkerBody:
         self._model = Remade(task, self._make)
 
     def train(self, request: _Training) -> _Trained:
-        """Train clients until there are no more, and add their updates to the partial sum."""
+        """Trains clients until there are no more, and adds their updates to the partial sum."""
         work, file = request.work, self._shared.states
         self._model.begin(work.seed)
         work = work._replace(received=self._received[: request.length])
@@ -245,7 +245,7 @@ class _WorkerBody:
         return _Trained(mean.total, mean.bound, outcomes, written)
 
     def evaluate(self, seed_and_length: tuple[int, int]) -> list[tuple[int, Any]]:
-        """Evaluate batches of a model of the run with this seed until there are no more."""
+        """Evaluates batches of a model of the run with this seed until there are no more."""
         seed, length = seed_and_length
         self._model.begin(seed)
         self._evaluator.load(self._received[:length])
@@ -262,7 +262,7 @@ class _WorkerBody:
         self._evaluator = Evaluator(self._task)
 
     def _jobs(self, count: int) -> Iterator[int]:
-        """Take the next job of all workers, while there are any and the parent lives."""
+        """Takes jobs from the common queue, while there are any and the parent runs."""
         while has_parent():
             with self._shared.next_job.get_lock():
                 job = int(self._shared.next_job.value)
@@ -273,7 +273,7 @@ class _WorkerBody:
 
 
 def cut(sizes: NDArray[np.int64], parts: int, longest: int) -> list[tuple[int, int]]:
-    """Divide a row into parts of about equal sums, none longer than `longest`: from … to … each.
+    """Divides a row into parts of about equal sums, none longer than `longest`: from … to … each.
 
     Args:
         sizes: > 0, descending.

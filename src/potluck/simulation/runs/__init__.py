@@ -1,1 +1,1 @@
-"""Run directories: what was asked, what came of it, and reports."""
+"""Run directories, their manifests, and reports."""

@@ -1,4 +1,4 @@
-"""What one run cost to reach a target, counted as the paper counts it.
+"""The cost of a run to reach a target, counted as in the paper.
 
     best_t = the best score of the evaluated rounds up to t
     rounds to target: where the straight line between two neighbouring best_t meets the target
@@ -36,7 +36,7 @@ _NOT_THE_EXPERIMENT = (
 
 
 class Cost(NamedTuple):
-    """What one run cost, and how far it came."""
+    """The cost of one run and its best score."""
 
     name: str
     seed: int
@@ -68,7 +68,7 @@ class Cost(NamedTuple):
 
     @property
     def sign(self) -> float:
-        """By what a score is multiplied so that more is better."""
+        """The factor that makes a score one of which more is better."""
         return _sign(self.target, self.metric)
 
 
@@ -94,7 +94,7 @@ def best_so_far(curve: Points) -> list[tuple[float, float]]:
 
 
 def on_paper_grid(curve: Curve) -> list[tuple[int, float]]:
-    """What the paper would have evaluated: rounds 1…10, then every 10th to 100, then every 100th.
+    """The curve in the rounds of the paper's grid: 1…10, then every 10th to 100, then every 100th.
 
     A curve that ends between two of these rounds, as one that stopped at its target does, holds
     its last score until the next. Rounds of the grid that were not evaluated are missing.
@@ -177,7 +177,7 @@ def measure(
 
 
 def group(costs: Iterable[Cost]) -> list[list[Cost]]:
-    """Runs of the same experiment together, by seed; experiments in order of appearance."""
+    """Groups the runs of each experiment, by seed; experiments are in order of appearance."""
     groups: dict[str, list[Cost]] = {}
     for cost in costs:
         groups.setdefault(cost.identity, []).append(cost)
@@ -228,7 +228,7 @@ def curve_of(run: Cost, x: Axis) -> Points:
 def _target(
     own: Any, given: Target | float | None, metric: str | None, known: Sequence[str]
 ) -> Target | None:
-    """What a run is measured against: the target given for it, or else its own."""
+    """Returns the target of a run: the given one, or else its own."""
     if isinstance(given, Target):
         return given if metric in (None, given.metric) else None
     mine = Target.read(own, known)
@@ -287,7 +287,7 @@ def _last_on_grid(number: int) -> int:
 
 
 def _whole_rounds(rounds: float) -> int:
-    """A round is paid for whole; the subtraction forgives the interpolation its rounding."""
+    """Rounds up to whole rounds; the subtraction allows for the interpolation's rounding."""
     return math.ceil(rounds - 1e-9)
 
 
@@ -305,7 +305,7 @@ def _identity(experiment: dict[str, Any]) -> str:
 
 
 def _given(value: Any) -> Any:
-    """Without the keys that are None: runs that are older than a key lack it."""
+    """Returns a table without the keys that are None: runs that are older than a key lack it."""
     if not isinstance(value, dict):
         return value
     content = cast("dict[str, Any]", value)

@@ -33,7 +33,7 @@ _OF_A_LINE = ("round", "loss", "metrics", "uplink_bytes", "downlink_bytes", "fai
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """A run directory as read: for reports."""
+    """The content of a run directory, for reports."""
 
     directory: Path
     manifest: Mapping[str, Any]
@@ -47,7 +47,7 @@ class RunRecord:
 
 
 def read_run(directory: Path | str) -> RunRecord:
-    """Read a run directory, finished or not.
+    """Reads a run directory, finished or not.
 
     Raises:
         RunError: it is none.
@@ -98,7 +98,7 @@ def read_weights(directory: Path | str) -> Vector:
 
 
 def discard_run(directory: Path | str) -> None:
-    """Remove the files of a run, and nothing else, so that it can be started again.
+    """Removes the files of a run, and nothing else, so that it can be started again.
 
     Raises:
         RunError: another process is writing it.
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Vector], dict[str, str]]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Generator[None]:
-    """Hold a run directory for this process alone."""
+    """Locks a run directory for this process."""
     told = (
         f"a run directory must have one writer, got {str(directory)!r} in use. "
         "Wait for the other process, or name another directory (--out)."

@@ -1,4 +1,4 @@
-"""What all figures share: colours, and files that are the same for the same runs."""
+"""Colours and file writing of all figures; the same runs give the same files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 
 
 def save_figure(figure: Any, paths: Sequence[Path]) -> None:
-    """Write a matplotlib figure into each of `paths`; their suffixes are the formats."""
+    """Writes a matplotlib figure into each of `paths`; their suffixes are the formats."""
     matplotlib: Any = importlib.import_module("matplotlib")  # slow, and seldom needed
     with matplotlib.rc_context({"svg.hashsalt": "potluck"}):
         for path in paths:

@@ -1,4 +1,4 @@
-"""What a model is worth to each client: a line a client, kept in the run's directory."""
+"""The scores of a model for each client: a line a client, kept in the run's directory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from potluck.simulation.runs.directory import PER_CLIENT, disk_errors
 
 
 def by_client(data: FederatedData, metrics: Mapping[str, FederatedMetric]) -> list[dict[str, Any]]:
-    """A federated evaluation by client: its name, how many examples it trains with and was judged
-    on, and each metric."""
+    """A federated evaluation by client: its name, its numbers of training and judged examples, and
+    each metric."""
     return [
         {
             "client": name,
@@ -36,7 +36,7 @@ def worst(rows: Sequence[Mapping[str, Any]], metric: str, number: int) -> list[M
 
 
 def write_per_client(directory: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Keep the rows in a run directory; the path of the file."""
+    """Writes the rows into a run directory and returns the path of the file."""
     path = directory / PER_CLIENT
     with disk_errors(directory):
         write_whole(path, "".join(to_json(row) + "\n" for row in rows).encode())

@@ -1,4 +1,4 @@
-"""What runs cost to reach a target, shown: tables and curves."""
+"""Tables and curves of the cost of runs to reach a target."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def table(costs: Iterable[Cost]) -> list[tuple[str, ...]]:
 
 
 def notes(costs: Iterable[Cost]) -> list[str]:
-    """What has to be said below the table."""
+    """Returns the notes below the table."""
     costs = list(costs)
     named = dict.fromkeys((cost.name, cost.classes) for cost in costs if cost.classes)
     return (
@@ -78,7 +78,7 @@ def notes(costs: Iterable[Cost]) -> list[str]:
 
 
 def _kernels(costs: Sequence[Cost]) -> list[str]:
-    """Which experiments have runs that were trained by different compiled code."""
+    """Returns a note on each experiment whose runs were trained by different compiled code."""
     groups = group(costs)
     used = [sorted({run.kernels for run in runs if run.kernels}) for runs in groups]
     return [
@@ -95,7 +95,7 @@ def _classes(name: str, classes: Sequence[str]) -> str:
 
 
 def draw(costs: Iterable[Cost], paths: Sequence[Path], x: Axis = "rounds") -> None:
-    """Draw score against rounds, or virtual hours, into each of `paths`.
+    """Draws score against rounds, or virtual hours, into each of `paths`.
 
     Their suffixes (.png, .svg) are the formats. A line is a run as it was evaluated, and a dot its
     best score. What is counted is dashed: the best so far, averaged over an experiment's seeds.
@@ -210,7 +210,7 @@ def _mean(values: Sequence[float], digits: str) -> str:
 
 
 def _mean_of_reached(values: Sequence[float | None]) -> str:
-    """No mean where a seed never reached the target: it would leave the worst out."""
+    """The mean, or none where a seed never reached the target: it would leave the worst out."""
     reached = [value for value in values if value is not None]
     if len(reached) < len(values):
         return f"– (reached by {len(reached)} of {len(values)})"

@@ -1,4 +1,4 @@
-"""The manifest of a run: what was asked, of which data, by which code, on which machine."""
+"""The manifest of a run: its experiment, data, code and machine."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def machine() -> str:
 
 
 def _gpu(device: str | None) -> str:
-    """What is added to the machine of a run that names a GPU."""
+    """Returns the name of the GPU to add to the machine of a run that uses one."""
     there = None if device is None else device_of(device)
     if there is None or there.type == "cpu":
         return ""

@@ -38,5 +38,5 @@ def model_file(task: Task, weights: Vector, *, seed: int, round: int) -> bytes:
 
 
 def is_model_file(metadata: Mapping[str, str]) -> bool:
-    """Whether a file with this metadata is one of `model_file`."""
+    """True if a file with this metadata is one of `model_file`."""
     return _AFTER in metadata

@@ -1,4 +1,4 @@
-"""A run is a directory: what was asked, what every round gave, and where to go on.
+"""Trains a run in a directory that holds its experiment, its rounds and its checkpoint.
 
     manifest.json            experiment, seed, versions, machine, kernels, commit, checksums
     rounds.jsonl             a line a round, from round 0; never a clock time, but virtual time
@@ -60,7 +60,7 @@ def train(
     data: FederatedData | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Round]:
-    """Start or continue a run in a directory, and yield every round that is new.
+    """Starts or continues a run in a directory, and yields every round that is new.
 
     However the caller or the process stops, the same call continues, and the directory ends with
     the same bytes in `rounds.jsonl` and `final.safetensors` as if it had never stopped.
@@ -134,7 +134,7 @@ def train(
 
 
 class _Position(NamedTuple):
-    """Where a run goes on: what `rounds` resumes from."""
+    """The state from which `rounds` resumes a run."""
 
     number: int
     state: ServerState
@@ -154,7 +154,7 @@ class _Run:
         self._due = time.monotonic() + _CHECKPOINT_SECONDS
 
     def has_reached(self, target: Target | None) -> bool:
-        """Whether one of the rounds before reached the target."""
+        """True if one of the rounds before reached the target."""
         if target is None:
             return False
         lines = whole_lines(self.directory / "rounds.jsonl")
@@ -162,7 +162,8 @@ class _Run:
         return any(target.is_reached(scores.get(target.metric)) for scores in metrics)
 
     def open(self) -> _Position | None:
-        """Check the manifest and open the logs where the checkpoint ends, which is returned."""
+        """Checks the manifest and opens the logs where the checkpoint ends; returns its
+        position."""
         path = self.directory / "manifest.json"
         with disk_errors(self.directory):
             if path.exists():
@@ -186,7 +187,7 @@ class _Run:
         return start
 
     def keep(self, round: Round) -> None:
-        """Write a round down, and a checkpoint if one is due."""
+        """Logs a round, and writes a checkpoint if one is due."""
         self._append(round)
         self._last = _Position(round.number, round.state, round.client_states)
         self._unsaved = True
@@ -194,7 +195,7 @@ class _Run:
             self._checkpoint(self._last)
 
     def finish(self, task: Task) -> None:
-        """Save the last round and its model."""
+        """Saves the last round and its model."""
         last = self._last
         assert last is not None
         if self._unsaved:
@@ -206,7 +207,7 @@ class _Run:
             write_whole(self.directory / "final.safetensors", content)
 
     def close(self) -> None:
-        """Save what is not saved yet, and close the logs."""
+        """Saves what is not saved yet, and closes the logs."""
         try:
             if self._unsaved and self._last is not None:
                 self._checkpoint(self._last)
@@ -296,7 +297,7 @@ class _Run:
 
 
 def _target(experiment: Experiment, task: Task) -> Target | None:
-    """Where a run stops; None where nothing but its last round ends it.
+    """Returns the target at which a run stops; None where only its last round ends it.
 
     Raises:
         ConfigError: the target is of a metric that the run does not have, or is no accuracy.
@@ -319,7 +320,7 @@ def _target(experiment: Experiment, task: Task) -> Target | None:
 
 
 def _virtual(round: Round) -> dict[str, Any]:
-    """What simulated devices add to a line of the log."""
+    """Returns the entries of simulated devices in a line of the log."""
     timing = round.virtual
     if timing is None:  # the initial model
         return {"virtual_seconds": 0.0}

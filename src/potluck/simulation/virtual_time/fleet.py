@@ -1,9 +1,10 @@
-"""The devices of a simulation: how fast each is, how far away, and when it may train.
+"""The devices of a simulation: their speeds, bandwidths and free windows.
 
 A device is free for training in windows that come again every day (or every few days, in a
-trace): for a phone, when it is charged, idle and on a network that costs nothing. One whose window
-ends before its work does is lost to the round, as is one that drops out for any other reason, with
-a probability of its own, at a moment drawn uniformly from the time that its work would have taken.
+trace): for a phone, when it is charged, idle and on a network that costs nothing. A device whose
+window ends before its work does is lost to the round. So is one that drops out for another reason.
+It does so with a probability of its own, at a moment drawn uniformly from the time that its work
+would have taken.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Fleet:
         return sha.hexdigest()
 
     def first_free(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
-        """When each device is free for the first time from its own of these times on.
+        """Returns the first time at which each device is free, from its own of these times on.
 
         Args:
             times: [population], seconds; infinite ones stay so.
@@ -65,7 +66,8 @@ class Fleet:
         return times + wait.min(axis=1, initial=np.inf)
 
     def free_until(self, device: int, time: float) -> float:
-        """When a device that is free at this time stops to be; infinite if it never does."""
+        """Returns the time at which a device that is free now stops to be; infinite if it never
+        does."""
         end = time
         while end < time + self.period_seconds:
             # A window that opens at this very moment counts, however the difference is rounded.

@@ -3,10 +3,11 @@
 Every device of a fleet is drawn once in a run, from the run's seed: its speed and its bandwidths
 lognormally around those of the middle device, its windows from the habits of its kind. All figures
 are round ones of our choice, except three. Phones drop out of 8 % of their assignments, the middle
-of the 6 to 10 % that were reported for a large deployment, where about four times as many phones
-were at hand at the best hour as at the worst; the habits of phones here come near that (K. Bonawitz
-et al.: Towards Federated Learning at Scale: System Design. MLSys 2019). And they look for work
-every 15 minutes, the shortest period at which Android runs the periodic work of an application.
+of the 6 to 10 % that were reported for a large deployment. There about four times as many phones
+were free at the best hour as at the worst, and the habits of phones here come near that (K.
+Bonawitz et al.: Towards Federated Learning at Scale: System Design. MLSys 2019). And they look for
+work every 15 minutes, the shortest period at which Android runs the periodic work of an
+application.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ALWAYS = Habit(0.0, 0.0, 24.0, 24.0, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What devices of one kind are like.
+    """The distributions of the devices of one kind.
 
     The spreads are the standard deviations of the natural logarithm: with 0.5, two devices in
     three are between 0.6 and 1.6 times as fast as the middle one.

@@ -18,9 +18,9 @@ Nothing here depends on the model's values: the timeline follows from devices, r
 alone, so a run that continues counts it again from round 1 and is at the same second. Work that is
 lost (a device that dropped out, or was late) costs virtual time and is not trained at all.
 
-Differences from the server: commits take no time; a device hears at once that its round closed; one
-that finds all slots taken takes the next free one in the order of check-ins, unless it stopped to
-be free, and one that was lost does not come back in the same attempt.
+Differences from the server: commits take no time, and a device is told at once that its round
+closed. One that finds all slots taken gets the next free one in the order of check-ins, unless it
+stopped to be free. One that was lost does not check in again in the same attempt.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class VirtualTime:
 
 
 class Timing(NamedTuple):
-    """How one round went on the virtual clock; assigned = accepted + dropped + late."""
+    """One round on the virtual clock: its time and devices; assigned = accepted + dropped +
+    late."""
 
     seconds: float  # at its end, since the start of the run
     accepted: NDArray[np.int64]  # sorted client numbers: the cohort that is trained
@@ -162,7 +163,7 @@ def _timeline(
 def _invited(
     population: int, rules: RoundRules, cohort: float | int | Poisson, seed: int, number: int
 ) -> tuple[NDArray[np.int64], int, int]:
-    """Who may check in, the goal, and the slots."""
+    """Returns the clients that may check in, the goal, and the number of slots."""
     if rules.selection == "sampled" or isinstance(cohort, Poisson):
         invited = sample_cohort(population, cohort, seed=seed, round=number)
         return invited, len(invited), len(invited)
@@ -181,7 +182,7 @@ def _attempt(
     number: int,
     attempt: int,
 ) -> _Attempt:
-    """One attempt, with its draws: who comes when, and who drops out where in its work."""
+    """Draws one attempt: check-in times, and the moments at which devices drop out."""
     population = len(fleet)
     places = stream(seed, "check-in", number, attempt).random(population)
     coins, parts = stream(seed, "drop-out", number, attempt).random((2, population))
@@ -197,7 +198,7 @@ def _attempt(
 
 
 class _Attempt:
-    """One attempt at a round, from one event to the next; and how it went."""
+    """One attempt at a round: its events and its counts."""
 
     def __init__(
         self,
@@ -223,7 +224,8 @@ class _Attempt:
         return sum(silent <= self.closed for silent in self._silent)
 
     def run(self, opened: float, times: Sequence[float], devices: Sequence[int]) -> None:
-        """From opening to closing; `devices` check in at these ascending `times`."""
+        """Runs the attempt from opening to closing; `devices` check in at these ascending
+        `times`."""
         now, coming = opened, 0
         while True:
             taken = self._active + len(self.reported)
@@ -258,7 +260,7 @@ class _Attempt:
                     self.reported.append(device)
 
     def _deadline(self) -> float:
-        """Of the reports, once the devices are selected."""
+        """Returns the deadline of the reports, once the devices are selected."""
         deadlines = self._phase.report_deadline, self._phase.selection_deadline
         return next((found for found in deadlines if found is not None), math.inf)
 

@@ -70,10 +70,11 @@ def join(
 
     Raises:
         ConfigError: no invitation and not enrolled, or enrolled elsewhere. Or the data do not fit
-        the run, the policy forbids it, or the owner does not agree. A new device's invitation stays
-        valid. DataError: the same, of the data alone. RefusedError: the invitation cannot be used,
-        or the device was revoked. RunError: the folder cannot be used. Any other trouble is waited
-        out (`trouble`).
+            the run, the policy forbids it, or the owner does not agree. A new device's invitation
+            stays valid.
+        DataError: the same, of the data alone.
+        RefusedError: the invitation cannot be used, or the device was revoked.
+        RunError: the folder cannot be used. Any other trouble is waited out (`trouble`).
     """
     if name is not None and not re.fullmatch(DEVICE_NAME, name):
         raise ConfigError(

@@ -27,7 +27,7 @@ def proxy_of(url: str, given: str | None = None) -> str | None:
 
     Raises:
         ConfigError: a proxy that does not take plain HTTP. A TLS connection inside another one
-        would not be that of which the certificate is compared.
+            would not be that of which the certificate is compared.
     """
     parts = urlsplit(url)
     host, scheme = parts.hostname or "", parts.scheme.lower()

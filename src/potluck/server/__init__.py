@@ -1,7 +1,7 @@
 """The server: state in SQL, models and updates as blobs, rounds that survive `kill -9`.
 
-Names are imported when they are first used: an operator's command, which speaks to a server through
-its folder, loads neither SQLAlchemy nor what serves.
+Names are imported when they are first used. So an operator's command, which reaches a server
+through its folder, loads neither SQLAlchemy nor the server.
 """
 
 from __future__ import annotations

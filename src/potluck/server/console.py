@@ -1,4 +1,4 @@
-"""What a person sees of a server on a terminal: a line for each round, and how the run goes on."""
+"""The server's lines on a terminal: one for each round, and the state of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lines:
         self._shown: int | None = None  # of the rounds that are over; None before the first poll
 
     def poll(self) -> list[str]:
-        """The lines since the last poll, or how things stand."""
+        """Returns the lines since the last poll, or how things stand."""
         with self._service.database.read() as db:
             mark = read_mark(db, self._run)
             if mark == self._mark:
@@ -51,7 +51,7 @@ class Lines:
 
 
 def round_line(row: RoundRow, num_rounds: int) -> str:
-    """A round that is over, in one line."""
+    """Returns a round that is over, in one line."""
     width = len(str(num_rounds))
     name = f"round {row.number:>{width}}/{num_rounds}"
     if row.kind == "evaluate":

@@ -2,7 +2,7 @@
 
 Beginning a run takes the model's first weights, and evaluation follows a round. Both take seconds,
 and PyTorch would stay in the server for weeks: 230 MB, and the interpreter's lock while devices
-wait. So a child process answers. It ends after a minute without a question, and with the server,
+wait. So a child process does both. It exits after a minute without a request, and with the server,
 however that ends.
 """
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from potluck.engine import Task
 
 IDLE_SECONDS = 60
-"""Without a question, before the child ends."""
+"""The time without a request after which the child exits."""
 
 
 class Beginning(NamedTuple):
-    """What a run begins with."""
+    """The first weights of a run, and all else that it begins with."""
 
     weights: Vector
     spec: Spec
@@ -40,7 +40,7 @@ class Beginning(NamedTuple):
 
 
 class RunEvaluator:
-    """Begins and evaluates a run. Data and model are loaded at the first question."""
+    """Begins and evaluates a run. Data and model are loaded at the first request."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -48,7 +48,7 @@ class RunEvaluator:
         self._spec: Spec | None = None
 
     def begin(self, needs: tuple[Need, ...]) -> Beginning:
-        """The first weights, their spec, and the plan of a device's work."""
+        """Returns the first weights, their spec, and the plan of a device's work."""
         from potluck.config.plan import plan_of, write_plan
         from potluck.engine.buffers import roles
 
@@ -59,7 +59,7 @@ class RunEvaluator:
         return Beginning(spec.pack(weights), spec.packed(), plan)
 
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
-        """Metrics of a model, by one thread: others on this machine train meanwhile."""
+        """Returns the metrics of a model, by one thread: others on this machine train meanwhile."""
         from potluck.engine import evaluate
         from potluck.simulation.executors.executor import kernel_threads
 
@@ -68,10 +68,10 @@ class RunEvaluator:
             return evaluate(self._load(), self._whole(weights), seed=seed)
 
     def cancel(self) -> None:
-        """Do nothing: an evaluation in this process cannot be cancelled."""
+        """Does nothing: an evaluation in this process cannot be cancelled."""
 
     def _whole(self, weights: Vector) -> Vector:
-        """The whole model: what travels, and the constants of the run's first model."""
+        """Returns the whole model: what travels, and the constants of the run's first model."""
         from potluck.engine.buffers import roles
 
         task = self._load()
@@ -90,7 +90,7 @@ class RunEvaluator:
 
 
 class EvaluatorProcess:
-    """A `RunEvaluator` in a child process. Asked by one thread at a time."""
+    """A `RunEvaluator` in a child process. Used by one thread at a time."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -98,22 +98,22 @@ class EvaluatorProcess:
         self._is_cancelled = False
 
     def begin(self, needs: tuple[Need, ...]) -> Beginning:
-        """As `RunEvaluator.begin`."""
+        """Does as `RunEvaluator.begin`."""
         return self._ask("begin", needs)
 
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
-        """As `RunEvaluator.evaluate`."""
+        """Does as `RunEvaluator.evaluate`."""
         return self._ask("evaluate", weights)
 
     def cancel(self) -> None:
-        """End the child, and have every question raise, now and later. In any thread."""
+        """Ends the child, and makes every request raise, now and later. In any thread."""
         self._is_cancelled = True
         child = self._child
         if child is not None:
             child[1].close()
 
     def _ask(self, name: str, argument: Any) -> Any:
-        for _ in range(2):  # the child may have ended since the last question
+        for _ in range(2):  # the child may have exited since the last request
             pool, lifeline = self._child = self._child or self._start()
             try:
                 if self._is_cancelled:  # looked at once `_child` is set, as `cancel` sets it first
@@ -135,12 +135,12 @@ class EvaluatorProcess:
 
 
 def is_evaluated(experiment: Experiment) -> bool:
-    """Whether a server has anything to evaluate models on."""
+    """Returns whether a server has anything to evaluate models on."""
     return experiment.task.data != "devices" or experiment.server.test is not None
 
 
 def evaluated_on(experiment: Experiment) -> str:
-    """What a server evaluates models on, in words."""
+    """Returns the data that a server evaluates models on, in words."""
     task, section = experiment.task, experiment.server
     if not is_evaluated(experiment):
         told = "on nothing here (server.test names a file)"
@@ -157,12 +157,12 @@ def evaluated_on(experiment: Experiment) -> str:
 
 
 def evaluator_of(experiment: Experiment) -> RunEvaluator | EvaluatorProcess:
-    """A child process, unless PyTorch is loaded in this one."""
+    """Returns a child process, unless PyTorch is loaded in this one."""
     return (RunEvaluator if "torch" in sys.modules else EvaluatorProcess)(experiment)
 
 
 def _begin_child(lifeline: Connection, experiment: Experiment) -> None:
-    """Prepare the child to end when the other end of `lifeline` is closed, also by a kill."""
+    """Prepares the child to end when the other end of `lifeline` is closed, also by a kill."""
     global _evaluator
     _evaluator = RunEvaluator(experiment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends the child

@@ -38,14 +38,16 @@ class PlainFormatter(logging.Formatter):
 
 
 class StrangersFilter(logging.Filter):
-    """Of what anybody may cause without a device's key, a line a second: nobody fills a disk."""
+    """Limits lines that anybody may cause without a device's key to one a second, to spare the
+    disk."""
 
     def __init__(self) -> None:
         super().__init__()
         self._told, self._left_out = -1.0, 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is shown; it tells how many were not, since the last one."""
+        """Returns whether the line is shown, with the number of lines that were not since the
+        last."""
         told = vars(record)
         is_refusal = record.msg == "request" and 400 <= told.get("status", 0) < 500
         is_theirs = is_refusal and told.get("device") is None
@@ -62,7 +64,7 @@ class StrangersFilter(logging.Filter):
 
 
 def log_to_stderr(level: str, *, plain: bool = False) -> None:
-    """Log everything of this level and above as JSON lines, or in words."""
+    """Logs everything of this level and above as JSON lines, or in words."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     handler.addFilter(StrangersFilter())

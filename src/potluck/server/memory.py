@@ -33,7 +33,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def share_heaps() -> None:
-    """Let all threads share two heaps, and what is large come from the system and go back there.
+    """Lets all threads share two heaps, and returns large blocks to the system.
 
     glibc would keep what is large in its heaps too, once a large piece was freed.
     """
@@ -57,7 +57,7 @@ class Trimmer:
         self._kept = 0
 
     def poll(self) -> bool:
-        """Give back, if it is time to. Returns whether it was."""
+        """Gives back, if it is time to. Returns whether it was."""
         if self._trim is None or self._resident() < self._kept + GROWTH_BYTES:
             return False
         self._trim(0)
@@ -67,7 +67,7 @@ class Trimmer:
 
 @contextlib.contextmanager
 def only_young_collections() -> Generator[None]:
-    """In the block Python collects young objects alone. A `GcScheduler` does the rest."""
+    """Collects young objects alone in the block. A `GcScheduler` does the rest."""
     young, middle, old = gc.get_threshold()
     gc.collect()
     gc.freeze()
@@ -113,7 +113,7 @@ class GcScheduler:
 
 
 def resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
+    """Returns the memory of this process; 0 where the system does not tell."""
     with contextlib.suppress(OSError):
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0

@@ -46,7 +46,7 @@ class Metrics:
         self._seconds.labels(path).observe(seconds)
 
     def state(self, status: dict[str, Any]) -> None:
-        """What a run's status says."""
+        """Takes the numbers of a run's status."""
         open_round: dict[str, Any] = status["open"] or {}
         values = status | {"active": 0, "reported": 0} | open_round
         values |= {"attempt": status["attempt"], "paused": status["state"] == "paused"}
@@ -54,5 +54,5 @@ class Metrics:
             gauge.set(float(values[name]))
 
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """Returns all of them, as Prometheus reads them."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""To serve an experiment: its run is begun, or goes on as it stands in the database."""
+"""Opens a server for an experiment, whose run is begun, or goes on from the database."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_server(
     *,
     restored: bool = False,
 ) -> Server:
-    """A server for an experiment file, bound to its sockets.
+    """Returns a server for an experiment file, bound to its sockets.
 
     Args:
         folder: the server's own.
@@ -91,7 +91,7 @@ def open_run(
     database: str | None = None,
     blobs: str | None = None,
 ) -> ServedRun:
-    """Go on with the run of an experiment: without its data, and so at once; or begin it.
+    """Goes on with the run of an experiment, without its data and so at once, or begins it.
 
     Args:
         begin: loads data and model, where there is no run of this name.
@@ -138,7 +138,7 @@ def _open_service(
         raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
 
     def look(db: Connection) -> None:
-        """Refuse what cannot go on, while the database is as it was."""
+        """Refuses what cannot go on, while the database is as it was."""
         run = find(db, experiment.name)
         if run is not None:
             kept(run, experiment, settings)

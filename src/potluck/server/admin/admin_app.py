@@ -1,6 +1,6 @@
-"""What operators ask of a server, on a socket of its own and with a credential of their own.
+"""The application for operators, on a socket of its own and with a credential of its own.
 
-A device's signature means nothing here, and the credential nothing to the application for devices.
+A device's signature is not accepted here, nor the credential by the application for devices.
 Requests and answers are JSON; a refusal has the protocol's shape of an error.
 """
 
@@ -56,14 +56,14 @@ class AdminApp:
         self._invite = invite
 
     def asgi(self) -> ASGIApp:
-        """The application."""
+        """Returns the application."""
         handlers = error_handlers(self._served.service.now)
         app = Starlette(routes=self.paths(), exception_handlers=handlers)
         app.router.redirect_slashes = False
         return measured(app, self._metrics)
 
     def paths(self) -> list[Route]:
-        """All that is answered at the operators' socket."""
+        """Returns the routes of the operators' socket."""
         service, run = self._served.service, self._served.id
         gets: dict[str, Callable[[], Any]] = {
             "status": self._status,
@@ -199,7 +199,7 @@ async def _content(request: Request) -> dict[str, Any]:
 
 
 def _refuse(what: str) -> NoReturn:
-    """Refuse a value that an operator gave."""
+    """Refuses a value that an operator gave."""
     raise ProtocolError("malformed", what)
 
 

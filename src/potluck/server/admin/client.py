@@ -1,4 +1,4 @@
-"""An operator's side of the admin socket."""
+"""The client of the admin socket."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FOLDER_SECONDS, _START_SECONDS = 10.0, 60.0
 
 
 class Operator:
-    """Asks a running server; the folder says where and with what credential."""
+    """Sends requests to a running server; the folder has its address and the credential."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
 
     def wait(self, seconds: float | None, tell: Callable[[float], None]) -> None:
-        """Wait for a server that starts; `tell` is called once, with the limit, if there is none.
+        """Waits for a server that starts; `tell` is called once, with the limit, if there is none.
 
         Without a limit given it is 10 s for the server's folder, which `serve` makes in its first
         second, and 60 s where that is there.
@@ -52,19 +52,19 @@ class Operator:
             time.sleep(_LOOK_SECONDS)
 
     def get(self, name: str) -> Any:
-        """Ask for something."""
+        """Gets a value from the server."""
         return json.loads(self._ask("GET", name, None))
 
     def post(self, name: str, **asked: Any) -> Any:
-        """Have something done."""
+        """Requests an action of the server."""
         return json.loads(self._ask("POST", name, asked))
 
     def fetch(self, name: str, **asked: Any) -> bytes:
-        """Have something made, and take its bytes."""
+        """Requests an action, and returns the bytes that it made."""
         return self._ask("POST", name, asked)
 
     def text(self, name: str) -> str:
-        """Ask for something that is not JSON."""
+        """Gets a text that is not JSON."""
         return self._ask("GET", name, None).decode()
 
     def _ask(self, method: str, name: str, asked: dict[str, Any] | None) -> bytes:
@@ -109,7 +109,7 @@ class _OverSocket(HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        """Connect to the socket's path."""
+        """Connects to the socket's path."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))

@@ -23,7 +23,7 @@ def draw(
     top: float | None = None,
     label: Callable[[float], str] = "{:g}".format,
 ) -> str:
-    """A chart of curves by name, from zero up; "" where there is no point.
+    """Returns a chart of curves by name, from zero up; "" where there is no point.
 
     Args:
         top: of the vertical axis; None: of the highest point.
@@ -70,7 +70,7 @@ def draw(
 
 
 def thin(points: Points) -> Points:
-    """At most about `MAX_POINTS` of them, the first and the last included."""
+    """Returns at most about `MAX_POINTS` of the points, the first and the last included."""
     step = -(-len(points) // MAX_POINTS)
     kept = list(points[::step]) if step > 1 else list(points)
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
@@ -81,13 +81,13 @@ def _text(x: float, y: float, anchor: str, content: str) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, of which the first is at most `low` and the last at least `high`."""
+    """Returns round numbers, of which the first is at most `low` and the last at least `high`."""
     high = high if high > low else 1.0
     step = _step(high - low)
     return [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def _step(span: float) -> float:
-    """1, 2 or 5 times a power of ten, of which at most five make up `span`."""
+    """Returns 1, 2 or 5 times a power of ten, of which at most five make up `span`."""
     power = 10.0 ** math.floor(math.log10(max(span, 1e-9)) - 1)
     return next(power * factor for factor in (1, 2, 5, 10, 20, 50) if span <= 5 * power * factor)

@@ -7,7 +7,7 @@
     POST /dashboard/sign-out
     GET  /dashboard/style.css, script.js, icon.svg
 
-It shows, and changes nothing. A device's signature means nothing here. Browsers are told to load
+It only shows. A device's signature is not accepted here. Browsers are told to load
 nothing from elsewhere, to be framed by nobody, and to keep nothing.
 """
 
@@ -81,13 +81,13 @@ class Dashboard:
         self.num_streams = 0
 
     def invite(self) -> str:
-        """A link that signs in, once."""
+        """Returns a link that signs in, once."""
         now = self._service.now()
         key = issue_key(self._service.database, self._run, now, actor="admin")
         return f"{self._address}/dashboard/sign-in#{key}"
 
     def paths(self) -> list[Route]:
-        """The routes."""
+        """Returns the routes."""
         made: dict[str, dict[str, Endpoint]] = {
             "": {"GET": self._page},
             "/events": {"GET": self._events},
@@ -128,7 +128,7 @@ class Dashboard:
             self._viewers -= Counter([session])
 
     def _read(self) -> Snapshot:
-        """What the database has: of the run, and of who may still see it."""
+        """Reads from the database the run, and the sessions that may still see it."""
         viewers, now = set(self._viewers), self._service.now()
         self._over = viewers - sessions_of(self._service.database, self._run, viewers, now)
         return self._renderer.snapshot()
@@ -184,7 +184,7 @@ def _file(name: str) -> Endpoint:
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
-    """With the headers for browsers, on errors too."""
+    """Adds the headers for browsers, on errors too."""
 
     async def serve(request: Request) -> Response:
         try:
@@ -199,13 +199,13 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse what another site's page sends; browsers say it, and others have no cookie."""
+    """Refuses what another site's page sends; browsers say it, and others have no cookie."""
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise ProtocolError("unsigned", "the request must come from the dashboard's own page.")
 
 
 async def _key(request: Request) -> str:
-    """The key in a form.
+    """Returns the key in a form.
 
     Raises:
         ProtocolError: malformed, media, too_large.

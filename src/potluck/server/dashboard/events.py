@@ -1,9 +1,9 @@
-"""What changed on the dashboard, to everybody who looks at it, as server-sent events.
+"""Changes of the dashboard as server-sent events, for all its viewers.
 
-A process reads the database at most once in `POLL_SECONDS`, however many look at the process, and
-while nobody does, never. A stream holds no thread. It ends after `STREAM_SECONDS`, when the browser
-connects again and shows its session anew; as soon as the session is found to be over; and at once
-when the server stops.
+A process reads the database at most once in `POLL_SECONDS`, however many viewers it has, and never
+without one. A stream holds no thread. It ends after `STREAM_SECONDS`, when the browser connects
+again and shows its session anew. It ends earlier when the session is over, and at once when the
+server stops.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ STREAM_SECONDS = 120.0
 
 
 class Snapshot(NamedTuple):
-    """What the dashboard shows at some time."""
+    """The content of the dashboard at one time."""
 
     id: str
-    """The same for the same content, in every process."""
+    """Its digest: the same for the same content, in every process."""
     sections: Mapping[str, str]
     """Name to HTML."""
 
@@ -45,7 +45,7 @@ class SnapshotFeed:
         self._snapshot: Snapshot | None = None
 
     async def snapshot(self) -> Snapshot:
-        """What the dashboard shows, at most `POLL_SECONDS` old."""
+        """Returns the content of the dashboard, at most `POLL_SECONDS` old."""
         async with self._lock:
             if self._snapshot is None or time.monotonic() - self._read_at >= POLL_SECONDS:
                 self._snapshot = await run_in_threadpool(self._read)
@@ -55,8 +55,10 @@ class SnapshotFeed:
     async def events(
         self, seen: str, may_see: Callable[[], bool] = lambda: True
     ) -> AsyncGenerator[ServerSentEvent]:
-        """The sections that changed since the snapshot `seen`, as they change, as long as the
-        viewer `may_see` them when they were read."""
+        """Yields the sections that changed since the snapshot `seen`, as they change.
+
+        It ends when the viewer may not see them any more, by `may_see` of the latest read.
+        """
         sent: Mapping[str, str] = {}
         end = time.monotonic() + STREAM_SECONDS
         yield ServerSentEvent(retry=1000)
@@ -78,7 +80,7 @@ class SnapshotFeed:
             await self._pause()
 
     async def _pause(self) -> None:
-        """Until it is time to read again; notifications come oftener than that."""
+        """Waits until it is time to read again; notifications come oftener than that."""
         end = time.monotonic() + POLL_SECONDS
         while not self._notifier.closed and (left := end - time.monotonic()) > 0:
             await self._notifier.wait(left)

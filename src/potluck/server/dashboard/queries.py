@@ -1,7 +1,7 @@
-"""What the dashboard shows of a run, read from the database; any process of the run can.
+"""The queries of the dashboard, which any process of the run can make.
 
-A round that is over does not change any more: it is read once (`Past`). So a look costs the rounds
-that are new, not the history.
+A round that is over does not change any more: it is read once (`Past`). So the cost of a query
+depends on the new rounds alone, not on the history.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SILENT = (assignments.c.state == "expired") & (assignments.c.reason == LEASE_RA
 
 
 class AssignmentCounts(NamedTuple):
-    """Assignments by what became of them."""
+    """The assignments of a round by their outcome."""
 
     active: int = 0
     reported: int = 0
@@ -103,7 +103,7 @@ class Past:
         self._judged: dict[str, int] = {}  # kind: the last round
 
     def read(self, db: Connection, run: str) -> tuple[RoundRow, dict[str, AssignmentCounts]] | None:
-        """Read what is new. Returns the open round, with its tallies by device class."""
+        """Reads what is new. Returns the open round, with its tallies by device class."""
         self._read_evaluations(db, run)
         known = self.rounds[-1].number if self.rounds else 0
         found = [row for row in _rounds_from(db, run, known) if row.id not in self._ids]
@@ -152,7 +152,7 @@ class Past:
                     self.losses.setdefault(name, []).append((row.number, loss))
 
     def _read_evaluations(self, db: Connection, run: str) -> None:
-        """They are made in the order of their rounds, those of either kind."""
+        """Reads new evaluations; those of either kind are in the order of their rounds."""
         here = evaluations.c.run == run
         for kind in ("central", "federated"):
             new = here & (evaluations.c.kind == kind)
@@ -173,7 +173,7 @@ class Past:
 
 
 class ClassRow(NamedTuple):
-    """The devices of one class, and what became of their assignments."""
+    """The devices of one class, and the outcomes of their assignments."""
 
     name: str
     enrolled: int
@@ -184,7 +184,7 @@ class ClassRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """A run at some time."""
+    """The state of a run at one time."""
 
     name: str
     state: str
@@ -212,7 +212,8 @@ class Overview:
 
 
 def read_mark(db: Connection, run: str) -> tuple[Any, ...]:
-    """One cheap query, whose answer differs when something on the dashboard may."""
+    """Reads a mark in one cheap query; it differs when something on the dashboard may have
+    changed."""
     current = rounds.c.run == run, OPEN_ROUND
     here = select(rounds.c.id).where(*current).scalar_subquery()
     mine, done = assignments.c.round == here, reports.c.round == here
@@ -236,7 +237,7 @@ def read_mark(db: Connection, run: str) -> tuple[Any, ...]:
 
 
 def read_overview(db: Connection, run: str, now: int, past: Past) -> Overview:
-    """All that changes on the dashboard; `past` is what an earlier look has read."""
+    """Returns all that changes on the dashboard; `past` is what an earlier query has read."""
     row = db.execute(select(runs).where(runs.c.id == run)).one()
     opened = past.read(db, run)
     current, tallies = opened or (None, {})
@@ -268,7 +269,7 @@ def read_overview(db: Connection, run: str, now: int, past: Past) -> Overview:
 
 
 def _rounds_from(db: Connection, run: str, number: int) -> list[Row[Any]]:
-    """The rounds from this number on, in the order in which they were opened."""
+    """Returns the rounds from this number on, in the order in which they were opened."""
     told = (ledger.c.loss, ledger.c.median_loss, ledger.c.uplink_bytes, ledger.c.downlink_bytes)
     kinds = rounds.c.kind.in_(("train", "evaluate"))
     query = (
@@ -281,7 +282,7 @@ def _rounds_from(db: Connection, run: str, number: int) -> list[Row[Any]]:
 
 
 def _tally(db: Connection, ids: Sequence[str]) -> dict[str, dict[str, AssignmentCounts]]:
-    """Round id → device class → tally."""
+    """Returns round id → device class → counts."""
     what = case(
         (_SILENT, "silent"),
         (assignments.c.state == "expired", "unneeded"),
@@ -333,7 +334,7 @@ def _classes(
 
 
 def _devices(db: Connection, run: str, round: str | None) -> list[dict[str, Any]]:
-    """Those that were heard of last; at work is who is in the open round."""
+    """Returns the devices with the latest requests; those in the open round are at work."""
     names = ("id", "name", "device_class", "seen_ms", "revoked_ms")
     query = select(*(devices.c[name] for name in names)).where(devices.c.run == run)
     newest = query.order_by(devices.c.seen_ms.desc(), devices.c.client).limit(SHOWN_DEVICES)
@@ -346,7 +347,7 @@ def _devices(db: Connection, run: str, round: str | None) -> list[dict[str, Any]
 
 
 def _dropouts(db: Connection, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The newest of the rounds `ids`: device, round and reason."""
+    """Returns the newest of the rounds `ids`: device, round and reason."""
     a = assignments.c
     shown = (devices.c.name, devices.c.id, rounds.c.number, rounds.c.attempt, a.reason)
     query = (

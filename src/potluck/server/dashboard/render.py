@@ -1,6 +1,6 @@
-"""From what the database says to the HTML of the dashboard, in sections that change on their own.
+"""Renders the dashboard from the database as HTML, in sections that change independently.
 
-Templates escape everything; the only HTML that goes through is the charts', which escape theirs.
+Templates escape everything but the HTML of the charts, which escape theirs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from potluck.server.storage.context import Context
 from potluck.server.storage.database_tables import runs
 
 SECTIONS = ("summary", "round", "charts", "rounds", "abandoned", "classes", "devices")
-_AGAIN_SECONDS = 15.0  # what no mark tells: who was seen lately
+_AGAIN_SECONDS = 15.0  # for changes without a mark: the devices that were seen lately
 
 
 class Renderer:
@@ -56,7 +56,7 @@ class Renderer:
         self._pages.filters |= {"span": span, "score": score}
 
     def snapshot(self) -> Snapshot:
-        """What to show now: one query where nothing has changed."""
+        """Returns the present content, by one query where nothing has changed."""
         with self._one, self._context.database.read() as db:
             mark = read_mark(db, self._run)
             if mark == self._mark and time.monotonic() - self._read < _AGAIN_SECONDS:
@@ -69,7 +69,7 @@ class Renderer:
         return self._last
 
     def page(self, snapshot: Snapshot) -> str:
-        """The whole page."""
+        """Returns the whole page."""
         with self._context.database.read() as db:
             row = db.execute(select(runs).where(runs.c.id == self._run)).one()
         asked = json.loads(row.experiment) | {"rounds": json.loads(row.settings)}
@@ -79,7 +79,7 @@ class Renderer:
         )
 
     def sign_in(self, message: str = "") -> str:
-        """The page for those who are not in."""
+        """Returns the page for those who are not in."""
         return self._pages.get_template("sign_in.html").render(message=message)
 
     def _render(self, seen: Overview) -> dict[str, str]:
@@ -95,7 +95,7 @@ class Renderer:
 
 
 def moment(milliseconds: int) -> str:
-    """A time, in UTC; – for one that no calendar has."""
+    """Returns a time, in UTC; – for one that no calendar has."""
     try:
         return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
@@ -103,14 +103,14 @@ def moment(milliseconds: int) -> str:
 
 
 def score(value: float | None) -> str:
-    """A loss with as many digits as a person reads; – for none."""
+    """Returns a loss with as many digits as a person reads; – for none."""
     if not is_result(value):
         return "–"
     return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes in words."""
+    """Returns a number of bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -119,12 +119,12 @@ def size(num_bytes: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A part as a percentage."""
+    """Returns a part as a percentage."""
     return f"{100 * value:.1f} %"
 
 
 def span(milliseconds: int) -> str:
-    """A duration in words."""
+    """Returns a duration in words."""
     seconds = milliseconds / 1000
     if seconds < 100:
         return f"{seconds:.1f} s"
@@ -151,7 +151,7 @@ def _figures(seen: Overview) -> list[Markup]:
 
 
 def _groups(asked: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """The configuration as sections of key and value, as an experiment file has them."""
+    """Returns the configuration as sections of key and value, as an experiment file has them."""
     groups: dict[str, list[tuple[str, str]]] = {"": []}
     for name, value in asked.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How an operator's browser gets in: a key that works once, then a session.
+"""The sign-in of an operator's browser: a key that works once, then a session.
 
     key       32 random bytes in a link, printed by `potluck dashboard`; valid for an hour, until
               the next one is made or it is used, which the first sign-in does
@@ -7,10 +7,10 @@
 The database keeps the SHA-256 of both, so every process of a run knows them. Using a key is one
 DELETE that finds it, so of concurrent uses exactly one wins.
 
-A right key gets in however many wrong ones came before it: they may have come through the same
-proxy, and 256 bits are not guessed.
+A right key is accepted after any number of wrong ones. They may have come through the same proxy,
+and nobody guesses 256 bits.
 
-Guarantee: who has read the database cannot sign in. A secret is looked up by its hash and never
+Guarantee: a reader of the database cannot sign in. A secret is looked up by its hash and never
 compared with a stored one, so the time of an answer tells nothing about any secret.
 """
 
@@ -35,7 +35,7 @@ _MAX_ADDRESSES = 10_000
 
 
 def issue_key(database: Database, run: str, now: int, *, actor: str) -> str:
-    """A key for one sign-in, which is the only one from now on; what has expired is forgotten."""
+    """Makes a key for one sign-in. It is the only one from now on; expired ones are deleted."""
     key = secrets.token_urlsafe(32)
     older = (sign_ins.c.run == run) & (sign_ins.c.kind == "key")
     with database.write() as db:
@@ -46,7 +46,7 @@ def issue_key(database: Database, run: str, now: int, *, actor: str) -> str:
 
 
 def sign_in(database: Database, run: str, key: str, now: int) -> str | None:
-    """A session for a key, which is used up; None: the key is unknown, used or expired."""
+    """Returns a session for a key, which is used up; None: the key is unknown, used or expired."""
     if not _found(database, run, "key", [key], now):  # many wrong ones take no turn to write
         return None
     session = secrets.token_urlsafe(32)
@@ -59,17 +59,17 @@ def sign_in(database: Database, run: str, key: str, now: int) -> str | None:
 
 
 def is_session(database: Database, run: str, session: str, now: int) -> bool:
-    """Whether a cookie is one of ours."""
+    """Returns whether a cookie is a session of this run."""
     return bool(sessions_of(database, run, [session], now))
 
 
 def sessions_of(database: Database, run: str, cookies: Collection[str], now: int) -> set[str]:
-    """Those of the cookies that are ours, and not signed out."""
+    """Returns those of the cookies that are sessions of this run, and not signed out."""
     return _found(database, run, "session", cookies, now)
 
 
 def sign_out(database: Database, run: str, session: str, now: int) -> None:
-    """End a session."""
+    """Ends a session."""
     if _FORM.fullmatch(session) is None:
         return
     with database.write() as db:
@@ -84,12 +84,12 @@ class Throttle:
         self._full: dict[str, float] = {}  # when the address has all its tries again
 
     def left(self, address: str) -> bool:
-        """Whether the address may try now."""
+        """Returns whether the address may try now."""
         behind = self._full.get(address, 0.0) - self._now()
         return behind <= (self._tries - 1) * self._seconds
 
     def wrong(self, address: str) -> None:
-        """Note a wrong key."""
+        """Notes a wrong key."""
         now = self._now()
         self._full[address] = max(self._full.pop(address, now), now) + self._seconds
         if len(self._full) > _MAX_ADDRESSES:  # the one that was wrong longest ago

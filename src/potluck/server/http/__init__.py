@@ -1,1 +1,1 @@
-"""What stands between a socket and the server's work: limits, checks and handlers."""
+"""Everything between a socket and the server's work: limits, checks and handlers."""

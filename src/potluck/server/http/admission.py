@@ -1,4 +1,5 @@
-"""Admission control: how many are let in at once, how many wait, and when the rest may retry."""
+"""Admission control: the limits on requests at once and on waiting ones, and when others may
+retry."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ class Limiter:
         self._semaphore.release()
 
     async def lease(self, device: str) -> None:
-        """Let a device be one holder, however often it asks.
+        """Lets a device be one holder, however often it asks.
 
         Raises:
             ProtocolError: overloaded.
@@ -79,13 +80,13 @@ class Limiter:
         self._leases[device] = self._expiry(device)
 
     def renew(self, device: str) -> None:
-        """The lease of a device, if it has one, is in use."""
+        """Notes that the lease of a device, if it has one, is in use."""
         if device in self._leases:
             self._leases[device].cancel()
             self._leases[device] = self._expiry(device)
 
     def end(self, device: str) -> None:
-        """End the lease of a device, if it has one."""
+        """Ends the lease of a device, if it has one."""
         if device in self._leases:
             self._leases.pop(device).cancel()
             self._semaphore.release()
@@ -102,7 +103,7 @@ class DeviceRequests:
         self._count: Counter[str] = Counter()
 
     def enter(self, scope: Scope, device: str) -> None:
-        """One more, which is noted in the request's scope.
+        """Counts one more request, which is noted in its scope.
 
         Raises:
             ProtocolError: overloaded.
@@ -118,7 +119,7 @@ class DeviceRequests:
         prove(scope, device)
 
     def leave(self, scope: Scope) -> None:
-        """The request of this scope is over, however it ended; it may have been nobody's."""
+        """Counts the request of this scope no more, however it ended; it may have had no device."""
         device = scope.get("device")
         if device is not None:
             self._count[device] -= 1
@@ -127,11 +128,11 @@ class DeviceRequests:
 
 
 class RetryAfter:
-    """How long those wait who are refused: the delay grows with the number that is away.
+    """The delay for refused requests, which grows with the number of devices that are away.
 
-    Refusing costs about half of answering, so the delay is chosen such that at most `REFUSALS` come
-    in a second. Each is told its own time around it: those that were refused together must not
-    come again together.
+    A refusal costs about half of an answer, so the delay is chosen such that at most `REFUSALS`
+    come in a second. Each device gets its own time around it, so that those that were refused
+    together do not come again together.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class RetryAfter:
         self._seconds = LEAST_SECONDS
 
     def seconds(self) -> float:
-        """After which one more may come again, which is refused."""
+        """Returns the delay for one more refused request."""
         now = self._clock()
         self._away.append(now)
         if now >= self._update:

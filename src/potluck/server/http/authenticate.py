@@ -2,8 +2,8 @@
 
 In this order, and never further than the first fault: the signature's headers, a small body, room
 for one more request, the device and its key, the signature, the clock, the sequence number, the
-form and length of the body, a large body, its digest. So nobody without a key makes the server read
-a body but a small one.
+form and length of the body, a large body, its digest. So the server reads no body but a small one
+for a caller without a key.
 
 Sequence numbers are written in batches: requests that arrive while one transaction is written share
 the next one. That transaction also tells whether a device whose key is remembered may still take
@@ -40,7 +40,7 @@ _MAX_KEYS = 100_000  # of devices that were here, of about 150 bytes each
 
 
 class Authenticator:
-    """Lets signed requests of the devices of one run in, each one once."""
+    """Admits signed requests of the devices of one run, each one once."""
 
     def __init__(
         self, context: Context, run: str, run_key: bytes, names: Collection[str] = ()
@@ -54,7 +54,7 @@ class Authenticator:
         self._claims: Batches[tuple[str, int], None] = Batches(partial(claim_sequences, context))
 
     async def admit(self, request: Request, claim: Claim) -> None:
-        """Let a device's request in, once.
+        """Admits a device's request, once.
 
         Raises:
             ProtocolError: why not.
@@ -63,7 +63,7 @@ class Authenticator:
         await self.note(claim)
 
     async def verify(self, request: Request, claim: Claim) -> None:
-        """Check the claim of a device's request, which gets in if it is then noted.
+        """Checks the claim of a device's request, which is admitted once it is noted.
 
         Raises:
             ProtocolError: why not.
@@ -74,12 +74,12 @@ class Authenticator:
         try:
             self._verify(claim, key, request, self._last.get(claim.device, 0))
         except ProtocolError as error:
-            if error.code in ("clock", "replayed"):  # it is the device's signature: the log says so
+            if error.code in ("clock", "replayed"):  # signed by the device: the log names it
                 request.scope["signer"] = claim.device
             raise
 
     async def _find(self, device: str) -> None:
-        """Remember a device of this run that may take part."""
+        """Remembers a device of this run that may take part."""
         found = await run_in_threadpool(find_key, self._context, device)
         if found is None or found.run != self._run:
             return
@@ -91,7 +91,7 @@ class Authenticator:
     async def admit_newcomer(
         self, request: Request, route: Route, claim: Claim, body: bytearray | None
     ) -> Enrol | Preview:
-        """The message of a newcomer, signed with the key that is in the message."""
+        """Returns the message of a new device, signed with the key that is in the message."""
         if abs(claim.time_ms - self._context.now()) > MAX_SKEW_MS:
             self._verify_clock(claim)
         kind = Preview if route.request is Preview else Enrol
@@ -122,7 +122,7 @@ class Authenticator:
         self._check_authority(request)
 
     def _check_authority(self, request: Request) -> None:
-        """Refuse what was signed for another server, even if that one has the same run's key."""
+        """Refuses what was signed for another server, even if that one has the same run's key."""
         authority = authority_of(request)
         if not is_called(authority, request.scope["server"][0], self._names):
             raise ProtocolError(
@@ -141,7 +141,7 @@ class Authenticator:
         )
 
     async def note(self, claim: Claim) -> None:
-        """Note the sequence number of a request: each one counts once.
+        """Notes the sequence number of a request: each one counts once.
 
         Raises:
             RefusedError: replayed, unknown.
@@ -151,8 +151,10 @@ class Authenticator:
 
     @contextlib.contextmanager
     def noting(self, claim: Claim) -> Generator[None]:
-        """While a transaction notes a request: what it finds is remembered, so that the next replay
-        ends before it takes anything of its device's."""
+        """Wraps a transaction that notes a request, and remembers its result.
+
+        So the next replay is refused before it takes anything of its device's.
+        """
         try:
             yield
         except CodedError as error:
@@ -168,13 +170,13 @@ class Authenticator:
             self._last[claim.device] = max(claim.sequence, self._last.get(claim.device, 0))
 
     def forget(self, device: str) -> None:
-        """Remember nothing of a device that was thrown out, or of which there are too many."""
+        """Forgets a device that was revoked, or one of too many."""
         self._keys.pop(device, None)
         self._last.pop(device, None)
 
 
 def claim_of(request: Request) -> Claim:
-    """What a request's headers claim of its device.
+    """Returns the claim in a request's headers.
 
     Raises:
         ProtocolError: unsigned, malformed.
@@ -188,7 +190,7 @@ def claim_of(request: Request) -> Claim:
 
 
 def authority_of(request: Request) -> str:
-    """The `Host` header, which must be there once.
+    """Returns the `Host` header, which must be there once.
 
     Raises:
         ProtocolError: malformed.
@@ -200,7 +202,7 @@ def authority_of(request: Request) -> str:
 
 
 def path_of(request: Request) -> str:
-    """The path with its query, as sent."""
+    """Returns the path with its query, as sent."""
     query: bytes = request.scope["query_string"]
     raw: bytes = request.scope["raw_path"]
     return (raw + b"?" * bool(query) + query).decode("latin-1")

@@ -1,4 +1,4 @@
-"""What a server is called: the hosts that devices may have signed their requests for.
+"""The names of a server: the hosts that devices may have signed their requests for.
 
 These are the names given to `potluck serve --name`, those on an operator's certificate, the
 machine's name, the address that the connection came to, and loopback. Ports are not compared, since
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]+:[0-9a-f:.]*")
 
 
 def all_names(given: Iterable[str], listens: str, certificate: Path | None) -> set[str]:
-    """The hosts of a server, apart from the addresses that connections come to.
+    """Returns the hosts of a server, apart from the addresses that connections come to.
 
     Raises:
         ConfigError: a name that is none.
@@ -32,7 +32,7 @@ def all_names(given: Iterable[str], listens: str, certificate: Path | None) -> s
 
 
 def host_of(authority: str) -> str:
-    """The host in a HOST or HOST:PORT.
+    """Returns the host in a HOST or HOST:PORT.
 
     Raises:
         ConfigError: it is none.
@@ -51,7 +51,7 @@ def host_of(authority: str) -> str:
 
 
 def is_called(authority: str, local: str, names: Collection[str]) -> bool:
-    """Whether an authority, in lower case, is that of a server with these names.
+    """Returns whether an authority, in lower case, is that of a server with these names.
 
     Args:
         local: the address that the connection came to.

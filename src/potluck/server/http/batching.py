@@ -18,15 +18,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 GATHER_SECONDS = 0.002
-"""A batch waits for more requests: a round's devices are answered together."""
+"""The wait of a batch for more requests: a round's devices are answered together."""
 BUSY_GATHER_SECONDS = 0.012
-"""The same, while more than `BUSY_RATE` come in a second."""
+"""The wait while more than `BUSY_RATE` requests come in a second."""
 BUSY_RATE = 600.0
 _RATE_SECONDS = 1.0
 _MOST = 500
-"""Items in a batch."""
+"""The most items in a batch."""
 _MANY = 16
-"""Items of which a batch starts at once."""
+"""The number of items with which a batch starts at once."""
 
 
 class Batches(Generic[T, R]):
@@ -47,7 +47,7 @@ class Batches(Generic[T, R]):
         self._since, self._count, self._rate = clock(), 0, 0.0  # of this second; a second's items
 
     async def do(self, item: T) -> R:
-        """The result for an item.
+        """Returns the result for an item.
 
         Raises:
             Exception: what the function gave or raised.

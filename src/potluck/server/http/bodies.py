@@ -1,4 +1,4 @@
-"""Bodies of requests: what may be sent, and how it is read.
+"""Bodies of requests: their limits, and how they are read.
 
 A small body is read before its request takes a slot, so a slow one holds nothing but its own
 connection; uvicorn keeps as much of any body in memory. A large one is read only of a device that
@@ -20,12 +20,12 @@ from potluck.server.http.transfers import LEAST_RATE, Transfer
 M = TypeVar("M", bound=Message)
 
 GRACE_SECONDS = 10.0
-"""For a small body, beside the time that it takes at the least rate."""
+"""The time for a small body, beside what it takes at the least rate."""
 SMALL_BYTES = MAX_REQUEST_BYTES
 
 
 async def read_small(request: Request, route: Route) -> bytearray | None:
-    """The body, whoever sends it, as far as it is small; None: it is not, or there is none.
+    """Reads a small body of any sender; None: it is large, or there is none.
 
     Raises:
         ProtocolError: malformed: it does not come in time.
@@ -46,7 +46,7 @@ async def read_small(request: Request, route: Route) -> bytearray | None:
 
 
 async def read_large(request: Request, length: int, transfer: Transfer) -> bytearray:
-    """The body of an admitted request, piece by piece.
+    """Returns the body of an admitted request, piece by piece.
 
     Raises:
         ProtocolError: malformed; overloaded: it was too slow.
@@ -58,7 +58,7 @@ async def read_large(request: Request, length: int, transfer: Transfer) -> bytea
 
 
 def check_form(request: Request, route: Route) -> int:
-    """The length of the body that a request announces, where it may send one of this kind.
+    """Returns the length of the body that a request announces, where it may send one of this kind.
 
     Raises:
         ProtocolError: malformed, media, too_large.
@@ -88,7 +88,7 @@ def check_form(request: Request, route: Route) -> int:
 def message_in(
     request: Request, route: Route, kind: type[M], claim: Claim, body: bytearray | None
 ) -> M:
-    """What a request says, whose small body was read.
+    """Returns the message in a small body that was read.
 
     Raises:
         ProtocolError: malformed, media, too_large, digest.
@@ -100,7 +100,7 @@ def message_in(
 
 
 def check_digest(body: bytearray, claim: Claim) -> None:
-    """Refuse a body that is not the one that was signed.
+    """Refuses a body that is not the one that was signed.
 
     Raises:
         ProtocolError: digest.
@@ -111,7 +111,7 @@ def check_digest(body: bytearray, claim: Claim) -> None:
 async def _receive(
     request: Request, length: int, body: bytearray, transfer: Transfer | None = None
 ) -> None:
-    """Append what comes to `body`, until it is `length` long."""
+    """Appends what comes to `body`, until it is `length` long."""
     stream = request.stream()
     try:
         while len(body) < length:

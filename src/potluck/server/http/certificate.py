@@ -1,8 +1,9 @@
 """The server's certificate: its own, made at the first start and pinned by devices, or another's.
 
-A certificate of our own is never renewed: a device trusts the very bytes whose SHA-256 came with
-its invitation, and no authority, name or date. It is an ECDSA P-256 key, which every TLS library
-takes. Guarantee: who does not hold `tls.key` cannot stand between a device and the server.
+A certificate of our own is never renewed: a device pins the bytes whose SHA-256 came with its
+invitation, whatever their authority, name or date. It is an ECDSA P-256 key, which every TLS
+library takes. Guarantee: nobody without `tls.key` can intercept the traffic between a device and
+the server.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)  # "no e
 
 
 def ensure_certificate(certificate: Path, private_key: Path) -> None:
-    """Make a self-signed certificate, unless it is there."""
+    """Makes a self-signed certificate, unless it is there."""
     if certificate.exists() and private_key.exists():
         return
     key = ec.generate_private_key(ec.SECP256R1())
@@ -49,7 +50,7 @@ def ensure_certificate(certificate: Path, private_key: Path) -> None:
 
 
 def check_pair(certificate: Path, private_key: Path) -> None:
-    """Refuse a certificate and a key that cannot be served with.
+    """Refuses a certificate and a key that the server cannot use.
 
     Raises:
         RunError: they do not belong together, or are none.
@@ -67,7 +68,7 @@ def check_pair(certificate: Path, private_key: Path) -> None:
 
 
 def certificate_names(certificate: Path) -> set[str]:
-    """The hosts that a certificate is for, in lower case; `*.` stands for one label."""
+    """Returns the hosts that a certificate is for, in lower case; `*.` stands for one label."""
     found = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions
     try:
         names = found.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -82,7 +83,7 @@ def _no_word() -> str:
 
 
 def certificate_fingerprint(certificate: Path) -> str:
-    """SHA-256 of the first certificate of a PEM file, as DER, in hex.
+    """Returns the SHA-256 of the first certificate of a PEM file, as DER, in hex.
 
     Raises:
         RunError: there is none.

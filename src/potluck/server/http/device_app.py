@@ -1,9 +1,9 @@
-"""The application that devices talk to: the protocol's routes to one served run.
+"""The application for devices: the protocol's routes to one served run.
 
 Thin: a small body is read, the request is authenticated, its message is parsed, and the run answers
-in a thread. A request that waits for its client does not count among those worked on: check-ins
-wait for work (long poll) until a transition or the end of their time, and large bodies have limits
-of their own. Every error, on every path, is one message of the protocol.
+in a thread. A request that waits for its client does not count among those at work. Check-ins wait
+for work (long poll) until a transition or the end of their time. Large bodies have limits of their
+own. Every error, on every path, is one message of the protocol.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ HEALTH = "/health"
 _LOG = logging.getLogger("potluck.server")
 _MAX_POLLS = 20_000
 SENDERS = 64
-"""Devices that send an update at once, a chunk after another."""
+"""The devices that send an update at the same time, a chunk after another."""
 _RETRY_SECONDS: dict[ErrorCode, float] = {
     "overloaded": LEAST_SECONDS,
     "unavailable": 5.0,
     "internal": 5.0,
 }
 _KEEPING = ("not_found", "late", "conflict", "offset", "digest", "range", "wrong_length")
-"""Said to a device that is known, of a body whose length was right: the connection goes on."""
+"""Refusals of a known device, for a body of the right length: the connection goes on."""
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 _HEX = re.compile(r"[0-9a-f]{32,64}")
 
@@ -97,7 +97,8 @@ class DeviceApp:
         self.newcomers = Limiter(8, waiting=256, seconds=5.0)  # or they would crowd devices out
         self.requests = DeviceRequests()
         # A body that waits lies in memory, a device that waits before it sends holds next to
-        # nothing. So as many send as keep a core and a disk busy; a device's own patience ends too.
+        # nothing. So as many send as keep a core and a disk busy; a device's own time-out ends its
+        # wait, too.
         self.senders = Limiter(SENDERS, waiting=_MAX_POLLS, seconds=25.0, idle_seconds=10.0)
         # A chunk of 1 MiB each, at most of 4, so that no device that may send has to wait.
         self.uploads = Transfers(Limiter(SENDERS, waiting=4000, seconds=60.0))
@@ -109,7 +110,7 @@ class DeviceApp:
         self._arrivals: Batches[Any, Message] = Batches(served.take_in, GATHER_SECONDS)
 
     def asgi(self, others: Sequence[routing.Route] = ()) -> ASGIApp:
-        """The application; `others` are paths that are not for devices."""
+        """Returns the application; `others` are paths that are not for devices."""
         handlers = error_handlers(self.served.service.now)
         app = Starlette(routes=[*self.paths(), *others], exception_handlers=handlers)
         app.router.redirect_slashes = False
@@ -123,7 +124,7 @@ class DeviceApp:
         return measured(counted, self.metrics)
 
     def paths(self) -> list[routing.Route]:
-        """All that is answered to devices."""
+        """Returns the routes for devices."""
         found: dict[str, dict[str, Endpoint]] = {}
         for route in ROUTES:
             endpoints = found.setdefault(route.path.partition("?")[0], {})
@@ -191,7 +192,7 @@ class DeviceApp:
         claim: Claim,
         body: bytearray | None,
     ) -> Response:
-        """A message whose request is noted in the transaction that does what it asks for."""
+        """Answers a message; the transaction that does what it asks for notes its request."""
         async with self.limiter:
             await self.authenticator.verify(request, claim)
             self.requests.enter(request.scope, claim.device)
@@ -201,7 +202,7 @@ class DeviceApp:
             except CodedError:
                 await self.authenticator.note(
                     claim
-                )  # a replay is told that it is one, whatever it holds
+                )  # a replay is refused as one, whatever it holds
                 raise
             generation = self.notifier.generation
             if isinstance(message, CheckIn):
@@ -224,7 +225,7 @@ class DeviceApp:
             return await batches.do(item)
 
     async def _announce(self, claim: Claim, message: Report) -> Response:
-        """What is announced is sent once the device is one of those that may send."""
+        """Answers an announced update once its device is one of those that may send."""
         await self.senders.lease(claim.device)
         async with self.limiter:
             return await self._upload(claim.device, self.served.answer, claim.device, message, "")
@@ -232,14 +233,14 @@ class DeviceApp:
     async def _put(
         self, claim: Claim, upload: str, offset: int, before: Stood, data: bytearray
     ) -> Response:
-        """Append a chunk to an upload that stood so `before` its body was read."""
+        """Appends a chunk to an upload whose state was `before` when its body was read."""
         check_digest(data, claim)
         self.metrics.received.inc(len(data))
         chunk = (self.served.service, claim.device, upload, offset, data, before)
         return await self._upload(claim.device, add_chunk, *chunk)
 
     async def _upload(self, device: str, step: Callable[..., Message], *given: Any) -> Response:
-        """Take a step of an upload; after the last, or a refusal, the device sends no more."""
+        """Takes a step of an upload; after the last, or a refusal, the device sends no more."""
         try:
             told = await run_in_threadpool(step, *given)
         except CodedError:
@@ -260,7 +261,7 @@ class DeviceApp:
     async def _poll(
         self, request: Request, device: str, message: CheckIn, given: Message, generation: int
     ) -> Response:
-        """Ask again whenever something has changed, until there is work or the time is over."""
+        """Asks again whenever something has changed, until there is work or the time is over."""
         end = time.monotonic() + self.long_poll_seconds
         self._polls += 1
         self.metrics.polls.set(self._polls)
@@ -298,7 +299,7 @@ class DeviceApp:
 
 
 def error_handlers(now: Any) -> dict[Any, Any]:
-    """What every exception is answered with: one message of the protocol."""
+    """Returns the handlers of exceptions, which all answer with one message of the protocol."""
     retry_after = RetryAfter()
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -335,7 +336,7 @@ def error_response(
     server_time_ms: int | None = None,
     retry_after_seconds: float | None = None,
 ) -> Response:
-    """The one shape of every answer that is not a success."""
+    """Returns the one shape of every answer that is not a success."""
     retry = retry_after_seconds or _RETRY_SECONDS.get(code)
     error = Error(
         code=code,
@@ -350,7 +351,7 @@ def error_response(
 
 
 def exact_route(path: str, endpoints: Mapping[str, Endpoint]) -> routing.Route:
-    """A path with an endpoint for each method, without the HEAD that Starlette adds to GET."""
+    """Returns a route with an endpoint for each method, without the HEAD that Starlette adds."""
 
     async def serve(request: Request) -> Response:
         return await endpoints[request.method](request)
@@ -361,7 +362,7 @@ def exact_route(path: str, endpoints: Mapping[str, Endpoint]) -> routing.Route:
 
 
 def _is_small(request: Request) -> bool:
-    """Whether what was not read of a body may be passed over."""
+    """Returns whether the unread rest of a body is small enough to be ignored."""
     length = request.headers.get("content-length", "0")
     return length.isdecimal() and int(length) <= 4096 and "transfer-encoding" not in request.headers
 

@@ -1,8 +1,8 @@
-"""What a device's message asks of the run that is served, and its answer.
+"""The handlers of devices' messages to the run that is served.
 
 Everything here is synchronous and without sockets. A refusal is a `RefusedError`, or a
-`ProtocolError` where the message cannot be right. Of another device's assignment is said what is
-said of none.
+`ProtocolError` where the message cannot be right. Another device's assignment is answered as an
+unknown one.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ _SKEW_MS = 300_000  # a device's clock may be so late: its manifests expire late
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedRun:
-    """One run that is served."""
+    """A run that is served, with its key and settings."""
 
     service: Service
     id: str
     key: bytes
-    """Signs manifests."""
+    """The private key that signs manifests."""
     spec: Spec
     plan: dict[str, Any]
     experiment: Experiment
     settings: RoundSettings
-    """As they were when this process began to serve the run."""
+    """The values when this process began to serve the run."""
     kept: list[str]
-    """Keys of which the run has other values than its file: each one in words."""
+    """The keys whose values in the run differ from its file: each one in words."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class ServedRun:
         return self.experiment.run.codec or "float32"
 
     def preview(self, message: Preview) -> Previewed:
-        """The run as it stands, for the holder of a token that could be used now."""
+        """Returns the run as it stands, for the holder of a token that could be used now."""
         key = bytes.fromhex(message.public_key)
         enrolment.check_token(self.service, message.token, key, into=self.id)
         with self.service.database.read() as db:
@@ -85,7 +85,7 @@ class ServedRun:
         return Previewed(manifest=manifest.decode(), signature=signature.hex(), server_time_ms=now)
 
     def enrol(self, message: Enrol) -> Enrolled:
-        """Take in the device that owns the message's key."""
+        """Takes in the device that owns the message's key."""
         enrolled = enrolment.enrol(
             self.service,
             message.token,
@@ -104,8 +104,9 @@ class ServedRun:
     def check_ins(
         self, asked: Sequence[tuple[str, int | None, CheckIn]]
     ) -> list[Assignment | Wait | Finished | CodedError]:
-        """Many check-ins at once: for each one work, a time to come back, the end, or why it is
-        refused.
+        """Answers many check-ins at once: work, a time to come back, the end, or a refusal.
+
+        The sequence number of its request comes with each and is noted here; None: it has been.
 
         With the sequence number of its request, which is noted here; None where it has been.
         """
@@ -125,7 +126,7 @@ class ServedRun:
         return answers
 
     def _early(self, device: str, message: CheckIn) -> Wait | RefusedError | None:
-        """What is answered whatever the server knows of the round."""
+        """Returns an answer that does not depend on the round, if there is one."""
         if message.run != self.name:
             return RefusedError(
                 "not_found", f"the run must be {self.name}, got run={message.run}. Enrol in it."
@@ -138,12 +139,14 @@ class ServedRun:
             return error
 
     def take_in(self, came: Sequence[tuple[Claim, Report]]) -> list[Accepted | CodedError]:
-        """Many reports with their updates inside: for each one its answer, or why it is refused.
-        Their requests' sequence numbers are noted here, and not before."""
+        """Answers many reports with their updates inside, each one with its result or a refusal.
+
+        The sequence numbers of their requests are noted here, and not before.
+        """
         return inline_reports.take_in(self.service, came, self.codec)
 
     def answer(self, device: str, message: Message, sha256: str) -> Message:
-        """The answer to a message of an enrolled device; `sha256` is that of its bytes."""
+        """Returns the answer to a message of an enrolled device; `sha256` is that of its bytes."""
         match message:
             case Progress():
                 return leases.extend_lease(self.service, device, message.assignment)

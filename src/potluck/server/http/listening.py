@@ -1,9 +1,9 @@
 """Listening sockets whose connections are limited, so that descriptors never run out.
 
 A connection counts for its address until a request on it proves whose it is; from then on for that
-device or session. Where there are as many as may be, in all or of those that have proven nothing,
-one is closed: of the address, device or session that has most, the one that has proven nothing for
-longest. So whoever opens many closes its own, and a new connection has time to prove itself.
+device or session. At the limit, of all or of unproven connections, one is closed. It belongs to the
+address, device or session that has most, and is the one that has proven nothing for longest. So a
+client that opens many loses its own, and a new connection has time to prove whose it is.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from starlette.types import Scope
 from potluck.core import RunError
 
 HANDSHAKE_SECONDS = 15.0
-"""For TLS's, from accept on."""
+"""The time for the handshake of TLS, from accept on."""
 _BACKLOG = 4096
-"""Connections that wait to be accepted. Who finds no room is not told: its system tries again after
-1, 2 and 4 seconds, and thousands together."""
+"""Connections that wait to be accepted. Without room there is no answer: the client's system tries
+again after 1, 2 and 4 seconds, and thousands do so together."""
 OPERATORS = 32
 """Connections at once at the operators' socket, which only the server's own user can open."""
 MOST_DESCRIPTORS = 65_536
-"""That are of use to one process."""
+"""The most descriptors that are of use to one process."""
 _STRANGERS = 4_096
 """Connections that have proven nothing: in a handshake each takes 70 KB."""
 _OF_ONE = 32
@@ -44,8 +44,8 @@ _RESERVED = 256
 _ACCEPTS = 128
 """Connections that are accepted at once, before handshakes go on, which cost four times as much."""
 _GIVEN_UP_RATE = 400.0
-"""Connections a second that are closed for new ones: those who come again at once get a third of a
-core, and who comes first waits ten seconds behind as many as the system keeps."""
+"""Connections a second that are closed for new ones. Clients that connect again at once get a third
+of a core. A new client waits ten seconds behind as many as the system keeps."""
 _SCARCE_SECONDS = 0.05
 _TELL_SECONDS = 1.0
 _LOG = logging.getLogger("potluck.server")
@@ -53,7 +53,7 @@ _LOG = logging.getLogger("potluck.server")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listen:
-    """Where devices come, and with which certificate; None: one of our own."""
+    """The address for devices, and the certificate; None: one of our own."""
 
     host: str = "127.0.0.1"
     port: int = 8443
@@ -61,11 +61,11 @@ class Listen:
     certificate: Path | None = None
     private_key: Path | None = None
     names: tuple[str, ...] = ()
-    """By which devices call the server, where neither its address nor its certificate tells."""
+    """Further names of the server, beside its address and those on its certificate."""
 
 
 def open_listener(listen: Listen) -> Listener:
-    """The socket that devices come to.
+    """Opens the socket for devices.
 
     Raises:
         RunError: the address is taken, or not ours.
@@ -89,12 +89,12 @@ def open_listener(listen: Listen) -> Listener:
 
 
 def listen_unix(path: Path) -> Listener:
-    """The socket that operators come to.
+    """Opens the socket for operators.
 
     Raises:
         RunError: the path is too long.
     """
-    path.unlink(missing_ok=True)  # of the life before: the folder is held by us alone
+    path.unlink(missing_ok=True)  # of an earlier process: this one holds the folder's lock
     made = socket.socket(socket.AF_UNIX)
     old = os.umask(0o177)
     try:
@@ -112,12 +112,12 @@ def listen_unix(path: Path) -> Listener:
 
 
 def authority(host: str, port: int) -> str:
-    """Host and port as in a URL."""
+    """Returns host and port as in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def raise_descriptors() -> int:
-    """Raise the soft limit on open descriptors as far as may be and is of use. Returns it."""
+    """Raises the soft limit on open descriptors as far as is permitted and of use. Returns it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _of_use(hard)
     if _of_use(soft) < wanted:
@@ -131,14 +131,14 @@ def _of_use(limit: int) -> int:
 
 
 class _Owner(NamedTuple):
-    """Whom a connection counts for: who proved to be its device or session, or its address."""
+    """The owner of a connection: a proven device or session, or an address."""
 
     is_address: bool
     name: str
 
 
 class ClientSocket(socket.socket):
-    """A connection, until it is closed."""
+    """A connection that counts until it is closed."""
 
     def __init__(self, listener: Listener, made: socket.socket, owner: _Owner) -> None:
         super().__init__(made.family, made.type, made.proto, fileno=made.detach())
@@ -148,18 +148,18 @@ class ClientSocket(socket.socket):
         """asyncio's, that reads from here; None until there is one that is known."""
 
     def give_up(self) -> None:
-        """Have it closed, whatever it is doing."""
+        """Closes the connection, whatever its state."""
         if self.transport is not None:
             self.transport.abort()
         with contextlib.suppress(OSError):  # in the handshake, asyncio reads and sees the end
             self.shutdown(socket.SHUT_RDWR)
 
     def prove(self, name: str) -> None:
-        """A request has proven whose the connection is."""
+        """Notes that a request has proven the connection's owner."""
         self._listener.change(self, _Owner(False, name))
 
     def close(self) -> None:
-        """Close, and count no more."""
+        """Closes the connection, which counts no more."""
         self.transport = None
         self._listener.forget(self)
         super().close()
@@ -182,7 +182,7 @@ class Listener(socket.socket):
         self._told, self._told_of = -_TELL_SECONDS, 0  # when it was, and of how many
 
     async def serve(self, make: Callable[[], asyncio.Protocol], tls: SSLContext | None) -> None:
-        """Accept connections, each for a new protocol, until the task is cancelled."""
+        """Accepts connections, each for a new protocol, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         self.setblocking(False)
         beginning: set[asyncio.Task[None]] = set()
@@ -206,7 +206,7 @@ class Listener(socket.socket):
                 await asyncio.sleep(0)
 
     def admit(self, made: socket.socket, address: Any) -> ClientSocket:
-        """Count one more connection, for which another is given up where there are many."""
+        """Counts one more connection, and gives another up where there are many."""
         accepted = ClientSocket(self, made, _Owner(True, _network(address)))
         self._open[accepted.fileno()] = accepted
         self._put(accepted)
@@ -219,11 +219,11 @@ class Listener(socket.socket):
         return accepted
 
     def find(self, descriptor: int) -> ClientSocket | None:
-        """The open connection of this descriptor."""
+        """Returns the open connection of this descriptor."""
         return self._open.get(descriptor)
 
     def change(self, accepted: ClientSocket, owner: _Owner) -> None:
-        """It counts for this owner from now on, as what has proven last."""
+        """Counts the connection for this owner from now on, as the latest that has proven it."""
         if self._take(accepted):
             accepted.owner = owner
             self._put(accepted)
@@ -231,17 +231,17 @@ class Listener(socket.socket):
                 self._give_up(owner, f"{_OF_ONE} of one device or session")
 
     def forget(self, accepted: ClientSocket) -> None:
-        """It is about to be closed."""
+        """Stops counting a connection that is about to be closed."""
         self._take(accepted)
         self._open.pop(accepted.fileno(), None)
 
     def _worst(self, *, is_address: bool = False) -> _Owner:
-        """Whose connection is closed first, of all owners or of the addresses."""
+        """Returns the owner whose connection is closed first, of all or of the addresses."""
         rank = max(rank for rank in self._by_rank if rank % 2 >= is_address)
         return next(iter(self._by_rank[rank]))
 
     def _give_up(self, owner: _Owner, limit: str) -> None:
-        """Close an owner's oldest, and tell of it at most once a second."""
+        """Closes an owner's oldest connection, and logs that at most once a second."""
         victim = next(iter(self._owned[owner]))
         self._take(victim)
         victim.give_up()
@@ -263,7 +263,7 @@ class Listener(socket.socket):
         self._count[accepted.owner.is_address] += 1
 
     def _take(self, accepted: ClientSocket) -> bool:
-        """Count it no more; False: it was not counted."""
+        """Counts the connection no more; False: it was not counted."""
         owner = accepted.owner
         owned = self._owned.get(owner, {})
         if accepted not in owned:
@@ -297,19 +297,22 @@ async def _begin(
 
 
 def prove(scope: Scope, name: str) -> None:
-    """The request of this scope has proven whose its connection is."""
+    """Notes that the request of this scope has proven its connection's owner."""
     accepted = scope.get("accepted")
     if accepted is not None:
         accepted.prove(name)
 
 
 def _rank(owner: _Owner, num_owned: int) -> int:
-    """Of the highest, one is closed first: who has most; of equals, who has proven nothing."""
+    """Returns the rank of an owner: of the highest, a connection is closed first.
+
+    That is the owner with most connections; of equals, one that has proven nothing.
+    """
     return 2 * num_owned + owner.is_address
 
 
 def _network(address: Any) -> str:
-    """An IPv4 address, or the half of an IPv6 address that a provider gives to one customer."""
+    """Returns an IPv4 address, or the half of an IPv6 address that belongs to one customer."""
     if not isinstance(address, tuple):
         return ""
     host = str(address[0])  # pyright: ignore[reportUnknownArgumentType]
@@ -320,5 +323,5 @@ def _network(address: Any) -> str:
 
 
 def _reason(error: OSError) -> str:
-    """Without what Python adds to it."""
+    """Returns the reason without Python's additions."""
     return (error.strerror or str(error)).partition(" (while")[0]

@@ -1,4 +1,4 @@
-"""Around an application: requests are counted, timed and logged, and slow readers given up."""
+"""Middleware that counts, times and logs requests, and closes connections of slow readers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from potluck.server.metrics import Metrics
 
 SEND_SECONDS = 60.0
-"""For a piece of an answer, before a reader that is too slow is given up."""
+"""The time for a piece of an answer, before the connection of a slow reader is closed."""
 
 _LOG = logging.getLogger("potluck.server")
 
 
 def measured(app: ASGIApp, metrics: Metrics) -> ASGIApp:
-    """Count, time and log requests, and give up readers that are too slow."""
+    """Counts, times and logs requests, and closes connections of readers that are too slow."""
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,7 +48,7 @@ def measured(app: ASGIApp, metrics: Metrics) -> ASGIApp:
             status = seen["status"]
             path = getattr(scope.get("route"), "path", "unknown")
             seconds = time.perf_counter() - started
-            is_ours = path != "unknown" and status != 405  # a stranger may make methods up
+            is_ours = path != "unknown" and status != 405  # an unknown caller may invent methods
             metrics.request(scope["method"] if is_ours else "", path, status, seconds)
             level = logging.DEBUG if status < 400 else logging.INFO
             if _LOG.isEnabledFor(level):

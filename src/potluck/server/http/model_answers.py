@@ -19,9 +19,9 @@ from potluck.protocol import Claim
 from potluck.server.http.transfers import Transfer, Transfers
 
 LARGE_BYTES = 1 << 20
-"""Of a model: above, a connection that has carried it is closed."""
+"""The size of a model above which a connection that has carried it is closed."""
 _PART_BYTES = 1 << 16
-"""That are counted at once when they have left."""
+"""The bytes that are counted together once they are sent."""
 Read: TypeAlias = Callable[[Row[Any], int, int], Iterator[bytes]]
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
@@ -29,7 +29,9 @@ _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 def model_answer(
     request: Request, claim: Claim, read: Read, model: Row[Any], transfers: Transfers
 ) -> Download:
-    """A model, or the part of it that a request's headers ask for; `read` gives [start, stop).
+    """Answers with a model, or the part of it that a request's headers ask for.
+
+    `read` gives the bytes [start, stop).
 
     Raises:
         ProtocolError: range.
@@ -55,7 +57,7 @@ def model_answer(
 
 
 class Download(Response):
-    """A vector, a piece at a time, from the moment on when there is a place for it."""
+    """Sends a vector, a piece at a time, once the limiter admits it."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Download(Response):
             accepted = scope.get("accepted")
             if not has_begun or accepted is None:
                 raise
-            accepted.give_up()  # too slow, or the rest cannot be read: it comes again for it
+            accepted.give_up()  # too slow, or the rest cannot be read: the device asks for it again
             await gone
         finally:
             gone.cancel()
@@ -100,13 +102,13 @@ class Download(Response):
 
 
 async def hung_up(receive: Receive) -> None:
-    """Until the client has gone; of the body, nothing is wanted any more."""
+    """Waits until the client has gone; the rest of the body is ignored."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def _range(text: str, size: int) -> tuple[int, int] | None:
-    """[start, stop) of one range; None: all of it.
+    """Returns [start, stop) of one range; None: all of it.
 
     Raises:
         ProtocolError: range.

@@ -1,4 +1,5 @@
-"""Tells requests that wait for work that something has changed, and the leader to look at once."""
+"""The notifier of waiting requests, when something has changed, and of the leader, when work is
+due."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ _FIRST = asyncio.FIRST_COMPLETED
 
 
 class Notifier:
-    """Notifies of changes by which devices that wait may have work. Belongs to one event loop."""
+    """Notifies waiting devices of changes that may mean work. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -19,14 +20,14 @@ class Notifier:
         self._woken = asyncio.Event()
 
     def notify(self) -> None:
-        """Let all who wait look again."""
+        """Lets all waiting requests check again."""
         self.generation += 1
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
 
     async def wait(self, seconds: float, *others: asyncio.Future[Any]) -> None:
-        """Until the next notification, or one of the others is done, or so long."""
+        """Waits for the next notification, or one of the others, at most so long."""
         notified: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.add(notified)
         try:
@@ -35,11 +36,11 @@ class Notifier:
             self._waiting.discard(notified)
 
     def wake(self) -> None:
-        """Have the leader look at once instead of at its next tick."""
+        """Makes the leader check at once instead of at its next tick."""
         self._woken.set()
 
     async def wait_for_wake(self, seconds: float) -> None:
-        """Until the leader is to look, or so long."""
+        """Waits until the leader is to check, at most so long."""
         try:
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
@@ -49,7 +50,7 @@ class Notifier:
             self._woken.clear()
 
     def close(self) -> None:
-        """Have all who wait end."""
+        """Ends all waits."""
         self.closed = True
         self.notify()
         self.wake()

@@ -1,9 +1,9 @@
 """One connection of a client, held to limits, and to the one shape of errors.
 
-Uvicorn and httptools parse HTTP; what they leave open is closed here: headers without an end; a
-client that opens a connection, or a second request on it, and does not send its headers in time;
-and bytes that are not HTTP/1.0 or 1.1, which are answered in JSON. A request's target has one form:
-a path as it is routed and signed, without escapes, and with a query that has something in it.
+Uvicorn and httptools parse HTTP. Limits that they do not have are set here, on the length of
+headers and on the time in which they must arrive, also those of a later request. Bytes that are not
+HTTP/1.0 or 1.1 are answered in JSON. A request's target has one form: a path as it is routed and
+signed, without escapes, and with a query that has something in it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from potluck.server.http.listening import ClientSocket, Listener
 
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 32_768
-"""Of a request's target and headers together."""
+"""The limit of a request's target and headers together."""
 BUFFER_BYTES = 1 << 16
-"""Of a connection, each way, beside the piece that is being worked on."""
+"""The buffer of a connection, each way, beside the piece that is being worked on."""
 _GOODBYE_SECONDS = 0.5
 _TARGET = re.compile(rb'/[!-"$->@-~]*(\?[!-"$-~]+)?')
 
@@ -32,7 +32,7 @@ class Connection(HttpToolsProtocol):
 
     _headers_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
-    _is_over = False  # answered for good: what still comes is not looked at
+    _is_over = False  # answered for good: later bytes are ignored
     _accepted: ClientSocket | None = None
     _fault = "the request must be HTTP/1.1, got another."
 
@@ -63,7 +63,8 @@ class Connection(HttpToolsProtocol):
         if self._headers_timer is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES:
-                # Who is still sending would lose the answer if the connection were closed at once.
+                # A client that is still sending would lose the answer if the connection were closed
+                # at once.
                 self._is_over = True
                 self._answer_malformed()
                 self.loop.call_later(_GOODBYE_SECONDS, self._say_goodbye)
@@ -100,7 +101,7 @@ class Connection(HttpToolsProtocol):
             self._say_goodbye()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, instead of whatever was under way."""
+        """Answers bytes that are not HTTP, instead of the request under way."""
         self._answer_malformed()
         self._say_goodbye()
 
@@ -139,7 +140,7 @@ class Connection(HttpToolsProtocol):
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        """Close; TLS would wait for the other side's goodbye."""
+        """Closes the connection; TLS would wait for the other side to close."""
         if not self.transport.is_closing():  # asyncio's TLS forgets how to abort when closed twice
             self.transport.close()
         self.loop.call_later(_GOODBYE_SECONDS, self.transport.abort)

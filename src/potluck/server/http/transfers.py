@@ -1,9 +1,9 @@
-"""Large bodies on their way, in one direction: how many at once, and which are too slow to go on.
+"""Large bodies in one direction: how many at once, and which are too slow to go on.
 
-Each holds memory until it is through, so their number is limited, and one that stands still must
+Each holds memory until it is complete, so their number is limited, and one that stands still must
 not keep others waiting. A device has one at a time: a newer one ends the older, whose connection
-broke unnoticed, or which only occupies a place. All must move at the least rate. While others wait,
-the slowest of those below the fair rate end first. Their devices send them again.
+may have broken unnoticed. All must move at the least rate. While others wait, the slowest of those
+below the fair rate end first. Their devices send them again.
 
 The rate of a transfer is a mean over about the last `_MEAN_SECONDS`. It starts at twice the fair
 rate, so a pause of as long does not end it.
@@ -19,18 +19,18 @@ from potluck.core import ProtocolError
 from potluck.server.http.admission import Limiter
 
 LEAST_RATE = 8_192.0
-"""Bytes a second of every body: a chunk of 1 MiB takes two minutes at most."""
+"""The least bytes a second of every body: a chunk of 1 MiB takes two minutes at most."""
 FAIR_RATE = 16_384.0
-"""Bytes a second, from which on a body is never ended for others."""
+"""The bytes a second from which on a body is never ended for others."""
 _MEAN_SECONDS = 16.0
 _CHECK_SECONDS = 1.0
 
 
 class Transfer:
-    """A body that has a place."""
+    """A body that the limiter has admitted."""
 
     num_bytes = 0
-    """That were sent or received so far."""
+    """The bytes that were sent or received so far."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
@@ -42,7 +42,7 @@ class Transfer:
 
     @contextlib.asynccontextmanager
     async def moving(self) -> AsyncGenerator[None]:
-        """While the network is waited for.
+        """Times the wait for the network in the block.
 
         Raises:
             ProtocolError: overloaded: the transfer was ended.
@@ -60,13 +60,13 @@ class Transfer:
         return self._timeout is not None
 
     def end(self) -> None:
-        """Have `moving` raise, if it is."""
+        """Makes `moving` raise, if it waits."""
         if self._timeout is not None:
             self._timeout.reschedule(asyncio.get_running_loop().time())
             self._timeout = None
 
     def update(self) -> None:
-        """Take what came since the last update into the rate."""
+        """Takes the bytes since the last update into the rate."""
         now = asyncio.get_running_loop().time()
         seconds = max(now - self._updated, 1e-3)
         share = min(seconds / _MEAN_SECONDS, 1.0)
@@ -86,7 +86,7 @@ class Transfers:
 
     @contextlib.asynccontextmanager
     async def of(self, device: str, sequence: int) -> AsyncGenerator[Transfer]:
-        """A place for a body of this device, whose older one ends.
+        """Admits a body of this device, and ends its older one.
 
         Raises:
             ProtocolError: overloaded: there is none in time, or a newer one has it.
@@ -116,7 +116,7 @@ class Transfers:
         self._timer = asyncio.get_running_loop().call_later(_CHECK_SECONDS, self._check)
 
     def _check(self) -> None:
-        """End those below the least rate, and slow ones that others wait for."""
+        """Ends the bodies below the least rate, and slow ones that others wait for."""
         self._timer = None
         moving = [transfer for transfer in self._under_way.values() if transfer.is_moving]
         for transfer in moving:

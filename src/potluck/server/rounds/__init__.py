@@ -1,1 +1,1 @@
-"""A served run: enrolment, leases, uploads, commits, and who leads."""
+"""A served run: enrolment, leases, uploads, commits, and the election of a leader."""

@@ -1,8 +1,8 @@
-"""Which reports count: one for each device and round, whichever way its update came.
+"""The acceptance of reports: one for each device and round, whichever way its update came.
 
-A report is identified by device and round (an attempt has an id of its own): the same digest again
-is answered as the first time, also when the round is over; another digest is a conflict. What comes
-in chunks (`reports`), inside a message (`arrivals`) or as metrics is accepted here.
+A report is identified by device and round, and an attempt is a round of its own. The same digest
+again is answered as the first time, also when the round is over. Another digest is a conflict.
+Uploads (`uploads`), updates inside messages (`inline_reports`) and metrics are all accepted here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from potluck.server.storage.stored_run import settings_of
 from potluck.server.storage.vectors import read_spec
 
 CLAIMED = ("sha256", "num_bytes", "codec", "weight", "loss", "num_steps")
-"""The columns of what a device says of its update."""
+"""The columns of a device's claims about its update."""
 
 
 class Intake:
-    """The reports of one transaction: which of them count, and the rows of those that do."""
+    """The reports of one transaction: those that count, and their rows."""
 
     def __init__(self, db: Connection, found: Iterable[Row[Any]], now: int) -> None:
         """`found`: all assignments that are reported for, as `known_assignment` gives them."""
@@ -53,7 +53,7 @@ class Intake:
     def check(
         self, found: Row[Any], message: Report, codec: Codec, fault: CodedError | None = None
     ) -> bool:
-        """Whether this report counts already. If not, what it says of itself is right.
+        """Returns whether this report counts already. If not, its claims are checked.
 
         Args:
             codec: the run's.
@@ -85,8 +85,10 @@ class Intake:
         return False
 
     def has(self, found: Row[Any], sha256: str) -> bool:
-        """Whether this report counts already; also by another assignment of its device in the
-        round, after the lease of this one ran out.
+        """Returns whether this report counts already.
+
+        It may count by another assignment of its device in the round, after the lease of this one
+        ran out.
 
         Raises:
             RefusedError: conflict: another one counts; late: none does, and the assignment is over.
@@ -99,7 +101,7 @@ class Intake:
         return earlier is not None
 
     def add(self, found: Row[Any], values: Mapping[str, Any]) -> None:
-        """Have a report count; `conclude` makes it so.
+        """Lets a report count, once `conclude` is called.
 
         Raises:
             RefusedError: late: the round has all it needs.
@@ -117,13 +119,13 @@ class Intake:
             self.closed.add(found.round)
 
     def reject(self, found: Row[Any], reason: str) -> None:
-        """End an assignment whose update can be part of no model; `conclude` makes it so."""
+        """Ends an assignment whose update can be part of no model, once `conclude` is called."""
         self._bad[found.id] = (found, reason)
 
     def conclude(self, counting: Iterable[Row[Any]]) -> list[Accepted]:
-        """Write what was decided, and close the rounds that have their goal.
+        """Writes the decisions, and closes the rounds that have their goal.
 
-        Returns what the devices are told whose reports count, now or since earlier.
+        Returns the answers to the devices whose reports count, now or since earlier.
         """
         if self._new:
             self._db.execute(insert(reports), self._new)
@@ -150,7 +152,7 @@ class Intake:
 
 
 def earlier_answer(db: Connection, found: Row[Any], sha256: str, now: int) -> Accepted | None:
-    """The answer of the first time, if this report counts already.
+    """Returns the answer of the first time, if this report counts already.
 
     Raises:
         RefusedError: as `Intake.has`.
@@ -160,7 +162,7 @@ def earlier_answer(db: Connection, found: Row[Any], sha256: str, now: int) -> Ac
 
 
 def report_metrics(context: Context, device: str, message: Evaluation, sha256: str) -> Accepted:
-    """Report a federated evaluation; `sha256` is that of the message's bytes.
+    """Reports a federated evaluation; `sha256` is that of the message's bytes.
 
     Raises:
         RefusedError: not_found, malformed, late, conflict, bounds.
@@ -185,7 +187,7 @@ def report_metrics(context: Context, device: str, message: Evaluation, sha256: s
 
 
 def columns_of(message: Report) -> dict[str, Any]:
-    """What a device says of its update, by the names of the columns."""
+    """Returns a device's claims about its update, by the names of the columns."""
     return {
         name: message.length_bytes if name == "num_bytes" else getattr(message, name)
         for name in CLAIMED
@@ -193,7 +195,7 @@ def columns_of(message: Report) -> dict[str, Any]:
 
 
 def check_content(found: Row[Any], claims: Report | Row[Any], pieces: Iterator[bytes]) -> Norms:
-    """Read an update that was claimed for an assignment; `claims` may be the row of an upload.
+    """Reads an update that was claimed for an assignment; `claims` may be the row of an upload.
 
     Raises:
         RefusedError: as `check_update`.
@@ -215,7 +217,7 @@ def _update_bytes(codec: Codec, spec: str) -> int:
 
 
 def _fail(db: Connection, found: Row[Any], reason: str) -> bool:
-    """End an assignment, if it is still active."""
+    """Ends an assignment, if it is still active."""
     active = (assignments.c.id == found.id) & (assignments.c.state == "active")
     values = {"state": "failed", "reason": reason[:500]}
     return db.execute(update(assignments).where(active).values(values)).rowcount == 1

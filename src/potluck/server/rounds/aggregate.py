@@ -1,4 +1,4 @@
-"""From accepted blobs to the weighted mean, as a stream; and what makes a blob acceptable.
+"""The weighted mean of accepted blobs, as a stream, and the checks that make a blob acceptable.
 
 Updates are read in blocks and added to a fixed-point sum (`core.FixedPointMean`), which is exact:
 any order of arrival gives the same bits, those of the simulation. At any time there are one sum,
@@ -47,7 +47,7 @@ class Norms(NamedTuple):
 
 
 def check_claims(settings: RoundSettings, *, weight: float, loss: float, num_steps: int) -> None:
-    """Refuse numbers of a report that cannot be right.
+    """Refuses numbers of a report that cannot be right.
 
     Raises:
         RefusedError: bounds.
@@ -75,8 +75,10 @@ def check_update(
     slots: int,
     settings: RoundSettings,
 ) -> Norms:
-    """Read an update once: digest, length, finite values, norm of what is trained, and room in the
-    sum.
+    """Reads an update once and checks it.
+
+    That is its digest, its length, that its values are finite, the norm of what is trained, and
+    that the sum has room.
 
     Returns the norms of what is trained and of the statistics.
 
@@ -102,7 +104,7 @@ def check_update(
             seen += len(block)
     except ProtocolError as error:
         fault = error
-        for _ in hashed:  # other bytes than were announced are told so first
+        for _ in hashed:  # other bytes than were announced are refused as such first
             pass
     if digest.hexdigest() != sha256:
         raise RefusedError("digest", "the bytes must have the announced digest. Send them again.")
@@ -126,7 +128,7 @@ def check_update(
 
 
 def aggregate(updates: Iterable[Stored], spec: Spec) -> Vector:
-    """The weighted mean of accepted updates.
+    """Returns the weighted mean of accepted updates.
 
     Args:
         spec: of what travels.
@@ -159,7 +161,7 @@ def _decoded(pieces: Iterator[bytes], codec: Codec, spec: Spec) -> Iterator[Vect
 
 
 def _recut(blocks: Iterator[Vector], sizes: Iterable[int]) -> Iterator[Vector]:
-    """The same entries in blocks of these sizes; all of `blocks` are taken."""
+    """Yields the same entries in blocks of these sizes; all of `blocks` are taken."""
     held = np.empty(0, np.float32)
     for size in sizes:
         parts, count = [held], len(held)

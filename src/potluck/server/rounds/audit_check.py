@@ -1,8 +1,8 @@
-"""Whether the tables say what the audit log says: who is in, who was thrown out, what was released.
+"""Compares the tables with the audit log: enrolled devices, revoked devices, released models.
 
-The log is a chain and the tables are not. Whoever lets a device in, gives it another key, takes a
-revocation back or puts another model in place by hand leaves a table that differs from the log; and
-so does whoever cuts off the log's end.
+The log is a chain of hashes and the tables are not. A device that is added, given another key or
+readmitted by hand leaves a table that differs from the log. So does a model that is replaced by
+hand, or a log whose end was cut off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RELEASES = ("create", "commit", "fall back")
 
 
 class _Log(NamedTuple):
-    """What the log says should be in the tables: each with the number of the row that says it."""
+    """The expected content of the tables by the log, with the number of the row for each."""
 
     enrolled: dict[str, tuple[int, tuple[str, int]]]
     revoked: dict[str, tuple[int, int]]
@@ -38,8 +38,10 @@ class _Log(NamedTuple):
 
 
 def check(context: Context, since: str | None = None) -> Break | None:
-    """The first fault of the log from the hash `since` on, or else difference between it and tables
-    or newest models; None: nothing was changed."""
+    """Returns the first fault of the log from the hash `since` on, or difference to the tables.
+
+    The newest models are compared, too. None: nothing was changed.
+    """
     with context.database.snapshot() as db:
         broken = verify(db, since)
         if broken is not None:

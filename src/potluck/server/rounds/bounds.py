@@ -1,4 +1,4 @@
-"""How far one report may move a model, whatever it says: its weight is lowered to what others do.
+"""Bounds on how far one report may move a model: its weight is lowered to what others have.
 
     pull k    = weight k · ‖Δ k‖₂, by which a report moves the weighted sum of its round
     counted k = weight k, where these two allow it:
@@ -7,15 +7,15 @@
     share k   = pull k / the sum of the round's pulls: what the report asked for
 
 The median pull is over the newest `WINDOW` reports: this round's, and those of as many rounds
-before as it takes. Beyond `FAR_TIMES` the limit a report counts for less again, in proportion: what
-no honest device sends moves nothing. The mean's norm is at most `MEAN_TIMES` the median norm, which
-matters where a round has one or two reports. Statistics (running means and variances) have norms
-and pulls of their own.
+before as it takes. Beyond `FAR_TIMES` the limit a report counts for less again, in proportion: an
+update that no honest device sends moves nothing. The mean's norm is at most `MEAN_TIMES` the median
+norm, which matters where a round has one or two reports. Statistics (running means and variances)
+have norms and pulls of their own.
 
 Guarantee: while more than half of these reports are honest, the part of a report in the sum is at
 most `max_pull_times` that of a usual one. All follows from the accepted reports of this round and
-of those before, so the order of arrival and a restart change no bit; where nothing exceeds a limit,
-neither do the limits. Medians are the lower ones, of values above 0.
+of those before. So the order of arrival and a restart change no bit. Where no report exceeds a
+limit, the limits change none either. Medians are the lower ones, of values above 0.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from potluck.core import Vector
 from potluck.server.storage.database_tables import devices, ledger, reports, rounds
 
 WINDOW = 50
-"""Reports that the median pull is of at least, as far as there are so many."""
+"""The least number of reports for the median pull, as far as there are so many."""
 FAR_TIMES, MEAN_TIMES = 5.0, 3.0
 ALARM_SHARE, _ALARM_REPORTS = 0.5, 3
-"""Whoever asks for more of a round, where so many report, is told of."""
+"""A report that asks for more of a round, where so many report, raises an alarm."""
 _SHOWN = 10
 
 
 class Weighed(NamedTuple):
-    """What is known of a report: its weight, and the norms of its parts."""
+    """A report as it is measured: its weight, and the norms of its parts."""
 
     weight: float
     norm: float
@@ -65,8 +65,10 @@ class Counted(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of a round; infinite where there is nothing to measure by. Pairs are of what is trained and
-    of statistics."""
+    """The limits of a round; infinite where there is nothing to measure by.
+
+    Pairs are of what is trained and of statistics.
+    """
 
     weight: float
     pulls: tuple[float, float]
@@ -76,7 +78,10 @@ class Limits(NamedTuple):
 def limits_of(
     reports: Sequence[Weighed], earlier: Iterable[Weighed], settings: RoundSettings
 ) -> Limits:
-    """The limits of a round with these reports; `earlier` are the newest of the rounds before."""
+    """Returns the limits of a round with these reports.
+
+    `earlier` are the newest reports of the rounds before.
+    """
     pool = [*reports, *earlier]
     norms = [[r.norm for r in pool], [r.statistics_norm for r in pool]]
     pulls = [[r.weight * norm for r, norm in zip(pool, part, strict=True)] for part in norms]
@@ -87,18 +92,18 @@ def limits_of(
 
 
 def counted(reports: Sequence[Weighed], limits: Limits) -> list[Counted]:
-    """What the reports of a round count for."""
+    """Returns the weights with which the reports of a round count."""
     total = sum(sorted(r.weight * r.norm for r in reports)) or 1.0
     return [Counted(_lowered(r, limits), r.weight * r.norm / total) for r in reports]
 
 
 def weighed(report: Any) -> Weighed:
-    """A row of the table of reports; one of an older version is bounded by its weight alone."""
+    """Reads a row of the table of reports; one of an older version has its weight alone."""
     return Weighed(report.weight, report.norm or 0.0, report.statistics_norm or 0.0)
 
 
 def earlier_reports(db: Connection, run: str, number: int, wanted: int) -> list[Weighed]:
-    """The reports of the newest committed rounds before a number, until there are `wanted`."""
+    """Returns `wanted` reports, or fewer, of the newest committed rounds before a number."""
     here = (rounds.c.run == run) & (rounds.c.kind == "train")
     here &= rounds.c.number.between(number - WINDOW, number - 1)
     newest = select(rounds.c.id, ledger.c.accepted).join(ledger, ledger.c.round == rounds.c.id)
@@ -116,9 +121,9 @@ def earlier_reports(db: Connection, run: str, number: int, wanted: int) -> list[
 def note(
     db: Connection, round: Row[Any], accepted: Sequence[Row[Any]], counts: Sequence[Counted]
 ) -> list[dict[str, Any]]:
-    """Write which reports of a round were lowered, and whose asked for too large a share.
+    """Writes which reports of a round were lowered, and which asked for too large a share.
 
-    Returns what there is to tell of them.
+    Returns what the log says of them.
     """
     told: list[dict[str, Any]] = []
     for row, (weight, share) in zip(accepted, counts, strict=True):
@@ -141,13 +146,13 @@ def note(
 
 
 def count_alarms(db: Connection, run: str) -> int:
-    """How many devices asked for too much when a report of theirs was lowered last."""
+    """Returns the number of devices whose last lowered report asked for too much."""
     here = (devices.c.run == run) & devices.c.revoked_ms.is_(None) & _is_alarm()
     return db.scalar(select(func.count()).where(here)) or 0
 
 
 def read_lowered(db: Connection, run: str) -> list[dict[str, Any]]:
-    """The devices whose reports counted for less, those first that asked for most."""
+    """Returns the devices whose reports counted for less, those first that asked for most."""
     names = ("id", "name", "lowered", "lowered_round", "lowered_share")
     here = (devices.c.run == run) & (devices.c.lowered > 0) & devices.c.revoked_ms.is_(None)
     order = devices.c.lowered_share.desc(), devices.c.lowered.desc(), devices.c.client
@@ -158,7 +163,8 @@ def read_lowered(db: Connection, run: str) -> list[dict[str, Any]]:
 
 
 def _is_alarm() -> ColumnElement[bool]:
-    """Of a device: whether its last lowered report was of three or more, and asked for too much."""
+    """Returns the condition that a device's last lowered report was of three or more, and an
+    alarm."""
     at = (rounds.c.run == devices.c.run) & (rounds.c.kind == "train")
     at &= (rounds.c.number == devices.c.lowered_round) & (ledger.c.accepted >= _ALARM_REPORTS)
     committed = select(rounds.c.id).join(ledger, ledger.c.round == rounds.c.id).where(at)
@@ -166,7 +172,7 @@ def _is_alarm() -> ColumnElement[bool]:
 
 
 def shortened(mean: Vector, num_parameters: int, limits: Limits) -> Vector:
-    """The mean update, with parts that are no longer than they may be."""
+    """Returns the mean update, with parts that are no longer than they may be."""
     parts = np.split(mean, [num_parameters])
     for n, limit in enumerate(limits.mean_norms):
         norm = float(np.linalg.norm(parts[n].astype(np.float64)))

@@ -1,4 +1,4 @@
-"""What an operator changes in a run that goes on: keys that decide no numbers, and its epoch."""
+"""An operator's changes of a run that goes on: keys that decide no numbers, and its epoch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from potluck.server.storage.stored_run import CHANGEABLE
 def change(
     context: Context, run: str, changes: Mapping[str, Any], *, actor: str
 ) -> dict[str, list[Any]]:
-    """Change keys in a run; for each of them its old and its new value.
+    """Changes keys in a run, and returns the old and the new value of each.
 
     The open round keeps its goal, and its deadlines where they are not further away than the new
     ones. More rounds begin a run again that was finished.
@@ -46,7 +46,7 @@ def change(
             begun.setdefault(key, content.get(name))
             content[name] = value
         if "server.goal" in done:
-            rules["goal_part"] = None  # a count now, and no part of the devices
+            rules["goal_part"] = None  # now a count, and not a part of the devices
         state = row.state
         if "run.rounds" in done:
             rules["num_rounds"] = experiment["run"]["rounds"]
@@ -61,12 +61,12 @@ def change(
 
 
 def pause(context: Context, run: str, reason: str, *, actor: str) -> None:
-    """Begin no round and select no device until `resume`; devices at work may finish."""
+    """Begins no round and select no device until `resume`; devices at work may finish."""
     _turn(context, run, "running", "paused", reason, actor, "pause")
 
 
 def resume(context: Context, run: str, *, actor: str) -> None:
-    """Go on with a paused run."""
+    """Goes on with a paused run."""
     _turn(context, run, "paused", "running", "", actor, "resume")
 
 
@@ -83,10 +83,10 @@ def _turn(
 
 
 def begin_epoch(context: Context, run: str, *, actor: str) -> None:
-    """Go on after a restore: devices take older models than they have seen, from here on.
+    """Goes on after a restore: from here on devices accept older models than they have seen.
 
     The number follows the clock, so that it is a new one however often a backup is restored. The
-    open round is given up: its devices are at work on what is not known here.
+    open round is given up: its devices work on a round that this database does not have.
     """
     now = context.now()
     with context.database.write() as db:
@@ -100,7 +100,7 @@ def begin_epoch(context: Context, run: str, *, actor: str) -> None:
 
 
 def _key(name: str) -> str:
-    """A key that may be changed; its section may be left out."""
+    """Returns a key that may be changed; its section may be left out."""
     for key in (name, f"server.{name}", f"run.{name}"):
         if key in CHANGEABLE:
             return key

@@ -1,9 +1,9 @@
-"""What check-ins are answered from: the devices that ask, their run and its open round, seen once.
+"""Answers check-ins from one read of the devices, their run and its open round.
 
-A device is given a slot, or is told how long to wait: until the next round is expected to begin,
-plus its own place in a window, so that a thousand devices do not come at once (pace steering). What
-is expected is what was measured, and nothing at first. Checking in again is answered with the same
-assignment: a device that was restarted goes on where it was.
+A device gets a slot, or the time to wait: until the next round is expected to begin, plus its own
+part of a window. So a thousand devices do not come at once (pace steering). The expectation is what
+was measured, and nothing at first. A device that checks in again gets the same assignment, so a
+restarted one goes on where it was.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LONGEST_SECONDS = 86_400.0
 
 
 class Assigned(NamedTuple):
-    """A device's work in one round: what `protocol.Assignment` is made of, with a manifest."""
+    """A device's work in one round: the content of `protocol.Assignment`, with a manifest."""
 
     assignment: str
     round: str
@@ -62,7 +62,7 @@ class CheckInRequest(NamedTuple):
     """A check-in."""
 
     device: str
-    eligibility: Eligibility | None  # None: nothing is asked but that the number is noted
+    eligibility: Eligibility | None  # None: only the number is to be noted
     sequence: int | None = None  # of its request, where it was not noted before
 
 
@@ -77,7 +77,7 @@ class Member(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An active assignment, as far as its device is told of it."""
+    """An active assignment, as far as its device needs it."""
 
     id: str
     client: int
@@ -85,7 +85,7 @@ class Slot(NamedTuple):
 
 
 def check_ins(context: Context, asked: Sequence[CheckInRequest]) -> list[CheckInAnswer | None]:
-    """Answer many check-ins at once; the first come are the first to get a slot.
+    """Answers many check-ins at once; slots go in the order of arrival.
 
     None where only a sequence number was to be noted, and it is.
     """
@@ -119,7 +119,7 @@ def check_ins(context: Context, asked: Sequence[CheckInRequest]) -> list[CheckIn
 def _turned_away(
     db: Connection, asked: Sequence[CheckInRequest], now: int
 ) -> dict[int, RefusedError]:
-    """Note the sequence numbers that are new; why the others are refused, by their places."""
+    """Notes the sequence numbers that are new, and returns the refusals of the others by place."""
     places = [n for n, one in enumerate(asked) if one.sequence is not None]
     claims = [(asked[n].device, asked[n].sequence or 0) for n in places]
     refused = note_sequences(db, claims, now) if claims else []
@@ -131,7 +131,7 @@ def _answer(look: CheckInBatch, asked: CheckInRequest) -> CheckInAnswer | None:
 
 
 def wait(context: Context, device: str, reason: WaitReason) -> Wait:
-    """When a device that is done, or cannot take part, should check in.
+    """Returns when a device that is done, or cannot take part, should check in.
 
     Raises:
         RefusedError: not_found; unknown: it was revoked.
@@ -141,12 +141,12 @@ def wait(context: Context, device: str, reason: WaitReason) -> Wait:
 
 
 class CheckInBatch:
-    """Devices of one run and its open round, seen in one transaction."""
+    """The devices of one run and its open round, read in one transaction."""
 
     def __init__(
         self, db: Connection, names: Sequence[str], now: int, *, before: CheckInBatch | None = None
     ) -> None:
-        """`before`: a look at the same devices, just now; what hardly changes is taken from it."""
+        """`before`: a read of the same devices, just now; what hardly changes is taken from it."""
         self._db, self._now = db, now
         self._round: Row[Any] | None = None
         self._length = 0.0
@@ -166,13 +166,14 @@ class CheckInBatch:
         self._start, self._window = self._pace()
 
     def lock(self) -> None:
-        """See the round once more, which stays as it is until the end of the transaction."""
+        """Reads the round once more, which stays as it is until the end of the transaction."""
         if self._db.dialect.name == "postgresql":  # on SQLite a writer is alone
             self._round = open_round_of(self._db, self._run.id, lock=True)
             self._has_seen = False
 
     def left(self, asked: Sequence[CheckInRequest]) -> list[str]:
-        """Those that were not counted on, as they could not train or were silent, and now could."""
+        """Returns those that were not expected, as they could not train or were silent, and now
+        can."""
         return [
             device
             for device, eligibility, _ in asked
@@ -183,13 +184,13 @@ class CheckInBatch:
         ]
 
     def expect(self, asked: Sequence[CheckInRequest]) -> None:
-        """Count on these again: they ask for work."""
+        """Expects these again, as they ask for work."""
         back = self.left(asked)
         if back:
             self._db.execute(update(devices).where(devices.c.id.in_(back)).values(left=None))
 
     def member(self, device: str) -> Member:
-        """A device that may take part.
+        """Returns a device that may take part.
 
         Raises:
             RefusedError: not_found; unknown: it was revoked.
@@ -204,7 +205,7 @@ class CheckInBatch:
     def answer(
         self, device: str, eligibility: Eligibility
     ) -> Assigned | Wait | Finished | RefusedError | None:
-        """The answer to a check-in, or None: give it a slot."""
+        """Returns the answer to a check-in, or None if the device is to get a slot."""
         try:
             member = self.member(device)
         except RefusedError as error:
@@ -225,11 +226,11 @@ class CheckInBatch:
         return None if reason is None else self.wait(device, reason)
 
     def wait(self, device: str, reason: WaitReason) -> Wait:
-        """Why a device has no work now, and when to come back."""
+        """Returns why a device has no work now, and when to come back."""
         return Wait(retry_after_seconds=self.retry_after(device), reason=reason)
 
     def assign(self, device: str) -> Assigned:
-        """Give a slot to a device that nothing keeps from it; `write` makes it so."""
+        """Gives a slot to a device that may have it, once `write` is called."""
         round, member = self._round, self.member(device)
         assert round is not None
         end = self._now + self._settings.lease_ms
@@ -243,7 +244,7 @@ class CheckInBatch:
         return self._describe(round, slot)
 
     def write(self) -> None:
-        """Write the slots that were given."""
+        """Writes the slots that were given."""
         round = self._round
         if not self._new or round is None:
             return
@@ -254,11 +255,13 @@ class CheckInBatch:
         self._new = []
 
     def retry_after(self, device: str) -> float:
-        """Seconds to the next round's expected start, plus U(0, window), the same at every asking.
+        """Returns the seconds to the next round's expected start, plus U(0, window).
+
+        They are the same at every check-in.
 
         The window is as long as a round, and at most `pace_seconds`; but it grows with the
         population, so that at most a hundred devices check in in a second. Before rounds were
-        measured there is nothing to wait for: a check-in may well be held until there is work.
+        measured there is nothing to wait for, and a check-in may be held until there is work.
         """
         number = 0 if self._round is None else self._round.number
         place = derive_seed(self._run.seed, "pace", number, self.member(device).client) / 2**63
@@ -291,7 +294,7 @@ class CheckInBatch:
         return "full" if self._taken >= round.slots else None
 
     def _pace(self) -> tuple[float, float]:
-        """When the next round is expected, in seconds from now, and the window behind it."""
+        """Returns the seconds until the next expected round, and the window behind it."""
         run, round, start = self._run, self._round, 0.0
         if round is not None and round.state in TAKING and round.started_ms is not None:
             start = max(self._length + (round.started_ms - self._now) / 1000, 0.0)
@@ -329,12 +332,12 @@ def _is_eligible(settings: RoundSettings, eligibility: Eligibility) -> bool:
 
 
 def round_up(seconds: float) -> float:
-    """To a tenth of a second, and never zero: a device must not spin."""
+    """Rounds up to a tenth of a second, and never to zero: a device must not spin."""
     return max(round(seconds, 1), 0.1)
 
 
 def lease_seconds(left_ms: int) -> int:
-    """What is left of a lease, in whole seconds as the protocol has them."""
+    """Returns the rest of a lease, in whole seconds as the protocol has them."""
     return min(max(left_ms // 1000, 1), 604_800)
 
 

@@ -1,15 +1,16 @@
-"""From a closed round to the next model: aggregate, move the server state, commit.
+"""The step from a closed round to the next model: aggregate, move the server state, commit.
 
     the blobs of the next version:  write, fsync, rename, fsync of the directory (a small model has
                                     none: it stands in its row)
     then one transaction:           {AGGREGATING → COMMITTED, model version, ledger row, run;
                                     the next round is opened}
 
-A process that dies before the transaction leaves the round in AGGREGATING: the next leader makes
-the same bytes from the same accepted set and goes on. One that dies after it leaves a committed
-round. There is nothing in between. `sweep` removes the updates once they are of no more use.
+A process that is killed before the transaction leaves the round in AGGREGATING: the next leader
+makes the same bytes from the same accepted set and goes on. One that is killed after it leaves a
+committed round. There is nothing in between. `sweep` removes the updates once they are of no more
+use.
 
-What was stored and cannot be read any more (`LostError`) ends no run. Without a lost update the
+A stored object that cannot be read any more (`LostError`) ends no run. Without a lost update the
 round is committed, if its minimum holds; otherwise, or without the model that it began with, it is
 abandoned. No round is opened with a model that is lost: the run is paused, and says what to do.
 """
@@ -77,8 +78,10 @@ class Version(NamedTuple):
 
 
 def store_version(blobs: BlobStore, state: ServerState) -> Version:
-    """Put a server state on the disk, under its digests; again is the same. Small weights are left
-    to the row."""
+    """Puts a server state on the disk, under its digests; again is the same.
+
+    Small weights are left to the row.
+    """
     weights = state.weights.astype("<f4", copy=False).tobytes()
     sha256 = hashlib.sha256(weights).hexdigest()
     is_small = len(weights) <= ROW_BYTES
@@ -95,7 +98,7 @@ def store_version(blobs: BlobStore, state: ServerState) -> Version:
 
 
 def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
-    """Read a server state, and check that it is the one that was stored.
+    """Reads a server state, and checks that it is the one that was stored.
 
     Raises:
         LostError: it is not.
@@ -114,7 +117,7 @@ def load_version(blobs: BlobStore, version: Row[Any]) -> ServerState:
 
 
 def load_weights(blobs: BlobStore, version: Row[Any]) -> Vector:
-    """The weights alone of a model version.
+    """Returns the weights alone of a model version.
 
     Raises:
         LostError: they are not those that were stored.
@@ -129,13 +132,13 @@ def load_weights(blobs: BlobStore, version: Row[Any]) -> Vector:
 def insert_version(
     db: Connection, run: str, version: int, round: int, made: Version, now: int
 ) -> None:
-    """The row of a new model version."""
+    """Inserts the row of a new model version."""
     place = {"run": run, "version": version, "round": round, "created_ms": now}
     db.execute(insert(models).values(place | made._asdict()))
 
 
 def commit_round(context: Context, run: Row[Any], round: Row[Any], algorithm: Algorithm) -> None:
-    """AGGREGATING → COMMITTED; or ABANDONED, where no finite model comes out."""
+    """Moves AGGREGATING → COMMITTED; or ABANDONED, where no finite model comes out."""
     if round.kind == "evaluate":
         _commit_evaluation(context, run, round)
         return
@@ -195,7 +198,7 @@ def commit_round(context: Context, run: Row[Any], round: Row[Any], algorithm: Al
 
 
 class _Mean(NamedTuple):
-    """A mean update, the reports that are in it, and what they count for."""
+    """A mean update, its reports, and their weights in it."""
 
     mean: Vector
     reports: list[Row[Any]]
@@ -210,7 +213,7 @@ def _mean(
     earlier: list[bounds.Weighed],
     spec: Spec,
 ) -> _Mean:
-    """The mean of the updates that are not lost.
+    """Returns the mean of the updates that are not lost.
 
     Raises:
         LostError: they are fewer than the round's minimum.
@@ -248,7 +251,7 @@ def _is_whole(kept: Updates, row: Row[Any]) -> bool:
 
 
 def _leave_out(db: Connection, round: Row[Any], lost: list[Row[Any]]) -> None:
-    """Take lost updates out of the accepted set: their devices have not reported."""
+    """Takes lost updates out of the accepted set: their devices have not reported."""
     here = (reports.c.round == round.id) & reports.c.device.in_([row.device for row in lost])
     db.execute(delete(reports).where(here))
     theirs = assignments.c.id.in_([row.assignment for row in lost])
@@ -257,14 +260,14 @@ def _leave_out(db: Connection, round: Row[Any], lost: list[Row[Any]]) -> None:
 
 
 def _go_on(db: Connection, context: Context, run: Row[Any]) -> str | None:
-    """Open the next round in the transaction that commits one: devices wait for it."""
+    """Opens the next round in the transaction that commits one: devices wait for it."""
     current = lock_run(db, run.id)
     is_next = current.state == "running"
     return open_round(db, current, context.now()) if is_next else None
 
 
 def sweep(context: Context) -> None:
-    """Remove the updates of rounds that are over: nobody may read them any more."""
+    """Removes the updates of rounds that are over: nothing may read them any more."""
     over = select(rounds.c.id).where(UNSWEPT, rounds.c.state.in_(_OVER))
     with context.database.read() as db:
         ids = db.scalars(over).all()
@@ -281,7 +284,7 @@ def sweep(context: Context) -> None:
 
 
 def accepted_digest(accepted: list[Any]) -> str:
-    """One hash for who is in a model, and with what: SHA-256 of JSON [[client, digest, weight]]."""
+    """Returns a hash of the clients in a model: SHA-256 of JSON [[client, digest, weight]]."""
     rows = sorted([r.client, r.sha256, r.weight] for r in accepted)
     return hashlib.sha256(to_json(rows, separators=(",", ":")).encode()).hexdigest()
 
@@ -336,7 +339,7 @@ def _enter(
     model_bytes: int,
     lowered: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """The ledger's and the audit log's rows of a commit."""
+    """Inserts the rows of a commit into the ledger and the audit log."""
     weight = math.fsum(weights)
     loss = math.fsum(w * row.loss for w, row in zip(weights, accepted, strict=True)) / weight
     sent = select(func.count()).where(assignments.c.round == round.id)
@@ -369,7 +372,7 @@ def _enter(
 def abandon(
     context: Context, run: Row[Any], round: Row[Any], reason: str, *, is_lost: bool = False
 ) -> None:
-    """Abandon an attempt of which no model can be made; `is_lost`: as something stored is lost."""
+    """Abandons an attempt that can give no model; `is_lost`: because a stored object is lost."""
     with context.database.write() as db:
         context.check(db)
         abandon_round(db, lock_run(db, run.id), round, reason, context.now())

@@ -1,8 +1,8 @@
-"""What the leader does at every tick: everything that is due in every run, one step at a time.
+"""The leader's work at every tick: everything that is due in every run, one step at a time.
 
-A step looks first, without a lock, and writes only where something is due: an idle server writes
-nothing but its leader's beat. What is then done is decided again inside the transaction that does
-it, alone with the round, by a leader that still leads.
+A step reads first, without a lock, and writes only where something is due: an idle server writes
+nothing but its leader's beat. The decision is made again inside the transaction that acts on it,
+which has the round locked, by a leader that still leads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from potluck.server.storage.vectors import tries
 
 
 def lead(context: Context, algorithm_of: Callable[[Row[Any]], Algorithm], *, taken: bool) -> None:
-    """Do all that is due, but for `sweep`. `taken`: nobody may have led for a while."""
+    """Does all that is due, but for `sweep`. `taken`: there may have been no leader for a while."""
     if taken:
         with context.database.write() as db:
             context.check(db)
@@ -63,7 +63,7 @@ def lead(context: Context, algorithm_of: Callable[[Row[Any]], Algorithm], *, tak
 
 
 def _bring_back(db: Connection, now: int) -> None:
-    """After a clock that was ahead: what it wrote begins now, and lasts as long as it was to."""
+    """Corrects times from a clock that was ahead: they begin now, and last as long as before."""
     for table in (tokens, sign_ins):
         c, ahead = table.c, table.c.created_ms > now
         lasting = {"created_ms": now, "expires_ms": c.expires_ms - c.created_ms + now}
@@ -85,7 +85,7 @@ def _expire(context: Context) -> None:
 
 
 def _step(context: Context, id: str, algorithm_of: Callable[[Row[Any]], Algorithm]) -> bool:
-    """One transition of one run. Returns whether there was one."""
+    """Makes one transition of one run. Returns whether there was one."""
     with context.database.read() as db:
         run = db.execute(select(runs).where(runs.c.id == id)).one()
         round = open_round_of(db, id)
@@ -122,7 +122,7 @@ def _open(context: Context, run: Row[Any]) -> bool:
 
 
 def _lost_model(context: Context, run: str, version: int, occasion: str) -> str:
-    """What to do about a model, if it is lost; on each occasion it is read once.
+    """Returns what to do about a model, if it is lost; on each occasion it is read once.
 
     A round that follows a commit begins with what was just written, and is opened there.
     """
@@ -140,7 +140,7 @@ def _lost_model(context: Context, run: str, version: int, occasion: str) -> str:
 
 
 def _is_lost(context: Context, run: Row[Any], round: Row[Any]) -> bool:
-    """Abandon an attempt whose devices cannot receive their model, as it is lost."""
+    """Abandons an attempt whose model is lost, so that no device can receive it."""
     if run.id not in context.suspects:
         return False
     context.suspects.discard(run.id)
@@ -151,7 +151,7 @@ def _is_lost(context: Context, run: Row[Any], round: Row[Any]) -> bool:
 
 
 def _move(context: Context, id: str, round_id: str) -> None:
-    """Leave SELECTING or TRAINING, if that is still due."""
+    """Leaves SELECTING or TRAINING, if that is still due."""
     now = context.now()
     with context.database.write() as db:
         context.check(db)

@@ -1,11 +1,10 @@
-"""Which of the server processes leads: one row, a beat, and a fencing number.
+"""The election of a leader among the server processes: one row, a beat, and a fencing number.
 
-The leader alone moves rounds from state to state. It beats at least every third of
-`LEASE_SECONDS`; when the others have seen no new beat for that long, by their own monotonic
-clocks, the first to notice takes over with the next fencing number. Every transition checks, in
-its own transaction, that its number is still the newest, so a leader that slept and woke up
-changes nothing. A process that was started again in the place of one that is known to be dead (its
-`predecessor`) does not wait for that one's lease.
+The leader alone moves rounds from state to state. It beats at least every third of `LEASE_SECONDS`.
+When another process has seen no new beat for that long, by its own monotonic clock, it takes over
+with the next fencing number. Every transition checks, in its own transaction, that its number is
+still the newest, so a leader that was suspended changes nothing. A process that replaces one that
+has certainly ended (its `predecessor`) does not wait for that one's lease.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class FencedError(PotluckError):
 
 
 class Candidate:
-    """One process's part in the election."""
+    """A process that takes part in the election."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Candidate:
         self._beat_ms = 0  # our last one
 
     def beat(self, database: Database) -> bool:
-        """Lead on, or take over if nobody leads. Returns whether we lead."""
+        """Leads on, or takes over if there is no leader. Returns whether this process leads."""
         self.taken = False
         if self.fence and self._time.now() - self._beat_ms < self._lease_ms // 3:
             return True
@@ -68,17 +67,17 @@ class Candidate:
         return True
 
     def check(self, db: Connection) -> None:
-        """Refuse a transition of a leader that is none any more.
+        """Refuses a transition of a leader that is none any more.
 
-        On PostgreSQL the row stays locked until the transition is committed: nobody takes over in
-        the middle of it.
+        On PostgreSQL the row stays locked until the transition is committed: no process takes over
+        in the middle of it.
         """
         row = one(db, select(leader.c.holder, leader.c.fence).with_for_update(read=True))
         if row is None or (row.holder, row.fence) != (self.id, self.fence):
             raise FencedError("another process leads")
 
     def resign(self, database: Database) -> None:
-        """Let another process take over at once."""
+        """Lets another process take over at once."""
         if self.fence:
             with database.write() as db:
                 mine = (leader.c.holder == self.id) & (leader.c.fence == self.fence)
@@ -86,7 +85,7 @@ class Candidate:
             self.fence = 0
 
     def _is_vacant(self, database: Database) -> bool:
-        """Whether nobody leads; and set our time by whoever does."""
+        """Returns whether there is no leader, and otherwise sets the time by the leader's."""
         with database.read() as db:
             row = one(db, select(leader))
         if row is None or row.holder in self._nobody:
@@ -95,7 +94,7 @@ class Candidate:
             first = self._seen is None
             self._seen, self._seen_ms = (row.fence, row.heartbeat_ms), self._time.now()
             if first and self._seen_ms - row.heartbeat_ms >= self._lease_ms:
-                return True  # it died before we were started
+                return True  # it ended before this process was started
             self._time.set(row.heartbeat_ms)
             self._seen_ms = row.heartbeat_ms
         return self._time.now() - self._seen_ms >= self._lease_ms
@@ -121,7 +120,7 @@ class Candidate:
 
 
 def follow(database: Database, time: CommonTime) -> None:
-    """Start no time behind the last beat of whoever led, until we lead."""
+    """Starts at no time before the leader's last beat, until this process leads."""
     with database.read() as db:
         row = one(db, select(leader.c.heartbeat_ms))
     if row is not None and row.heartbeat_ms > time.now():

@@ -1,4 +1,4 @@
-"""How devices come in and are thrown out: single-use tokens, keys, sequence numbers.
+"""The enrolment and revocation of devices: single-use tokens, keys, sequence numbers.
 
 A token is 32 random bytes, shown once; the database keeps its SHA-256. Using it is one UPDATE that
 finds it unused, so of any number of concurrent uses exactly one wins. The winner may repeat its
@@ -28,15 +28,17 @@ from potluck.server.storage.stored_run import run_of
 
 
 def new_id() -> str:
-    """A random id."""
+    """Returns a random id."""
     return secrets.token_hex(16)
 
 
 def issue_tokens(
     context: Context, run: str, count: int = 1, *, valid_seconds: float = 7 * 86400, actor: str
 ) -> list[str]:
-    """Make tokens, all in one transaction: each one lets one device enrol. They cannot be read
-    again."""
+    """Makes tokens, all in one transaction; each one lets one device enrol.
+
+    They cannot be read again.
+    """
     made = [secrets.token_urlsafe(32) for _ in range(count)]
     now = context.now()
     expires = now + round(valid_seconds * 1000)
@@ -61,7 +63,7 @@ def enrol(
     device_class: str = "",
     into: str | None = None,
 ) -> Row[Any]:
-    """Use up a token and take in a device. Returns its row.
+    """Uses a token and enrols a device. Returns its row.
 
     Args:
         into: the run that the device asks to be in; a token for another one is left as it is.
@@ -90,7 +92,7 @@ def enrol(
 
 
 def check_token(context: Context, token: str, public_key: bytes, *, into: str) -> None:
-    """Refuse a token that this key could not enrol in a run with; it is left as it is.
+    """Refuses a token that this key could not enrol in a run with; it is left as it is.
 
     Raises:
         RefusedError: token; unknown: the device that used it was revoked.
@@ -108,14 +110,14 @@ def check_token(context: Context, token: str, public_key: bytes, *, into: str) -
 
 
 def find_key(context: Context, device: str) -> Row[Any] | None:
-    """The row of a device that may take part: its key, sequence number and run."""
+    """Returns the row of a device that may take part: its key, sequence number and run."""
     query = select(devices).where(devices.c.id == device, devices.c.revoked_ms.is_(None))
     with context.database.read() as db:
         return one(db, query)
 
 
 def revoke(context: Context, device: str, *, actor: str) -> None:
-    """Throw a device out, for good; what it reported before stays."""
+    """Revokes a device for good; its earlier reports stay."""
     now = context.now()
     with context.database.write() as db:
         there = (devices.c.id == device) & devices.c.revoked_ms.is_(None)
@@ -132,8 +134,10 @@ def revoke(context: Context, device: str, *, actor: str) -> None:
 def claim_sequences(
     context: Context, claims: Sequence[tuple[str, int]]
 ) -> list[RefusedError | None]:
-    """Note many (device, sequence number) in one transaction: for each one None, or why not:
-    unknown (revoked, or never enrolled), replayed."""
+    """Notes many (device, sequence number) in one transaction.
+
+    Returns for each one None, or the refusal: unknown (revoked, or never enrolled), replayed.
+    """
     with context.database.write() as db:
         return note_sequences(db, claims, context.now())
 
@@ -141,7 +145,10 @@ def claim_sequences(
 def note_sequences(
     db: Connection, claims: Sequence[tuple[str, int]], now: int
 ) -> list[RefusedError | None]:
-    """The part of a transaction that notes them; on PostgreSQL its rows are locked from then on."""
+    """Notes sequence numbers in a transaction.
+
+    On PostgreSQL the rows are locked from then on.
+    """
     answers: list[RefusedError | None] = []
     new: dict[str, int] = {}
     names = sorted({device for device, _ in claims})
@@ -163,7 +170,7 @@ def note_sequences(
     return answers
 
 
-# Not FOR UPDATE: who inserts an assignment, with the round locked, asks for the device's key.
+# Not FOR UPDATE: the insert of an assignment, with the round locked, needs the device's key.
 _LAST = (
     select(devices.c.id, devices.c.sequence)
     .where(
@@ -181,12 +188,12 @@ _NOTE = (
 
 
 def unknown_device(device: str) -> RefusedError:
-    """What is said of a device that is not enrolled."""
+    """Returns the refusal of a device that is not enrolled."""
     return RefusedError("not_found", f"a device must be enrolled, got device={device!r}. Enrol.")
 
 
 def revoked() -> RefusedError:
-    """What a device is told that was thrown out."""
+    """Returns the refusal of a device that was revoked."""
     return RefusedError("unknown", "this device was revoked. Ask whoever runs the server.")
 
 

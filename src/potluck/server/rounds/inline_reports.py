@@ -1,11 +1,11 @@
-"""Reports that bring their update with them: many at once, in one transaction.
+"""Reports with their update inside: many at once, in one transaction.
 
     note the sequence numbers of the requests
     for each, as they came: whose is it, was it here before, what is in it?
     then all rows at once: reports with their updates, assignments; and the round closes at its goal
 
 An update stands in the row of its report, so that one commit, and one fsync, makes everything of a
-batch durable; nobody is answered before.
+batch durable; no answer is sent before.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ Arrival: TypeAlias = tuple[Claim, Report]
 def take_in(
     context: Context, arrivals: Sequence[Arrival], codec: Codec
 ) -> list[Accepted | CodedError]:
-    """For each report the answer: it counts, or replayed, unknown, not_found, late, conflict,
-    wrong_length, digest: send it again; bounds, not_finite, malformed: the device's part in this
-    round is over."""
+    """Accepts reports with their updates inside, and returns the answer to each.
+
+    It is accepted, or refused: replayed, unknown, not_found, late, conflict, wrong_length; digest:
+    send it again; bounds, not_finite, malformed: the device's part in this round is over.
+
+    A refusal of replayed, unknown, not_found, late, conflict or wrong_length stands. After digest
+    the device sends it again. After bounds, not_finite or malformed its part in this round is over.
+    """
     bodies, now = [_decoded(message) for _, message in arrivals], context.now()
     with context.database.write() as db:
         claims = [(claim.device, claim.sequence) for claim, _ in arrivals]
@@ -69,7 +74,7 @@ def _taken(
     body: bytes | CodedError,
     codec: Codec,
 ) -> Row[Any] | CodedError:
-    """The assignment of a report that counts, or why it does not."""
+    """Returns the assignment of a report that counts, or the refusal."""
     try:
         if found is None or found.device != claim.device:
             raise unknown_assignment(message.assignment)

@@ -1,8 +1,8 @@
 """Assignments and their leases.
 
-A lease is extended by progress and by uploaded bytes, never beyond the report deadline. Whether it
-ran out is the leader's decision alone (`rounds.expire_leases`): everyone else sees the state of the
-assignment and compares no clocks.
+A lease is extended by progress and by uploaded bytes, never beyond the report deadline. The leader
+alone decides that it ran out (`state_machine.expire_leases`). Other processes read the state of the
+assignment and compare no clocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("potluck.server")
 
 
 def extend_lease(context: Context, device: str, assignment: str) -> Lease:
-    """Note progress. Returns how long the device may be silent from now on.
+    """Notes progress. Returns how long the device may be silent from now on.
 
     Raises:
         RefusedError: not_found; late: the assignment is over.
@@ -43,7 +43,7 @@ def extend_lease(context: Context, device: str, assignment: str) -> Lease:
 
 
 def fail(context: Context, device: str, assignment: str, reason: str) -> Wait:
-    """A device says that it cannot do its work: its slot is free again, or needed no more.
+    """Takes an assignment back from a device that cannot do it: its slot is free, or not needed.
 
     Raises:
         RefusedError: not_found; late: the assignment is over.
@@ -67,7 +67,7 @@ def fail(context: Context, device: str, assignment: str, reason: str) -> Wait:
 
 
 def find_device(db: Connection, device: str) -> tuple[Row[Any], Row[Any]]:
-    """A device that may take part, and its run."""
+    """Returns a device that may take part, and its run."""
     member = one(db, select(devices).where(devices.c.id == device))
     if member is None:
         raise unknown_device(device)
@@ -81,7 +81,7 @@ def find_device(db: Connection, device: str) -> tuple[Row[Any], Row[Any]]:
 def find_assignment(
     db: Connection, device: str, assignment: str, *, lock: bool = False
 ) -> Row[Any]:
-    """A device's assignment that is not over; see `known_assignment`."""
+    """Returns a device's assignment that is not over; see `known_assignment`."""
     found = known_assignment(db, device, assignment, lock=lock)
     check_not_over(found)
     return found
@@ -90,7 +90,7 @@ def find_assignment(
 def known_assignment(
     db: Connection, device: str, assignment: str, *, lock: bool = False
 ) -> Row[Any]:
-    """A device's assignment, with the columns of its round and the run's settings.
+    """Returns a device's assignment, with the columns of its round and the run's settings.
 
     With `lock` the round stays as it is until the transaction ends.
     """
@@ -104,12 +104,12 @@ def known_assignment(
 
 
 def unknown_assignment(assignment: str) -> RefusedError:
-    """What is said of an assignment that is not the device's."""
+    """Returns the refusal of an assignment that is not the device's."""
     return RefusedError("not_found", f"got assignment={assignment!r}, which is none of yours.")
 
 
 def check_place(found: Row[Any], round: int, attempt: int) -> None:
-    """Refuse what names another round or attempt than its assignment is of."""
+    """Refuses a message that names another round or attempt than its assignment's."""
     if (round, attempt) != (found.number, found.attempt):
         raise RefusedError(
             "malformed",
@@ -119,7 +119,7 @@ def check_place(found: Row[Any], round: int, attempt: int) -> None:
 
 
 def check_not_over(found: Row[Any]) -> None:
-    """Refuse what comes for an assignment that expired or failed, or whose round closed."""
+    """Refuses a message for an assignment that expired or failed, or whose round closed."""
     if found.state in ("expired", "failed") or (
         found.state == "active" and found.round_state not in TAKING
     ):
@@ -128,7 +128,7 @@ def check_not_over(found: Row[Any]) -> None:
 
 
 def _find_active(db: Connection, device: str, assignment: str) -> Row[Any]:
-    """An assignment that has not reported: a report that counts is not taken back."""
+    """Returns an assignment without a report, as a report that counts is not taken back."""
     found = find_assignment(db, device, assignment, lock=True)
     if found.state == "reported":
         raise RefusedError("late", "this assignment is over (it has reported). Check in again.")
@@ -136,7 +136,7 @@ def _find_active(db: Connection, device: str, assignment: str) -> Row[Any]:
 
 
 def prolong(db: Connection, found: Row[Any], now: int) -> int:
-    """Extend an assignment's lease, up to the report deadline. Returns its end."""
+    """Extends an assignment's lease, up to the report deadline. Returns its end."""
     settings = settings_of(found.settings)
     end = now + settings.lease_ms
     if found.report_deadline_ms is not None:
@@ -149,7 +149,7 @@ def prolong(db: Connection, found: Row[Any], now: int) -> int:
 def known_assignments(
     db: Connection, ids: Sequence[str], *, lock: bool = True
 ) -> dict[str, Row[Any]]:
-    """Assignments by their ids, whosever they are, as `known_assignment` gives them."""
+    """Returns assignments of any device by their ids, as `known_assignment` gives them."""
     if lock and db.dialect.name == "postgresql":  # on SQLite a writer is alone
         mine = select(assignments.c.round).where(assignments.c.id.in_(ids))
         here = select(rounds.c.id).where(rounds.c.id.in_(mine)).order_by(rounds.c.id)

@@ -1,18 +1,18 @@
-"""Devices that are not to be counted on, and what becomes of rounds without them.
+"""Devices that are no longer expected, and the rounds without them.
 
-A device whose data do not fit the plan, or that has none, gives its assignment back with a reason
-that does not pass, and ends. It is not expected any more: it is in no cohort and no goal, also of
-the round that is open, which so does not wait for it. That such a round is abandoned is no strike
-against the run. A device that was revoked is treated alike.
+A device whose data do not fit the plan, or that has none, gives its assignment back with a
+permanent reason, and ends. It is not expected any more: it is in no cohort and no goal, also of the
+open round, which so does not wait for it. If that round is abandoned, it is no strike against the
+run. A revoked device is treated alike.
 
-Nor is a device expected that was silent in two rounds in a row that had drawn it: it neither
-reported nor said why. A drawn round is no strike, either, if a device of it never asked for work.
+Nor is a device expected that was silent in two drawn rounds in a row: it neither reported nor gave
+a reason. A drawn round is no strike, either, if a device of it never asked for work.
 
-Whoever checks in again is expected again: somebody mended its data, or switched it on.
+A device that checks in again is expected again: its data were mended, or it was switched on.
 
-A goal that the operator gave as a number falls by the devices that are gone, where no other is
-there to take their place; its minimum, which is a part of it, falls too. Devices that may still
-enrol count.
+A goal that the operator gave as a number falls by the devices that are gone, where there are no
+others to replace them. Its minimum, which is a part of it, falls too. Devices that may still enrol
+count.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Present(NamedTuple):
     """The devices of a run."""
 
     clients: list[int]
-    """Of those that are expected to take part, in order."""
+    """The clients that are expected to take part, in order."""
     num_gone: int
-    """Of the others: revoked, silent, or not able to."""
+    """The other clients: revoked, silent, or not able to."""
 
 
 def present(db: Connection, run: str) -> Present:
-    """Who is expected of those that ever enrolled."""
+    """Returns the expected devices among those that ever enrolled."""
     query = select(devices.c.client).where(devices.c.run == run)
     expected = list(db.scalars(query.where(_EXPECTED).order_by(devices.c.client)))
     enrolled = db.scalar(select(func.count()).where(devices.c.run == run)) or 0
@@ -63,7 +63,7 @@ def present(db: Connection, run: str) -> Present:
 
 
 def counted(db: Connection, run: str) -> tuple[int, int]:
-    """How many are enrolled and were not revoked, and how many of these are not expected."""
+    """Returns how many are enrolled and not revoked, and how many of these are not expected."""
     here = (devices.c.run == run) & devices.c.revoked_ms.is_(None)
     enrolled = db.scalar(select(func.count()).where(here)) or 0
     expected = db.scalar(select(func.count()).where(here & _EXPECTED)) or 0
@@ -71,14 +71,14 @@ def counted(db: Connection, run: str) -> tuple[int, int]:
 
 
 def goal_among(settings: RoundSettings, here: Present) -> int:
-    """The goal of an open round among these devices."""
+    """Returns the goal of an open round among these devices."""
     expected = len(here.clients)
     goal = settings.goal_of(expected)
     return min(goal, max(expected, goal - here.num_gone))
 
 
 def leave(db: Connection, found: Row[Any], reason: str, now: int) -> None:
-    """A device gives an assignment of training back for good; its round is locked."""
+    """Takes an assignment of training back for good; its round is locked."""
     db.execute(update(devices).where(devices.c.id == found.device).values(left=reason))
     here = select(rounds).where(rounds.c.id == found.round)
     _do_without(db, db.execute(here).one(), found.client, settings_of(found.settings), now)
@@ -87,7 +87,8 @@ def leave(db: Connection, found: Row[Any], reason: str, now: int) -> None:
 
 
 def revoked(db: Connection, device: str, now: int) -> None:
-    """A device was thrown out: the open round does not wait for it. What it reported counts."""
+    """Takes a revoked device out of the open round, which does not wait for it. Its reports
+    count."""
     columns = (devices.c.client, runs.c.id, runs.c.settings)
     mine = select(*columns).select_from(devices.join(runs)).where(devices.c.id == device)
     client, run, settings = db.execute(mine).one()
@@ -102,7 +103,7 @@ def revoked(db: Connection, device: str, now: int) -> None:
 
 
 def note_silent(db: Connection, round: Row[Any]) -> bool:
-    """A drawn round is over: note who of its cohort was silent, and who was not.
+    """Notes who of a drawn round's cohort was silent, and who was not, at its end.
 
     Returns whether one of them never asked for work.
     """
@@ -119,7 +120,7 @@ def note_silent(db: Connection, round: Row[Any]) -> bool:
 
 
 def is_excused(db: Connection, round: str) -> bool:
-    """Whether a device left in this round, or was revoked."""
+    """Returns whether a device left in this round, or was revoked."""
     left = (assignments.c.round == round) & (assignments.c.state == "failed")
     query = select(func.count()).where(left, assignments.c.reason.in_((*REASONS, REVOKED)))
     return bool(db.scalar(query))
@@ -128,7 +129,7 @@ def is_excused(db: Connection, round: str) -> bool:
 def _do_without(
     db: Connection, round: Row[Any], client: int, settings: RoundSettings, now: int
 ) -> None:
-    """Let an open round's goal and minimum fall to those that are expected still."""
+    """Lets an open round's goal and minimum fall to those that are still expected."""
     changes: dict[str, Any] = {}
     if round.cohort is None:
         goal = min(round.goal, goal_among(settings, present(db, round.run)))
@@ -138,7 +139,7 @@ def _do_without(
         changes = {"cohort": to_json(cohort), "slots": goal}
     changes |= {"goal": goal, "minimum": min(round.minimum, settings.minimum_of(goal))}
     if goal == 0:
-        changes["report_deadline_ms"] = now  # nobody is left to wait for
+        changes["report_deadline_ms"] = now  # no device is left to wait for
     db.execute(update(rounds).where(rounds.c.id == round.id).values(changes))
 
 

@@ -1,4 +1,4 @@
-"""What an operator does about a round or a model that is of no more use."""
+"""An operator's actions on a round or a model that is of no more use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from potluck.server.storage.database_tables import models, runs
 
 
 def abandon(context: Context, run: str, reason: str, *, actor: str) -> None:
-    """End the open attempt without a model; the same round is tried again.
+    """Ends the open attempt without a model; the same round is tried again.
 
     Raises:
         RefusedError: conflict: there is none.
@@ -34,13 +34,13 @@ def abandon(context: Context, run: str, reason: str, *, actor: str) -> None:
 def fall_back(
     context: Context, run: str, version: int | None = None, *, actor: str
 ) -> tuple[int, int]:
-    """Go on with an older model: the newest that can be read, or this version.
+    """Goes on with an older model: the newest that can be read, or this version.
 
     It becomes the newest version, since devices take no version below one that they saw. Rounds go
     on counting: what the lost model had learnt since is not learnt again.
 
     Returns:
-        Which version, and which one it is now.
+        The version, and its new number.
 
     Raises:
         RefusedError: conflict: the newest can be read, and no version was named; not_found.

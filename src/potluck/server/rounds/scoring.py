@@ -1,9 +1,9 @@
-"""What devices measure on their own examples: which numbers are taken, and what they make together.
+"""The metrics of devices on their own examples: their bounds, means and medians.
 
 A metric comes as a sum over examples and their number. One that the run's plan does not have is
 left out; its mean must be within `MAX_SCORE`, that of an accuracy from 0 to 1. A device counts with
 at most `COUNT_TIMES` the median of the round's numbers of examples, as a report does with its
-weight. A mean that is no share still follows whoever says the largest number: so the median over
+weight. A mean that is no share still follows the device with the largest number, so the median over
 the devices stands beside it.
 """
 
@@ -24,7 +24,7 @@ from potluck.core.plain_json import to_json
 from potluck.server.storage.database_tables import evaluations
 
 MAX_SCORE = 1e15
-"""Of a loss, or the mean of a metric, in both directions."""
+"""The bound on a loss, or the mean of a metric, in both directions."""
 MAX_EXAMPLES = 10**9
 """Of one device."""
 COUNT_TIMES = 5.0
@@ -33,14 +33,14 @@ Sums = Mapping[str, Sequence[float]]
 
 
 class Measured(NamedTuple):
-    """What the devices of a round measured, by metric."""
+    """The metrics of the devices of a round, by name."""
 
     means: dict[str, float]  # over all examples
     medians: dict[str, float]  # over the devices
 
 
 def checked_sums(metrics: Sums, plan: str) -> Sums:
-    """The metrics of the run's plan among those that a device sent.
+    """Returns the metrics of the run's plan among those that a device sent.
 
     Raises:
         RefusedError: bounds: there is none, or one that cannot be right.
@@ -66,7 +66,8 @@ def checked_sums(metrics: Sums, plan: str) -> Sums:
 
 
 def measured(reported: Sequence[Sums]) -> Measured:
-    """Means and medians of the metrics that most devices reported, in any order the same."""
+    """Returns means and medians of the metrics that most devices reported, in any order the
+    same."""
     found: dict[str, list[Sequence[float]]] = {}
     for metrics in reported:
         for name, pair in metrics.items():
@@ -96,7 +97,7 @@ def insert_evaluation(
     num_devices: int = 0,
     medians: Mapping[str, float] | None = None,
 ) -> None:
-    """The row of an evaluation, central or federated."""
+    """Inserts the row of an evaluation, central or federated."""
     values: dict[str, Any] = {"run": run, "round": round, "kind": kind, "created_ms": now}
     values |= {"metrics": to_json(metrics), "num_devices": num_devices}
     values["medians"] = None if medians is None else to_json(medians)
@@ -105,7 +106,7 @@ def insert_evaluation(
 
 @lru_cache(maxsize=64)
 def _known(plan: str) -> Collection[str] | None:
-    """The metrics of a plan as it is stored; None where its task is none of ours."""
+    """Returns the metrics of a plan as it is stored; None where its task is none of ours."""
     try:
         return metrics_of(read_plan(json.loads(plan)).task)
     except ConfigError:

@@ -4,8 +4,9 @@
         └─────────────┴──────→ ABANDONED(reason)
 
     SELECTING    devices that check in get a slot and start at once. It ends when the slots were
-                 taken, or `selection_seconds` after the first device. A drawn cohort of which none
-                 comes has as long as devices may have been told to wait, and `selection_seconds`.
+                 taken, or `selection_seconds` after the first device. A drawn cohort without any
+                 check-in has as long as devices may have been told to wait, and
+                 `selection_seconds`.
     TRAINING     ends `report_seconds` later. A slot whose lease ran out, or whose device failed,
                  goes to the next device that checks in.
     AGGREGATING  the accepted set is frozen; the model is made from it (`commit`).
@@ -13,8 +14,8 @@
 Reports are accepted in SELECTING and TRAINING. A round closes with the report that reaches the
 goal, in its transaction; and at its deadline when the minimum is reached. Otherwise it is
 abandoned: the model stays as it was, and the same number is tried again with the next attempt and a
-new id. After `attempts` in a row the run is paused, and says why; a federated evaluation that fails
-so often is given up instead.
+new id. After `attempts` in a row the run is paused, with the reason. A federated evaluation that
+fails so often is given up instead.
 
 Only the leader calls these functions, but for `close_round`. Each one names the state that it
 leaves; where a round is in another one, nothing happens. `potluck.core.round_step.due` decides what
@@ -54,7 +55,7 @@ _GRACE_MS = 30_000
 
 
 def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
-    """∅ → SELECTING, the next round of a run. Returns its id, or None if it must wait."""
+    """Moves ∅ → SELECTING, the next round of a run. Returns its id, or None if it must wait."""
     settings = settings_of(run.settings)
     population = db.scalar(select(func.count()).where(devices.c.run == run.id)) or 0
     if population < settings.population:
@@ -95,14 +96,14 @@ def open_round(db: Connection, run: Row[Any], now: int) -> str | None:
 
 
 def start_training(db: Connection, round: Row[Any], settings: RoundSettings, now: int) -> None:
-    """SELECTING → TRAINING: the report deadline is set."""
+    """Moves SELECTING → TRAINING, and sets the report deadline."""
     deadline = now + milliseconds(settings.report_seconds)
     _move(db, round, "TRAINING", report_deadline_ms=deadline)
     fault_points.reach("train.inside")
 
 
 def close_round(db: Connection, round: str, why: str = ENOUGH) -> None:
-    """SELECTING, TRAINING → AGGREGATING: no report is accepted any more."""
+    """Moves SELECTING, TRAINING → AGGREGATING: no report is accepted any more."""
     here = (rounds.c.id == round) & rounds.c.state.in_(("SELECTING", "TRAINING"))
     if db.execute(update(rounds).where(here).values(state="AGGREGATING")).rowcount == 1:
         _end_assignments(db, round, why)
@@ -119,12 +120,13 @@ def abandon_round(
     excused: bool = False,
     actor: str = "leader",
 ) -> None:
-    """SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
+    """Moves SELECTING, TRAINING, AGGREGATING → ABANDONED: the model stays as it was."""
     if not _move(db, round, "ABANDONED", reason=reason, closed_ms=now):
         return
     _end_assignments(db, round.id, "the round was abandoned")
     settings = settings_of(run.settings)
-    # A pause or an operator is not the devices' fault, and who is gone fails no further round.
+    # A pause or an operator is not the devices' fault. A device that is gone fails no further
+    # round.
     excused = excused or actor != "leader" or run.state != "running" or is_excused(db, round.id)
     strikes = run.strikes + (not excused)
     changes: dict[str, Any] = {"attempt": round.attempt + 1, "strikes": strikes}
@@ -142,29 +144,32 @@ def abandon_round(
 
 
 def lock_run(db: Connection, run: str) -> Row[Any]:
-    """A run as it stays until the end of the transaction; its round is locked after it."""
+    """Locks a run until the end of the transaction; its round is locked after it."""
     return db.execute(select(runs).where(runs.c.id == run).with_for_update()).one()
 
 
 def pause_run(db: Connection, run: str, reason: str, now: int) -> None:
-    """The leader finds that no round can be opened before a person does something."""
+    """Pauses a run in which no round can be opened before a person acts."""
     db.execute(update(runs).where(runs.c.id == run).values(state="paused", reason=reason))
     audit.append(db, now, "leader", "pause", run=run, reason=reason)
 
 
 def expire_leases(db: Connection, now: int) -> None:
-    """Free the slots of devices that were silent for too long."""
+    """Frees the slots of devices that were silent for too long."""
     late = and_(ACTIVE, assignments.c.lease_ms <= now)
     theirs = rounds.c.id.in_(select(assignments.c.round).where(late))
-    # The rounds first, as everybody does: reports write many assignments at once, too.
+    # The rounds first, as everywhere: reports write many assignments at once, too.
     db.execute(select(rounds.c.id).where(theirs).order_by(rounds.c.id).with_for_update()).all()
     values = {"state": "expired", "reason": LEASE_RAN_OUT}
     db.execute(update(assignments).where(late).values(values))
 
 
 def rearm(db: Connection, now: int) -> None:
-    """After nobody led for a while: no deadline is further away than when it was set, and one that
-    passed leaves some time for the reports that could not be sent."""
+    """Moves deadlines after a time without a leader.
+
+    None is further away than when it was set. One that passed leaves some time for the reports that
+    could not be sent.
+    """
     theirs = select(runs.c.settings).where(runs.c.id == rounds.c.run).scalar_subquery()
     open_ones = select(rounds, theirs.label("settings")).where(OPEN_ROUND)
     for round in db.execute(open_ones).all():
@@ -187,7 +192,7 @@ def rearm(db: Connection, now: int) -> None:
 
 
 def phase_of(round: Row[Any]) -> Phase:
-    """What a round in SELECTING or TRAINING needs, and until when."""
+    """Returns the needs of a round in SELECTING or TRAINING, and until when."""
     return Phase(
         goal=round.goal,
         minimum=round.minimum,
@@ -199,7 +204,7 @@ def phase_of(round: Row[Any]) -> Phase:
 
 
 def count(db: Connection, round: Row[Any]) -> Counts:
-    """Count the devices of a round."""
+    """Counts the devices of a round."""
     active, reported, taken = db.execute(_COUNTS, {"round": round.id}).one()
     absent = len(_absent(db, round)) if round.cohort is not None else 0
     return Counts(active, reported, taken, absent)
@@ -212,12 +217,12 @@ _COUNTS = select(_ACTIVE.scalar_subquery(), _REPORTED.scalar_subquery(), _TAKEN.
 
 
 def open_round_of(db: Connection, run: str, *, lock: bool = False) -> Row[Any] | None:
-    """The round of a run that is neither committed nor abandoned: there is at most one."""
+    """Returns the round of a run that is neither committed nor abandoned: there is at most one."""
     return db.execute(_OPEN_LOCKED if lock else _OPEN, {"run": run}).one_or_none()
 
 
 def usual_seconds(db: Connection, run: str, settings: RoundSettings) -> float:
-    """The median length of the last five committed rounds; 0 before the second.
+    """Returns the median length of the last five committed rounds; 0 before the second.
 
     A round begins with its first device: that nobody came says nothing. The first round is left
     out, in which devices import, load and compile what they will use. None is longer than its
@@ -245,7 +250,7 @@ _LENGTHS = (
 
 
 def settle(db: Connection, run: Row[Any], round: Row[Any], *, version: int) -> None:
-    """The part of a commit that moves the run on to its next round."""
+    """Moves the run on to its next round, as a part of a commit."""
     changes: dict[str, Any] = {"attempt": 1, "strikes": 0, "version": version}
     changes["evaluated" if round.kind == "evaluate" else "round"] = round.number
     db.execute(update(runs).where(runs.c.id == run.id).values(changes))
@@ -261,7 +266,7 @@ def _next(run: Row[Any], settings: RoundSettings) -> tuple[str, int]:
 def _cohort(
     run: Row[Any], settings: RoundSettings, kind: str, number: int, here: Present
 ) -> list[int] | None:
-    """The client indices of a sampled round: for training, those of the simulation.
+    """Returns the client indices of a sampled round: for training, those of the simulation.
 
     They are drawn among the devices that are expected, and anew for another attempt.
     """
@@ -279,7 +284,7 @@ def _cohort(
 
 
 def _absent(db: Connection, round: Row[Any]) -> list[int]:
-    """The drawn clients that failed in this round, without a report."""
+    """Returns the drawn clients that failed in this round, without a report."""
     failed = select(assignments.c.client).where(
         assignments.c.round == round.id, assignments.c.state == "failed"
     )

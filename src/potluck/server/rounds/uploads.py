@@ -1,4 +1,4 @@
-"""Reports: an update arrives in chunks, is checked, and counts once.
+"""Uploads: an update arrives in chunks, is checked, and counts once.
 
     begin   what is coming, with its SHA-256 → an upload and the offset to go on from
     append  a chunk, on the disk when it is answered → the new offset
@@ -6,8 +6,8 @@
             digest, values, norm; then one row, and the report is accepted
 
 Everything may be repeated. Until a report is accepted (`acceptance`), its device may begin again
-with another digest; what it had sent is dropped. A chunk that starts elsewhere than at the upload's
-end changes nothing: the answer is the offset to go on from.
+with another digest. Its earlier bytes are then dropped. A chunk that starts elsewhere than at the
+upload's end changes nothing: the answer is the offset to go on from.
 
 Guarantee: what was accepted is not changed or removed before its round is over. Requests that
 complete one upload at once, at one server or several, each seal a blob of their own. The first to
@@ -50,13 +50,13 @@ from potluck.server.storage.database_tables import TAKING, rounds, uploads
 from potluck.server.storage.stored_run import settings_of
 
 CHUNK_BYTES = 1 << 20
-"""What devices are asked to send at once. It bounds the memory of uploads, and what a cut costs."""
+"""The bytes in a chunk. They bound the memory of uploads, and the cost of an interruption."""
 Stood: TypeAlias = tuple[Upload | Accepted, int]
-"""Where an upload stands, and how many bytes it will have."""
+"""The state of an upload, and the number of bytes that it will have."""
 
 
 def begin_report(context: Context, device: str, message: Report, codec: Codec) -> Upload | Accepted:
-    """Announce an update, in the codec of the run. It is completed where all its bytes are here.
+    """Announces an update, in the codec of the run. It is completed where all its bytes are here.
 
     Raises:
         RefusedError: not_found, malformed, wrong_length, late, conflict, bounds; as
@@ -89,7 +89,7 @@ def begin_report(context: Context, device: str, message: Report, codec: Codec) -
 
 
 def upload_state(context: Context, device: str, upload: str) -> Upload | Accepted:
-    """Where an upload stands; it is completed where all its bytes are here.
+    """Returns the state of an upload, which is completed where all its bytes are here.
 
     Raises:
         RefusedError: as `find_report` and `finish_report`.
@@ -100,7 +100,7 @@ def upload_state(context: Context, device: str, upload: str) -> Upload | Accepte
 def add_chunk(
     context: Context, device: str, upload: str, offset: int, data: bytes | bytearray, stood: Stood
 ) -> Upload | Accepted:
-    """Add a chunk to an upload that `stood` so before the chunk was read; the last completes it.
+    """Adds a chunk to an upload that `stood` so before the chunk was read; the last completes it.
 
     Raises:
         RefusedError: as `append_chunk` and `finish_report`; offset: it starts elsewhere.
@@ -135,7 +135,7 @@ def _complete(
 def append_chunk(
     context: Context, device: str, upload: str, offset: int, data: bytes | bytearray
 ) -> Upload:
-    """Add a chunk; bytes count from the moment they are on the disk. Extends the lease.
+    """Adds a chunk; bytes count from the moment they are on the disk. Extends the lease.
 
     Raises:
         RefusedError: not_found, late, malformed: a chunk too long.
@@ -165,7 +165,7 @@ def append_chunk(
 
 
 def finish_report(context: Context, device: str, upload: str) -> Accepted:
-    """Check what was sent, and accept it; a request that repeats another waits for it.
+    """Checks what was sent, and accepts it; a request that repeats another waits for it.
 
     Raises:
         RefusedError: not_found, late, conflict; offset: bytes are missing; digest: send it again
@@ -179,7 +179,7 @@ def finish_report(context: Context, device: str, upload: str) -> Accepted:
 
 
 def _finish(context: Context, device: str, upload: str) -> tuple[Accepted, bool]:
-    """The answer, and whether a round has its goal with it."""
+    """Returns the answer, and whether a round has its goal with it."""
     now, blobs = context.now(), context.blobs
     with context.database.read() as db:
         row = find_upload(db, device, upload)
@@ -225,7 +225,7 @@ def _finish(context: Context, device: str, upload: str) -> tuple[Accepted, bool]
 
 
 def find_report(context: Context, device: str, upload: str) -> Stood:
-    """Where an upload stands, and how long it will be; also when its round is over.
+    """Returns the state of an upload, and its full length; also when its round is over.
 
     Raises:
         RefusedError: not_found, late, conflict.
@@ -251,7 +251,7 @@ _WANTED = (
 
 
 def find_upload(db: Connection, device: str, upload: str) -> Row[Any]:
-    """A device's upload; another device's looks like none."""
+    """Returns a device's upload; another device's is answered as an unknown one."""
     row = db.execute(_UPLOAD, {"upload": upload, "device": device}).one_or_none()
     if row is None:
         find_device(db, device)
@@ -264,12 +264,12 @@ def _upload(id: str, offset: int) -> Upload:
 
 
 def _part(row: Row[Any]) -> str:
-    """The name of the part that an upload grows in."""
+    """Returns the name of the part that an upload grows in."""
     return row.part or row.id
 
 
 def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> Norms:
-    """Seal an upload under a new key, and check what is there then."""
+    """Seals an upload under a new key, and checks what it then holds."""
     size = blobs.part_size(_part(row))
     if size != row.num_bytes:
         raise RefusedError("offset", f"{row.num_bytes} bytes were announced, got {size}.")
@@ -280,7 +280,7 @@ def _seal(blobs: BlobStore, row: Row[Any], found: Row[Any], key: str) -> Norms:
 
 
 def _reject(context: Context, row: Row[Any], found: Row[Any], error: RefusedError) -> None:
-    """What follows for an upload that was complete and is not accepted."""
+    """Acts on an upload that was complete and is not accepted."""
     if error.code in ("offset", "late", "conflict", "not_found", "unknown"):
         return
     with context.database.write() as db:
@@ -295,9 +295,9 @@ def _reject(context: Context, row: Row[Any], found: Row[Any], error: RefusedErro
 
 
 def drop_parts(database: Database, blobs: BlobStore, round: str) -> None:
-    """Drop what was on its way to a round that is over.
+    """Drops the unfinished uploads of a round that is over.
 
-    The rows stay: what still comes for an upload is answered as it was, or late, and not unknown.
+    The rows stay: later requests for an upload are answered as before, or late, and not unknown.
     """
     with database.read() as db:
         parts = db.scalars(select(_in_part).where(uploads.c.round == round)).all()

@@ -1,1 +1,1 @@
-"""What a server keeps: tables, blobs, the audit log, copies of all of them."""
+"""The state of a server: tables, blobs, the audit log, copies of all of them."""

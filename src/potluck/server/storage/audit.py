@@ -2,10 +2,10 @@
 
     hash_n = SHA-256(canonical JSON of [n, time, actor, action, detail, hash_{n−1}]),  hash_0 = 0…0
 
-Guarantee: whoever changes, removes or inserts a row without rewriting every later hash is found by
-`verify`, which names the first row that does not fit. One who can rewrite the whole table, or cut
-off its end, is found by a hash that was kept elsewhere. `head` gives it, and each signed manifest
-carries it, so every device keeps one.
+Guarantee: a row that was changed, removed or inserted without rewriting every later hash is found
+by `verify`, which names the first row that does not fit. A rewrite of the whole table, or a cut
+end, is found by a hash that was kept elsewhere. `head` gives it, and each signed manifest carries
+it, so every device keeps one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Break(NamedTuple):
 
 
 def append(db: Connection, now: int, actor: str, action: str, **detail: Any) -> None:
-    """Add a row inside the transaction that does what the row says.
+    """Adds a row inside the transaction that does what the row says.
 
     Appending is the last thing that a transaction does: it holds the log's lock until the end.
     """
@@ -44,7 +44,8 @@ def append(db: Connection, now: int, actor: str, action: str, **detail: Any) -> 
 
 
 def head(db: Connection) -> tuple[int, str]:
-    """Number and hash of the last row: keep it elsewhere to detect a log that was rewritten."""
+    """Returns number and hash of the last row: keep it elsewhere to detect a log that was
+    rewritten."""
     last = db.execute(
         select(audit.c.number, audit.c.hash).order_by(audit.c.number.desc()).limit(1)
     ).one_or_none()
@@ -52,8 +53,10 @@ def head(db: Connection) -> tuple[int, str]:
 
 
 def verify(db: Connection, since: str | None = None) -> Break | None:
-    """Read the whole log; None when every row fits the one before it, and one has the hash `since`,
-    which was kept elsewhere."""
+    """Reads the whole log, and returns its first fault.
+
+    None: every row fits the one before it, and one has the hash `since`, which was kept elsewhere.
+    """
     previous, expected, is_found = _START, 1, since in (None, _START)
     for row in db.execute(select(audit).order_by(audit.c.number)):
         if row.number != expected:

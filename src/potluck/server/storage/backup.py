@@ -34,7 +34,7 @@ _SECRETS = ("run-*.key", "certificate.pem", "tls.key")
 
 
 class Copied(NamedTuple):
-    """What a copy holds."""
+    """The content of a copy."""
 
     runs: list[tuple[str, int]]  # name, committed rounds
     models: int  # files, with those of optimizers
@@ -42,7 +42,7 @@ class Copied(NamedTuple):
 
 
 def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Copied:
-    """Copy what a server's folder, or the places named instead, hold.
+    """Copies a server's folder, or the places named instead.
 
     Raises:
         RunError: there is no run, or the folder to write to is another server's.
@@ -70,7 +70,7 @@ def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Co
 
 
 def restore(backup: Path, home: Home, database: str | None, blobs: str | None) -> Copied:
-    """Put a backup into an empty server's folder, or into empty places named instead.
+    """Puts a backup into an empty server's folder, or into empty places named instead.
 
     Raises:
         RunError: it is no backup, or a server is at work, or the folder has another run's key.
@@ -127,7 +127,7 @@ def _copy_models(db: Connection, source: BlobStore, target: BlobStore) -> Copied
 
 
 def _whole(key: str, store: BlobStore) -> Iterator[bytes]:
-    """The pieces of a blob, whose name ends with its digest."""
+    """Yields the pieces of a blob, whose name ends with its digest."""
     digest = hashlib.sha256()
     for piece in store.read(key):
         digest.update(piece)

@@ -1,13 +1,13 @@
 """Blobs: models and updates, in a local folder or in an object store.
 
 A blob is there as a whole or not at all. In a folder that is a temporary file, fsync, rename, and
-fsync of the directory; `put` returns after the last of them. An upload grows as a part, which any
-kill leaves as long as it got: its length is the offset at which the device goes on. A whole part is
-sealed under a key that nothing had before: in a folder by a hard link, so nothing is copied.
+fsync of the directory; `put` returns after the last of them. An upload grows as a part, which keeps
+its length after any kill: that is the offset at which the device goes on. A whole part is sealed
+under a key that nothing had before: in a folder by a hard link, so nothing is copied.
 
 A full disk, a read-only one and a failing one are all `StorageError`, which a server answers with
-503; what was half-written then is removed, or overwritten by the next try. A blob that is missing
-or too short, in a store that is itself in order, is a `LostError`: to wait for it would be in vain.
+503. Half-written bytes are removed, or overwritten by the next try. A blob that is missing or too
+short, in a store that is itself in order, is a `LostError`: waiting would not help.
 
 Keys are made by the server, never taken from a request: `models/<sha256>`, `optimizers/<sha256>`,
 `reports/<round>/<upload>-<random>`.
@@ -31,20 +31,20 @@ from potluck.core.errors import LostError
 from potluck.server.storage import fault_points
 
 PIECE_BYTES = 1 << 17
-"""Of a blob at once in memory: for each of the devices that download, and twice more with TLS."""
+"""The bytes of a blob in memory: for each of the devices that download, and twice more with TLS."""
 _STALE_SECONDS = 3600
 _KINDS = {"models", "optimizers", "parts", "reports", "temporary"}
 
 
 class BlobStore(Protocol):
-    """What the server needs of a place for blobs."""
+    """The interface of a store of blobs."""
 
     def put(self, key: str, pieces: Iterable[bytes]) -> None:
-        """Store a blob durably, replacing one with the same key."""
+        """Stores a blob durably, replacing one with the same key."""
         ...
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes [start, stop) in pieces of at most a megabyte.
+        """Yields the bytes [start, stop) in pieces of at most a megabyte.
 
         Raises:
             LostError: there is no such blob, or it ends before `stop`.
@@ -52,23 +52,23 @@ class BlobStore(Protocol):
         ...
 
     def size(self, key: str) -> int | None:
-        """Bytes of a blob; None if there is none."""
+        """Returns the bytes of a blob; None if there is none."""
         ...
 
     def delete(self, prefix: str) -> None:
-        """Remove the blob of this key, and all whose keys continue it with a slash."""
+        """Removes the blob of this key, and all whose keys continue it with a slash."""
         ...
 
     def append(self, part: str, offset: int, data: bytes | bytearray) -> int:
-        """Append to a part if it is `offset` bytes long. Returns its length, durable."""
+        """Appends to a part if it is `offset` bytes long. Returns its length, durable."""
         ...
 
     def part_size(self, part: str) -> int:
-        """Bytes of a part; 0 if there is none."""
+        """Returns the bytes of a part; 0 if there is none."""
         ...
 
     def seal(self, part: str, key: str) -> None:
-        """Make a blob of a part, under a key that nothing has; the part stays until it is dropped.
+        """Makes a blob of a part, under a key that nothing has; the part stays until it is dropped.
 
         Raises:
             LostError: some of the part was dropped meanwhile.
@@ -76,12 +76,12 @@ class BlobStore(Protocol):
         ...
 
     def drop(self, part: str) -> None:
-        """Remove a part, if there is one."""
+        """Removes a part, if there is one."""
         ...
 
 
 def open_blobs(url: str) -> BlobStore:
-    """A folder by its path, or an object store by URL (`s3://bucket/prefix`)."""
+    """Opens a folder by its path, or an object store by URL (`s3://bucket/prefix`)."""
     if "://" not in url:
         return FolderStore(url)
     if url.startswith("file://"):
@@ -211,7 +211,7 @@ class FolderStore:
                 raise
 
     def _is_well(self) -> bool:
-        """Whether the folder is there and keeps what is written: one blob may still be lost."""
+        """Returns whether the folder is there and keeps writes: one blob may still be lost."""
         probe = self._temporary / secrets.token_hex(16)
         try:
             probe.write_bytes(b"probe")
@@ -222,7 +222,7 @@ class FolderStore:
         return is_well
 
     def _close(self) -> None:
-        """Keep others out of what they could read; of the folder too, if nothing else is in it."""
+        """Removes other users' access to the blobs; to the folder too, if it holds nothing else."""
         inside = {path.name for path in self._folder.iterdir()}
         folders = [self._folder / name for name in inside & _KINDS]
         for folder in folders + [self._folder] * (inside <= _KINDS):
@@ -231,7 +231,7 @@ class FolderStore:
                 folder.chmod(0o700)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left half-written."""
+        """Removes what killed processes left half-written."""
         for path in self._temporary.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -239,7 +239,7 @@ class FolderStore:
 
 
 def _place(path: Path, move: Callable[[Path], object], source: Path | None = None) -> None:
-    """Give a file its place, durably, in a folder that is made for it."""
+    """Moves a file into place, durably, in a folder that is made for it."""
     if not path.parent.is_dir():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (path.parent.parent, path.parent.parent.parent):

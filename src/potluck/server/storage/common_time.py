@@ -1,18 +1,18 @@
 """The servers' common time, which no jump of a wall clock moves.
 
-A process takes the wall clock once, when it starts, and counts on with the monotonic clock: while
-it lives, deadlines hold in elapsed time, whatever happens to the wall clock. In the database they
-are absolute. Every beat of the leader writes its time there; the other processes set theirs by it,
+A process takes the wall clock once, when it starts, and counts on with the monotonic clock. While
+it runs, deadlines hold in elapsed time, whatever happens to the wall clock. In the database they
+are absolute. Every beat of the leader writes its time there. The other processes set theirs by it,
 and one that starts never starts behind it. So time is common.
 
-A clock may have been wrong at a start. So who takes the lead takes the wall clock of its machine,
-and so does a leader whose wall clock has shown another time for ten minutes. What was written
-ahead of that time is brought back (`lead`): no deadline is further away than when it was set, and
-no invitation is valid for longer than it was to be.
+A clock may have been wrong at a start. So a new leader takes the wall clock of its machine, and so
+does a leader whose wall clock has shown another time for ten minutes. Times that were written ahead
+are brought back (`coordinator`). No deadline is further away than when it was set. No invitation is
+valid for longer than it was to be.
 
-What cannot be told apart is a long outage and a wall clock that jumped ahead between two lives of
-the only process. Both look like deadlines that passed while nobody served; a round is then given
-some more time instead of being abandoned (`rounds.rearm`).
+A long outage looks like a wall clock that jumped ahead between two runs of the only process. In
+both, deadlines passed without a server. A round is then given some more time instead of being
+abandoned (`state_machine.rearm`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _OFF_MS, _OFF_FOR_MS = 60_000, 600_000
 
 
 class TimeSource(Protocol):
-    """Where time comes from: a test brings its own."""
+    """The source of time, which a test replaces."""
 
     def wall_ms(self) -> int:
-        """Milliseconds since 1970, as the machine believes; may jump."""
+        """Returns milliseconds since 1970 by the machine's clock; may jump."""
         ...
 
     def elapsed_ms(self) -> int:
-        """Milliseconds since some moment; never jumps."""
+        """Returns milliseconds since some moment; never jumps."""
         ...
 
 
@@ -56,20 +56,20 @@ class CommonTime:
         self._off_since: int | None = None
 
     def now(self) -> int:
-        """The common time in milliseconds."""
+        """Returns the common time in milliseconds."""
         return self._offset + self.clock.elapsed_ms()
 
     def set(self, now_ms: int) -> None:
-        """Agree with the leader."""
+        """Sets the time by the leader's."""
         self._offset = now_ms - self.clock.elapsed_ms()
 
     def follow_wall(self) -> None:
-        """Take the time from the wall clock again, if the machine has one."""
+        """Takes the time from the wall clock again, if the machine has one."""
         if self.clock.wall_ms() >= EARLIEST_MS:
             self.set(self.clock.wall_ms())
 
     def is_off(self) -> bool:
-        """Whether the wall clock has shown another time for long; to be asked now and then."""
+        """Returns whether the wall clock has long shown another time; to be called now and then."""
         wall, elapsed = self.clock.wall_ms(), self.clock.elapsed_ms()
         if wall < EARLIEST_MS or abs(wall - self.now()) < _OFF_MS:
             self._off_since = None

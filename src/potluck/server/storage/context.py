@@ -1,4 +1,4 @@
-"""What every function of a server is given: where its state is, its clock, and whom it tells."""
+"""The context of every function of a server: its state, its clock, and its callbacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Context:
     check: Callable[[Connection], None]
     """Raises `FencedError` in a transaction of a process that does not lead any more."""
     on_goal: Callable[[], None] = lambda: None
-    """Called, in any thread, when the leader has something to do."""
+    """Called, in any thread, when work for the leader is due."""
     on_open: Callable[[str], None] = lambda _: None
     """Called, in any thread, with the id of a round as soon as devices may come to it."""
     on_lost: Callable[[], None] = lambda: None
@@ -41,11 +41,11 @@ class Context:
     )
 
     def suspect(self, run: str) -> None:
-        """Have the leader read the newest model of a run, which may be lost."""
+        """Makes the leader read the newest model of a run, which may be lost."""
         self.suspects.add(run)
         self.on_goal()
 
     def turn(self, upload: str) -> threading.Lock:
-        """The lock that completes an upload once, of any number of requests for it."""
+        """Returns the lock that completes an upload once, of any number of requests for it."""
         with self._guard:
             return self._turns.setdefault(upload, threading.Lock())

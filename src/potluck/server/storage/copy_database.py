@@ -1,6 +1,6 @@
-"""A database, whole, into another one, SQLite and PostgreSQL both ways; and upgrades, after a copy.
+"""Copies of a whole database, SQLite and PostgreSQL both ways, and upgrades, after a copy.
 
-Tables and columns are taken as they are found, so a database of any version can be copied: the
+Tables and columns are taken as they are found, so a database of any version can be copied. The
 target gets the schema of the source's version first, and then its rows.
 """
 
@@ -17,12 +17,12 @@ from potluck.core import StorageError
 from potluck.server.storage.database import Database, as_dict, newest_revision, revision_of
 
 _ROWS = 500
-"""In memory at a time: a row may hold a small model."""
+"""The rows in memory at a time: one may hold a small model."""
 _LOG = logging.getLogger("potluck.server")
 
 
 def upgrade(database: Database, aside: Path | None) -> None:
-    """Bring a database to the newest schema; one that holds an older one is copied first.
+    """Brings a database to the newest schema; one that holds an older one is copied first.
 
     Args:
         aside: the folder for the copy; None: there is none.
@@ -40,7 +40,7 @@ def upgrade(database: Database, aside: Path | None) -> None:
 
 
 def copy_to_file(database: Database, path: Path) -> None:
-    """Copy a database into an SQLite file: as it is at one moment, and there as a whole or not."""
+    """Copies a database as it is at one moment into an SQLite file, which is there whole or not."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600))
     try:
@@ -57,7 +57,7 @@ def copy_to_file(database: Database, path: Path) -> None:
 
 
 def copy_all(source: Connection, target: Database) -> None:
-    """Copy every row into a database that has none.
+    """Copys every row into a database that has none.
 
     Raises:
         StorageError: it has some.

@@ -2,13 +2,12 @@
 
 SQLite by default, PostgreSQL by URL. A writing transaction of SQLite begins IMMEDIATE, so writers
 queue instead of failing half-way; with `synchronous = FULL` and a write-ahead log a commit that
-returned is on the disk. Writers of one process queue for a lock of ours, not for SQLite's, which
-would be asked again and again; those that come while one writes share its commit, and so one fsync
-(`groups`). On PostgreSQL transactions are READ COMMITTED, and those that decide
-something lock the row that they decide about (`for_update`).
+returned is on the disk. Writers of one process queue for a lock of ours, since SQLite's is polled.
+Those that come while one writes share its commit, and so one fsync (`group_commit`). On PostgreSQL
+transactions are READ COMMITTED, and one that makes a decision locks its row (`for_update`).
 
-Whatever goes wrong between us and the database is one `StorageError`, which a server answers with
-503: nothing of the transaction was kept, and it may be tried again.
+Every failure between server and database is one `StorageError`, which a server answers with 503.
+Nothing of the transaction was kept, and it may be tried again.
 
 Compatibility: `upgrade` brings any older database to the newest schema; a newer one is refused.
 """
@@ -34,9 +33,9 @@ from potluck.server.storage.group_commit import Groups
 
 _BUSY_SECONDS = 20
 _CACHE_KIB = 512
-"""Of pages, in each of up to thirty connections to SQLite; the system keeps the file in memory."""
+"""The cache of each of up to thirty connections to SQLite; the system caches the file."""
 _STATEMENTS = 32
-"""That each of them keeps prepared: those for a number of devices are of another text each."""
+"""The prepared statements of each of them: for another number of devices the text is another."""
 _LOCK = 0x706F746C75636B  # of PostgreSQL's advisory locks: schema changes and the audit log
 
 
@@ -44,20 +43,21 @@ class Database:
     """An open database. `read` and `write` give a connection inside a transaction."""
 
     def __init__(self, url: str) -> None:
-        """Connect to `sqlite:///path`, `postgresql+psycopg://…`, or a path of a file."""
+        """Connects to `sqlite:///path`, `postgresql+psycopg://…`, or a path of a file."""
         self.engine = _engine(url)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._groups = Groups(self._begin)
 
     @contextlib.contextmanager
     def read(self) -> Generator[Connection]:
-        """A consistent view on SQLite; on PostgreSQL, each statement sees what is committed."""
+        """Opens a consistent view on SQLite; on PostgreSQL, each statement reads what is
+        committed."""
         with _storage_errors(), self.engine.begin() as db:
             yield db
 
     @contextlib.contextmanager
     def write(self) -> Generator[Connection]:
-        """All or nothing: committed at the end of the block, rolled back on any exception."""
+        """Commits at the end of the block, and rolls all of it back on any exception."""
         with _storage_errors():
             if self.is_sqlite:
                 with self._groups.join() as db:
@@ -77,14 +77,14 @@ class Database:
 
     @contextlib.contextmanager
     def snapshot(self) -> Generator[Connection]:
-        """Everything as it was at one moment, on PostgreSQL too."""
+        """Opens a view of everything at one moment, on PostgreSQL too."""
         options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
         place = self.engine.connect().execution_options(**options)
         with _storage_errors(), place as db, db.begin():
             yield db
 
     def upgrade(self, revision: str = "head") -> None:
-        """Bring the schema to a version, the newest; several processes may do so at once."""
+        """Brings the schema to a version, the newest; several processes may do so at once."""
         config = _migrations()
         with self.write() as db:
             lock(db)
@@ -98,17 +98,17 @@ class Database:
                 ) from None
 
     def close(self) -> None:
-        """Close all connections."""
+        """Closes all connections."""
         self.engine.dispose()
 
 
 def revision_of(db: Connection) -> str | None:
-    """The version of a database's schema; None: it is empty."""
+    """Returns the version of a database's schema; None: it is empty."""
     return MigrationContext.configure(db).get_current_revision()
 
 
 def newest_revision() -> str | None:
-    """The version of the schema that this version of Potluck has."""
+    """Returns the version of the schema that this version of Potluck has."""
     return ScriptDirectory.from_config(_migrations()).get_current_head()
 
 
@@ -120,18 +120,18 @@ def _migrations() -> Config:
 
 
 def lock(db: Connection) -> None:
-    """Be alone until the end of this writing transaction (which on SQLite one is anyway)."""
+    """Excludes other writers until the end of this transaction (which on SQLite is so anyway)."""
     if db.dialect.name == "postgresql":
         db.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 def one(db: Connection, query: Executable) -> Row[Any] | None:
-    """The single row of a query, or None."""
+    """Returns the single row of a query, or None."""
     return db.execute(query).one_or_none()
 
 
 def as_dict(row: Row[Any]) -> dict[str, Any]:
-    """A row by the names of its columns."""
+    """Returns a row by the names of its columns."""
     return dict(row._mapping)  # pyright: ignore[reportPrivateUsage]: public in SQLAlchemy
 
 
@@ -165,7 +165,7 @@ def _configure(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     file = Path(cursor.execute("PRAGMA database_list").fetchone()[2])
     for path in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
-        with contextlib.suppress(OSError):  # another user's, or not there: SQLite says so
+        with contextlib.suppress(OSError):  # another user's, or missing: SQLite raises then
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
     settings = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")

@@ -1,4 +1,4 @@
-"""The tables of the server: what is in them is what the server knows after `kill -9`.
+"""The tables of the server: its whole state after `kill -9`, beside the blobs.
 
     runs ─┬─ models         a version after every committed round; version 0 is the initial model
           ├─ tokens         single-use permissions to enrol, as hashes
@@ -47,7 +47,7 @@ metadata = MetaData(
 
 OPEN = ("SELECTING", "TRAINING", "AGGREGATING")
 TAKING = ("SELECTING", "TRAINING")
-# As texts, since a partial index serves a query that has its very words, and no bound value.
+# As texts, since a partial index serves only a query with its exact words, without bound values.
 OPEN_ROUND = text("state IN ('SELECTING', 'TRAINING', 'AGGREGATING')")
 ACTIVE = text("state = 'active'")
 UNSWEPT = text("swept = false")

@@ -1,4 +1,4 @@
-"""Named points at which a server can be made to die, to show that it survives it.
+"""Named points at which tests kill a server, to show that a restart continues its work.
 
 `POTLUCK_FAULT="commit.inside"` kills the process (SIGKILL: no handler, no flush) when it first
 reaches that point, `"commit.inside:3"` at the third time. Unset, a point costs one comparison.
@@ -65,7 +65,7 @@ class _Armed:
 
 
 def arm(setting: str | None = None) -> None:
-    """Take the point from `setting`, or from the environment; an unknown one is refused."""
+    """Takes the point from `setting`, or from the environment; an unknown one is refused."""
     setting = os.environ.get("POTLUCK_FAULT", "") if setting is None else setting
     name, _, passes = setting.partition(":")
     if name and name not in POINTS:
@@ -76,7 +76,7 @@ def arm(setting: str | None = None) -> None:
 
 
 def reach(name: str) -> None:
-    """Pass a point, or die there."""
+    """Passes a point, or kills the process there."""
     if _Armed.name and name == _Armed.name:
         _Armed.passes -= 1
         if _Armed.passes == 0:

@@ -4,12 +4,13 @@
                if nobody waits: COMMIT, and tell the group.  Else: wait to be told.
 
 SQLite has one writer at a time, and a commit costs an fsync. Writers take turns on one connection,
-each inside a savepoint of its own, so one that fails takes back what it did and nothing else. Who
-finds nobody waiting commits for all. Guarantee: a block that was left without an exception is on
-the disk; one that was left with an exception, of its own or of the commit, is not there.
+each inside a savepoint of its own, so one that fails takes back what it did and nothing else. A
+writer that finds no other waiting commits for all. Guarantee: a block that was left without an
+exception is on the disk; one that was left with an exception, of its own or of the commit, is not
+there.
 
-A writer sees what the others of its group wrote: that is as if they had committed before it, and
-if that should fail, it fails with them.
+A writer reads what the others of its group wrote, as if they had committed before it. If the commit
+fails, it fails with them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from potluck.core import StorageError
 
 _MOST = 256
-"""Writers in a group: so the first one is answered, however many keep coming."""
+"""The most writers in a group: so the first one is answered, however many keep coming."""
 
 
 class Groups:
@@ -40,7 +41,7 @@ class Groups:
 
     @contextlib.contextmanager
     def join(self) -> Generator[Connection]:
-        """Write as one of a group; the end of the block waits for the group's commit.
+        """Writes as one of a group; the end of the block waits for the group's commit.
 
         Raises:
             DBAPIError, StorageError: the group could not begin or commit; nothing of it was kept.
@@ -83,7 +84,7 @@ class _GroupTransaction:
             raise
 
     def end(self) -> None:
-        """Commit, or roll all of it back."""
+        """Commits, or rolls all of it back."""
         try:
             if self.error is None:
                 self._db.commit()
@@ -101,7 +102,7 @@ class _GroupTransaction:
             self._over.set()
 
     def wait(self) -> None:
-        """Until the group has committed.
+        """Waits until the group has committed.
 
         Raises:
             StorageError: it could not.

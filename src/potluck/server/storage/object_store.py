@@ -1,4 +1,4 @@
-"""Blobs in an object store: S3, or what speaks like it, through obstore.
+"""Blobs in an object store: S3, or one with its interface, through obstore.
 
 An object store writes an object as a whole or not at all, which is what a blob needs. It cannot
 append; so each chunk of an upload is an object of its own, `parts/<part>/<offset>`, and sealing
@@ -7,8 +7,8 @@ streams them into another. Any server process can take any chunk.
 Credentials and endpoint come from the environment, by the usual names (`AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`).
 
-A killed server leaves an object that it was writing in parts unfinished, where nobody sees it and
-it costs room; a rule of the bucket that aborts unfinished uploads after a day removes it.
+A killed server leaves unfinished an object that it was writing in parts. It takes room and is not
+listed. A rule of the bucket that aborts unfinished uploads after a day removes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from potluck.server.storage import fault_points
 _RANGE_BYTES = 1 << 20  # of a blob in one request
 _OFFSET_DIGITS = 15
 _RETRIES: Any = {"max_retries": 5, "retry_timeout": datetime.timedelta(seconds=15)}
-"""A request waits while this goes on; obstore's own default is three minutes."""
+"""The time for retries, while a request waits; obstore's own default is three minutes."""
 
 
 class ObjectStore:
@@ -42,7 +42,7 @@ class ObjectStore:
 
     @classmethod
     def open(cls, url: str) -> ObjectStore:
-        """Open `s3://bucket/prefix`; plain HTTP only where the endpoint is named so."""
+        """Opens `s3://bucket/prefix`; plain HTTP only where the endpoint is named so."""
         plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
         with _store_errors():
             options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
@@ -108,7 +108,7 @@ class ObjectStore:
         self.delete(f"parts/{part}")
 
     def _is_well(self) -> bool:
-        """Whether the store keeps what is written: one object may still be lost."""
+        """Returns whether the store keeps writes: one object may still be lost."""
         key = f"temporary/{secrets.token_hex(16)}"
         try:
             obstore.put(self._store, key, b"probe")
@@ -119,7 +119,7 @@ class ObjectStore:
         return is_well
 
     def _chunks(self, part: str) -> list[tuple[str, int]]:
-        """The chunks of a part in order, up to the first gap."""
+        """Returns the chunks of a part in order, up to the first gap."""
         chunks: list[tuple[str, int]] = []
         end = 0
         for path, size in sorted(self._list(f"parts/{part}")):

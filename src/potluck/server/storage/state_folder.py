@@ -1,9 +1,9 @@
-"""A server's folder: where its state and its secrets are, unless they are told to be elsewhere.
+"""A server's folder: its state and its secrets, unless other places are given.
 
     potluck.db, blobs/          the state
     run-<name>.key              signs the manifests of a run; devices pin its public half
     certificate.pem, tls.key    the server's own certificate; devices pin its fingerprint
-    admin.sock, admin.key       where operators talk to the server, and with what
+    admin.sock, admin.key       the operators' socket, and their credential
     lock                        held by the process that serves; names its life
 
 The folder is readable by its owner alone. Losing a key means that every device enrols again;
@@ -27,10 +27,10 @@ DEFAULT = Path("potluck-server")
 
 
 class FolderLock:
-    """A process's hold on a server's folder, until `close` or the process's end.
+    """A process's lock on a server's folder, until `close` or the process's end.
 
-    The kernel lets go of the lock of a process that was killed. So whoever holds it knows that the
-    life before, whose name is in the file, is over: what that one led may be taken at once.
+    The kernel releases the lock of a process that was killed. So its holder is certain that the
+    process before, whose name is in the file, has ended, and may take over its lead at once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class FolderLock:
         os.pwrite(self._file, self.id.encode(), 0)
 
     def close(self) -> None:
-        """Let another process serve."""
+        """Lets another process serve."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -57,7 +57,7 @@ class Home:
         self.folder = Path(folder)
 
     def make(self) -> None:
-        """Make the folder, for its owner alone, also if it was there for others.
+        """Makes the folder, for its owner alone, also if it was there for others.
 
         Raises:
             RunError: it cannot be made so.
@@ -73,10 +73,10 @@ class Home:
             ) from None
 
     def put_aside(self) -> Path | None:
-        """Move state and signing keys into a folder inside this one; None: there is no state.
+        """Moves state and signing keys into a folder inside this one; None: there is no state.
 
-        Certificate and operators' credential stay, with copies of the first two beside what was
-        moved: a server on that folder goes on with its run and its devices.
+        Certificate and operators' credential stay, and copies of them go with what was moved. So a
+        server on that folder goes on with its run and its devices.
 
         Raises:
             RunError: a server is at work here; or a file cannot be moved.
@@ -111,7 +111,7 @@ class Home:
         return aside
 
     def begin(self) -> FolderLock:
-        """Be the one process that serves from this folder.
+        """Locks the folder, from which one process serves.
 
         Raises:
             RunError: another one does.
@@ -140,7 +140,7 @@ class Home:
         return self.folder / "admin.sock"
 
     def run_key(self, name: str, *, is_new: bool) -> bytes:
-        """The private key of a run, made for a new one.
+        """Returns the private key of a run, made for a new one.
 
         Raises:
             RunError: the key that the devices of a run pinned is not here.
@@ -156,14 +156,14 @@ class Home:
         return bytes.fromhex(key.decode())
 
     def new_credential(self) -> str:
-        """The operators' credential, made at the first start."""
+        """Returns the operators' credential, made at the first start."""
         path = self.folder / "admin.key"
         if not path.exists():
             write_whole(path, secrets.token_urlsafe(32).encode(), PRIVATE)
         return self.credential()
 
     def credential(self) -> str:
-        """The operators' credential.
+        """Returns the operators' credential.
 
         Raises:
             RunError: there is none that we may read.

@@ -1,8 +1,8 @@
-"""A run as it stands in the database, whichever version of Potluck began it.
+"""A run as it is in the database, whichever version of Potluck began it.
 
-What the row says counts, never a default of today: a key that the experiment file leaves out keeps
-the value that the run was begun with. A key that the file gives must have the run's value, or the
-one that the file gave at the beginning where `potluck set` changed it since.
+The values of the row count, never a default of today: a key that the experiment file leaves out
+keeps the value that the run was begun with. A key that the file gives must have the run's value, or
+the one that the file gave at the beginning where `potluck set` changed it since.
 
 Compatibility: a key that this version does not know is left out where it decides nothing: if it has
 no value, or is one of the settings. Any other is named, and the run is not served.
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _SHOWN = 3
 _FOLLOW = ("task.path", "server.num_rounds")
-"""Of no weight: the data may move, and the number of rounds is `run.rounds`."""
+"""Keys that are not compared: the data may move, and the number of rounds is `run.rounds`."""
 _FIXED = ("selection", "goal_part", "num_rounds", "needs_charging", "needs_idle", "needs_unmetered")
 CHANGEABLE = {"run.rounds", "run.evaluate_every"} | {
     f"server.{name}" for name in RoundSettings.model_fields if name not in _FIXED
@@ -40,7 +40,7 @@ them in a run."""
 
 
 class StoredRun(NamedTuple):
-    """A run that goes on, with its own values; those that its file has others of, in words."""
+    """A run that goes on, with its own values, and in words those that its file has others of."""
 
     experiment: Experiment
     settings: RoundSettings
@@ -48,7 +48,7 @@ class StoredRun(NamedTuple):
 
 
 def experiment_of(run: Row[Any]) -> Experiment:
-    """The experiment that a run was begun with.
+    """Returns the experiment that a run was begun with.
 
     Raises:
         RefusedError: conflict: another version began it, with what this one does not have.
@@ -62,12 +62,12 @@ def _experiment(text: str) -> Experiment:
 
 
 def given_of(experiment: Experiment, settings: RoundSettings) -> dict[str, Any]:
-    """The keys that a file gives, with their values; `runs.begun` holds the first ones."""
+    """Returns the keys that a file gives, with their values; `runs.begun` holds the first ones."""
     return _values(experiment, settings, exclude_unset=True)
 
 
 def find(db: Connection, name: str) -> Row[Any] | None:
-    """The row of a run, in a schema of any version.
+    """Returns the row of a run, in a schema of any version.
 
     Raises:
         RefusedError: conflict: of a version before the first that this one goes on with.
@@ -87,7 +87,7 @@ def find(db: Connection, name: str) -> Row[Any] | None:
 
 
 def run_of(db: Connection, run: str) -> Row[Any]:
-    """The row of a run by its id.
+    """Returns the row of a run by its id.
 
     Raises:
         RefusedError: not_found.
@@ -101,7 +101,7 @@ def run_of(db: Connection, run: str) -> Row[Any]:
 def kept(
     run: Row[Any], experiment: Experiment, settings: RoundSettings, spec: Spec | None = None
 ) -> StoredRun:
-    """What a run goes on with that is served again.
+    """Returns the values with which a run that is served again goes on.
 
     Raises:
         RefusedError: conflict: with the keys that it was begun with other values of.
@@ -142,7 +142,7 @@ def _in_words(name: str, different: Mapping[str, str]) -> str:
 def _values(
     experiment: Experiment, settings: RoundSettings, *, exclude_unset: bool = False
 ) -> dict[str, Any]:
-    """Keys and values, but for those that follow from others."""
+    """Returns keys and values, but for those that follow from others."""
     values = flat(experiment.model_dump(mode="json", exclude_unset=exclude_unset))
     values |= flat(settings.model_dump(mode="json", exclude_unset=exclude_unset), "server.")
     return {key: value for key, value in values.items() if key not in _FOLLOW}
@@ -154,12 +154,12 @@ def _told(value: Any) -> str:
 
 @lru_cache(maxsize=64)
 def settings_of(text: str) -> RoundSettings:
-    """Those of a run, from the JSON in its row."""
+    """Returns the settings of a run, from the JSON in its row."""
     return read_stored(RoundSettings, text)
 
 
 def read_stored(model: type[M], text: str) -> M:
-    """What an object was stored as, by this version or another.
+    """Reads an object as it was stored by this version or another.
 
     A key that this version does not know is left out where it decides no numbers of a model: where
     it has no value, and in settings.
@@ -184,7 +184,7 @@ def read_stored(model: type[M], text: str) -> M:
 
 
 def _drop(model: type[BaseModel], content: Any, detail: Any) -> bool:
-    """Remove a key that this version does not know, if it decides nothing."""
+    """Removes a key that this version does not know, if it decides nothing."""
     if detail["type"] != "extra_forbidden" or (
         detail["input"] is not None and model is not RoundSettings
     ):

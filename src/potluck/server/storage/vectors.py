@@ -1,7 +1,7 @@
-"""Vectors where they are kept: a small one in its row, a large one as a blob.
+"""The storage of vectors: a small one in its row, a large one as a blob.
 
-What is in a row is there with the transaction that wrote the row, and costs no file and no fsync of
-its own. And the spec of a run, which says what is in its vectors.
+A vector in a row is stored by the transaction that wrote the row, and costs no file and no fsync of
+its own. The spec of a run, which names the tensors in its vectors, is stored here, too.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from potluck.server.storage.database import Database, one
 from potluck.server.storage.database_tables import models, reports
 
 ROW_BYTES = INLINE_BYTES
-"""Of the longest vector that is kept in a row."""
+"""The length of the longest vector that is kept in a row."""
 _AT_ONCE = 64
-"""Updates from rows that are in memory at a time."""
+"""The number of updates from rows in memory at a time."""
 _PAUSES = (0.05, 0.2)
-"""Seconds, between tries to read what seems to be lost; a leader leads on meanwhile."""
+"""Seconds between tries to read what seems to be lost; a leader leads on meanwhile."""
 T = TypeVar("T")
 
 
 def read_vector(
     blobs: BlobStore, row: Row[Any], start: int = 0, stop: int | None = None
 ) -> Iterator[bytes]:
-    """The bytes [start, stop) of a model's vector, in pieces.
+    """Returns the bytes [start, stop) of a model's vector, in pieces.
 
     Raises:
         LostError: they are missing, or too few.
@@ -51,7 +51,7 @@ def read_vector(
 
 
 def read_whole(pieces: Callable[[], Iterator[bytes]], sha256: str) -> bytes:
-    """All bytes of what was stored with this digest.
+    """Returns all bytes of what was stored with this digest.
 
     Raises:
         LostError: they are not there, or others.
@@ -65,7 +65,7 @@ def read_whole(pieces: Callable[[], Iterator[bytes]], sha256: str) -> bytes:
 
 
 def tries(do: Callable[[], T]) -> T:
-    """Do something again, after a moment, where something that was stored seems to be lost."""
+    """Calls `do` again, after a moment, where a stored object seems to be lost."""
     for seconds in _PAUSES:
         try:
             return do()
@@ -75,7 +75,7 @@ def tries(do: Callable[[], T]) -> T:
 
 
 def find_model(context: Context, run: str, sha256: str) -> Row[Any]:
-    """The model of a run with this digest: num_bytes, and its key or content.
+    """Returns the model of a run with this digest: num_bytes, and its key or content.
 
     Raises:
         RefusedError: not_found.
@@ -89,7 +89,7 @@ def find_model(context: Context, run: str, sha256: str) -> Row[Any]:
 
 
 def find_version(context: Context, run: str, version: int) -> Row[Any]:
-    """A model version of a run.
+    """Returns a model version of a run.
 
     Raises:
         RefusedError: not_found.
@@ -108,8 +108,10 @@ def find_version(context: Context, run: str, version: int) -> Row[Any]:
 def read_model(
     context: Context, run: str, model: Row[Any], start: int = 0, stop: int | None = None
 ) -> Iterator[bytes]:
-    """The bytes [start, stop) of a model's weights, little-endian float32, in pieces; where it is
-    lost, the leader looks at it, too."""
+    """Yields the bytes [start, stop) of a model's weights, little-endian float32, in pieces.
+
+    Where the model is lost, the leader is told to read it, too.
+    """
     try:
         yield from read_vector(context.blobs, model, start, stop)
     except LostError:
@@ -126,7 +128,7 @@ class Updates:
         self._contents: dict[str, bytes] = {}
 
     def read(self, report: Row[Any]) -> Iterator[bytes]:
-        """The bytes of one of them, in pieces."""
+        """Returns the bytes of one of them, in pieces."""
         if report.key is not None:
             return self._blobs.read(report.key)
         if report.device not in self._contents:
@@ -147,7 +149,7 @@ def _contents(db: Connection, round: str, devices: Sequence[str]) -> dict[str, b
 
 
 def write_spec(spec: Spec) -> str:
-    """What travels in a run (`core.Spec.packed`), as it is stored."""
+    """Returns the spec of what travels in a run (`core.Spec.packed`), as it is stored."""
     tensors = list(zip(spec.names, spec.shapes, strict=True))
     if spec.num_buffers == 0:
         return to_json(tensors)
@@ -156,7 +158,7 @@ def write_spec(spec: Spec) -> str:
 
 @lru_cache(maxsize=64)
 def read_spec(stored: str) -> Spec:
-    """What was stored of a run's spec."""
+    """Reads a run's stored spec."""
     told: Any = json.loads(stored)
     has_statistics = "num_statistics" in told
     tensors = told["tensors"] if has_statistics else told

@@ -1,4 +1,4 @@
-"""How Alembic runs our migrations: on the connection, and in the transaction, that it is given."""
+"""Alembic's environment: our migrations run on the given connection, in its transaction."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class GcScheduler:
         self._kept = self._kept_of_all = self._resident()
 
     def poll(self) -> bool:
-        """Collect, if it is time to. Returns whether it was."""
+        """Collects, if it is time to. Returns whether it was."""
         start, size = self._clock(), self._resident()
         at_all = size >= 2 * self._kept_of_all or start >= self._hour
         has_grown = size >= self._kept + max(GROWTH_BYTES, self._kept // 10)

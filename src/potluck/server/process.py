@@ -1,8 +1,8 @@
 """A server process: two sockets, one event loop, and the leader's part beside them.
 
-Devices come by TCP, with TLS; operators by a unix socket that its owner alone may open. The loop
-ticks a few times a second, or when a report reaches the goal; it notifies devices that
-wait when they may have work. Central evaluation runs beside it, so that no round waits for it.
+Devices connect by TCP, with TLS; operators by a unix socket that its owner alone may open. The loop
+ticks a few times a second, or when a report reaches the goal. It notifies waiting devices when they
+may have work. Central evaluation runs beside it, so that no round waits for it.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Server:
         give_up: Callable[[], None] = lambda: None,
         show: Callable[[str], None] | None = None,
     ) -> None:
-        """Without `evaluate` nothing is evaluated here. `give_up` has one that is under way raise
-        at once, in any thread; `show` is given a line for a person about each round."""
+        """Without `evaluate` nothing is evaluated here. `give_up` makes an evaluation under way
+        raise at once, in any thread. `show` is called with a line for a person about each round."""
         self.served = served
         self._home = home
         self._evaluate, self._give_up = evaluate, give_up
@@ -106,7 +106,7 @@ class Server:
         ]
 
     def serve(self) -> None:
-        """`run`, in an event loop of its own."""
+        """Calls `run` in an event loop of its own."""
         share_heaps()
         SSLProtocol.max_size = TLS_BYTES
         sys.setswitchinterval(0.0005)
@@ -114,7 +114,7 @@ class Server:
             asyncio.run(self.run())
 
     async def run(self) -> None:
-        """Serve until `stop`, SIGTERM or SIGINT."""
+        """Serves until `stop`, SIGTERM or SIGINT."""
         self._loop = asyncio.get_running_loop()
         self.served.service.on_goal = lambda: self._soon(self._notifier.wake)
         self.served.service.on_open = lambda id: self._soon(lambda: self._notify_of(id))
@@ -142,19 +142,19 @@ class Server:
                 await asyncio.to_thread(self.served.service.close)
 
     def close(self) -> None:
-        """Give up a server that never ran."""
+        """Closes the sockets of a server that never ran."""
         self._socket.close()
         self._admin_socket.close()
         self._home.socket.unlink(missing_ok=True)
         self.served.service.close()
 
     def stop(self) -> None:
-        """Finish what is under way and return from `run`; from any thread."""
+        """Makes `run` finish what is under way and return; from any thread."""
         self._stopping = True
         self._soon(self._stop)
 
     def _soon(self, call: Callable[[], None]) -> None:
-        """Have the loop do something; from any thread."""
+        """Calls a function in the loop; from any thread."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it is over already
                 self._loop.call_soon_threadsafe(call)
@@ -173,7 +173,7 @@ class Server:
             task.cancel()
 
     async def _accept(self, server: uvicorn.Server, listener: Listener) -> None:
-        """Accept connections until the server stops."""
+        """Accepts connections until the server stops."""
         make = partial(_connection, server, listener)
         task = asyncio.create_task(listener.serve(make, server.config.ssl))
         self._accepting.append(task)
@@ -187,7 +187,8 @@ class Server:
             listener.close()
 
     async def _lead(self) -> None:
-        """Move rounds on, at once when there is reason to; poll and clean up a few times a second.
+        """Moves rounds on, at once when there is reason to; polls and cleans up a few times a
+        second.
 
         A round that this process opens notifies by itself; a poll finds what others did.
         """
@@ -206,7 +207,7 @@ class Server:
             await self._notifier.wait_for_wake(TICK_SECONDS)
 
     def _show(self, status: dict[str, Any]) -> None:
-        """Tell of what changed since the last poll, and notify where nobody has."""
+        """Logs changes since the last poll, and notifies of those that nothing has notified of."""
         self._metrics.state(status)
         seen, now = self._seen, _phase(status)
         if now[:-1] != seen[:-1]:
@@ -240,7 +241,7 @@ class Server:
             await self._notifier.wait(1.0)
 
     async def _tell(self, show: Callable[[str], None]) -> None:
-        """Show a line for each round, when it was evaluated."""
+        """Shows a line for each round, when it was evaluated."""
         while not self._stopping:
             try:
                 for line in await asyncio.to_thread(self._lines.poll):
@@ -258,7 +259,8 @@ class Server:
 
 
 def _phase(status: dict[str, Any]) -> tuple[Any, ...]:
-    """What devices that wait may profit from: another round or state, or (last) a free slot."""
+    """Returns the state that waiting devices depend on: round, its state, and (last) a free
+    slot."""
     current: dict[str, Any] = status["open"] or {}
     taken = current.get("active", 0) + current.get("reported", 0)
     return status["state"], status["version"], current.get("id"), current.get("state"), taken
@@ -292,7 +294,7 @@ def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
 
 
 def _address(listen: Listen, port: int) -> str:
-    """Where devices come. A named server without TLS is behind a proxy that has it."""
+    """Returns the address for devices. A named server without TLS is behind a proxy that has it."""
     if not listen.names:
         return f"http{'s' * (not listen.plaintext)}://{authority(listen.host, port)}"
     name = listen.names[0]
@@ -301,7 +303,7 @@ def _address(listen: Listen, port: int) -> str:
 
 
 def _connection(server: uvicorn.Server, listener: Listener) -> Connection:
-    """What uvicorn makes for each connection, which knows where it came from."""
+    """Makes the protocol of each of uvicorn's connections, with its listener."""
     state = server.server_state
     return Connection(config=server.config, server_state=state, app_state={}, listener=listener)
 
@@ -327,7 +329,7 @@ def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicor
 
 
 def _owns_process() -> bool:
-    """Whether what belongs to the whole process is ours: signals, the search for unused objects."""
+    """Returns whether this server controls the process: its signals and garbage collection."""
     return threading.current_thread() is threading.main_thread()
 
 

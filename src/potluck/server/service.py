@@ -6,13 +6,13 @@
     ...                       # devices: enrol, check_ins, report, add_chunk, take_in
     service.tick()            # a few times a second, and after a report that reaches the goal
 
-What is not here are functions of their subjects (`enrolment`, `selection`, `reports`, `arrivals`,
-`changes`, `mending`), whose first argument is the service, their `Context`. Everything that one has
-answered survives `kill -9`; a process that is started again with the same database and blobs goes
-on by itself. Several processes may share both: one of them leads (`tick` says whether it is this
-one), all of them serve devices.
+The rest are functions in modules by subject (`enrolment`, `check_in`, `uploads`, `inline_reports`,
+`changes`, `mending`), whose first argument is the service, their `Context`. Everything that was
+answered survives `kill -9`. A process that is started again with the same database and blobs goes
+on by itself. Several processes may share both. One of them leads (`tick` returns whether it is this
+one), and all of them serve devices.
 
-A `RefusedError` says that a device or an operator must do something else, a `StorageError` that the
+After a `RefusedError` a device or an operator must do something else. After a `StorageError` the
 same request may succeed later.
 """
 
@@ -100,15 +100,15 @@ class Service(Context):
         look: Callable[[Connection], object] = lambda _: None,
         aside: Path | None = None,
     ) -> Service:
-        """Open, or begin, a server's state; older databases are brought up to date.
+        """Opens, or begins, a server's state; older databases are brought up to date.
 
         Args:
             url: of the database, or the path of an SQLite file.
             blobs: a folder, or the URL of an object store.
             build: from an experiment to its algorithm (`build_algorithm` of `config`).
-            life: this process's hold on its folder, given up by `close`; what the life before it
-                led is taken over at once.
-            look: is shown the database as it is; what it raises leaves it so.
+            life: this process's lock on its folder, released by `close`; the lead of the process
+                before is taken over at once.
+            look: is called with the database as it is; an error leaves it so.
             aside: the folder for a copy of a database that is brought up to date.
         """
         fault_points.arm()
@@ -126,7 +126,7 @@ class Service(Context):
         return service
 
     def close(self) -> None:
-        """Let another process lead at once, and close the database."""
+        """Lets another process lead at once, and closes the database."""
         with self._ticking:
             self._candidate.resign(self.database)
         self.database.close()
@@ -145,7 +145,7 @@ class Service(Context):
         plan: Mapping[str, Any] | None = None,
         actor: str = "admin",
     ) -> str:
-        """Begin a run from its initial weights, or find the one that was begun. Returns its id.
+        """Begins a run from its initial weights, or finds the one that was begun. Returns its id.
 
         Args:
             plan: what devices do with the model, kept for `resume_run`.
@@ -191,7 +191,7 @@ class Service(Context):
     def resume_run(
         self, experiment: Experiment, settings: RoundSettings
     ) -> tuple[Row[Any], StoredRun] | None:
-        """A run that was begun, by its name alone: it takes no data, no model and no PyTorch.
+        """Finds a run that was begun by its name alone, without data, model and PyTorch.
 
         Raises:
             RefusedError: conflict: it has another experiment or other settings.
@@ -201,7 +201,7 @@ class Service(Context):
         return None if old is None else (old, kept(old, experiment, settings))
 
     def status(self, run: str) -> dict[str, Any]:
-        """A run in numbers, for people and for a dashboard."""
+        """Returns a run in numbers, for people and for a dashboard."""
         with self.database.read() as db:
             row = run_of(db, run)
             current = open_round_of(db, run)
@@ -219,7 +219,7 @@ class Service(Context):
             }
 
     def devices(self, run: str) -> list[dict[str, Any]]:
-        """The devices of a run, in the order of their enrolment, without their keys."""
+        """Returns the devices of a run, in the order of their enrolment, without their keys."""
         names = ("id", "client", "name", "device_class", "sequence", "enrolled_ms")
         names += ("revoked_ms", "left", "lowered", "lowered_round", "lowered_share")
         query = select(*(devices.c[name] for name in names)).where(devices.c.run == run)
@@ -227,14 +227,14 @@ class Service(Context):
             return [as_dict(row) for row in db.execute(query.order_by(devices.c.client))]
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        """The committed rounds, in order."""
+        """Returns the committed rounds, in order."""
         query = select(ledger).where(ledger.c.run == run)
         with self.database.read() as db:  # the evaluation of a round is after it
             rows = db.execute(query.order_by(ledger.c.number, ledger.c.kind.desc())).all()
         return [as_dict(row) for row in rows]
 
     def export(self, run: str, version: int | None = None, *, actor: str) -> bytes:
-        """A model version (the newest) as safetensors, with the names of the model's tensors."""
+        """Returns a model version (the newest) as safetensors, with the names of the tensors."""
         with self.database.write() as db:
             row = run_of(db, run)
             number = row.version if version is None else version
@@ -249,14 +249,14 @@ class Service(Context):
     # What the server does by itself.
 
     def tick(self) -> bool:
-        """Lead, if it is ours to: do all that is due, and nothing that is not.
+        """Does all that is due, and nothing that is not, if this process leads.
 
         Returns whether this process leads.
         """
         return self.move() and self.sweep()
 
     def move(self) -> bool:
-        """The part of a tick that devices wait for: rounds go on."""
+        """Does the part of a tick that devices wait for: rounds go on."""
         with self._ticking:
             if not self._candidate.beat(self.database):
                 return False
@@ -270,7 +270,7 @@ class Service(Context):
         return self._algorithms[key]
 
     def sweep(self) -> bool:
-        """The other part, by whoever leads: what is of no more use is removed."""
+        """Does the other part of a tick, if this process leads: removes what is of no more use."""
         with self._ticking:
             return self.is_leader and self._lead(lambda: commits.sweep(self))
 
@@ -284,11 +284,11 @@ class Service(Context):
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process led at its last tick."""
+        """True if this process led at its last tick."""
         return self._candidate.fence > 0
 
     def pending_evaluations(self, run: str) -> list[tuple[int, int]]:
-        """(round, version) of the rounds whose central evaluation is due and not done."""
+        """Returns (round, version) of rounds whose central evaluation is due and not done."""
         to = self._evaluated.get(run, -1)
         with self.database.read() as db:
             row = run_of(db, run)
@@ -313,7 +313,7 @@ class Service(Context):
         return pending
 
     def evaluate(self, run: str, evaluate: Callable[[Vector], Mapping[str, float]]) -> None:
-        """Do the central evaluations that are due, with a function from weights to metrics."""
+        """Does the central evaluations that are due, with a function from weights to metrics."""
         for number, version in self.pending_evaluations(run):
             row = find_version(self, run, version)
             try:
@@ -330,7 +330,7 @@ class Service(Context):
                     scoring.insert_evaluation(db, run, number, "central", metrics, now)
 
     def evaluations(self, run: str) -> list[dict[str, Any]]:
-        """What was evaluated: round, kind, metrics."""
+        """Returns the evaluations: round, kind, metrics."""
         query = select(evaluations).where(evaluations.c.run == run).order_by(evaluations.c.round)
         with self.database.read() as db:
             rows = db.execute(query.order_by(evaluations.c.kind)).all()
@@ -341,7 +341,8 @@ class Service(Context):
         ]
 
     def _note_lost(self, run: str, version: int, reason: str) -> None:
-        """A model that cannot be read is not evaluated, until the server is started again."""
+        """Skips the evaluation of a model that cannot be read, until the server is started
+        again."""
         self._lost.setdefault(run, set()).add(version)
         with self.database.write() as db:
             told = {"version": version, "reason": reason}

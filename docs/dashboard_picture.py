@@ -26,7 +26,7 @@ from potluck.device import SystemClock, TorchTrainer, join, one_client
 from potluck.device.clock import Stopped
 from potluck.server.admin.client import Operator
 from potluck.server.process import Listen, Server
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 from potluck.simulation import build_data
 
 IMAGE = Path(__file__).parent / "img" / "dashboard.png"
@@ -115,7 +115,7 @@ def main() -> None:
         serving.start()
         wards: list[Ward] = []
         try:
-            invite = Operator(Home(folder / "server")).post
+            invite = Operator(StateFolder(folder / "server")).post
             invitations = invite("enroll", count=5)["invitations"]
             data = build_data(load_experiment(file))
             wards = [Ward(k, folder, server.address, i, data) for k, i in enumerate(invitations)]

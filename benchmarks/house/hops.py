@@ -63,7 +63,7 @@ from potluck.server.admin.client import Operator
 from potluck.server.evaluator import Beginning
 from potluck.server.open_run import open_run
 from potluck.server.process import Listen, Server
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 ROOT = Path(potluck.__file__).parent
 MAX_HOPS, MAX_FILES = 45, 26
@@ -220,7 +220,7 @@ class Device:
 def trace(folder: Path, dim: int, *, inside: bool) -> list[Function]:
     """The hops of one update of so many numbers."""
     found = Trace()
-    home = Home(folder / "home")
+    home = StateFolder(folder / "home")
     beginning = Beginning(np.zeros(dim, np.float32), Spec(("w",), ((dim,),)), {"task": "none"})
     settings = RoundSettings(goal=1, over_selection=1.0, num_rounds=100)
     served = open_run(check_experiment(EXPERIMENT, "hops"), settings, home, lambda: beginning)

@@ -27,7 +27,7 @@ import numpy as np
 from potluck.core.plain_json import to_json
 from potluck.protocol import new_key, parse_invitation, public_key
 from potluck.server.admin.client import Operator
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 HERE = Path(__file__).parent
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -76,7 +76,7 @@ class Scene:
         core: int | None = None,
         descriptors: int | None = None,
     ) -> None:
-        self.folder, self.home, self.devices = folder, Home(folder / "home"), devices
+        self.folder, self.home, self.devices = folder, StateFolder(folder / "home"), devices
         self._core, self._descriptors = core, descriptors
         self._process: subprocess.Popen[bytes] | None = None
         shutil.rmtree(folder, ignore_errors=True)

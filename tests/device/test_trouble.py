@@ -16,7 +16,7 @@ from potluck.core import RefusedError, RunError
 from potluck.device import Home
 from potluck.device.trouble import Backoff, Trouble
 from potluck.protocol import STATUS, Error, encode_message
-from potluck.server.storage.state_folder import Home as ServerHome
+from potluck.server.storage.state_folder import StateFolder
 
 SERVER = (
     "goal = 1\npopulation = 1\nselection_seconds = 5.0\nreport_seconds = 5.0\nattempts = 100000"
@@ -70,7 +70,7 @@ def test_no_answer_whatever_it_is_ends_a_device(tmp_path, caplog):
         told.append(faults[0])
         return faults[0]
 
-    federation, home = Federation(tmp_path, **ENDLESS), ServerHome(tmp_path / "server")
+    federation, home = Federation(tmp_path, **ENDLESS), StateFolder(tmp_path / "server")
     with federation, Intermediary(federation.port, home, change) as between:
         device = federation.join(0, UnitTrainer(), between.address)
         goes_on(federation, device)

@@ -19,7 +19,7 @@ from potluck.protocol import CODECS, Runtime
 from potluck.server.admin.client import Operator
 from potluck.server.open_run import open_server
 from potluck.server.process import Listen
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 from potluck.simulation import build_data
 
 EXPERIMENT = """
@@ -161,7 +161,7 @@ class Federation:
         self.server = open_server(self.file, [], home, self.listen, *self.places, **self.options)
         self._thread = threading.Thread(target=self.server.serve)
         self._thread.start()
-        self.operator = Operator(Home(home))
+        self.operator = Operator(StateFolder(home))
         self.service, self.run = self.server.served.service, self.server.served.id
         return self
 

@@ -34,7 +34,7 @@ from safetensors.numpy import load
 from potluck.core import ProtocolError
 from potluck.protocol import ROUTES, Accepted, Assignment, Error, Upload, parse_message
 from potluck.server.admin.client import Operator
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 from remote import Caller
 
 HONEST = 4
@@ -75,7 +75,7 @@ class Process:
     """`potluck serve` in a process of its own, until the end of the block."""
 
     def __init__(self, folder: Path, experiment: str = EXPERIMENT) -> None:
-        self.home, self.log = Home(folder / "home"), folder / "log"
+        self.home, self.log = StateFolder(folder / "home"), folder / "log"
         file = folder / "fleet.toml"
         file.write_text(experiment)
         words = [sys.executable, "-m", "potluck", "serve", file, "--home", self.home.folder]

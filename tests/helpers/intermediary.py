@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import httpx
 
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 
 class Answer(NamedTuple):
@@ -38,7 +38,7 @@ class Intermediary:
     def __init__(
         self,
         port: int,
-        home: Home,
+        home: StateFolder,
         change: Callable[[Answer], bytes | tuple[int, bytes]] = lambda a: a.content,
     ) -> None:
         self.upstream = httpx.Client(

@@ -44,7 +44,7 @@ from potluck.server.admin.client import Operator
 from potluck.server.evaluator import Beginning
 from potluck.server.open_run import open_run
 from potluck.server.process import Listen, Server
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 RUNTIME = Runtime(name="test", version="1")
 
@@ -69,7 +69,11 @@ class Served:
         **settings,
     ):
         self.places = places
-        self.home, self.dim, self.long_poll_seconds = Home(folder / "home"), dim, long_poll_seconds
+        self.home, self.dim, self.long_poll_seconds = (
+            StateFolder(folder / "home"),
+            dim,
+            long_poll_seconds,
+        )
         values = {"goal": count, "over_selection": 1.0, "num_rounds": 100} | settings
         self.settings = RoundSettings(**values)
         content = CONTENT | {

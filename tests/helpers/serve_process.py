@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from potluck.server.admin.client import Operator
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 MOMENTUM = '[algorithm.server]\nname = "momentum"\nmomentum = {}\n'
 _SKEWED = Path(__file__).with_name("skewed.py")
@@ -78,7 +78,7 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         limit: str = "",
     ) -> None:
-        self.folder, self.home = folder, Home(home or folder / "home")
+        self.folder, self.home = folder, StateFolder(home or folder / "home")
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "experiment.toml"
         file.write_text(text)

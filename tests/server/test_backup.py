@@ -18,7 +18,7 @@ from potluck.server.process import Listen
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.changes import begin_epoch
 from potluck.server.storage.backup import back_up, restore
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 from potluck.server.storage.stored_run import run_of
 
 TEXT = """name = "kept"
@@ -179,7 +179,7 @@ def served_folder(folder):
     folder.mkdir()
     (folder / "experiment.toml").write_text(TEXT)
     open_server(folder / "experiment.toml", [], folder / "server", Listen(port=0)).close()
-    return Home(folder / "server")
+    return StateFolder(folder / "server")
 
 
 def test_a_backup_is_a_private_folder_that_can_be_served_and_is_brought_up_to_date(tmp_path):
@@ -199,7 +199,7 @@ def test_a_backup_is_a_private_folder_that_can_be_served_and_is_brought_up_to_da
 def test_what_cannot_be_backed_up_or_restored_is_told_and_nothing_is_overwritten(tmp_path):
     home, copy = served_folder(tmp_path / "one"), tmp_path / "copy"
     with pytest.raises(RunError, match=r"got none in .*--database"):
-        back_up(Home(tmp_path / "none"), None, None, copy)
+        back_up(StateFolder(tmp_path / "none"), None, None, copy)
     with pytest.raises(ConfigError, match="a folder of its own"):
         back_up(home, None, None, home.folder)
     back_up(home, None, None, copy)
@@ -218,5 +218,5 @@ def test_what_cannot_be_backed_up_or_restored_is_told_and_nothing_is_overwritten
     (model,) = (path for path in (copy / "blobs" / "models").iterdir())
     model.write_bytes(b"other" + model.read_bytes()[5:])
     with pytest.raises(StorageError, match="got other bytes"):
-        restore(copy, Home(tmp_path / "three"), None, None)
-    assert restore(copy, Home(tmp_path / "four"), None, home.blobs).models == 2
+        restore(copy, StateFolder(tmp_path / "three"), None, None)
+    assert restore(copy, StateFolder(tmp_path / "four"), None, home.blobs).models == 2

@@ -18,7 +18,7 @@ from potluck.server.rounds import audit_check
 from potluck.server.storage.copy_database import copy_all
 from potluck.server.storage.database import Database, newest_revision, revision_of
 from potluck.server.storage.database_tables import metadata
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 
 @pytest.fixture(params=COMMITS)
@@ -76,7 +76,7 @@ def test_what_an_earlier_version_writes_fits_the_newest_schema(left):
 
 
 def test_a_database_is_looked_at_before_it_is_changed(left):
-    home, file = Home(left / "server"), left / "experiment.toml"
+    home, file = StateFolder(left / "server"), left / "experiment.toml"
     database = home.folder / "potluck.db"
     before = database.read_bytes()
     with pytest.raises(RefusedError, match=r"with server.minimum = 0.5 and not 0.25\. .*set"):

@@ -31,7 +31,7 @@ from potluck.server.storage.blobs import FolderStore, open_blobs
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import audit, metadata, tokens
 from potluck.server.storage.object_store import ObjectStore
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 
 @pytest.fixture(params=["folder", "objects", "s3"])
@@ -280,7 +280,7 @@ def test_one_process_leads_and_another_takes_over_when_it_is_silent(places):
 
 
 def test_the_next_life_of_a_killed_leader_leads_at_once_and_a_strangers_does_not(places, tmp_path):
-    home, clock = Home(tmp_path / "home"), Clock()
+    home, clock = StateFolder(tmp_path / "home"), Clock()
     life = home.begin()
     service = functools.partial(Service.open, *places(), build=build_algorithm, clock=clock)
     first = service(life=life)

@@ -40,7 +40,7 @@ from potluck.server.console import Lines
 from potluck.server.http.admission import Limiter
 from potluck.server.http.certificate import certificate_fingerprint, ensure_certificate
 from potluck.server.http.device_app import error_handlers
-from potluck.server.http.server_connection import Connection
+from potluck.server.http.server_connection import ServerConnection
 from potluck.server.logs import JsonFormatter
 from potluck.server.open_run import open_server
 from potluck.server.process import TLS_BYTES, Listen
@@ -48,7 +48,7 @@ from potluck.server.rounds.changes import pause, resume
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.storage.blobs import open_blobs
 from potluck.server.storage.database_tables import audit
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 from remote import Caller, Served
 
 EXPERIMENT = """
@@ -257,7 +257,7 @@ def test_a_folder_that_others_could_read_is_its_owners_alone_from_then_on(tmp_pa
             assert stat.S_IMODE(path.stat().st_mode) == 0o700
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="must be its own"):
-        Home(tmp_path / "file").make()
+        StateFolder(tmp_path / "file").make()
 
 
 def test_two_servers_do_not_share_a_folder_and_a_stale_socket_is_replaced(tmp_path):
@@ -281,7 +281,7 @@ def test_commands_without_a_server_fail_in_one_line(tmp_path):
     for words in (["status"], ["enroll", "--wait", 0], ["dashboard"]):
         assert f"must be running, got no folder '{none}'" in error_of(*words, "--home", none)
         assert f"none at work in '{tmp_path}'" in error_of(*words, "--home", tmp_path)
-    Home(tmp_path).new_credential()
+    StateFolder(tmp_path).new_credential()
     assert f"none at work in '{tmp_path}'" in error_of("enroll", "--home", tmp_path, "--wait", 0)
 
 
@@ -449,13 +449,13 @@ def test_tls_reads_into_a_buffer_of_the_size_that_its_class_has(monkeypatch):
 def test_a_connection_that_is_over_is_free_without_a_search_for_cycles(tmp_path, monkeypatch):
     found = []
 
-    class Watched(Connection):
+    class Watched(ServerConnection):
         def connection_made(self, transport):
             super().connection_made(transport)
             if self.scheme == "https":  # the operator's have no TLS
                 found.extend([weakref.ref(self), weakref.ref(transport)])
 
-    monkeypatch.setattr("potluck.server.process.Connection", Watched)
+    monkeypatch.setattr("potluck.server.process.ServerConnection", Watched)
     with Served(tmp_path) as served:
         gc.collect()
         gc.disable()
@@ -609,13 +609,13 @@ def test_a_run_of_other_values_is_named_with_its_keys_and_put_aside_when_asked(s
     assert [row["client"] for row in old.served.service.devices(old.served.id)] == [0]
     assert (old.certificate, old.served.key) == (fingerprint, key)
     with pytest.raises(RunError, match="another server is at work"):
-        Home(moved).put_aside()
+        StateFolder(moved).put_aside()
     old.close()
-    assert Home(short_path / "none").put_aside() is None
+    assert StateFolder(short_path / "none").put_aside() is None
 
 
 def potluck_fresh(home):
-    moved = Home(home).put_aside()
+    moved = StateFolder(home).put_aside()
     assert moved.parent == home
     assert stat.S_IMODE(moved.stat().st_mode) == 0o700
     assert not (home / "potluck.db").exists()

@@ -274,9 +274,9 @@ def metrics(home: HomeFolder = HOME, debug: Debug = False) -> None:
 def operator_of(home: Path) -> Operator:
     """Who asks the server of this folder."""
     from potluck.server.admin.client import Operator
-    from potluck.server.storage.state_folder import Home
+    from potluck.server.storage.state_folder import StateFolder
 
-    return Operator(Home(home))
+    return Operator(StateFolder(home))
 
 
 def _status_rows(told: dict[str, Any]) -> list[tuple[str, str]]:

@@ -131,14 +131,14 @@ def serve(
 def _begin_anew(folder: Path, database: str | None, blobs: str | None) -> None:
     """Put what a server's folder holds aside, and say where it is."""
     from potluck.core import ConfigError
-    from potluck.server.storage.state_folder import Home
+    from potluck.server.storage.state_folder import StateFolder
 
     if database is not None or blobs is not None:
         raise ConfigError(
             "--fresh puts aside what is in the server's own folder, got --database or --blobs. "
             "Give the experiment another name, or name an empty database and bucket."
         )
-    aside = Home(folder).put_aside()
+    aside = StateFolder(folder).put_aside()
     if aside is None:
         typer.echo(f"{'fresh':12} {folder} held no run: nothing was moved")
         return

@@ -60,9 +60,9 @@ def backup(
     The copy holds the run's secrets. Given the same folder again, only new models are copied.
     """
     from potluck.server.storage.backup import back_up
-    from potluck.server.storage.state_folder import Home
+    from potluck.server.storage.state_folder import StateFolder
 
-    _tell("backed up", back_up(Home(home), database, blobs, to))
+    _tell("backed up", back_up(StateFolder(home), database, blobs, to))
 
 
 @app.command()
@@ -81,9 +81,9 @@ def restore(
     take the older ones from a server that says so.
     """
     from potluck.server.storage.backup import restore
-    from potluck.server.storage.state_folder import Home
+    from potluck.server.storage.state_folder import StateFolder
 
-    _tell("restored", restore(backup, Home(home), database, blobs))
+    _tell("restored", restore(backup, StateFolder(home), database, blobs))
     typer.echo("Start the server once with --restored: potluck serve … --restored")
 
 

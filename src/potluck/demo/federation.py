@@ -29,7 +29,7 @@ from potluck.core import ConfigError, RunError
 from potluck.core.plain_json import to_json
 from potluck.device import LinuxSensor
 from potluck.server.admin.client import Operator
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 DEVICE_BYTES = 25_000_000
 """What each device process adds to what it shares with the others, beside its data."""
@@ -62,7 +62,7 @@ class LocalFederation:
         remove: bool = False,
     ) -> None:
         self.folder = folder
-        self.operator = Operator(Home(folder / "server"))
+        self.operator = Operator(StateFolder(folder / "server"))
         self.running: set[int] = set()
         """The devices that run."""
         self._incoming: Queue[dict[str, Any]] = Queue()

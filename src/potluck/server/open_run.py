@@ -25,7 +25,7 @@ from potluck.server.http.listening import Listen
 from potluck.server.process import Server
 from potluck.server.rounds.changes import begin_epoch
 from potluck.server.service import Service
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 from potluck.server.storage.stored_run import find, kept
 from potluck.server.storage.vectors import read_spec
 
@@ -51,7 +51,7 @@ def open_server(
         show: is given a line for a person about each round.
         restored: the state comes from a backup; devices take its older models.
     """
-    experiment, home = load_experiment(file, overrides), Home(folder)
+    experiment, home = load_experiment(file, overrides), StateFolder(folder)
     settings = RoundSettings.served(experiment)
     asked: list[RunEvaluator | EvaluatorProcess] = []
 
@@ -85,7 +85,7 @@ def open_server(
 def open_run(
     experiment: Experiment,
     settings: RoundSettings,
-    home: Home,
+    home: StateFolder,
     begin: Callable[[], Beginning],
     *,
     database: str | None = None,
@@ -124,7 +124,7 @@ def open_run(
 def _open_service(
     experiment: Experiment,
     settings: RoundSettings,
-    home: Home,
+    home: StateFolder,
     database: str | None,
     blobs: str | None,
 ) -> Service:

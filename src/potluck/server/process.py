@@ -38,10 +38,10 @@ from potluck.server.http.device_app import DeviceApp
 from potluck.server.http.handlers import ServedRun
 from potluck.server.http.listening import Listen, Listener, authority, listen_unix, open_listener
 from potluck.server.http.notifier import Notifier
-from potluck.server.http.server_connection import Connection
+from potluck.server.http.server_connection import ServerConnection
 from potluck.server.memory import GcScheduler, Trimmer, only_young_collections, share_heaps
 from potluck.server.metrics import Metrics
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 TICK_SECONDS = 0.2
 _TRIM_SECONDS = 2.0
@@ -61,7 +61,7 @@ class Server:
     def __init__(
         self,
         served: ServedRun,
-        home: Home,
+        home: StateFolder,
         listen: Listen,
         long_poll_seconds: float,
         evaluate: Evaluate | None,
@@ -273,7 +273,7 @@ def _told(status: dict[str, Any]) -> dict[str, Any]:
     return told | {name: status[name] for name in ("state", "round", "version", "reason")}
 
 
-def _certificate(home: Home, listen: Listen) -> tuple[Path | None, Path | None]:
+def _certificate(home: StateFolder, listen: Listen) -> tuple[Path | None, Path | None]:
     if listen.plaintext:
         if not is_loopback(listen.host):
             raise ValueError(
@@ -302,10 +302,12 @@ def _address(listen: Listen, port: int) -> str:
     return f"https://{name if is_whole else authority(name, port)}"
 
 
-def _connection(server: uvicorn.Server, listener: Listener) -> Connection:
+def _connection(server: uvicorn.Server, listener: Listener) -> ServerConnection:
     """Makes the protocol of each of uvicorn's connections, with its listener."""
     state = server.server_state
-    return Connection(config=server.config, server_state=state, app_state={}, listener=listener)
+    return ServerConnection(
+        config=server.config, server_state=state, app_state={}, listener=listener
+    )
 
 
 def _uvicorn(app: ASGIApp, certificate: Path | None, key: Path | None) -> uvicorn.Server:

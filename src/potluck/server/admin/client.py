@@ -13,7 +13,7 @@ from typing import Any
 
 from potluck.core import PotluckError, RefusedError, RunError
 from potluck.core.plain_json import to_json
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 _LOOK_SECONDS = 0.2
 _FOLDER_SECONDS, _START_SECONDS = 10.0, 60.0
@@ -22,7 +22,7 @@ _FOLDER_SECONDS, _START_SECONDS = 10.0, 60.0
 class Operator:
     """Sends requests to a running server; the folder has its address and the credential."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: StateFolder) -> None:
         self._home = home
 
     def wait(self, seconds: float | None, tell: Callable[[float], None]) -> None:

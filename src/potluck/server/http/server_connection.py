@@ -27,7 +27,7 @@ _GOODBYE_SECONDS = 0.5
 _TARGET = re.compile(rb'/[!-"$->@-~]*(\?[!-"$-~]+)?')
 
 
-class Connection(HttpToolsProtocol):
+class ServerConnection(HttpToolsProtocol):
     """Uvicorn's, with limits on the time in which headers must arrive, and on their size."""
 
     _headers_timer: asyncio.TimerHandle | None = None

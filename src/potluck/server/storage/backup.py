@@ -28,7 +28,7 @@ from potluck.server.storage.common_time import SystemTimeSource
 from potluck.server.storage.copy_database import copy_all, copy_to_file
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import models, runs
-from potluck.server.storage.state_folder import Home
+from potluck.server.storage.state_folder import StateFolder
 
 _SECRETS = ("run-*.key", "certificate.pem", "tls.key")
 
@@ -41,7 +41,7 @@ class Copied(NamedTuple):
     missing: list[str]  # models before the newest that were not whole, and are not in the copy
 
 
-def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Copied:
+def back_up(home: StateFolder, database: str | None, blobs: str | None, to: Path) -> Copied:
     """Copies a server's folder, or the places named instead.
 
     Raises:
@@ -54,7 +54,7 @@ def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Co
         raise ConfigError(
             f"a backup must be in a folder of its own, got the server's, {str(to)!r}. Name another."
         )
-    made = Home(to)
+    made = StateFolder(to)
     made.make()
     _copy_secrets(home.folder, to)
     source = Database(database or home.database)
@@ -69,7 +69,7 @@ def back_up(home: Home, database: str | None, blobs: str | None, to: Path) -> Co
     return copied
 
 
-def restore(backup: Path, home: Home, database: str | None, blobs: str | None) -> Copied:
+def restore(backup: Path, home: StateFolder, database: str | None, blobs: str | None) -> Copied:
     """Puts a backup into an empty server's folder, or into empty places named instead.
 
     Raises:

@@ -50,7 +50,7 @@ class FolderLock:
             self._file = -1
 
 
-class Home:
+class StateFolder:
     """A server's folder."""
 
     def __init__(self, folder: Path | str) -> None:

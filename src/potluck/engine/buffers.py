@@ -1,13 +1,13 @@
-"""Which of a model's tensors are statistics, and which constants.
+"""Finds which of a model's tensors are statistics, and which are constants.
 
 The running statistics of PyTorch's normalization layers are known: written in training mode, and
-left alone in evaluation mode. Of any other buffer, and of frozen parameters, a few steps of
-training tell: what they change is a statistic (a counter, a momentum encoder), and what they leave
-alone is a constant (a mask, a table of positions). The steps are made of a few examples of the
-first client, or of zeros of their shape where there are none.
+left alone in evaluation mode. Other buffers and frozen parameters are classified by a few steps of
+training. What the steps change is a statistic (a counter, a momentum encoder), and the rest is a
+constant (a mask, a table of positions). The steps are made of a few examples of the first client,
+or of zeros of their shape where there are none.
 
-What this says decides how many bytes travel. It does not decide what is averaged: a constant that
-some client changes after all is averaged like a statistic (`potluck.algorithms.statistics`).
+This decides how many bytes travel. It does not decide what is averaged: a constant that some client
+changes after all is averaged like a statistic (`potluck.algorithms.statistics`).
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def roles(task: Task) -> Spec:
     try:
         with borrowed_randomness(), Variables.of(module, loss).held():
             moved = _moved(task, module, loss)
-    except Exception:  # whatever fails here is told by the first client that trains
+    except Exception:  # a failure here is reported by the first client that trains
         return spec
     return spec.with_roles({n: "statistic" if n in moved else "constant" for n in unknown})
 
 
 def unaveraged(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that hold numbers and do not travel, by name, as copies. Integers are no numbers but
-    counts, which stay with each client."""
+    """Returns copies of the buffers that hold numbers and do not travel, by name. Integers are no
+    numbers but counts, which stay with each client."""
     return {
         name: buffer.clone()
         for name, buffer in module.named_buffers()
@@ -76,10 +76,10 @@ def unaveraged(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_unaveraged(module: nn.Module, start: Mapping[str, Tensor]) -> None:
-    """Refuse what local training made of `unaveraged`, if it is not the same.
+    """Refuses a model whose local training changed `unaveraged`.
 
     Raises:
-        TypeError: one is not; it is named.
+        TypeError: one was changed; it is named.
     """
     now = dict(module.named_buffers()) if start else {}
     for name, before in start.items():

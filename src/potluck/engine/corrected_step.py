@@ -27,7 +27,7 @@ Rate: TypeAlias = float | Tensor  # of all clients, or [clients]
 
 
 class Descent(NamedTuple):
-    """What makes a step of the gradients of one client, or of those clients that make it."""
+    """The optimizer, rate, correction and state of a step, of one client or of several."""
 
     optimizer: ClientOptimizer
     gradient_clip: float | None
@@ -39,12 +39,12 @@ class Descent(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether gradients need not be written: this is plain SGD."""
+        """True if gradients need not be written: this is plain SGD."""
         return self.optimizer == PLAIN_SGD
 
     @property
     def is_bare(self) -> bool:
-        """Whether a step is w ← w − lr · ∇ℓ, which layers may take by themselves."""
+        """True if a step is w ← w − lr · ∇ℓ, which layers may take by themselves."""
         return (
             self.gradient_clip is None
             and not self.received
@@ -54,7 +54,7 @@ class Descent(NamedTuple):
 
     @torch.no_grad()
     def take(self, weights: Named, gradients: Named, lr: Rate) -> None:
-        """Make one step, in place.
+        """Makes one step, in place.
 
         Args:
             weights: the trained parameters by name.
@@ -77,7 +77,7 @@ class Descent(NamedTuple):
                     old.copy_(tensor)
 
     def pull(self, weights: Named, lr: Rate) -> None:
-        """What a correction adds to a plain step beside the gradient, in place."""
+        """Adds a correction's part of a plain step to the weights, in place."""
         for name, start in self.received.items():
             if isinstance(lr, Tensor):
                 _add(weights[name], start - weights[name], lr * self.proximal)
@@ -87,7 +87,7 @@ class Descent(NamedTuple):
             _add(weights[name], drift, -lr)
 
     def clip_factor(self, squares: Rate) -> Rate:
-        """From the squared norm of the gradient to what it is multiplied by."""
+        """Returns the factor that clips a gradient of this squared norm."""
         bound = self.gradient_clip
         if bound is None:
             return 1.0

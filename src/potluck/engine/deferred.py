@@ -1,10 +1,10 @@
 """Steps that layers find in a backward pass and that are taken when it is over.
 
-A fused layer does not write its gradient out: its backward pass finds what the SGD step adds to
-its weights and leaves that here. Until the pass is over no weight changes, so hooks, penalties and
-other layers that read a weight see the one that the loss was computed with, and a layer that is
-called several times, or whose weights are read elsewhere too, gets the sum of all its gradients.
-Compiled layers step in the middle of the pass where nothing can tell (`at_once`).
+A fused layer does not write its gradient out. Its backward pass finds what the SGD step adds to its
+weights and leaves that here. No weight changes until the pass is over, so hooks, penalties and
+other layers that read a weight see the one of the loss. A layer that is called several times, or
+whose weights are read elsewhere too, gets the sum of all its gradients. Compiled layers step in the
+middle of the pass where nothing reads their weights later (`at_once`).
 
 A backward pass that is not the step's own, because a model differentiates something itself, gets
 plain gradients, which can be differentiated again.
@@ -54,7 +54,8 @@ class Deferred:
 
     @contextmanager
     def open(self, lr: float, loss: Tensor | None = None) -> Generator[None]:
-        """Within it, a backward pass finds the step at this rate, which is taken at the end.
+        """Collects the steps of the backward pass in this block, at this rate, and takes them at
+        its end.
 
         Args:
             loss: what is differentiated, if layers may step at once (`at_once`).
@@ -71,7 +72,7 @@ class Deferred:
             self._copies.clear()
 
     def product(self, weight: Tensor, bias: Tensor | None, rows: Tensor, inputs: Tensor) -> None:
-        """Step a linear layer by what it was given, and its gradient."""
+        """Adds the step of a linear layer, from its inputs and its gradient."""
         self._products.append(_Product(weight, bias, rows, inputs))
 
     def copies(self, weights: Sequence[Tensor]) -> list[Tensor]:

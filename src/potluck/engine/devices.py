@@ -1,4 +1,4 @@
-"""Devices by name, and what is done differently on a GPU than on a CPU.
+"""Devices by name, and the operations that differ between a GPU and a CPU.
 
 PyTorch calls the processor that computes a device; in an experiment it is `run.device`.
 """
@@ -61,8 +61,8 @@ def devices_of(name: str, processes: int) -> list[torch.device]:
 
 
 def sent(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy of an array on a device. To a GPU it goes by way of memory that the GPU reads by
-    itself, so that nobody waits."""
+    """A copy of an array on a device. To a GPU it goes through pinned memory, so that the caller
+    does not wait."""
     tensor = torch.tensor(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -80,13 +80,13 @@ def on_stream(stream: Any) -> Any:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Waits until a device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that nobody uses; of a CPU half of what there is."""
+    """Returns the free memory of a GPU, or half of the memory of a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -94,14 +94,14 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def unpacked_rnns() -> Generator[None]:
-    """Within it, nothing is said of weights that lie in a vector, and not as cuDNN packs them: it
-    packs them anew at every call."""
+    """Silences the warning that weights in one vector are not packed for cuDNN, which packs them
+    anew at every call."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of")
         yield
 
 
 def give_back(device: torch.device) -> None:
-    """Return the memory that PyTorch keeps of what was freed."""
+    """Returns the freed memory that PyTorch keeps to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

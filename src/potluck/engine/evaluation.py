@@ -1,8 +1,8 @@
 """Evaluation: of one model on a test set (central), or on every client's own (federated).
 
 The loss and each metric are put together from batches such that the result is that of all examples
-at once (`potluck.engine.scores`). What comes in sums may be made by many processes; what does not
-is computed in one, from the outputs for all examples.
+at once (`potluck.engine.scores`). Sums may come from many processes. A metric without sums is
+computed in one, from the outputs for all examples.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Evaluator:
         )
 
     def load(self, weights: Vector) -> None:
-        """Evaluate this model from now on.
+        """Loads the model to evaluate from now on.
 
         Raises:
             ValueError: weights of another length.
@@ -78,7 +78,7 @@ class Evaluator:
         self._module.eval()  # with them in place: adapters add theirs to those of their layers now
 
     def sums(self, examples: Examples) -> Sums:
-        """Of one batch, by name; empty for what must be computed of all examples at once.
+        """Returns the sums of one batch, by name; empty for a metric of all examples at once.
 
         Raises:
             TaskError: model, loss or a metric cannot be used on these examples; the client is
@@ -98,8 +98,8 @@ class Evaluator:
         return {name: value_of(metrics.get(name), total) for name, total in totals.items()}
 
     def totals(self, batches: Sequence[Examples]) -> Sums:
-        """The sums over these batches, in order. What is computed of all at once is there as if it
-        were a mean over examples."""
+        """Returns the sums over these batches, in order. A metric of all examples at once is there
+        as if it were a mean over examples."""
         totals = added([self.sums(batch) for batch in batches])
         names = [name for name, total in totals.items() if total is WHOLE]
         size = sum(batch.num_examples for batch in batches)
@@ -109,7 +109,7 @@ class Evaluator:
         return totals
 
     def whole(self, batches: Sequence[Examples], names: Sequence[str]) -> dict[str, float]:
-        """Those of these names of all examples at once."""
+        """Returns the named metrics of all examples at once."""
         if not names:
             return {}
         chosen = [score for score in self._known_scores() if score.name in names]
@@ -127,7 +127,7 @@ class Evaluator:
         return self._blaming(work)
 
     def _known_scores(self) -> list[Score]:
-        """How the loss and metrics are put together: decided once."""
+        """Returns the ways to combine the loss and metrics over batches, decided once."""
         if self._scores is None:
 
             def work() -> list[Score]:
@@ -154,7 +154,7 @@ class Evaluator:
             raise TaskError(f"client {client!r}: {error}") from error.__cause__
 
     def _in_a_mode(self, work: Callable[[], T]) -> T:
-        """In the fastest of the modes in which it can be done, from then on."""
+        """Computes it in the fastest mode that works, from then on."""
         *others, last = self._modes
         for number, mode in enumerate(others):
             try:
@@ -162,7 +162,7 @@ class Evaluator:
                     found = work()
                 self._modes = self._modes[number:]
                 return found
-            except Exception:  # perhaps for want of gradients
+            except Exception:  # perhaps because gradients are off
                 continue
         with self._alike(), self._variables.held(), last():
             found = work()
@@ -171,8 +171,8 @@ class Evaluator:
 
     @contextmanager
     def _alike(self) -> Generator[None]:
-        """Within it, the same chance rules whatever came before, since batches are dealt out among
-        processes."""
+        """Seeds the generators in this block, so that a batch has the same draws in every
+        process."""
         if self._draws is False:
             yield
             return
@@ -207,8 +207,8 @@ class Evaluator:
 
 
 def _sample(task: Task) -> Examples:
-    """Test examples from everywhere, in the order of their targets, which are as different as can
-    be."""
+    """Returns examples from all over the test set, with targets as different as can be, in their
+    order."""
     data = task.data
     examples = data.test if data.test.num_examples > 0 else data.train
     targets = examples.targets
@@ -230,7 +230,7 @@ def _detached(part: Any) -> Any:
 
 
 def _all_rows(parts: list[Any]) -> Any:
-    """Of all batches, what is in one place of the outputs: a tensor, or None."""
+    """Returns one element of the outputs for all batches, as a tensor, or None."""
     return parts[0] if parts[0] is None else torch.cat(parts)
 
 
@@ -327,8 +327,8 @@ class FederatedMetric(NamedTuple):
 def federated_evaluation(
     task: Task, weights: Vector, *, seed: int | None = None
 ) -> Mapping[str, FederatedMetric]:
-    """Evaluate a model on every client's own test examples (its training ones if it has none):
-    the loss and each metric.
+    """Evaluates a model on every client's own test examples (its training ones if it has none): the
+    loss and each metric.
 
     Which clients are the worst depends on the metric: see `potluck.core.higher_is_better`.
 

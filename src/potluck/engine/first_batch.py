@@ -1,8 +1,8 @@
-"""The contracts of models, losses and metrics, checked on the first batch; and errors in words.
+"""Checks the contracts of models, losses and metrics on the first batch, and words their errors.
 
-A loss that gives something else than one number, or outputs that meet targets in another shape,
-often trains without an error: NumPy's rules make [n] against [n, 1] a table of n × n. So the first
-batch of every runtime and every evaluator is looked at, once.
+A loss that is not one number, or outputs of another shape than the targets, often train without an
+error: NumPy's rules make [n] against [n, 1] a table of n × n. So the first batch of every runtime
+and every evaluator is checked, once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def outputs_of(module: Any, inputs: Any, targets: Tensor) -> Any:
-    """What a model gives for a batch.
+    """Returns a model's outputs for a batch.
 
     Raises:
         TaskError: it cannot be given one; the message has shapes and types.
@@ -78,8 +78,8 @@ def outputs_of(module: Any, inputs: Any, targets: Tensor) -> Any:
 
 
 class in_words:
-    """Within it, an error of `what` ("the model", "the loss", "metric 'x'") on a batch becomes one
-    that says what it was given and what to do.
+    """Turns an error of `what` ("the model", "the loss", "metric 'x'") in this block into one that
+    names its arguments and says what to do.
 
     Args:
         outputs: of the model; None if there are none yet.
@@ -94,7 +94,7 @@ class in_words:
         self._given = (what, inputs, outputs, targets)
 
     def __enter__(self) -> None:
-        """Nothing: an error costs time, and nothing else does."""
+        """Does nothing: only an error costs time."""
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, PotluckError):
@@ -116,7 +116,7 @@ def _explained(
 
 
 def _hint(error: Exception, inputs: Any, outputs: Any, targets: Tensor) -> str:
-    """What to do about it."""
+    """Returns advice on an error."""
     reason = str(error)
     if isinstance(error, (AttributeError, NameError, KeyError, ImportError)):
         return "That is in code of your own: try it on one such batch."
@@ -156,7 +156,7 @@ def _hint(error: Exception, inputs: Any, outputs: Any, targets: Tensor) -> str:
 
 
 def _check_one_class(loss: Loss, outputs: Any, targets: Tensor) -> None:
-    """Cross-entropy over one class is 0, whatever the model says."""
+    """Refuses cross-entropy over one class, which is 0 for every model."""
     if not isinstance(count_of(loss), Weighted) or not isinstance(outputs, Tensor):
         return
     if outputs.ndim > 1 and outputs.shape[1] == 1 and not targets.is_floating_point():
@@ -196,8 +196,8 @@ def _check_value(value: Any, outputs: Any, targets: Tensor, *, trains: bool) -> 
 
 
 def _check_shapes(loss: Loss, outputs: Tensor, targets: Tensor, value: Tensor) -> None:
-    """Whether the loss compares every output with every target: where shapes differ by an axis of
-    length 1, and the loss is another one once they do not."""
+    """Refuses a loss that compares every output with every target: where shapes differ by an axis
+    of length 1, and the loss is another one once they do not."""
     if outputs.shape == targets.shape or outputs.numel() != targets.numel() or len(targets) < 2:
         return
     if outputs.shape[0] != targets.shape[0] or outputs.squeeze().shape != targets.squeeze().shape:
@@ -224,8 +224,8 @@ def _broadcasts(outputs: Any, targets: Tensor) -> TaskError:
 
 
 def variants(outputs: Any) -> list[Any]:
-    """The outputs, and such as differ from example to example where the model's may be all alike:
-    each moved some of its way to 0.3, so that probabilities stay probabilities."""
+    """Returns the outputs, and variants that differ between examples where the model's may be all
+    alike. Each is moved some of its way to 0.3, so that probabilities stay probabilities."""
 
     def moved(share: float, part: Any) -> Any:
         if not isinstance(part, Tensor) or not part.is_floating_point() or part.numel() == 0:

@@ -10,9 +10,9 @@ when the backward pass is over (`potluck.engine.deferred`). The gradient is neve
 large layers and small batches saves most of the memory traffic of a step. LSTMs do the same where
 their steps can be compiled (`potluck.engine.native.lstm`).
 
-Only layers that are proven plain are chosen (`potluck.engine.module.plain`), and every call asks
-again: a hook, a patch or another weight that came later, autocasting, an unusual input or a
-transformation of the model, and the layer runs the forward of its class, whose gradient is written
+Only layers that are proven plain are chosen (`potluck.engine.module.plain`), and every call checks
+again. After a later hook, patch or other weight, under autocasting, for an unusual input or in a
+transformation of the model, the layer runs the forward of its class. Its gradient is then written
 as any other.
 """
 
@@ -84,7 +84,7 @@ class InPlaceLayers:
                 self.layers.append(layer)
 
     def step(self, lr: float, loss: Tensor) -> AbstractContextManager[None]:
-        """Within it, the backward pass of a loss finds the steps, which are taken at the end."""
+        """Collects the steps of a loss's backward pass in this block, and takes them at its end."""
         compiled, self._was_compiled = self._was_compiled, False
         # Hooks on what a forward pass makes cannot be seen, but every hook has a new handle.
         handles, self._handles = self._handles, RemovableHandle.next_id
@@ -92,7 +92,7 @@ class InPlaceLayers:
 
     @contextmanager
     def plain(self) -> Generator[None]:
-        """Within it the layers are plain ones."""
+        """Makes the layers plain in this block."""
         self.is_off = True
         try:
             yield
@@ -100,13 +100,13 @@ class InPlaceLayers:
             self.is_off = False
 
     def note(self, *, compiled: bool) -> None:
-        """A layer is called."""
+        """Notes the call of a layer."""
         self.num_calls += 1
         self._was_compiled |= compiled
 
 
 class _Fused:
-    """What is called instead of a layer's forward. A copy of the layer gets its class's own."""
+    """The replacement of a layer's forward. A copy of the layer gets its class's own."""
 
     def __init__(
         self, owner: InPlaceLayers, layer: nn.Module, proof: Proof, forward: _Forward
@@ -140,7 +140,7 @@ class _Fused:
 
 
 def _casts(inputs: Tensor, precision: Precision) -> bool:
-    """Whether PyTorch would make the products of these inputs in the precision of the run."""
+    """True if PyTorch would make the products of these inputs in the precision of the run."""
     autocasts = torch.is_autocast_enabled("cpu")
     if precision == "float32":
         return not autocasts and inputs.dtype == torch.float32
@@ -231,7 +231,7 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _has_onednn() -> bool:
-    """Whether this PyTorch multiplies by oneDNN; the operator is not among its public ones."""
+    """True if this PyTorch multiplies by oneDNN; the operator is not among its public ones."""
     some = torch.eye(16)
     try:
         found = torch.ops.mkldnn._linear_pointwise(some, some.t(), some[0], "none", [], "")

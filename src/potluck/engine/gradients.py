@@ -16,8 +16,8 @@ _LOOKS = 2  # losses: a tensor that is made anew for every batch is in one of th
 def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients by name; none of a parameter that the loss does not depend on.
 
-    It is `backward` and not `torch.autograd.grad`, so that hooks on parameters and modules that
-    compute parts of themselves again on the way back do what they do under any optimizer.
+    It is `backward` and not `torch.autograd.grad`, so that hooks on parameters work as under any
+    optimizer. So do modules that compute parts of themselves again in the backward pass.
 
     Raises:
         ValueError: the loss depends on no parameter.
@@ -51,7 +51,7 @@ def read_in(loss: Tensor) -> Iterator[Any]:
 
 
 class Foreign:
-    """Looks through the first losses of one module for weights that nobody trains.
+    """Searches the first losses of one module for weights that are not trained.
 
     The parameters of a loss, a layer in a Python list, or the weights of a module that the loss
     holds and that is not the one in training would stay as they are, without an error. So the
@@ -64,7 +64,7 @@ class Foreign:
         self._last: list[Tensor] = []
 
     def look(self, loss: Tensor) -> None:
-        """Look through the graph of a loss, if it is one of the first.
+        """Searches the graph of a loss, if it is one of the first.
 
         Raises:
             TaskError: it depends on weights that are no parameters of the module.
@@ -76,7 +76,7 @@ class Foreign:
         found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in self._own]
         for leaf in found:
             if isinstance(leaf, nn.Parameter) or any(leaf is other for other in self._last):
-                self._looks = _LOOKS  # as often as it is asked
+                self._looks = _LOOKS  # so that a later call fails too
                 raise TaskError(
                     "a loss must depend on no other weights than the parameters of the model, "
                     f"which are what trains, got a tensor of shape {tuple(leaf.shape)} that needs "

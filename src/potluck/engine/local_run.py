@@ -1,4 +1,4 @@
-"""The local steps that a request for local training amounts to."""
+"""Makes the local steps of a request for local training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LocalRun(NamedTuple):
 def run_of(
     task: Task, request: LocalSGD, client: ClientContext, number: int | None = None
 ) -> LocalRun:
-    """The steps that a client asks for.
+    """Returns the steps that a client requests.
 
     Args:
         number: of the client in the task's data, where it is another than in the run.

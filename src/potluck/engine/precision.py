@@ -1,5 +1,5 @@
-"""In which numbers local training multiplies matrices. Weights, gradients' sums and updates are
-float32, and so is every evaluation on a CPU.
+"""The precision in which local training multiplies matrices. Weights, gradients' sums and updates
+are float32, and so is every evaluation on a CPU.
 
 float32   every product in float32: the results of a CPU, to float tolerance
 tf32      float32 whose factors are rounded to 10 bits before they are multiplied
@@ -20,7 +20,7 @@ Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that there is not.
+    """Refuses an unknown precision.
 
     Raises:
         ValueError: no such word, or TF32 without a GPU.
@@ -40,7 +40,8 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def products(precision: Precision) -> Generator[None]:
-    """Within it, float32 products on a GPU are made in float32, or in TF32 if that was asked for.
+    """Makes float32 products on a GPU in float32 in this block, or in TF32 if the precision is
+    "tf32".
 
     PyTorch's own default is TF32 for convolutions and LSTMs. A graph keeps what it was captured
     with.
@@ -62,7 +63,7 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def floated(outputs: Any) -> Any:
-    """What a model gives, one tensor or several together, in float32."""
+    """Returns a model's outputs, one tensor or several together, in float32."""
 
     def one(part: Any) -> Any:
         is_float = isinstance(part, torch.Tensor) and part.is_floating_point()

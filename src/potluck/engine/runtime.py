@@ -82,7 +82,7 @@ class TorchRuntime:
         self.module.zero_grad(set_to_none=True)  # what an earlier training may have left
 
     def train(self, run: LocalRun, before_step: Callable[[], None] | None = None) -> Trained:
-        """Make all steps of a run; its weights are a view, until the next `begin`.
+        """Makes all steps of a run; its weights are a view, until the next `begin`.
 
         Args:
             before_step: is called before each step, and ends the training by what it raises.
@@ -97,7 +97,7 @@ class TorchRuntime:
         return Trained(weights, loss, len(run.steps))
 
     def take(self, examples: Examples) -> None:
-        """Use these examples from the next `begin` on."""
+        """Takes the examples to use from the next `begin` on."""
         self._examples = examples
 
     def begin(
@@ -108,7 +108,7 @@ class TorchRuntime:
         correction: Correction = _NO_CORRECTION,
         optimizer: ClientOptimizer = PLAIN_SGD,
     ) -> None:
-        """Load the received weights and put the examples in order, so that batches are slices."""
+        """Loads the received weights and puts the examples in order, so that batches are slices."""
         self._load(order)
         self._losses.clear()
         self._pristine.restore()
@@ -122,7 +122,7 @@ class TorchRuntime:
         """One step down ∇ℓ(w; batch), in place; no step for a batch in which nothing counts.
 
         A layer takes a bare step of plain SGD by itself where it can. Every other step is
-        `Descent.take`, of gradients that are seen whole before they are applied.
+        `Descent.take`, of whole gradients.
 
         Raises:
             TaskError: model or loss does not keep its contract, or cannot be used on this batch.
@@ -153,8 +153,8 @@ class TorchRuntime:
         return self._weights, float(torch.stack(self._losses).mean())
 
     def changed(self) -> str | None:
-        """What the model wrote since `begin` beside its weights, statistics and counters, or into
-        them in another way than in place; see `Pristine.changed`."""
+        """Returns the name of what the model wrote since `begin` beside its weights, statistics and
+        counters, or into them in another way than in place; see `Pristine.changed`."""
         return self._changed or self._pristine.changed()
 
     def _load(self, order: NDArray[np.int64]) -> None:

@@ -1,4 +1,4 @@
-"""How the loss and each metric of a task are put together from batches.
+"""Combines the loss and each metric of a task over batches.
 
 values    one value per example or position: a sum and a count, NaN left out
 counted   a loss of which it is known what it divides by: its mean times that, and that
@@ -6,8 +6,8 @@ mean      one number, shown to be a mean over examples: times their number, and 
 terms     a `Statistic`: its own sums
 whole     one number that is none of these: of all examples at once
 
-Which of them it is, is decided once, on examples from all over the test set: two unequal parts of
-them must add up to all of them. So the cut of a test set into batches changes no result.
+The way is decided once, on examples from all over the test set, of which two unequal parts must add
+up to the whole. So the cut of a test set into batches changes no result.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SAME = 2e-5  # of numbers that are sums of float32 in another order
 
 
 class Score(NamedTuple):
-    """The loss or a metric, and how it is put together."""
+    """The loss or a metric, and the way to combine it over batches."""
 
     name: str
     way: Way
@@ -48,7 +48,7 @@ class Score(NamedTuple):
     divisor: Callable[[Tensor], float] | None = None  # of a loss that is counted
 
     def sums(self, outputs: Any, targets: Tensor) -> Totals:
-        """Of one batch; they add up over batches."""
+        """Returns the sums of one batch; they add up over batches."""
         if self.way == "whole":
             return WHOLE
         with in_words(self.what, None, outputs, targets):
@@ -64,7 +64,7 @@ class Score(NamedTuple):
             return np.array([self.number(outputs, targets) * count, count])
 
     def number(self, outputs: Any, targets: Tensor) -> float:
-        """Of examples that are given all at once."""
+        """Returns the number for examples that are given all at once."""
         return number_in(self.function(outputs, targets))
 
     @property
@@ -133,7 +133,7 @@ def _score(name: str, metric: Metric, loss: Loss, outputs: Any, targets: Tensor)
 
 
 class _Largest(TorchFunctionMode):
-    """Within it, the place of the largest of one output, which is always the first, is refused."""
+    """Refuses in this block the place of the largest of one output, which is always the first."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _Largest(TorchFunctionMode):
 
 
 def _is_number(found: Any, targets: Tensor) -> bool:
-    """Whether it is one number and not a value for each example."""
+    """True if it is one number and not a value for each example."""
     values = torch.as_tensor(found)
     return values.ndim == 0 or (values.numel() == 1 and len(targets) > 1)
 
@@ -167,7 +167,7 @@ def _check_terms(score: Score, terms: Any, targets: Tensor) -> None:
 
 
 def _check_values(score: Score, found: Tensor, outputs: Any, targets: Tensor) -> None:
-    """A value must be that of its example, whatever other examples are in the batch."""
+    """Checks that an example's value does not depend on other examples in the batch."""
     if len(found) != len(targets):
         raise TaskError(
             f"{score.what} must give one value per example, or one number for all, got "
@@ -190,8 +190,8 @@ def _check_values(score: Score, found: Tensor, outputs: Any, targets: Tensor) ->
 
 
 def _way_of_number(function: Any, outputs: Any, targets: Tensor) -> Way:
-    """Whether a number of a batch is a mean over its examples: of two unequal parts of examples
-    that differ as much as can be."""
+    """Returns the way of a number: a mean over examples or not, as found on two unequal parts of
+    examples that differ as much as can be."""
     size = len(targets)
     if size < 2 or not _can_cut(outputs, targets):
         return "mean"
@@ -214,7 +214,7 @@ def _way_of_number(function: Any, outputs: Any, targets: Tensor) -> Way:
 
 
 def _can_cut(outputs: Any, targets: Tensor) -> bool:
-    """Whether there are tensors, each of which has one row per example."""
+    """True if there are tensors, each of which has one row per example."""
     parts = leaves(outputs)
     found = tensors(outputs)
     return (
@@ -240,8 +240,8 @@ def _fitted_accuracy(loss: Loss, outputs: Tensor, targets: Tensor) -> Any:
 
 
 def _threshold(loss: Loss, outputs: Tensor, targets: Tensor) -> float | None:
-    """Where label 1 begins, in the eyes of the loss: at 0 for logits, at 0.5 for probabilities;
-    None if it takes the largest of several outputs."""
+    """Returns the output above which the loss predicts label 1: 0 for logits, 0.5 for
+    probabilities; None if it takes the largest of several outputs."""
     labels = targets if targets.is_floating_point() else targets.float()
 
     def at(output: float, label: float) -> float:

@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is to be learned, from which data, and how it is judged.
+    """A model, its data, and the loss and metrics that judge it.
 
     Args:
         model: a callable without arguments that makes the module (a class, a lambda), so that
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def kind(self) -> TargetKind:
-        """What the targets are."""
+        """The kind of the targets."""
         return self.data.kind
 
     def __repr__(self) -> str:
@@ -85,7 +85,7 @@ class Task:
         return f"Task(model={model}, data=({data}), loss={loss}, metrics={[*self.metrics]})"
 
     def module(self, weights: Vector | None = None, *, seed: int | None = None) -> nn.Module:
-        """A new module, of which the caller may do what it likes. Global randomness is kept.
+        """Returns a new module, which belongs to the caller. Global randomness is kept.
 
         Args:
             weights: those of the module; without them it has those of round 0.
@@ -107,7 +107,8 @@ class Task:
         return module
 
     def parts(self, seed: int | None = None) -> Parts:
-        """A new module and what judges it: loss and metrics that hold the model hold this one."""
+        """Returns a new module with its loss and metrics, which refer to this module if they hold
+        the model."""
         module = self.module(seed=seed)
         pairs = self._making.twins(self.model, module)
         metrics = {name: rebound(metric, pairs) for name, metric in self.metrics.items()}
@@ -120,7 +121,7 @@ class Task:
     def initial_weights(self, seed: int) -> Vector:
         """The model of round 0, which depends on the seed alone. Global randomness is kept.
 
-        Whatever threads of Potluck make or try modules meanwhile wait for it.
+        Other threads of Potluck that make or try modules wait meanwhile.
 
         Raises:
             ValueError: `model` makes another module the second time, from the same seed.
@@ -135,15 +136,15 @@ class Task:
         return weights
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on: `module` makes its model from now on."""
+        """Begins or continues a run with this seed: `module` makes its model from now on."""
         self._making.begin(as_seed(seed))
 
     def last_seed(self) -> int:
-        """Of the run that was begun last; 0 before any."""
+        """The seed of the run that was begun last; 0 before any."""
         return self._making.seed or 0
 
     def only_seed(self) -> int:
-        """The seed that a model must be of which nothing but its weights is known.
+        """Returns the seed of a model of which only the weights are known.
 
         Raises:
             ValueError: it may be of several runs, or of none that this task began, and the model
@@ -159,13 +160,13 @@ class Task:
         return self.last_seed()
 
     def is_other(self, seed: int, other: int) -> bool:
-        """Whether the modules of two seeds differ in more than their weights."""
+        """True if the modules of two seeds differ in more than their weights."""
         return self._making.is_drawn(self.model, seed, other)
 
 
 class Remade:
-    """What somebody made of a task's model before the first run, made again for a run whose seed
-    gives another model, and not only other weights.
+    """A value made of a task's model, made again for a run whose seed gives another model, and not
+    only other weights.
 
     Args:
         make: makes it, for the run that the task began last. Called now, too.
@@ -177,12 +178,12 @@ class Remade:
         make()
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self._task.begin(seed)
         self.follow()
 
     def follow(self) -> None:
-        """Make it again if it is not of the run that the task began last."""
+        """Makes it again if it is not of the run that the task began last."""
         seed = self._task.last_seed()
         if seed == self._seed:
             return
@@ -227,7 +228,7 @@ def _role(parameter: nn.Parameter) -> Role:
 
 
 def bind(module: nn.Module, vector: torch.Tensor) -> None:
-    """Make the module's tensors views of `vector` [dim], which from then on is the model."""
+    """Makes the module's tensors views of `vector` [dim], which from then on is the model."""
     views = spec_of(module).unflatten(vector)
     for name, tensor in averaged_tensors(module):
         tensor.data = views[name]

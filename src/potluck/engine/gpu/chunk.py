@@ -6,14 +6,14 @@
         mine ← the step on their batches, gathered from the examples on the device
         weights of the tick's clients ← mine
 
-The state of an optimizer goes the way of the weights.
+The state of an optimizer is moved like the weights.
 
 All tensors that a step reads or writes stay where they are, so that it can be replayed. The last
-row belongs to nobody: a tick of 50 clients is filled up to 64, and the fourteen that are too many
-read from it and write into it.
+row belongs to no client: a tick of 50 clients is filled up to 64, and the fourteen extra ones read
+from it and write into it.
 
-Everything is put on the program's stream in the order in which it is to happen, and nothing waits:
-the caller may put another chunk on another stream meanwhile.
+Work is put on the program's stream in its order, without waiting. The caller may put another chunk
+on another stream meanwhile.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _Named: TypeAlias = dict[str, Tensor]
 
 
 class Program:
-    """One chunk at a time, of at most `capacity` clients."""
+    """Trains one chunk at a time, of at most `capacity` clients."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class Program:
         self._captures = True  # until a step could not be
 
     def train(self, runs: Sequence[LocalRun]) -> Generator[None]:
-        """Put all steps of these clients on the stream, and yield after each tick.
+        """Puts all steps of these clients on the stream, and yields after each tick.
 
-        Each advance is to be made within `self.on_stream()`. The corrections of the runs may
-        differ in the drift only, their optimizers not.
+        Each advance must be within `self.on_stream()`. The corrections of the runs may differ in
+        the drift only, their optimizers not.
         """
         self._begin(runs)
         runs, lengths = self._placed(runs)
@@ -137,7 +137,7 @@ class Program:
                 tensor.zero_()
 
     def _fill(self, room: _Named, vectors: Sequence[Vector]) -> None:
-        """Write a vector into the row of each client; one that all share is sent once."""
+        """Writes a vector into the row of each client; a common one is sent once."""
         address = vectors[0].__array_interface__["data"]
         if all(vector.__array_interface__["data"] == address for vector in vectors):
             rows = sent(vectors[0], self._device).expand(len(vectors), -1)
@@ -147,7 +147,7 @@ class Program:
             room[name][: len(vectors)].copy_(view)
 
     def _room(self) -> _Named:
-        """A row for each client and one for nobody, a tensor a layer."""
+        """Returns a row for each client and an extra one, a tensor a layer."""
         return {
             name: torch.zeros(self.capacity + 1, *shape, device=self._device)
             for name, shape in zip(self._spec.names, self._spec.shapes, strict=True)
@@ -177,7 +177,7 @@ class Program:
     def _filled(
         self, tick: Tick, shape: _Shape
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """The slots, rows and rates of a tick, filled up with clients that are nobody."""
+        """Returns the slots, rows and rates of a tick, filled up with extra clients."""
         more = shape.clients - len(tick.clients)
         if more == 0:
             return tick.clients, tick.rows.ravel(), tick.rates
@@ -188,7 +188,7 @@ class Program:
         return slots, rows.ravel(), np.concatenate([tick.rates, np.zeros(more, np.float32)])
 
     def _static(self, shape: _Shape) -> _Static:
-        """What is kept for a shape, made when it is first met."""
+        """Returns the tensors and the step of a shape, made at its first use."""
         if shape not in self._shapes:
             self._shapes[shape] = self._new(shape)
         return self._shapes[shape]
@@ -201,7 +201,7 @@ class Program:
         return _Static(slots, rows, rates, run)
 
     def _make(self, shape: _Shape, slots: Tensor, codes: Tensor, rates: Tensor) -> None:
-        """One tick."""
+        """Puts one tick on the stream."""
         present = codes >= 0
         rows = torch.where(present, codes, codes.bitwise_not()).view(-1)
         inputs, targets = (
@@ -239,7 +239,7 @@ class Program:
 
 
 class _Shape(NamedTuple):
-    """What a step is captured for."""
+    """The shape for which a step is captured."""
 
     clients: int
     size: int  # of a batch
@@ -252,7 +252,7 @@ class _Shape(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What a step of one shape reads, and the step."""
+    """The tensors that a step of one shape reads, and the step."""
 
     slots: Tensor  # [clients]
     rows: Tensor  # [clients, size]: ~row where the example counts nothing

@@ -1,10 +1,10 @@
 """Local training of many clients on a device: chunks of them, two in flight on a GPU.
 
-While the steps of one chunk's last, long clients leave most of a GPU idle, those of the next chunk
-fill it: chunks take turns in being launched, each on a stream of its own. A chunk for which there
-is no memory is halved, with a line of the log "potluck", and so are those that follow.
+The last, long clients of a chunk leave most of a GPU idle, so steps of the next chunk fill it.
+Chunks are launched in turn, each on a stream of its own. A chunk for which there is no memory is
+halved, with a line of the log "potluck", and so are those that follow.
 
-Lines are the same on a CPU, where there is one chunk in flight and nothing is captured.
+The same lines run on a CPU, with one chunk in flight and without a capture.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class DeviceCohort:
 
     @property
     def is_pure(self) -> bool:
-        """Whether `chunks` can be asked for."""
+        """True if `chunks` may be called."""
         return self._general is None
 
     @property
@@ -102,7 +102,7 @@ class DeviceCohort:
         return sum(program.num_captured for program in self._programs)
 
     def train(self, runs: Sequence[LocalRun]) -> tuple[Vector, NDArray[np.float32]]:
-        """Make all steps of all runs.
+        """Makes all steps of all runs.
 
         Args:
             runs: their corrections may differ in the drift only, their optimizers not.
@@ -125,7 +125,8 @@ class DeviceCohort:
         return weights, losses / np.array([max(len(run.steps), 1) for run in runs], np.float32)
 
     def chunks(self, runs: Sequence[LocalRun]) -> Iterator[Chunk]:
-        """Train these clients, and give each chunk of them when it is done, within its stream."""
+        """Trains these clients, and yields each chunk of them when it is done, within its
+        stream."""
         waiting = _parts(slice(0, len(runs)), self.chunk)
         flights: list[_Flight] = []
         with products(self._precision):
@@ -135,7 +136,7 @@ class DeviceCohort:
                     done = [flight for flight in flights if not _advance(flight)]
                 except torch.OutOfMemoryError:
                     done = None
-                if done is None:  # outside of the handler, which would hold what was in flight
+                if done is None:  # outside of the handler, which would keep their memory
                     waiting = [flight.part for flight in flights] + waiting
                     flights.clear()
                     self._halve()
@@ -148,8 +149,8 @@ class DeviceCohort:
                         yield Chunk(first, past - first, flight.program)
 
     def resident(self) -> Resident:
-        """The training examples on the device: for all that use them, or only a part of them, and
-        then for each its own."""
+        """The training examples on the device: one copy for all users, or only a part of them, and
+        then a copy each."""
         if self._resident is None or not self._resident.is_whole:
             self._resident = Resident(self._task.data.train, self.device, self._share)
         return self._resident
@@ -157,14 +158,14 @@ class DeviceCohort:
     def _start(
         self, runs: Sequence[LocalRun], waiting: list[slice], flights: list[_Flight]
     ) -> None:
-        """Take chunks into flight while there are lanes for them."""
+        """Starts chunks while there are lanes for them."""
         while waiting and len(flights) < self._lanes:
             program = self._idle([flight.program for flight in flights])
             part = waiting.pop(0)
             flights.append(_Flight(part, program, program.train(runs[part])))
 
     def _idle(self, busy: Sequence[Program]) -> Program:
-        """A program that trains nobody."""
+        """Returns a program that is not in use."""
         for program in self._programs:
             if not any(program is other for other in busy):
                 return program
@@ -177,7 +178,7 @@ class DeviceCohort:
         return program
 
     def _halve(self) -> None:
-        """Chunks of half the size from now on; nothing of those in flight is kept.
+        """Halves the chunks from now on; those in flight are dropped.
 
         Raises:
             RuntimeError: a single client does not fit.
@@ -200,12 +201,12 @@ class _Flight(NamedTuple):
 
 
 def _advance(flight: _Flight) -> bool:
-    """Launch a tick; whether there was one."""
+    """Launches a tick. Returns whether there was one."""
     with flight.program.on_stream():
         return next(flight.ticks, flight) is None
 
 
 def _parts(clients: slice, size: int) -> list[slice]:
-    """These clients in chunks."""
+    """Divides these clients into chunks."""
     stop = clients.stop
     return [slice(i, min(i + size, stop)) for i in range(clients.start, stop, size)]

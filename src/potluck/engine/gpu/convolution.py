@@ -1,8 +1,8 @@
 """A convolution of many clients, each with a kernel of its own, as batched matrix products.
 
 `torch.func.vmap` makes one grouped convolution of it, with a group for each client. Libraries
-lay grouped convolutions out for many groups of few channels, and do them one after another or
-without matrix units otherwise. Here the patches under the kernel are written next to each other,
+optimise grouped convolutions for many groups of few channels. Others run one after another, or
+without matrix units. Here the patches under the kernel are written next to each other,
 
     P  [clients, batch · height · width, kernel · channels]        Y = P K + b
     ∂ℓ/∂K = Pᵀ ∂ℓ/∂Y            ∂ℓ/∂x = P' K',  P' the patches of ∂ℓ/∂Y and K' the kernel turned

@@ -1,9 +1,9 @@
 """A step that is launched as one: captured in a CUDA graph when it has been made a few times.
 
 A step of a small model is dozens of kernels of a few microseconds, and launching them from Python
-takes longer than they do. A graph launches them at once. It is a recording: the same kernels on the
-same memory, so a step reads what changes from tensors that stay where they are, and what it is
-captured from has run before, on the same stream, so that nothing is set up while it is recorded.
+takes longer than they do. A graph launches them at once. It replays the same kernels on the same
+memory, so a step reads its changing inputs from tensors that stay where they are. Before its
+capture the step has run on the same stream, so that nothing is set up while it is captured.
 
 Where a step cannot be captured, it goes on as it is, and a line of the log "potluck" says why.
 """
@@ -42,7 +42,7 @@ class Captured:
         return self._graph is not None
 
     def __call__(self, *, may_capture: bool = True) -> None:
-        """Run the function, or replay it."""
+        """Runs the function, or replays it."""
         self._runs += 1
         known = self._graph is not None or self._stream is None or self.refused is not None
         if not known and may_capture and self._runs > _WARM_UPS:
@@ -53,7 +53,7 @@ class Captured:
             self._function()
 
     def _capture(self) -> None:
-        """Record the function, which does not run it."""
+        """Captures the function without running it."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
@@ -69,12 +69,12 @@ class Captured:
             self._graph = graph
 
     def _heal_generator(self) -> None:
-        """Give the GPU's generator a state that is in no capture, at the same place in its stream:
-        a capture that failed leaves it in one, and whatever draws next fails."""
+        """Gives the GPU's generator a state outside of any capture, at the same place in its
+        stream. A failed capture leaves it inside one, and the next draw would fail."""
         generators: Any = torch.cuda.default_generators
         generator = generators[self._stream.device.index]
         fresh: Any = torch.Generator(self._stream.device)
         fresh.manual_seed(generator.initial_seed())
-        with contextlib.suppress(RuntimeError):  # it does not tell its place any more
+        with contextlib.suppress(RuntimeError):  # its place is no longer known
             fresh.set_offset(generator.get_offset())
         generator.graphsafe_set_state(fresh.graphsafe_get_state())

@@ -33,7 +33,7 @@ class Resident:
             self.inputs, self.targets = self._room(0)
 
     def place(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
-        """See to it that these rows are on the device.
+        """Makes sure that these rows are on the device.
 
         Returns:
             Where they are in `inputs` and `targets`, and whether those are other tensors than

@@ -92,7 +92,7 @@ class PooledOnDevice:
         return [slice(i, min(i + self._examples, count)) for i in range(0, count, self._examples)]
 
     def _sums(self, rows: Tensor, width: int) -> Tensor:
-        """What each example adds to its client's loss."""
+        """Returns what each example adds to its client's loss."""
         inputs, targets = self._batch(rows)
         if self._padding is not None:
             inputs, targets = trimmed(inputs, targets, width)
@@ -101,7 +101,7 @@ class PooledOnDevice:
             return self._loss.sums(self._model.module(inputs), targets)
 
     def _counts(self, rows: Tensor, owners: Tensor, clients: int) -> Tensor:
-        """How many predictions of each client its loss is the mean over."""
+        """Returns the number of predictions that each client's loss is the mean over."""
         assert self._loss is not None
         counts = torch.zeros(clients, device=self._device)
         for part in self._parts(len(rows)):

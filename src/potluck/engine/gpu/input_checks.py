@@ -1,7 +1,7 @@
 """Clients whose data do not fit a model: a label beyond its classes, a symbol beyond its table.
 
 On a CPU that is an error with a name; on a GPU it ends the process. So they are found beforehand,
-and trained where the error can be told.
+and trained on the CPU, which names the error.
 """
 
 from __future__ import annotations
@@ -39,6 +39,6 @@ def misfits(judged: Judged, data: FederatedData) -> frozenset[int]:
 
 
 def _outside(numbers: NDArray[np.int64], limit: int) -> NDArray[np.bool_]:
-    """Which examples hold a number below 0, or not below the limit."""
+    """Returns the examples with a number below 0, or not below the limit."""
     flat = numbers.reshape(len(numbers), -1)
     return (flat.min(axis=1, initial=0) < 0) | (flat.max(axis=1, initial=0) >= limit)

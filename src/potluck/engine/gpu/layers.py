@@ -1,4 +1,4 @@
-"""Layers of many clients, each with weights of its own, in the form that a GPU wants.
+"""Layers of many clients, each with weights of its own, in a form that is fast on a GPU.
 
 Under `torch.func.vmap` every operator of a layer gets the axis of clients by a rule of PyTorch's.
 For some layers the rule is a poor one: an LSTM has none and is done client by client, a convolution
@@ -10,10 +10,9 @@ a forward pass that is written for tensors with clients in front, as batched mat
     LSTM        A = X Wᵀ + b for all steps, then a product a step  (`potluck.engine.gpu.recurrence`)
     convolution Y = patches K + b                                 (`potluck.engine.gpu.convolution`)
 
-They are met inside vmap as one function each, whose rule is that form; gradients flow outside of
-it, through ordinary operators. A layer of another kind, one that is not plain
-(`potluck.engine.module.plain`) or one with options that are not written here is left to PyTorch's
-rules.
+Inside vmap each is one function, whose rule is that form. Gradients flow outside of it, through
+ordinary operators. A layer of another kind, one that is not plain (`potluck.engine.module.plain`)
+or one with options that are not written here is left to PyTorch's rules.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _SYMBOLS = 1024  # of an embedding, beyond which its product costs more than it 
 
 
 def replace(module: nn.Module) -> None:
-    """Give the layers of a module, which is to run under vmap, their forward pass for clients."""
+    """Gives the layers of a module that runs under vmap their forward pass for clients."""
     for layer in module.modules():
         forward = _forward_of(layer)
         if forward is not None:
@@ -76,7 +75,7 @@ class _OfClients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: gradients flow through `form` itself."""
+        """Keeps nothing: gradients flow through `form` itself."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
@@ -193,9 +192,9 @@ def _convolved(padding: Any, images: Tensor, kernel: Tensor, bias: Tensor | None
 
 
 class Rewritten(TorchFunctionMode):
-    """Within it, functions that ask how memory lies, which vmap cannot tell, are written otherwise.
+    """Rewrites functions in this block that depend on the memory layout, which vmap does not know.
 
-    A wish for channels that lie last is passed over; a normalization of groups is its formula.
+    A request for channels last is ignored, and group normalization is its formula.
     """
 
     def __torch_function__(

@@ -1,9 +1,9 @@
 """The recurrence of an LSTM layer for many clients, each with weights of its own.
 
 `potluck.models.peephole_lstm` has it with each element written out. Without peepholes, PyTorch has
-what follows the product of a step as one kernel for CUDA, `_thnn_fused_lstm_cell`, the one its own
-cells use: then a step is two kernels. It is asked for once and compared with the recurrence written
-out; where it is missing or differs, that one does it.
+the rest of a step after its product as one kernel for CUDA, `_thnn_fused_lstm_cell`, which its own
+cells use. Then a step is two kernels. The kernel is compared once with the recurrence written out,
+which is used where the kernel is missing or differs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def recur(activations: Tensor, weight: Tensor, peepholes: Tensor | None) -> tupl
 
 @cache
 def has_fused_cell(device: torch.device) -> bool:
-    """Whether PyTorch's kernel is there and gives what the plain recurrence gives: tried once, and
-    not while a graph is captured."""
+    """True if PyTorch's kernel is there and agrees with the plain recurrence: tried once, and not
+    while a graph is captured."""
     random = torch.Generator().manual_seed(0)
     shapes = ((3, 2, 4, 20), (2, 20, 5))  # activations and weight of a hidden size of 5
     try:

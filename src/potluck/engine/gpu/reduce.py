@@ -1,4 +1,4 @@
-"""The weighted sum of updates where they are made, to the bit what `FixedPointMean` would make.
+"""The weighted sum of updates on their device, to the bits of `FixedPointMean`.
 
     sum ← sum + Σ_k rint(weight_k · 2³⁰ · (local_k − received))            in 64-bit integers
 
@@ -40,7 +40,7 @@ class DeviceSum:
         return torch.stack(found).amax(0).cpu().numpy()
 
     def add(self, program: Program, weights: NDArray[np.float64]) -> None:
-        """Add the updates of the first clients; one of weight 0 is left out."""
+        """Adds the updates of the first clients; one of weight 0 is left out."""
         if program.stream not in self._sums:
             empty = torch.zeros(self._spec.dim, dtype=torch.int64, device=self._device)
             self._sums[program.stream] = empty

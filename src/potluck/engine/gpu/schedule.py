@@ -1,9 +1,9 @@
-"""Which clients of a chunk step together on a device, from the first tick to the last.
+"""The schedule of a chunk on a device: the clients that step together in each tick.
 
-A device wants few shapes, since a graph is captured for each, and many clients at once. So batches
-are filled up to a few sizes and widths (examples and symbols that count for nothing), where model
-and loss allow it, and the number of clients to a few counts (clients that nobody reads). Clients
-are independent, so each tick may take any:
+A device is fast with few shapes, since a graph is captured for each, and many clients at once. So
+batches are filled up to a few sizes and widths (examples and symbols that count for nothing), where
+model and loss allow it, and the number of clients to a few counts (clients whose results are not
+read). Clients are independent, so each tick may take any:
 
     the client with the most steps left leads
     with it go all whose next batch is filled to the same shape
@@ -78,7 +78,7 @@ def ticks(
 
 
 def count_for(clients: int) -> int:
-    """How many clients a step of so many is filled up to."""
+    """Returns the count to which a step of so many clients is filled up."""
     return next((count for count in _COUNTS if count >= clients), clients)
 
 
@@ -115,7 +115,7 @@ class _Plan:
 
     @property
     def is_even(self) -> bool:
-        """Whether all clients make the same steps, on batches of one shape at a time."""
+        """True if all clients make the same steps, on batches of one shape at a time."""
         first = self._runs[0]
         alike = all(
             run.steps == first.steps and len(run.rows) == len(first.rows) for run in self._runs
@@ -149,7 +149,8 @@ class _Plan:
 
 
 def _rounded_up(sizes: NDArray[np.int64], largest: int) -> NDArray[np.int64]:
-    """To powers of two and the numbers in the middle between two, and to the largest at most."""
+    """Rounds up to powers of two and the numbers in the middle between two, and to the largest at
+    most."""
     powers = 2 ** np.ceil(np.log2(np.maximum(sizes, 1))).astype(np.int64)
     middles = powers * 3 // 4
     return np.minimum(np.where((sizes <= middles) & (powers >= 4), middles, powers), largest)

@@ -1,4 +1,4 @@
-"""One local step of many clients as a function of tensors on a device, and nothing else.
+"""One local step of many clients as a pure function of tensors on a device.
 
 What changes from step to step is in tensors: the batches, which examples of them are present, and
 the rate of each client. So the function can be captured once and replayed. `ModelStep` is any pure
@@ -150,20 +150,20 @@ class ModelStep:
 
 
 def is_pure(module: nn.Module, task: Task) -> bool:
-    """Whether a model's step is a function of weights and batch alone, as far as can be seen."""
+    """True if a model's step is a function of weights and batch alone, as far as can be checked."""
     if next(module.buffers(), None) is not None:
         return False
     examples = task.data.train
     with borrowed_randomness(), torch.no_grad(), Recording() as recording:
         try:
             module(torch.tensor(examples.inputs[:2]))
-        except Exception:  # it will be told where clients train
+        except Exception:  # reported where clients train
             return False
     return not recording.draws
 
 
 def _are_separate(module: nn.Module, task: Task) -> bool:
-    """Whether what a model says of an example does not depend on the others in its batch."""
+    """True if a model's output for an example does not depend on the others in its batch."""
     inputs = torch.tensor(task.data.train.inputs[:4])
     if len(inputs) < 2:
         return False

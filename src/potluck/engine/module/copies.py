@@ -58,7 +58,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 
 def _script_copied(module: torch.jit.ScriptModule) -> Any:
-    """By its file: what PyTorch copies computes with the weights of the original."""
+    """Copies a scripted module by its file: PyTorch's copy computes with the original's weights."""
     there: Any = torch.jit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the format, which stays here
@@ -69,7 +69,7 @@ def _script_copied(module: torch.jit.ScriptModule) -> Any:
 
 
 def _rebind(attributes: dict[str, Any], rebinding: Rebinding) -> None:
-    """Have what a copied module holds hold the copy."""
+    """Makes what a copied module holds refer to the copy."""
     for key, value in attributes.items():
         if key in TABLES:
             continue
@@ -117,7 +117,7 @@ def _leaves(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any) -> Iterable[tuple[str, Any]]:
-    """What an object holds, by how it is reached."""
+    """Yields what an object holds, with the way to reach it."""
     held: Mapping[str, Any] = getattr(value, "__dict__", {})
     if isinstance(value, torch.Generator):
         held = {"state": value.get_state()}

@@ -1,4 +1,4 @@
-"""What a task's model may be: a module that holds float32 numbers, or what makes one."""
+"""Checks a task's model: a module of float32 numbers, or a callable that makes one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def made_by(model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse a module that cannot be trained here.
+    """Refuses a module that cannot be trained here.
 
     Raises:
         TypeError: a parameter is of another type than float32.
@@ -115,7 +115,7 @@ def _named(model: object) -> str:
 
 
 def averaged_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """What a model's vector holds: its parameters, then its float32 buffers."""
+    """Returns the tensors of a model's vector: its parameters, then its float32 buffers."""
     tensors: list[tuple[str, Tensor]] = list(module.named_parameters())
     return tensors + averaged_buffers(module)
 

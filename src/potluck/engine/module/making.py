@@ -1,9 +1,9 @@
 """The one model of a run, made once by its factory under the seed of the run.
 
 All that a factory draws follows from the seed: the first weights, and what never changes, such as
-a permutation, a mask, or random features. Whoever trains or evaluates has one that was made from
-this seed, so that these constants are the same in training, in evaluation, in every process, and
-after a resume. A factory that gives another one all the same is refused.
+a permutation, a mask, or random features. Every trainer and evaluator has a model that was made
+from this seed. So these constants are the same in training, in evaluation, in every process, and
+after a resume. A factory that makes another model from the same seed is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Making:
         self._is_checked = False
 
     def begin(self, seed: int) -> None:
-        """A run with this seed begins, or goes on."""
+        """Begins or continues a run with this seed."""
         self.seed = seed
         self.seeds.add(seed)
 
@@ -56,7 +56,8 @@ class Making:
         return copy_of(module) if self._is_one else module
 
     def twins(self, model: nn.Module | Callable[[], nn.Module], module: nn.Module) -> Pairs:
-        """What stands in `module` for the parts of the modules that somebody else may hold."""
+        """Pairs the parts of other modules that are still in use with their counterparts in
+        `module`."""
         originals = [model] if isinstance(model, nn.Module) else list(self._originals)
         found: Pairs = {}
         for original in originals:
@@ -72,7 +73,7 @@ class Making:
         seed: int,
         inputs: Any,
     ) -> None:
-        """Refuse a factory that does not make the same from the same seed. Once.
+        """Refuses a factory that does not make the same from the same seed; checked once.
 
         Args:
             one: a module for this seed, which is of no more use then.
@@ -96,7 +97,7 @@ class Making:
         self._is_checked = True
 
     def is_drawn(self, model: nn.Module | Callable[[], nn.Module], *seeds: int) -> bool:
-        """Whether modules made from these two seeds differ in more than their weights."""
+        """True if modules made from these two seeds differ in more than their weights."""
         if isinstance(model, nn.Module) or len(set(seeds)) == 1:
             return False
         if self._is_drawn is None:
@@ -126,17 +127,17 @@ class Making:
 
 
 def _outputs(module: nn.Module, inputs: Any) -> dict[str, Any]:
-    """What a module makes of a few examples, in evaluation mode; nothing where it cannot."""
+    """Returns a module's outputs for a few examples, in evaluation mode; nothing where it fails."""
     try:
         with borrowed_randomness(), Variables.of(module, None).held(), torch.no_grad():
             seed_generators(0)
             return leaves(called(module.eval(), mapped(torch.tensor, inputs)))
-    except Exception:  # which is told where it trains
+    except Exception:  # reported where it trains
         return {}
 
 
 def _drawn(held: dict[str, Any]) -> dict[str, Any]:
-    """What may have been drawn: not names, nor numbers by which modules tell themselves apart."""
+    """Returns what may have been drawn: neither names nor numbers that identify modules."""
     kinds = (Tensor, np.ndarray)
     return {k: v for k, v in held.items() if isinstance(v, kinds) or ("[" in k and _is_number(v))}
 
@@ -146,7 +147,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _constants(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside its vector, and what is computed from that."""
+    """Returns what a module holds beside its vector, and what is computed from that."""
     averaged = {id(tensor) for _, tensor in averaged_tensors(module)}
     return {
         name: value

@@ -1,7 +1,7 @@
-"""The modes of PyTorch that a caller may be in, and that a run must not take over.
+"""Separates a run from the PyTorch modes of its caller.
 
-Whoever has switched gradients off for a notebook, or calls from within an autocast, gets the same
-numbers as anybody else: the precision is an executor's to say.
+A caller that has switched gradients off, or calls from within an autocast, gets the same numbers as
+any other. The executor alone decides the precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Item = TypeVar("_Item")
 
 @contextmanager
 def own_modes() -> Generator[None]:
-    """Within it gradients are recorded and nothing is cast, whatever the caller's modes are."""
+    """Records gradients and casts nothing in this block, whatever the caller's modes are."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -1,4 +1,4 @@
-"""Which layers do what their class says and nothing more: the one proof that fast paths ask for.
+"""Proves that a layer does what its class says and nothing more, as every fast path requires.
 
 A fast path computes what `nn.Linear.forward` computes without calling it. That is right only for a
 layer of exactly that class, without hooks, with no attribute that stands before one of its class
@@ -40,12 +40,12 @@ class Proof:
         self._places = len(vars(layer)["_parameters"])  # also of a bias that there is not
 
     def hand_over(self, forward: Any) -> None:
-        """Give the layer another forward pass."""
+        """Gives the layer another forward pass."""
         self._layer.forward = forward
         self._names.add("forward")
 
     def holds(self) -> bool:
-        """Whether nothing of it has changed."""
+        """True if nothing of it has changed."""
         own = vars(self._layer)
         present = own["_parameters"]
         return (
@@ -84,7 +84,7 @@ def prove(layer: nn.Module, places: Mapping[int, int]) -> Proof | None:
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a layer is exactly what `kind.forward` says."""
+    """True if calling a layer is exactly `kind.forward`."""
     own = vars(layer)
     return (
         type(layer) is kind
@@ -98,7 +98,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_quiet(module: nn.Module) -> bool:
-    """Whether nothing but its class's forward runs when a module, of any class, is called."""
+    """True if nothing but its class's forward runs when a module, of any class, is called."""
     own = vars(module)
     return not (
         any(map(own.get, _HOOKS))
@@ -109,7 +109,7 @@ def is_quiet(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module or one of its parts is compiled or scripted."""
+    """True if a module or one of its parts is compiled or scripted."""
     return any(
         vars(part).get("_compiled_call_impl") is not None
         or "_orig_mod" in vars(part).get("_modules", {})
@@ -119,7 +119,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_plain_weight(weight: Any) -> bool:
-    """Whether a tensor is a trained leaf whose gradient nobody else gets to see."""
+    """True if a tensor is a trained leaf whose gradient nothing else reads."""
     return (
         type(weight) is nn.Parameter
         and weight.requires_grad
@@ -130,18 +130,18 @@ def is_plain_weight(weight: Any) -> bool:
 
 
 def has_hooks(tensor: Tensor) -> bool:
-    """Whether somebody sees or changes the gradient of a leaf."""
+    """True if a hook reads or changes the gradient of a leaf."""
     after = getattr(tensor, "_post_accumulate_grad_hooks", None)
     return bool(tensor._backward_hooks) or bool(after)
 
 
 def are_hooked(parameters: Iterable[Tensor]) -> bool:
-    """Whether any of them `has_hooks`."""
+    """True if any of them `has_hooks`."""
     return any(map(has_hooks, parameters))
 
 
 def places_of(module: nn.Module) -> Counter[int]:
-    """In how many places of a module a parameter is registered, by its identity."""
+    """Returns the number of places where a parameter is registered in a module, by its identity."""
     return Counter(
         id(weight)
         for part in module.modules()
@@ -151,8 +151,7 @@ def places_of(module: nn.Module) -> Counter[int]:
 
 
 def is_observed() -> bool:
-    """Whether a transformation, a compiler, a trace or a mode wants to see PyTorch's own
-    operations."""
+    """True if a transformation, a compiler, a trace or a mode intercepts PyTorch's operations."""
     there: Any = torch
     private = there._C
     try:
@@ -169,7 +168,7 @@ def is_observed() -> bool:
 
 
 def _is_as_written(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward, and what it calls, are those of the file that defines it."""
+    """True if a class's forward, and what it calls, are those of the file that defines it."""
     code = getattr(vars(kind).get("forward"), "__code__", None)
     home: ModuleType | None = sys.modules.get(kind.__module__)
     return (

@@ -5,9 +5,9 @@ own; and it may write them in any way: in place, by assignment, through `.data`,
 attribute. None of it may pass from one client to the next, whose local training starts from what
 was received and from nothing else.
 
-Looking is cheap where nothing changed: attributes are compared by identity, tensors by where they
-lie and by their versions. What cannot be compared, an object with state of its own, is replaced by
-a copy of what it was.
+The check is cheap where nothing changed. Attributes are compared by identity, tensors by their
+memory and versions. An object with state of its own cannot be compared, and is replaced by a copy
+of what it was.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class _Mutable(NamedTuple):
 
 
 class Pristine:
-    """What a module holds now; its averaged tensors are views of a vector already.
+    """The present content of a module, whose averaged tensors are views of a vector already.
 
     Args:
-        averaged: these tensors, by name: their values are none of its business.
+        averaged: these tensors, by name; their values are not kept.
         loss: is put back as well, with what it holds.
     """
 
@@ -159,13 +159,13 @@ class Pristine:
                 self._mutable.append(_Mutable(prefix + key, table, key, _is_plain(value)))
 
     def adopt(self) -> None:
-        """Count what was put on the module since then as part of it."""
+        """Adds to the kept content what was put on the module since."""
         for table in self._tables:
             for key in table.live.keys() - table.before.keys():
                 table.before[key] = table.live[key]
 
     def read(self, views: dict[str, Tensor]) -> None:
-        """Write what the module really holds to the views of the vector, where it is elsewhere.
+        """Copies the module's tensors into the views of the vector, where they are elsewhere.
 
         Raises:
             ValueError: a tensor is gone, or has another shape.
@@ -187,7 +187,7 @@ class Pristine:
                 view.copy_(now.detach())
 
     def restore(self) -> None:
-        """Put everything back but the values of the averaged tensors."""
+        """Restores everything but the values of the averaged tensors."""
         for table in self._tables:
             if _differs(table):
                 table.live.clear()
@@ -281,7 +281,7 @@ def _same(mutable: _Mutable, one: Any, other: Any) -> bool:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether it can only change by being assigned, as far as anybody may care."""
+    """True if a value can only change by assignment."""
     inside: Any = value
     if isinstance(value, torch.Generator):
         return False

@@ -27,7 +27,7 @@ _spare: list[Any] = []  # bit generators for NumPy; to make one takes longer tha
 
 @contextmanager
 def kept_randomness() -> Generator[None]:
-    """Inside, the three generators may be seeded and drawn from; afterwards they are as before."""
+    """Keeps the three generators: they may be seeded and drawn from in this block."""
     theirs, python = _numpy.get_bit_generator(), random.getstate()
     ours: Any = _spare.pop() if _spare else np.random.MT19937(0)
     _numpy.set_bit_generator(ours)
@@ -58,12 +58,13 @@ def seed_generators(seed: int) -> None:
 
 
 def states() -> tuple[Any, ...]:
-    """Of the three: two of them are equal if nothing was drawn in between."""
+    """Returns the states of the three generators, which are equal if nothing was drawn in
+    between."""
     return torch.get_rng_state().numpy().tobytes(), *other_states()
 
 
 def other_states() -> tuple[Any, ...]:
-    """Of NumPy's and of `random`'s."""
+    """Returns the states of NumPy's generator and of `random`'s."""
     return _flat(_numpy.get_bit_generator().state), random.getstate()
 
 
@@ -74,7 +75,7 @@ def _flat(state: Any) -> Any:
 
 
 def _in_child() -> None:
-    """A lock that another thread held when this process was forked would never be released."""
+    """Renews the lock: one that another thread held at the fork would never be released."""
     global _alone
     _alone = threading.RLock()
 

@@ -25,7 +25,8 @@ Pairs: TypeAlias = dict[int, Any]
 
 
 def twins(module: nn.Module, copied: nn.Module) -> Pairs:
-    """By the identity of each part, parameter and buffer of a module: that of its copy."""
+    """Maps the identity of each part, parameter and buffer of a module to its counterpart in the
+    copy."""
     theirs = _named(copied)
     return {id(value): theirs[name] for name, value in _named(module).items()}
 

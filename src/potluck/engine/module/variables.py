@@ -34,7 +34,7 @@ class _Holder(NamedTuple):
     keys: tuple[str, ...] | None = None  # None for whatever is there
 
     def numbers(self) -> dict[Any, Any]:
-        """By key."""
+        """Returns the numbers by key."""
         is_cell = isinstance(self.holder, CellType)
         if self.keys is None and not is_cell and len(self.holder) > _LARGEST:  # data, or a log
             return {}
@@ -56,7 +56,7 @@ class _Holder(NamedTuple):
         return frozenset(cast("Any", self.holder) if isinstance(self.holder, dict) else ())
 
     def write(self, numbers: dict[Any, Any], entries: frozenset[Any]) -> None:
-        """Put these numbers back, when there were these entries."""
+        """Restores these numbers, and these entries."""
         if isinstance(self.holder, CellType):
             self.holder.cell_contents = numbers[""]
         elif isinstance(self.holder, list):
@@ -81,19 +81,19 @@ class Variables:
 
     @classmethod
     def of(cls, module: nn.Module, loss: Any) -> Variables:
-        """Those that a module and a loss read."""
+        """Returns the variables that a module and a loss read."""
         kinds: dict[type, None] = dict.fromkeys(map(type, module.modules()))
         return cls([loss, *[getattr(kind, "forward", None) for kind in kinds]])
 
     def keep(self) -> None:
-        """Remember what they are now."""
+        """Keeps their present values."""
         self._kept = [
             (place.numbers(), frozenset() if place.keys else place.entries())
             for place in self._places
         ]
 
     def put_back(self) -> str | None:
-        """Make them what they were at `keep`: the name of one that was not, if any."""
+        """Restores their values at `keep`. Returns the name of one that had changed, if any."""
         changed = None
         for place, (before, entries) in zip(self._places, self._kept, strict=False):
             now = place.numbers()
@@ -106,7 +106,7 @@ class Variables:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Afterwards they are what they were before."""
+        """Restores their values at the end of the block."""
         self.keep()
         try:
             yield
@@ -150,7 +150,7 @@ def _differs(now: dict[Any, Any], key: Any, before: Any) -> bool:
 
 
 def _is_own_object(value: Any) -> bool:
-    """Whether a value is an object of a class of the caller's, a table of settings say."""
+    """True if a value is an object of one of the caller's classes, such as a table of settings."""
     return (
         not isinstance(value, (type, ModuleType, nn.Module))
         and hasattr(value, "__dict__")

@@ -1,10 +1,10 @@
 """C++ that is compiled for the processor at hand, where there is a compiler.
 
-Only compiled on the spot is it for this processor, and needs no wheel for every platform. That is
-done once for a machine, under a file lock, and the library is kept in a folder of its own that
-nobody else may write to, for what lies there runs with this user's rights. Processes that are
-forked later have what their parent has loaded (`potluck.engine.native.kernels`). Where nothing can
-be compiled, which is said once, and with POTLUCK_NATIVE=0, everything goes through PyTorch.
+Code that is compiled here suits this processor, and needs no wheel for every platform. That is done
+once for a machine, under a file lock. The library is kept in a folder that no other user may write
+to, since it runs with this user's rights. Processes that are forked later use what their parent has
+loaded (`potluck.engine.native.kernels`). Where nothing can be compiled, which is said once, and
+with POTLUCK_NATIVE=0, everything goes through PyTorch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOG = logging.getLogger("potluck")
 
 
 class Library(NamedTuple):
-    """What was compiled, and the name of its file, which tells it from any other."""
+    """The loaded library and the name of its file, which identifies it."""
 
     name: str
     functions: ctypes.CDLL
@@ -63,12 +63,12 @@ def library(what: str, sources: tuple[Path, ...]) -> Library | None:
 
 
 def call(function: Any, *arguments: Any) -> None:
-    """Call a compiled function, with the memory of those arguments that are tensors."""
+    """Calls a compiled function, with the memory of those arguments that are tensors."""
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 def warn(what: str) -> None:
-    """Say that a library is left out, for it does not do what PyTorch does."""
+    """Warns that a library is not used, because it differs from PyTorch."""
     _LOG.warning(
         "%s are not compiled: the compiler's work differs from PyTorch's. Set POTLUCK_NATIVE=0 to "
         "leave it out, and report this with your compiler's version.",
@@ -77,16 +77,17 @@ def warn(what: str) -> None:
 
 
 def compiled_folder() -> Path:
-    """Where compiled code is kept, which runs with this user's rights: nobody else may write there.
+    """Returns the folder of compiled code, which runs with this user's rights: no other user may
+    write there.
 
     Raises:
-        OSError: somebody else might have, or it cannot be made.
+        OSError: another user might have written there, or it cannot be made.
     """
     named = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(named) if named else Path("~/.cache").expanduser()) / "potluck-kernels"
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.parent.stat()  # whoever may rename there could put another in place
+    about = folder.parent.stat()  # a user who may rename there could replace it
     if about.st_uid not in (0, os.getuid()) or about.st_mode & 0o1002 == 0o002:
         raise _not_ours(folder.parent)
     check_ours(folder)
@@ -96,7 +97,7 @@ def compiled_folder() -> Path:
 
 
 def check_ours(path: Path) -> None:
-    """Refuse what another user owns or may write to.
+    """Refuses a file or folder that another user owns or may write to.
 
     Raises:
         PermissionError: one does.
@@ -153,7 +154,7 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What tells processors apart that a shared folder may serve."""
+    """Identifies the processor, since a folder may be shared by several."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which compiled code the local training of a model uses on this machine."""
+"""Names the compiled code that the local training of a model uses on this machine."""
 
 from __future__ import annotations
 

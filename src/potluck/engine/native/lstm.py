@@ -1,9 +1,9 @@
 """LSTM layers whose steps are compiled for the processor at hand, where there is a C++ compiler.
 
 A step of a layer multiplies a few rows, a batch's lines, with a large matrix. PyTorch's libraries
-do that at a good half of the core's rate; `lstm.cpp` at nearly all of it, and leaves out what is
-padding on the way back. A compiled one (`potluck.engine.native.compiler`) that does not do what
-PyTorch does is not used. The backward pass finds the layer's SGD step too
+do that at a good half of the core's rate. `lstm.cpp` does it at nearly all of it, and leaves
+padding out of the backward pass. A compiled layer (`potluck.engine.native.compiler`) that differs
+from PyTorch's is not used. The backward pass finds the layer's SGD step too
 (`potluck.engine.deferred`), as that of the linear ones of `potluck.engine.fused_sgd` does, which
 chooses the layers.
 """
@@ -41,7 +41,7 @@ _BACKWARD = ctypes.CFUNCTYPE(
 def suits(
     layer: nn.Module, precision: Precision = "float32", smallest: int = SMALLEST
 ) -> TypeGuard[nn.LSTM]:
-    """Whether a layer is one whose steps can be compiled here."""
+    """True if a layer's steps can be compiled here."""
     if not is_wanted(layer, smallest):
         return False
     library = _library()
@@ -53,7 +53,7 @@ def suits(
 
 
 def is_wanted(layer: nn.Module, smallest: int = SMALLEST) -> TypeGuard[nn.LSTM]:
-    """Whether a layer's steps would be compiled on some processor."""
+    """True if a layer's steps would be compiled on some processor."""
     return (
         type(layer) is nn.LSTM
         and 4 * layer.hidden_size**2 >= smallest
@@ -65,7 +65,7 @@ def is_wanted(layer: nn.Module, smallest: int = SMALLEST) -> TypeGuard[nn.LSTM]:
 
 
 def library() -> compiler.Library | None:
-    """What is compiled of LSTMs."""
+    """Returns the compiled library of LSTMs."""
     return compiler.library("LSTMs", _SOURCES)
 
 
@@ -76,7 +76,7 @@ def names(layer: nn.LSTM) -> list[str]:
 
 
 def takes(inputs: object, state: object, precision: Precision = "float32") -> TypeGuard[Tensor]:
-    """Whether a layer's arguments are of the kind that `in_place` is for."""
+    """True if a layer's arguments are of the kind that `in_place` is for."""
     return (
         state is None
         and isinstance(inputs, Tensor)
@@ -90,8 +90,8 @@ def takes(inputs: object, state: object, precision: Precision = "float32") -> Ty
 def in_place(
     layer: nn.LSTM, inputs: Tensor, deferred: Deferred, precision: Precision = "float32"
 ) -> Any:
-    """What `layer(inputs)` gives; a backward pass finds the SGD step too. With "bf16" products are
-    of numbers rounded to bfloat16; states and sums are float32."""
+    """Returns `layer(inputs)`; a backward pass finds the SGD step too. With "bf16" products are of
+    numbers rounded to bfloat16; states and sums are float32."""
     library = _library()
     assert library is not None  # `suits` said so
     compiled = library.steps[precision]
@@ -145,7 +145,7 @@ class _LayerStep(torch.autograd.Function):
 
 
 def _plain(inputs: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_LayerStep` gives, by PyTorch."""
+    """Computes `_LayerStep` by PyTorch."""
     zeros = inputs.new_zeros(1, inputs.shape[1], weights[1].shape[1])
     options = (True, 1, 0.0, True, False, False)  # biases, layers, dropout, training, …
     outputs, _, cells = cast(Any, torch).lstm(inputs, (zeros, zeros), weights, *options)
@@ -159,7 +159,7 @@ class _Library(NamedTuple):
 
 @cache
 def _library() -> _Library | None:
-    """What is compiled and agrees with PyTorch, or None where there is nothing; asked for once."""
+    """Returns the library if it is compiled and agrees with PyTorch, else None; decided once."""
     found = library()
     if found is None:
         return None
@@ -189,7 +189,7 @@ def _steps(compiled: ctypes.CDLL, precision: str) -> tuple[Any, Any] | None:
 
 
 def _agrees(library: _Library, precision: str) -> bool:
-    """Whether a small layer takes the step that PyTorch finds for the equations of an LSTM."""
+    """True if a small layer takes the step that PyTorch finds for the equations of an LSTM."""
     generator, size, lr = torch.Generator().manual_seed(0), library.columns, 0.1
 
     def drawn(*shape: int) -> Tensor:

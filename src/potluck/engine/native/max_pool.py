@@ -3,8 +3,8 @@
 PyTorch takes two passes forward and three back, one of which only writes zeros, and its pooling
 kernels are slow at bfloat16: half of the time of a large batch of the paper's CNN. `max_pool.cpp`
 takes one each way. It gives the same bits, so it is used wherever it can be: on a CPU, on one
-thread, with the channels last. Elsewhere, and where a transformation, a compiler or a mode looks on
-(`potluck.engine.module.plain.is_observed`), PyTorch does it.
+thread, with the channels last. PyTorch does it elsewhere, and where a transformation, a compiler or
+a mode intercepts operations (`potluck.engine.module.plain.is_observed`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FUNCTION = ctypes.CFUNCTYPE(None, *_SIZES, *[_POINTER] * 3)  # forward and back
 
 
 def use_compiled(module: nn.Module) -> None:
-    """Give the layers of a module that pool so the forward pass of `relu_of_max_pool`."""
+    """Gives the layers of a module that pool in this way the forward pass of `relu_of_max_pool`."""
     for layer in module.modules():
         if is_plain(layer, MaxPoolReLU):
             layer.forward = relu_of_max_pool
 
 
 def relu_of_max_pool(maps: Tensor) -> Tensor:
-    """What `MaxPoolReLU` gives for maps [batch, channels, height, width]."""
+    """Computes `MaxPoolReLU` for maps [batch, channels, height, width]."""
     functions = _library() if _suits(maps) else None
     if functions is None:
         return functional.relu(functional.max_pool2d(maps, 2))
@@ -44,7 +44,7 @@ def relu_of_max_pool(maps: Tensor) -> Tensor:
 
 
 def library() -> compiler.Library | None:
-    """What is compiled of poolings."""
+    """Returns the compiled library of poolings."""
     return compiler.library("poolings", _SOURCES)
 
 
@@ -86,7 +86,8 @@ class _Pool(torch.autograd.Function):
 
 @cache
 def _library() -> dict[torch.dtype, tuple[Any, Any]] | None:
-    """Forward and backward by type, if they are compiled and agree with PyTorch; asked for once."""
+    """Returns forward and backward by type, if they are compiled and agree with PyTorch; decided
+    once."""
     compiled = library()
     if compiled is None:
         return None
@@ -105,7 +106,7 @@ def _library() -> dict[torch.dtype, tuple[Any, Any]] | None:
 
 
 def _agrees(dtype: torch.dtype, functions: tuple[Any, Any]) -> bool:
-    """Whether small maps, some of whose numbers are equal, are pooled as by PyTorch."""
+    """True if small maps, some of whose numbers are equal, are pooled as by PyTorch."""
     with torch.inference_mode(mode=False), torch.enable_grad():  # whatever mode the caller is in
         return _is_same(dtype, functions)
 

@@ -6,9 +6,8 @@
         group the clients whose next batches can be stacked; take the largest group
         weights[group], state[group] ← the step on the batches of the group
 
-Clients are independent, so each goes at its own pace: one with fewer batches is done earlier, and
-one whose short batch is next waits until the others are through with their full ones. No batch is
-padded that could not be: a `Gradient` says which batches it can stack.
+Clients are independent. One with fewer batches ends earlier, and one whose short batch is next is
+stepped after the full batches of the others. A `Gradient` defines which batches it can stack.
 
 There are two of them. `Vectorised` is any model's pure loss under `torch.func.vmap`; it stacks
 batches of one shape. `Stack` is written out for plain stacks of linear layers with cross-entropy,
@@ -43,11 +42,11 @@ class Gradient(Protocol):
     """Whether clients that made the same steps can be stacked whatever their data."""
 
     def begin(self, seeds: Sequence[int]) -> None:
-        """Clients with these seeds start, none of which has made a step."""
+        """Starts clients with these seeds, none of which has made a step."""
         ...
 
     def key(self, client: int, rows: NDArray[np.int64]) -> Hashable:
-        """Batches with equal keys can be stacked."""
+        """Returns the key of a batch; batches with equal keys can be stacked."""
         ...
 
     def step(
@@ -64,13 +63,13 @@ class Gradient(Protocol):
             weights: by name, each [clients, …], those of `clients` only.
             batches: the rows of the packed examples, in arrays [clients, batch] that together
                 are those of `clients`.
-            descent: what steps them, of these clients.
+            descent: the step of these clients.
         """
         ...
 
 
 class CohortRuntime:
-    """Trains clients side by side; every row of its result is what that client would get alone."""
+    """Trains clients side by side; every row of its result equals that client's training alone."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class CohortRuntime:
         )
 
     def train(self, runs: Sequence[LocalRun]) -> tuple[Vector, NDArray[np.float32]]:
-        """Make all steps of all runs.
+        """Makes all steps of all runs.
 
         Args:
             runs: their corrections may differ in the drift only, their optimizers not.
@@ -147,7 +146,7 @@ class CohortRuntime:
             starts = torch.tensor(first, device=self._device).expand(len(runs), -1)
         else:
             starts = self._there(np.stack([run.start for run in runs]))
-        # A tensor a layer, rows next to each other: what batched matrix products want.
+        # A tensor a layer, rows next to each other: as fast batched matrix products need it.
         weights = {n: v.clone(memory_format=_ROWS) for n, v in self.spec.unflatten(starts).items()}
         received = self._trained(starts) if runs[0].correction.proximal != 0.0 else {}
         drifts = [run.correction.drift for run in runs if run.correction.drift is not None]
@@ -180,7 +179,7 @@ class _Peers(NamedTuple):
 
 
 class _Groups:
-    """Which clients step together, from the first group to the last: the largest that can."""
+    """The groups of clients that step together: always the largest that can."""
 
     def __init__(self, gradient: Gradient, runs: Sequence[LocalRun]) -> None:
         self._gradient = gradient

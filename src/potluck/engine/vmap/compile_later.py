@@ -1,13 +1,13 @@
-"""A function of tensors that is compiled once compiling has become worth its while.
+"""A function of tensors that is compiled once that saves time.
 
 Compiling takes from one second, when an earlier run has left the result in the cache, to half a
-minute. So a function runs as it is until it has taken `AFTER_SECONDS` on arguments of one shape;
-then it is compiled for that shape, and the compiled one is kept if it gives the same and is faster.
-Short runs never compile. Where there is no C++ compiler, or the function cannot be compiled,
-it goes on as it is.
+minute. So a function runs as it is until it has taken `AFTER_SECONDS` on arguments of one shape.
+Then it is compiled for that shape, and the compiled one is kept if it agrees and is faster. Short
+runs never compile. Where there is no C++ compiler, or the function cannot be compiled, it goes on
+as it is.
 
-Which of the two runs depends on the clock, and they agree to float tolerance: nothing for callers
-who compare bits.
+Which of the two runs depends on the clock, and they agree to float tolerance. So results do not
+repeat to the bit.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What dropout draws, client by client, for models that train side by side.
+"""The masks of dropout, client by client, for models that train side by side.
 
 A model in training draws its masks from one stream a client. Side by side, the masks of a step are
-drawn before it, from each client's own stream in the order in which its layers want them, and the
-layers are handed theirs. So a client meets the masks that it would meet alone, to the bit.
+drawn before it, from each client's own stream in the order in which its layers use them. The layers
+then get these masks. So a client has the masks that it would have alone, to the bit.
 
 Known are `functional.dropout`, `dropout1d`, `dropout2d` and `dropout3d`, which the layers of those
-names call. Whatever else draws cannot be vectorised, and PyTorch says so.
+names call. Any other draw cannot be vectorised, and is PyTorch's error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 
 class Draw(NamedTuple):
-    """One mask that a step wants."""
+    """One mask that a step uses."""
 
     shape: tuple[int, ...]  # for one client
     keep: float  # the probability that an entry stays
 
 
 class Recording(TorchFunctionMode):
-    """Notes, while a model runs on one client's batch, which masks it draws."""
+    """Records the masks that a model draws while it runs on one client's batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Recording(TorchFunctionMode):
 
 
 class GivenMasks(TorchFunctionMode):
-    """Hands the masks that were drawn to the layers that ask for them, in order.
+    """Gives the drawn masks to the layers, in order.
 
     `last` names the function that the model called last: where it stopped, if it did.
     """
@@ -94,7 +94,7 @@ def _wanted(
     training: bool = True,
     inplace: bool = False,
 ) -> _Wanted | None:
-    """What a call of a dropout function draws; None if it draws nothing."""
+    """Returns the mask that a call of a dropout function draws; None if it draws nothing."""
     if not training or not 0.0 < p < 1.0:
         return None
     shape = tuple(input.shape)

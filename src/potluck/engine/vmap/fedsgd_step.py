@@ -1,12 +1,12 @@
 """One step that many clients make from the same weights: one large batch.
 
-Where every client makes a single step from w (FedSGD), the weighted mean of what they report is a
-step down the weighted mean of their gradients, which is the gradient of one weighted loss:
+Where every client makes a single step from w (FedSGD), the weighted mean of their results is a step
+down the weighted mean of their gradients. That is the gradient of one weighted loss:
 
     Σ_k share_k (w − lr ∇ℓ_k(w)) = w − lr ∇ Σ_k share_k ℓ_k(w)        with Σ_k share_k = 1
 
-So the examples of all clients go through the model together, whose weights are read once instead
-of once a client, and no client's gradient is ever written. This holds for models that treat each
+So the examples of all clients go through the model together. Its weights are read once instead of
+once a client, and no client's gradient is ever written. This holds for models that treat each
 example by itself, without batch normalization or dropout.
 """
 
@@ -42,7 +42,8 @@ class SharedModel:
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
 
     def descend(self, start: Vector, losses: Iterable[Tensor], lr: float) -> Vector:
-        """One step from `start` down the sum of some losses, each made when it is asked for."""
+        """Makes one step from `start` down the sum of some losses, each computed when it is
+        needed."""
         self._vector.copy_(sent(start, self._device))
         sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         for loss in losses:

@@ -5,7 +5,7 @@ counters are inputs and results of it, so that a client's running statistics are
 dropout draws comes from each client's stream (`potluck.engine.vmap.dropout`).
 
 Batches are stacked if they have one shape. Where the model has counters, their clients must have
-counted alike, since a model may do with a number what it cannot do with many.
+counted alike, since a model may compute with one number what it cannot with many.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Vectorised:
         self._plain_gradient = CompiledLater(plain) if compiles else plain
 
     def begin(self, seeds: Sequence[int]) -> None:
-        """Clients with these seeds start, none of which has made a step."""
+        """Starts clients with these seeds, none of which has made a step."""
         self._counters = [self._start] * len(seeds)
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -185,7 +185,7 @@ class Vectorised:
     def _draws_for(
         self, weights: _Tensors, counters: _Tensors, inputs: Any, targets: Tensor
     ) -> list[Draw]:
-        """The masks that the model wants for a batch of this shape: by trying it once."""
+        """Returns the masks that the model draws for a batch of this shape, found by one run."""
         shape = tuple(tuple(part.shape) for part in leaves(inputs))
         if shape not in self._draws:
             first = {name: tensor[0].clone() for name, tensor in weights.items()}
@@ -199,7 +199,8 @@ class Vectorised:
     def _reached_by(
         self, weights: _Tensors, counters: _Tensors, inputs: Any, targets: Tensor
     ) -> list[str]:
-        """The parameters on which the loss of a batch of this shape depends: by trying it once."""
+        """Returns the parameters on which the loss of a batch of this shape depends, found by one
+        run."""
         shape = tuple(tuple(part.shape) for part in leaves(inputs))
         if shape not in self._reached:
             first = {name: tensor[0].clone() for name, tensor in weights.items()}
@@ -215,14 +216,15 @@ class Vectorised:
 
 @contextmanager
 def slow_operators_refused() -> Generator[None]:
-    """Within it, operators that PyTorch would loop over are errors instead of warnings."""
+    """Raises errors instead of warnings in this block for operators that PyTorch would loop
+    over."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")
         yield
 
 
 def refuse_hooks(module: nn.Module) -> None:
-    """Refuse parameters with hooks, which other tensors in their place do not have.
+    """Refuses parameters with hooks, which other tensors in their place do not have.
 
     Raises:
         RuntimeError: there are some.

@@ -88,10 +88,11 @@ class Stack:
         self._room = torch.empty(0)
 
     def begin(self, seeds: Sequence[int]) -> None:
-        """Nothing is drawn and nothing counted."""
+        """Does nothing: a stack draws and counts nothing."""
 
     def key(self, client: int, rows: NDArray[np.int64]) -> Hashable:
-        """Less than half of a batch is filled."""
+        """Returns the bit length of the batch size: less than half of a stacked batch is then
+        filled."""
         return len(rows).bit_length()
 
     def step(
@@ -172,7 +173,7 @@ class Stack:
     def _forward(
         self, weights: Mapping[str, Tensor], inputs: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """What each layer sees, and the logits."""
+        """Returns the inputs of each layer, and the logits."""
         seen = [inputs]
         for layer in self._layers:
             weight = weights[layer.weight].transpose(1, 2)
@@ -252,7 +253,7 @@ def _chain(module: nn.Module) -> list[Any] | None:
 
 
 def _step(module: nn.Module, node: fx.Node) -> Any:
-    """What a node does; None if it has no place in a stack."""
+    """Returns the operation of a node; None if it has no place in a stack."""
     rest = (*node.args[1:], *node.kwargs.items())
     if node.op == "call_module":
         part = module.get_submodule(str(node.target))

@@ -13,9 +13,8 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from potluck.config.experiment import Experiment
@@ -90,11 +89,15 @@ class RunEvaluator:
 
 
 class EvaluatorProcess:
-    """A `RunEvaluator` in a child process. Used by one thread at a time."""
+    """A `RunEvaluator` in a child process. Asked by one thread at a time.
+
+    A pool of the standard library's would leave semaphores behind when the server is killed, and
+    Python says so on stderr, among the lines of the log.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._child: tuple[ProcessPoolExecutor, Connection] | None = None
+        self._child: tuple[BaseProcess, Connection] | None = None
         self._is_cancelled = False
 
     def begin(self, needs: tuple[Need, ...]) -> Beginning:
@@ -108,30 +111,39 @@ class EvaluatorProcess:
     def cancel(self) -> None:
         """Ends the child, and makes every request raise, now and later. In any thread."""
         self._is_cancelled = True
-        child = self._child
-        if child is not None:
-            child[1].close()
+        if self._child is not None:
+            self._child[0].kill()
 
     def _ask(self, name: str, argument: Any) -> Any:
-        for _ in range(2):  # the child may have exited since the last request
-            pool, lifeline = self._child = self._child or self._start()
+        for _ in range(2):  # the child may have ended since the last question
+            process, questions = self._child = self._child or self._start()
+            if self._is_cancelled:  # looked at once `_child` is set, as `cancel` sets it first
+                process.kill()
             try:
-                if self._is_cancelled:  # looked at once `_child` is set, as `cancel` sets it first
-                    raise WorkerError("nothing is evaluated any more: the server ends.")
-                return pool.submit(_answer, name, argument).result()
-            except BrokenProcessPool:
-                lifeline.close()
-                pool.shutdown()
+                questions.send((name, argument))
+                is_answered, answer = questions.recv()
+            except (EOFError, OSError):
+                questions.close()
+                process.join()
                 self._child = None
+                if self._is_cancelled:
+                    raise WorkerError("nothing is evaluated any more: the server ends.") from None
+                continue
+            if not is_answered:
+                raise answer
+            return answer
         raise WorkerError(
             "the process that holds data and model must answer, and it ended twice "
             f"({name}). Look for a lack of memory in the kernel's log."
         )
 
-    def _start(self) -> tuple[ProcessPoolExecutor, Connection]:
+    def _start(self) -> tuple[BaseProcess, Connection]:
         context = mp.get_context("spawn")
-        theirs, ours = context.Pipe(duplex=False)
-        return ProcessPoolExecutor(1, context, _begin_child, (theirs, self._experiment)), ours
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_answer, args=(theirs, self._experiment), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
 
 
 def is_evaluated(experiment: Experiment) -> bool:
@@ -161,25 +173,25 @@ def evaluator_of(experiment: Experiment) -> RunEvaluator | EvaluatorProcess:
     return (RunEvaluator if "torch" in sys.modules else EvaluatorProcess)(experiment)
 
 
-def _begin_child(lifeline: Connection, experiment: Experiment) -> None:
-    """Prepares the child to end when the other end of `lifeline` is closed, also by a kill."""
-    global _evaluator
-    _evaluator = RunEvaluator(experiment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends the child
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+def _answer(questions: Connection, experiment: Experiment) -> None:
+    """Answer until a minute passes without a question, or the server ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    evaluator = RunEvaluator(experiment)
+    while questions.poll(IDLE_SECONDS):
+        try:
+            name, argument = questions.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, getattr(evaluator, name)(argument)
+        except Exception as error:
+            answer = False, error
+        questions.send(answer)
 
 
-def _end_with(lifeline: Connection) -> None:
-    lifeline.poll(None)
+def _end_with_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(0)
-
-
-def _answer(name: str, argument: Any) -> Any:
-    signal.alarm(0)
-    try:
-        return getattr(_evaluator, name)(argument)
-    finally:
-        signal.alarm(IDLE_SECONDS)  # SIGALRM then ends this process
-
-
-_evaluator: RunEvaluator  # of the child

@@ -1,6 +1,6 @@
 """`potluck demo serve`: a server and its devices on this machine, some of which are killed.
 
-What is shown is what the processes tell (`loopback`) and what an operator may ask of the server.
+It shows the processes' reports (`potluck.demo.federation`) and an operator's view of the server.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ seed = 1
 """
 _DOWN_SECONDS = 2.0  # between a device's end and its next start
 _LATE_SECONDS = 10.0  # a lease: after so much silence a slot is another device's
-_LAST_SECONDS = 30.0  # for the last evaluation, and for devices to hear that the run is over
+_LAST_SECONDS = 30.0  # for the last evaluation, and for devices to learn that the run is over
 
 
 @command
@@ -98,8 +98,8 @@ def demo_serve(
 
 
 def plan_crashes(drop_outs: int, devices: int, rounds: int) -> list[PlannedCrash]:
-    """Different devices in different rounds, as far as there are enough; not in the first round
-    or the last. The same for the same numbers."""
+    """Plans crashes of different devices in different rounds, as far as there are enough; not in
+    the first round or the last. Equal numbers give equal plans."""
     chance = random.Random(f"{drop_outs}/{devices}/{rounds}")
     chosen = chance.sample(range(devices), min(drop_outs, devices))
     possible = list(range(2, max(rounds, 3)))
@@ -111,8 +111,8 @@ def plan_crashes(drop_outs: int, devices: int, rounds: int) -> list[PlannedCrash
 
 
 def defaults(experiment: Experiment, devices: int) -> list[str]:
-    """What an experiment does not say of its server, as overrides: rounds close without a quarter
-    of the devices."""
+    """Returns overrides for settings of the server that an experiment lacks: rounds close without a
+    quarter of the devices."""
     goal = max(int(devices / 1.3), 1)
     values = {
         "goal": goal,
@@ -182,7 +182,7 @@ def _demonstrate(
 def _follow(
     federation: LocalFederation, devices: int, rounds: int, crashes: Sequence[PlannedCrash]
 ) -> Story:
-    """Start the devices and show what happens, until the run is over and all have heard it."""
+    """Starts the devices and shows the events, until the run is over and all devices know it."""
     story = Story(crashes)
     with closing(show_story(story, devices, rounds)) as show:
         next(show)
@@ -220,7 +220,7 @@ def _tell(
     keep: Path | None,
     out: Path,
 ) -> None:
-    """The table, and what to do with the model."""
+    """Shows the table, and what to do with the model."""
     from potluck.cli.table_output import show_table
     from potluck.core.formats import format_seconds, markdown
 

@@ -132,7 +132,7 @@ def join(
         )
     if token is not None:
         if data is not None:
-            check_own(data)  # what is no file of data is told before anybody is asked
+            check_own(data)  # a file that holds no data is refused before the question
         else:
             load(None)
     whole = run_until_stopped(
@@ -153,7 +153,7 @@ def join(
 
 
 def asking(yes: bool, has_policy: bool) -> Callable[[str], bool]:
-    """How the owner is asked; `--yes` answers once, so that a change needs another."""
+    """Returns the question to the owner; `--yes` answers once, so that a change needs another."""
     from potluck.device import DeclinedError
 
     answers = [True] * yes

@@ -50,7 +50,7 @@ app.add_typer(upkeep_app)
 
 
 def main() -> None:
-    """The console script."""
+    """Runs the console script."""
     for stream in (sys.stdout, sys.stderr):  # a name or a sign that its encoding does not have
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -280,7 +280,7 @@ def demo(
 
 @contextmanager
 def _stoppable(again: str) -> Generator[None]:
-    """Tell whoever stops a run by Ctrl-C which command continues it."""
+    """Shows after Ctrl-C which command continues the run."""
     try:
         yield
     except KeyboardInterrupt:
@@ -292,7 +292,7 @@ def _stoppable(again: str) -> Generator[None]:
 def _training(
     experiment: Experiment, data: FederatedData, seed: int, directory: Path
 ) -> Generator[tuple[Generator[Round], Callable[[Round], None]]]:
-    """The rounds of a run, and what shows each."""
+    """Returns the rounds of a run, and the function that shows each."""
     from potluck.cli.progress import Clients, progress
     from potluck.data.describe import draw
     from potluck.simulation import read_run, train
@@ -321,7 +321,7 @@ def _training(
 
 
 def _prefix(out: Path) -> Path:
-    """What the names of a report's files begin with."""
+    """Returns the prefix of the names of a report's files."""
     out = out.with_suffix("") if out.suffix in (".md", ".png", ".svg") else out
     if out.name == "" or (out.is_dir() and str(out).endswith("/")):
         raise ValueError(f"--out must name files, got {str(out)!r}. Add a name: --out curves.")
@@ -329,7 +329,7 @@ def _prefix(out: Path) -> Path:
 
 
 def _run_directories(paths: Iterable[Path]) -> list[Path]:
-    """The run directories that are, or lie below, these paths; each once."""
+    """Returns the run directories at or below these paths; each once."""
     found: dict[Path, None] = {}
     for path in paths:
         below = sorted(file.parent for file in path.rglob("rounds.jsonl"))
@@ -343,7 +343,7 @@ def _run_directories(paths: Iterable[Path]) -> list[Path]:
 
 
 def _command_line(file: Path, overrides: Sequence[str], seeds: int, out: Path) -> str:
-    """The command that continues a run: the one that started it, less --fresh."""
+    """Returns the command that continues a run: the one that started it, less --fresh."""
     words = ["potluck", "train", str(file)]
     for override in overrides:
         words += ["--set", override]

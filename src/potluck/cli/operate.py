@@ -213,7 +213,7 @@ def export(
 
 
 def _exported(run: Path | None, version: int | None, home: Path) -> bytes:
-    """The model of a run directory or, through its server, of a served run."""
+    """Returns the model of a run directory or, through its server, of a served run."""
     if run is None or (run / "admin.sock").exists() or (run / "admin.key").exists():
         asked = {} if version is None else {"version": version}
         return operator_of(run or home).fetch("export", **asked)
@@ -272,7 +272,7 @@ def metrics(home: HomeFolder = HOME, debug: Debug = False) -> None:
 
 
 def operator_of(home: Path) -> Operator:
-    """Who asks the server of this folder."""
+    """Returns the admin client of this folder's server."""
     from potluck.server.admin.client import Operator
     from potluck.server.storage.state_folder import StateFolder
 

@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, and the options that mean the same everywhere."""
+"""Options and one-line errors that all commands share."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ _PLACES = {  # what was expected of a path, and what to do, by the system's erro
 
 @contextlib.contextmanager
 def private_files() -> Generator[None]:
-    """What is written meanwhile is for this user alone: keys, updates, what was sent."""
+    """Makes the files written in this block readable by this user alone: keys, updates, sent
+    data."""
     before = os.umask(0o077)
     try:
         yield
@@ -74,7 +75,7 @@ def private_files() -> Generator[None]:
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn an error into one line on stderr and exit status 1, unless `debug` is set."""
+    """Turns an error into one line on stderr and exit status 1, unless `debug` is set."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:

@@ -1,7 +1,7 @@
-"""What the commands show of a run: its progress and its outcome.
+"""Shows the progress and the outcome of a run.
 
-In a terminal, progress is a live bar; elsewhere, plain lines. Both are shown one round after
-another, so that the loop stays the caller's.
+In a terminal, progress is a live bar; elsewhere, plain lines. Both are shown round by round from
+the caller's loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CLIENTS_SHOWN, _WORST_SHOWN = 200, 20  # of a federated evaluation; a file has 
 
 
 class Tally(NamedTuple):
-    """What is known after some round of a run."""
+    """The counts and scores of a run after some round."""
 
     number: int = 0
     loss: float | None = None  # the cohort's training loss
@@ -83,7 +83,7 @@ class Tally(NamedTuple):
 
 
 class Clients:
-    """How far the round under way has come, told by an executor and shown by a bar, if any."""
+    """The progress within a round, reported by an executor and shown by a bar, if any."""
 
     def __init__(self) -> None:
         self.show: Callable[[str], None] | None = None
@@ -94,7 +94,7 @@ class Clients:
 
 
 class _Tallies:
-    """The tally after each round, and what trained it where that is new."""
+    """Returns the tally after each round, and its executor where that is new."""
 
     def __init__(self, history: Sequence[Mapping[str, Any]]) -> None:
         self._history = history
@@ -115,11 +115,11 @@ class _Tallies:
 def progress(
     num_rounds: int, history: Sequence[Mapping[str, Any]], clients: Clients | None = None
 ) -> Bar | ProgressLines:
-    """What shows rounds: a live bar in a terminal, and plain lines elsewhere.
+    """Makes the display of rounds: a live bar in a terminal, and plain lines elsewhere.
 
     Args:
         history: the lines of `rounds.jsonl` before this attempt.
-        clients: what the executor tells of the round under way.
+        clients: the executor's progress within the round.
     """
     console = Console()
     if console.is_terminal:
@@ -128,7 +128,7 @@ def progress(
 
 
 class Bar:
-    """Shows rounds by a live bar, as long as it is entered; see `progress`."""
+    """Shows rounds by a live bar inside its `with` block; see `progress`."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Bar:
         self._bar.stop()
 
     def show(self, round: Round) -> None:
-        """Show a round that is done."""
+        """Shows a round that is done."""
         tally, executor = self._tallies.after(round)
         if executor is not None:
             self._bar.console.print(executor, markup=False, highlight=False)
@@ -192,7 +192,7 @@ class ProgressLines:
             self._write(self._pending)
 
     def show(self, round: Round) -> None:
-        """Show a round that is done."""
+        """Shows a round that is done."""
         tally, executor = self._tallies.after(round)
         if executor is not None:
             self._write(executor)
@@ -213,7 +213,8 @@ class ProgressLines:
 
 
 def summary(experiment: Experiment) -> list[tuple[str, str]]:
-    """What is trained, as names and values; the data are described elsewhere."""
+    """Returns the model, algorithm and run as names and values; the data are described
+    elsewhere."""
     return [
         ("experiment", experiment.name),
         *_algorithm_rows(experiment.algorithm),
@@ -248,7 +249,7 @@ def _named_settings(settings: Mapping[str, Any]) -> str:
 
 
 def outcome(cost: Cost) -> list[tuple[str, str]]:
-    """What a run gave, as names and values."""
+    """Returns the results of a run, as names and values."""
     uplink, downlink = (format_bytes(number) for number in cost.bytes)
     pairs = [
         ("rounds", str(cost.rounds)),

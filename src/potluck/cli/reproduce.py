@@ -182,7 +182,7 @@ def _run(grid: Grid, cells: Sequence[Cell], deadline: float | None) -> None:
 
 
 def _do(job: Job, data: FederatedData, deadline: float | None) -> bool:
-    """Do a job; whether there is time for another."""
+    """Does a job. Returns whether there is time for another."""
     from contextlib import closing
 
     from potluck.cli.progress import progress

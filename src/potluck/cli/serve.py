@@ -129,7 +129,7 @@ def serve(
 
 
 def _begin_anew(folder: Path, database: str | None, blobs: str | None) -> None:
-    """Put what a server's folder holds aside, and say where it is."""
+    """Moves the content of a server's folder aside, and shows its new place."""
     from potluck.core import ConfigError
     from potluck.server.storage.state_folder import StateFolder
 

@@ -1,4 +1,4 @@
-"""What every command shows: tables, and names with values.
+"""Prints tables, and names with values, for all commands.
 
 In a terminal tables are drawn; elsewhere they are Markdown.
 """
@@ -15,7 +15,7 @@ from potluck.core.formats import markdown, printable
 def show_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int | None = None
 ) -> None:
-    """Print a table for eyes in a terminal, and in Markdown elsewhere.
+    """Prints a drawn table in a terminal, and Markdown elsewhere.
 
     Args:
         keys: split a table that is wider than the terminal into several, each of which starts
@@ -44,7 +44,7 @@ def show_table(
 
 
 def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns."""
+    """Prints names and values in two columns."""
     shown = [(printable(name), printable(value)) for name, value in pairs]
     width = max(len(name) for name, _ in shown)
     for name, value in shown:

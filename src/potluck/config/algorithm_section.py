@@ -52,14 +52,14 @@ _BatchSize: TypeAlias = Annotated[int, Interval(ge=1)] | Literal["full"]
 
 
 class NamedSection(Section):
-    """A table whose `name` says what it makes."""
+    """A table whose `name` chooses what it makes."""
 
     name: str
     makes: ClassVar[Any]
 
 
 class AlgorithmSection(NamedSection):
-    """What all algorithms have."""
+    """The keys of all algorithms."""
 
     client_lr: float
     local_epochs: int
@@ -167,7 +167,7 @@ def build_algorithm(named: _NamesAlgorithm) -> Algorithm:
 
 
 def _made(value: Any) -> Any:
-    """What a value of a key stands for: of a table, what it makes."""
+    """Returns the object that a key's value stands for: of a table, the object it makes."""
     if not isinstance(value, NamedSection):
         return None if value == "full" else value
     # A key without a value has the default of what is made.

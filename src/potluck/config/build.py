@@ -1,4 +1,4 @@
-"""From a checked experiment to the objects that it names."""
+"""Builds the objects that a checked experiment names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _OF_DATA = {  # the data sets that each key of [task] decides something of
 
 
 def build_data(experiment: Experiment) -> FederatedData:
-    """Load the data set of an experiment and divide it among its clients.
+    """Loads the data set of an experiment and divides it among its clients.
 
     Raises:
         ConfigError: a partition or a key that does not fit the data set.
@@ -124,7 +124,7 @@ def _check_fit(experiment: Experiment) -> None:
 def _check_applies(
     section: str, given: BaseModel, uses: Mapping[str, tuple[str, ...]], by: str, value: str
 ) -> None:
-    """A key that decides nothing is not given."""
+    """Refuses a key that decides nothing."""
     for name, users in uses.items():
         if name in given.model_fields_set and value not in users and _is_said(given, name):
             raise ConfigError(
@@ -140,7 +140,7 @@ def _either(values: Sequence[str]) -> str:
 
 
 def _is_said(given: BaseModel, name: str) -> bool:
-    """Whether a key was given a value of its own.
+    """True if a key was given a value of its own.
 
     An experiment that was written out in full, as manifests have it, names all keys of its time.
     """
@@ -192,5 +192,5 @@ def _partition(experiment: Experiment, dataset: Dataset) -> FederatedData:
             return partitions.dirichlet(dataset, clients=clients, alpha=section.alpha, seed=seed)
         case "unbalanced":
             return partitions.unbalanced(dataset, clients=clients, sigma=section.sigma, seed=seed)
-        case _:  # the natural owners; `_check_fit` has seen to it that there are some
+        case _:  # the natural owners; `_check_fit` has checked that there are some
             return partitions.by_group(dataset)

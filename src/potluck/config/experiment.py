@@ -23,7 +23,7 @@ LANGUAGE_MODELS = ("char-lstm", "char-lstm-peephole")
 
 
 class ModelSection(Section):
-    """A model of ours, and how it is trained: the part of [task] that devices are told."""
+    """A model of ours and its loss and batches: the part of [task] that is sent to devices."""
 
     model: Literal["2nn", "cnn", "logistic", "char-lstm", "char-lstm-peephole"]
     hidden: Annotated[int, Field(ge=1)] | None = None
@@ -78,7 +78,7 @@ class TaskSection(ModelSection):
 
 
 class PartitionSection(Section):
-    """[partition]: how one data set becomes many clients."""
+    """[partition]: the division of one data set among clients."""
 
     kind: Literal[
         "iid", "shards", "dirichlet", "unbalanced", "writer", "user", "role", "module", "own"
@@ -91,7 +91,7 @@ class PartitionSection(Section):
 
 
 class TargetSection(Section):
-    """[run.target]: a metric, and the score at which a run has come far enough."""
+    """[run.target]: a metric, and the score at which a run may stop."""
 
     metric: Annotated[str, Field(min_length=1)]
     at_least: float | None = None
@@ -99,7 +99,7 @@ class TargetSection(Section):
 
 
 class RunSection(Section):
-    """[run]: rounds, cohorts and how they are executed."""
+    """[run]: rounds, cohorts and their executor."""
 
     rounds: Annotated[int, Field(ge=1)]
     cohort: Annotated[int, Field(ge=1)] | Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -160,7 +160,7 @@ class Experiment(Section):
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file, change it by `overrides` ("run.rounds=20"), and check it.
+    """Reads an experiment file, changes it by `overrides` ("run.rounds=20"), and checks it.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value in it is wrong.
@@ -175,7 +175,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 
 
 def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
-    """Validate the content of an experiment file; `origin` names it in errors."""
+    """Validates the content of an experiment file; `origin` names it in errors."""
     experiment = validated(Experiment, content, origin)
     for wrong in (*_wrong_in_run(experiment.run), *_wrong_in_devices(experiment.devices)):
         raise ConfigError(f"{origin}: {wrong}")
@@ -183,7 +183,8 @@ def check_experiment(content: dict[str, Any], origin: str) -> Experiment:
 
 
 def _wrong_in_run(run: RunSection) -> Iterator[str]:
-    """What the schema cannot say of [run]: one bound, the names of devices, what goes together."""
+    """Yields the errors in [run] beyond the schema: a missing bound, names of devices,
+    conflicts."""
     target, device, executor = run.target, run.device, run.executor
     if isinstance(target, TargetSection) and (target.at_least is None) == (target.at_most is None):
         yield (
@@ -220,7 +221,7 @@ def _wrong_in_run(run: RunSection) -> Iterator[str]:
 
 
 def _wrong_in_devices(devices: DevicesSection | None) -> Iterator[str]:
-    """What the schema cannot say of [devices]: which keys go together."""
+    """Yields the errors in [devices] beyond the schema: keys that exclude or need each other."""
     if devices is None:
         return
     if (devices.profile is None) == (devices.trace is None):

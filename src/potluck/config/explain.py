@@ -1,7 +1,7 @@
-"""What is wrong with a file of tables, in words: the key, what was expected, what was got.
+"""Words the errors in a file of tables: the key, what was expected, what was got.
 
-Where a table's keys depend on its `name`, pydantic's paths hold that name between two keys. Here
-it tells which keys are right, and to which name a wrong one belongs.
+Where a table's keys depend on its `name`, pydantic's paths hold that name between two keys. From it
+follow the right keys, and the name to which a wrong one belongs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 class _Location(NamedTuple):
-    """Where in a file something is wrong."""
+    """The place of an error in a file."""
 
     key: str  # dotted
     section: type[BaseModel]  # the table around the last key
@@ -44,7 +44,7 @@ class _Location(NamedTuple):
         return self.key[: -len(self.last)] + key
 
     def chosen(self, *, if_owned: bool) -> str:
-        """By which name the table was chosen, in words; "" if it is no matter."""
+        """The name that chose the table, in words; "" if it does not matter."""
         owners = len(self.owners)
         is_said = self.tag and (owners > 0 if if_owned else owners < len(self.tables))
         return f" with {self.beside('name')} = {self.tag!r}" if is_said else ""
@@ -56,14 +56,14 @@ class _Location(NamedTuple):
 
 
 def _is_other_shape(detail: Any, details: list[Any]) -> bool:
-    """Whether this says that a table is no number where more is known of the table itself."""
+    """True if an error says that a table is no number, while others are about the table itself."""
     around, is_table = detail["loc"][:-1], isinstance(detail["input"], dict)
     deeper = (d["loc"] for d in details if d["loc"][: len(around)] == around)
     return is_table and any(len(loc) > len(around) + 1 for loc in deeper)
 
 
 def _place(model: type[BaseModel], detail: Any) -> _Location:
-    """Follow pydantic's path, in which there are names of tables and of plain types, too."""
+    """Follows pydantic's path, which also holds names of tables and of plain types."""
     path: list[str] = []
     section: type[BaseModel] | None = model
     around, tables, tag = model, _Tables(), None

@@ -1,4 +1,4 @@
-"""From the name of a model, in an experiment or in a plan, to a task."""
+"""Makes a task from the name of a model, in an experiment or in a plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_task(section: ModelSection, data: FederatedData) -> Task:
 
 
 def _check_shapes(section: ModelSection, data: FederatedData) -> None:
-    """Whether a model of ours takes these inputs and gives these targets."""
+    """Checks that a model of ours takes these inputs and gives these targets."""
     inputs, targets = data.train.inputs, data.train.targets
     if not hasattr(inputs, "shape"):
         raise ConfigError(

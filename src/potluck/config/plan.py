@@ -1,11 +1,11 @@
-"""A plan: what is done with a model, as JSON inside a signed manifest.
+"""A plan: algorithm, settings and task as JSON inside a signed manifest.
 
     {"task": {"model": "2nn", "num_classes": 10}, "algorithm": {"client_lr": 0.1, …}, "needs": []}
 
 A plan names models, losses and algorithms that the device has; it holds no code. The number of
 classes and the padding are those of the whole run, since one device may not have seen them all.
 
-Compatibility: strict, as an experiment is. A device that does not know a key or a name says
+Compatibility: strict, as an experiment is. A device that does not know a key or a name answers
 `unsupported`.
 """
 
@@ -90,7 +90,7 @@ def write_plan(plan: Plan) -> dict[str, Any]:
 
 
 def read_plan(content: Any) -> Plan:
-    """Check the JSON of a plan.
+    """Checks the JSON of a plan and returns it.
 
     Raises:
         ConfigError: a key or a name that this version does not know.
@@ -107,7 +107,8 @@ def read_plan(content: Any) -> Plan:
 
 
 def metrics_of(task: PlannedTask) -> frozenset[str]:
-    """The names of what a device measures of a plan's task: the means over its examples."""
+    """Returns the names of a device's metrics of a plan's task, which are means over its
+    examples."""
     if task.padding is not None:
         return frozenset(("loss", "accuracy", "accuracy_after_first"))
     return frozenset(("loss", "accuracy" if task.num_classes else "mae"))
@@ -116,8 +117,8 @@ def metrics_of(task: PlannedTask) -> frozenset[str]:
 def build_planned_task(task: PlannedTask, data: FederatedData) -> Task:
     """The task of a plan over data, which may be one device's. Imports PyTorch.
 
-    What targets are, the run says: a device whose quantities happen to be whole numbers, or whose
-    examples have not all classes, cannot know it.
+    The run defines the kind of targets. A device whose quantities happen to be whole numbers, or
+    whose examples lack some classes, cannot find it.
 
     Raises:
         ConfigError: data that do not fit the plan.

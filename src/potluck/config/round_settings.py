@@ -1,4 +1,4 @@
-"""How the rounds of devices go, simulated or real: each setting once, with default and range."""
+"""The settings of rounds of devices, simulated or real: each once, with default and range."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIVIDED = ("iid", "shards", "dirichlet", "unbalanced")
 
 
 class RoundRules(Section):
-    """How devices are selected, how long they have, and when a round counts."""
+    """The rules of selection, of deadlines, and of the minimum for a round to count."""
 
     selection: Literal["open", "sampled"] = "open"
     """Open: whoever checks in is selected, until the slots are taken. Sampled: the cohort is drawn
@@ -47,12 +47,12 @@ class RoundRules(Section):
 
     @property
     def silence_seconds(self) -> float:
-        """How long a device may be silent."""
+        """The time that a device may be silent."""
         return self.report_seconds if self.lease_seconds is None else self.lease_seconds
 
 
 class ServerRules(RoundRules):
-    """What a server decides besides."""
+    """The further rules of a server."""
 
     goal: Annotated[int, Field(ge=1, le=10**6)] = 100
     """Reports at which a round is closed early."""
@@ -74,7 +74,7 @@ class ServerRules(RoundRules):
 
 
 class ServeSection(ServerRules):
-    """[server]: what `potluck serve` does with the experiment; it decides no numbers of a model.
+    """[server]: the settings of `potluck serve`, which decide no numbers of a model.
 
     `goal` and `population` follow from the experiment's cohort where they are left out.
     """
@@ -104,7 +104,8 @@ class RoundSettings(ServerRules):
 
     @classmethod
     def sampled(cls, experiment: _Experiment, **changes: object) -> Self:
-        """Those under which a served run has the cohorts of the experiment's simulation."""
+        """Returns settings under which a served run has the cohorts of the experiment's
+        simulation."""
         clients = experiment.partition.clients
         values: dict[str, object] = {
             "selection": "sampled",
@@ -150,7 +151,7 @@ class RoundSettings(ServerRules):
 
 
 def in_words(settings: RoundSettings) -> list[tuple[str, str]]:
-    """What an operator should know before the first round: names and sentences."""
+    """Returns what an operator should know before the first round: names and sentences."""
     part, sampled = settings.goal_part, settings.selection == "sampled"
     least = f"{100 * settings.minimum:g} % of them"
     if part is None:

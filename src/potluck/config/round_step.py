@@ -1,4 +1,4 @@
-"""What a round of devices does next: the rule of the server's rounds and of the simulated ones.
+"""Decides the next step of a round of devices, on the server and in a simulation.
 
 selecting    until the slots are taken, or a deadline
 training     until the goal is reached; at its deadline the round counts with the minimum
@@ -12,7 +12,7 @@ Step = Literal["train", "close", "abandon", "wait"]
 
 
 class Phase(NamedTuple):
-    """What an open round needs, and until when; times in any unit."""
+    """The goal, slots and deadlines of an open round; times are in any unit."""
 
     goal: int  # reports that close it
     minimum: int  # reports without which it is abandoned
@@ -32,7 +32,7 @@ class Counts(NamedTuple):
 
 
 def due(phase: Phase, counts: Counts, now: float) -> tuple[Step, str]:
-    """What an open round has to do next, and why."""
+    """Returns the next step of an open round, and the reason."""
     if counts.reported >= max(phase.goal, 1):
         return "close", "the goal is reached"
     nobody_left = counts.absent + counts.reported >= phase.slots and counts.active == 0

@@ -71,10 +71,10 @@ def validated(section: type[S], content: dict[str, Any], origin: str) -> S:
 
 
 def override(content: dict[str, Any], change: str) -> None:
-    """Change a value ("run.rounds=20") in the content of a file.
+    """Changes a value ("run.rounds=20") in the content of a file.
 
     Raises:
-        ConfigError: it does not look like that.
+        ConfigError: the text is not of that form.
     """
     key, equals, text = change.partition("=")
     if not equals or not key.strip():

@@ -42,7 +42,7 @@ _CLOSE_SECONDS = 30.0
 
 
 class LocalFederation:
-    """A server and its devices, with the lifetime of a block.
+    """A server and its devices, which run as long as a `with` block.
 
     Args:
         file: the experiment.
@@ -66,7 +66,7 @@ class LocalFederation:
         self.running: set[int] = set()
         """The devices that run."""
         self._incoming: Queue[dict[str, Any]] = Queue()
-        self._held: list[dict[str, Any]] = []  # news that nobody has asked for yet
+        self._held: list[dict[str, Any]] = []  # news not yet returned by `news`
         wanted = {"file": str(file.resolve()), "overrides": list(overrides), "port": port}
         wanted |= {"folder": str(folder.resolve()), "remove": remove}
         single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -75,7 +75,7 @@ class LocalFederation:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | single,
-            start_new_session=True,  # Ctrl-C is for us, who then end it
+            start_new_session=True,  # this process handles Ctrl-C, and then ends it
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -94,7 +94,7 @@ class LocalFederation:
     def start(
         self, device: int, *, invited: bool = False, crash: tuple[int, int] | None = None
     ) -> None:
-        """Start a device, for the first time or again.
+        """Starts a device, for the first time or again.
 
         Args:
             invited: it gets an invitation, and this waits until it is enrolled: devices that are
@@ -113,7 +113,7 @@ class LocalFederation:
             self._await("event", device)  # the first is that it is enrolled
 
     def news(self, seconds: float) -> list[dict[str, Any]]:
-        """What has happened since the last call; wait at most so long for the first of it.
+        """Returns the events since the last call; waits at most so long for the first.
 
         Raises:
             RunError: the processes cannot go on, or the server ended.
@@ -126,7 +126,7 @@ class LocalFederation:
         return held
 
     def close(self) -> None:
-        """End all processes, and wait until they have ended."""
+        """Ends all processes, and waits until they have ended."""
         assert self._host.stdin is not None
         with suppress(BrokenPipeError):
             self._host.stdin.close()
@@ -138,7 +138,7 @@ class LocalFederation:
         self._reader.join(_CLOSE_SECONDS)
 
     def _read(self) -> None:
-        """Queue what is written, until all processes have ended."""
+        """Queues the lines of the process host, until all processes have ended."""
         assert self._host.stdout is not None
         with self._host.stdout as lines:
             for line in lines:
@@ -147,7 +147,7 @@ class LocalFederation:
         self._incoming.put({"is": "failed", "error": fault})
 
     def _await(self, kind: str, device: int | None) -> dict[str, Any]:
-        """Take news until there is one of this kind; that one, which `news` gives too."""
+        """Takes news until there is one of this kind and returns it; `news` gives it too."""
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end:
             for told in self._take(0.5):
@@ -164,7 +164,7 @@ class LocalFederation:
         )
 
     def _take(self, seconds: float) -> list[dict[str, Any]]:
-        """Hold the next news, if one comes in time; that one."""
+        """Holds the next news, if one comes in time, and returns it."""
         try:
             told = self._incoming.get(timeout=seconds)
         except Empty:
@@ -187,10 +187,10 @@ class LocalFederation:
 
 
 def check_room(devices: int, cores: int, free_bytes: int | None = None) -> None:
-    """Refuse more devices than this machine has cores and memory for.
+    """Refuses more devices than this machine has cores and memory for.
 
     Args:
-        free_bytes: None: as the system tells; where it does not, memory is not looked at.
+        free_bytes: None: as the system tells; where it does not, memory is not checked.
 
     Raises:
         ConfigError: with the number that would do.

@@ -42,7 +42,7 @@ HEADER = (
 
 
 class ComparedRun(NamedTuple):
-    """One of the four things that are compared."""
+    """One of the four runs that are compared."""
 
     partition: str
     algorithm: str
@@ -81,8 +81,8 @@ def table(results: Mapping[tuple[str, str], Sequence[Cost]]) -> list[tuple[str, 
 
 
 def draw(results: Mapping[tuple[str, str], Sequence[Cost]], paths: Iterable[Path]) -> None:
-    """Draw both partitions side by side into each of `paths`: every seed thin, counted as the
-    best accuracy so far."""
+    """Draws both partitions side by side into each of `paths`: every seed thin, counted as the best
+    accuracy so far."""
     figure_module: Any = importlib.import_module("matplotlib.figure")  # slow, and seldom needed
     figure = figure_module.Figure(figsize=(9.0, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

@@ -1,6 +1,4 @@
-"""What has happened in `potluck demo serve`, and how it is shown: live in a terminal, as lines
-elsewhere.
-"""
+"""Collects and shows the events of `potluck demo serve`: live in a terminal, as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ class PlannedCrash(NamedTuple):
 
 
 class Story:
-    """What has happened so far, from news of the processes and answers of the server."""
+    """The events so far, from news of the processes and answers of the server."""
 
     def __init__(self, crashes: Sequence[PlannedCrash]) -> None:
         self.crashes = {crash.device: crash for crash in crashes}
@@ -41,7 +39,7 @@ class Story:
         self._last: dict[int, tuple[str, int]] = {}  # of a device: what it said, in which round
 
     def note(self, news: dict[str, Any]) -> int | None:
-        """Take news. Returns a device that has died, and is to be started again."""
+        """Takes news. Returns a device that was killed, and is to be started again."""
         device = news["device"]
         if news["is"] == "event":
             self.doing[device] = news["what"]
@@ -60,7 +58,7 @@ class Story:
         return None
 
     def look(self, status: dict[str, Any]) -> list[int]:
-        """Take the server's answer. Returns the rounds that are new."""
+        """Takes the server's answer. Returns the rounds that are new."""
         self.status = status
         for told in status["evaluations"]:
             if told["kind"] == "central" and "accuracy" in told["metrics"]:
@@ -79,7 +77,7 @@ class Story:
 
     @property
     def is_judged(self) -> bool:
-        """Whether the last model was evaluated."""
+        """True if the last model was evaluated."""
         return self.status["round"] in {told["round"] for told in self.status["evaluations"]}
 
     def row(self, number: int) -> tuple[str, ...]:

@@ -14,11 +14,12 @@ connection of its own. Lines are JSON objects:
             {"is": "failed", "error": "…"}                         it cannot go on
 
 A device with `crash` kills itself, as `kill -9` would, in a round of at least that number before a
-local step. (From outside nobody could tell when it trains.)
+local step. (Another process cannot tell when it trains.)
 
-When its input ends, also because the command was killed, it ends devices and server and, if told
-so, removes the folder. Its children end when it is killed itself. The fork server of the standard
-library does neither, and shares modules but no data. No threads run in it, so a fork is safe.
+When its input ends, also because the command was killed, it ends devices and server. With `remove`
+it removes the folder too. Its children end when it is killed itself. The fork server of the
+standard library does neither, and shares modules but no data. No threads run in it, so a fork is
+safe.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from potluck.core.plain_json import to_json
 from potluck.data import FederatedData
 from potluck.device import Event, TorchTrainer, one_client, run_until_stopped
 
-_DEVICE_SECONDS = 5.0  # to say goodbye
+_DEVICE_SECONDS = 5.0  # to tell the server that they leave
 _SERVER_SECONDS = 8.0
 _MAX_TEXT = 2000  # a line is written at once, however many write, if it is below PIPE_BUF
 
@@ -64,7 +65,7 @@ class ProcessHost:
         self._children: dict[int, tuple[BaseProcess, int | None]] = {}  # by sentinel
 
     def run(self) -> int:
-        """Fork the server and the devices that are asked for; the exit status."""
+        """Forks the server and the requested devices; returns the exit status."""
         torch.set_num_threads(1)
         try:
             data = build_data(load_experiment(self._file, self._overrides))
@@ -80,7 +81,8 @@ class ProcessHost:
         return 0
 
     def _follow_input(self, data: FederatedData) -> None:
-        """Start devices as asked, and tell which children have ended, until the input ends."""
+        """Starts the requested devices and reports the children that have ended, until the input
+        ends."""
         with open(0, "rb", buffering=0, closefd=False) as lines:
             while True:
                 ready = wait([0, *self._children])
@@ -146,7 +148,7 @@ class ProcessHost:
         return 0 if is_over else 143
 
     def _end_children(self) -> None:
-        """First the devices, which say goodbye, then the server."""
+        """Ends the devices first, which tell the server that they leave, then the server."""
         for is_server, seconds in ((False, _DEVICE_SECONDS), (True, _SERVER_SECONDS)):
             group = [p for p, device in self._children.values() if (device is None) == is_server]
             for process in group:
@@ -175,7 +177,7 @@ class CrashingTrainer:
         check: Callable[[], None],
         **place: int,
     ) -> Update:
-        """Local training, or the beginning of it."""
+        """Trains locally, up to the crash if it is due."""
 
         def crash_or_check() -> None:
             check()
@@ -187,12 +189,12 @@ class CrashingTrainer:
 
 
 def say(told: dict[str, Any]) -> None:
-    """Write a line; lines of several processes do not mix."""
+    """Writes a line; lines of several processes do not mix."""
     os.write(1, to_json(told).encode() + b"\n")
 
 
 def _fail(error: Exception) -> int:
-    with suppress(OSError):  # nobody may read it
+    with suppress(OSError):  # its reader may be gone
         say({"is": "failed", "error": " ".join(str(error).split())[:_MAX_TEXT]})
     return 1
 

@@ -80,7 +80,7 @@ source code: the paper has no such cells.
 
 
 class Result(NamedTuple):
-    """One cell, and what there is of it."""
+    """One cell with its runs."""
 
     cell: Cell
     choice: Choice | None  # None: there are no runs
@@ -91,7 +91,7 @@ class Result(NamedTuple):
 
     @property
     def ended(self) -> list[Cost]:
-        """The costs of the runs that go on no more."""
+        """The costs of the runs that have ended."""
         pairs = zip(self.runs, self.costs, strict=True)
         return [cost for run, cost in pairs if cost.to_target is not None or _has_ended(run)]
 
@@ -103,15 +103,15 @@ class Result(NamedTuple):
 
 
 def gather(grid: Grid, metric: str | None = None) -> list[Result]:
-    """What there is of every cell of a grid; with a metric, judged by it, of the cells with runs
-    that have it."""
+    """Returns the results of every cell of a grid. With a metric they are judged by it, and limited
+    to the cells with runs that have it."""
     seconds = seconds_per_round(grid)
     results = [_gather(grid, cell, seconds[cell.name], metric) for cell in grid.cells]
     return [result for result in results if metric is None or result.runs]
 
 
 def keep(grid: Grid) -> None:
-    """Copy what tables are made of from the runs to the copies; a longer copy stays."""
+    """Copies the files that tables need from the runs to the copies; a longer copy stays."""
     for cell in grid.cells:
         for rate in rates_with(grid, cell, SEED, *grid.seeds):
             for seed in (SEED, *grid.seeds):
@@ -266,7 +266,7 @@ def _ours(result: Result) -> str:
 
 
 def _about(seconds: float) -> str:
-    """An estimate, which deserves no more than two digits."""
+    """Returns an estimate in words, with two digits."""
     if seconds < 60:
         return "under 1 min"
     return f"about {seconds / 60:.0f} min" if seconds < 3600 else f"about {seconds / 3600:.2g} h"

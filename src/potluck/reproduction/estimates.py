@@ -1,4 +1,4 @@
-"""What a grid will still cost: rough, from the work of a round and the rounds that were timed.
+"""Estimates the remaining cost of a grid from the work of a round and the rounds that were timed.
 
 work of a round   cohort · examples of a client · E local examples, each a step forward and back,
                   and the test examples, a third of that
@@ -33,7 +33,7 @@ _QUICK = "quick-"  # a fortieth of the examples
 
 
 class Left(NamedTuple):
-    """How far a grid is."""
+    """The runs of a grid that are done and to do, with the time they may take."""
 
     done: int  # runs
     total: int
@@ -50,7 +50,7 @@ def work(cell: Cell) -> float:
 
 
 def seconds_per_round(grid: Grid) -> dict[str, float]:
-    """What a round of each cell takes, by its name: as its own runs did, or others of its model."""
+    """Returns the seconds of a round of each cell, from its own runs or others of its model."""
     own = {cell.name: _seconds_per_work(grid, cell) for cell in grid.cells}
     models: dict[str, list[float]] = {}
     for cell in grid.cells:

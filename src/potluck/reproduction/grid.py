@@ -1,9 +1,9 @@
 """Running a grid of the paper's cells: settings × learning rates × seeds.
 
-Every run is a run directory, `<runs>/<experiment>/lr-<rate>/seed-<seed>`, and nothing else is
-remembered: what is missing, which rate is best and where to go on are read from the directories
-each time. So a grid that was killed goes on when the same command is given again, and tables that
-share a cell share its runs. A run whose copy lies among the results counts as done.
+Every run is a run directory, `<runs>/<experiment>/lr-<rate>/seed-<seed>`, and no other state is
+kept: missing runs, the best rate and the next round are read from the directories each time. So a
+grid that was killed continues when the same command is given again, and tables that share a cell
+share its runs. A run whose copy lies among the results counts as done.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DIVERGED = "diverged.json"  # beside a run's files: why it cannot go on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What is to be run, and where it lies.
+    """The cells, seeds and folders of a grid.
 
     Args:
         cells: of one table or figure.
@@ -43,7 +43,7 @@ class Grid:
         copies: a folder of the same shape in which runs that were reported are kept.
         experiments: the folder of the experiment files; None looks for it.
         workers: processes for a run; None takes what its file says.
-        precision: of local training, likewise. A run goes on with that which it began with.
+        precision: of local training, likewise. A run continues with the one it began with.
         device: "cuda" or another of `run.device`, on which the cohort is one program.
     """
 
@@ -101,10 +101,10 @@ def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 
 def jobs(grid: Grid) -> Iterator[Job]:
-    """What is missing, one run after another: cells that were started first, then in order.
+    """Yields the missing runs: those of cells that were started first, then in order.
 
-    Whoever iterates runs each job before the next is asked for: which rate the reported seeds
-    take follows from the runs before.
+    The caller must run each job before it takes the next: the rate of the reported seeds follows
+    from the runs before.
     """
     experiments = {cell.name: load_cell(grid, cell) for cell in grid.cells}
     for cell in _started_first(grid):
@@ -131,7 +131,7 @@ def tuning_jobs(grid: Grid, cell: Cell, experiment: Experiment) -> Iterator[Job]
 
 
 def run(job: Job, data: FederatedData) -> Generator[Round]:
-    """Do a job from where it stopped, and yield its new rounds."""
+    """Continues a job where it stopped, and yields its new rounds."""
     rounds = cast(
         "Generator[Round]", train(job.experiment, job.directory, seed=job.seed, data=data)
     )
@@ -162,7 +162,7 @@ def rates_with(grid: Grid, cell: Cell, *seeds: int) -> list[float]:
 
 
 def place(cell: Cell, rate: float, seed: int) -> Path:
-    """Where a run lies below `runs`, and its copy below `copies`."""
+    """Returns the path of a run below `runs`, and of its copy below `copies`."""
     return Path(cell.name) / f"lr-{rate:.4g}" / f"seed-{seed}"
 
 
@@ -178,7 +178,7 @@ def find(grid: Grid, cell: Cell, rate: float, seed: int) -> RunRecord | None:
 
 
 def is_complete(record: RunRecord | None, num_rounds: int) -> bool:
-    """Whether a run is what a table needs: at its target, at its last round, or diverged."""
+    """True if a run needs no more rounds: at its target, at its last round, or diverged."""
     if record is None:
         return False
     if has_diverged(record) or int(record.rounds[-1]["round"]) >= num_rounds:
@@ -188,7 +188,7 @@ def is_complete(record: RunRecord | None, num_rounds: int) -> bool:
 
 
 def has_diverged(record: RunRecord) -> bool:
-    """Whether a client's loss or weights were no longer finite."""
+    """True if a client's loss or weights were no longer finite."""
     return (record.directory / DIVERGED).exists()
 
 
@@ -241,7 +241,7 @@ def _started_first(grid: Grid) -> list[Cell]:
 
 
 def _is_started(folder: Path) -> bool:
-    """Whether a run below stopped on the way. One that a better rate beat does not go on."""
+    """True if a run below is unfinished. Beaten tuning runs stay so, and do not count."""
     begun = [path.parent for path in folder.glob("lr-*/seed-*/checkpoint.safetensors")]
     return any(
         not (path / "final.safetensors").exists()

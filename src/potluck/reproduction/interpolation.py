@@ -1,11 +1,11 @@
-"""Figure 1 of the paper: what averaging two models does to the loss.
+"""Figure 1 of the paper: the loss of the average of two models.
 
     train w and w' on two disjoint samples of the training examples
     for θ from −0.2 to 1.2:  loss of θ w + (1 − θ) w' on all training examples
 
 From different initial weights the average of two good models is a bad one: the loss has a bump
-between them. From the same initial weights the average is better than both, which is what federated
-averaging lives on. The paper trains 2NNs on 600 images each: 240 steps of 50 at rate 0.1.
+between them. From the same initial weights the average is better than both, on which federated
+averaging depends. The paper trains 2NNs on 600 images each: 240 steps of 50 at rate 0.1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TITLES = {"different": "different initial weights", "shared": "the same initial
 
 
 class Setting(NamedTuple):
-    """How the two models are trained."""
+    """The settings with which the two models are trained."""
 
     data: str  # "mnist" or "digits"
     num_examples: int  # of each of the two samples
@@ -89,7 +89,7 @@ def lines(
     *,
     thetas: Sequence[float] = THETAS,
 ) -> Iterator[Line]:
-    """Train the pairs, and yield the line of each seed and start that is not among `found`."""
+    """Trains the pairs, and yields the line of each seed and start that is not among `found`."""
     done = {(line.start, line.seed) for line in found}
     dataset = datasets.mnist() if setting.data == "mnist" else datasets.digits()
     for seed in seeds:
@@ -104,13 +104,13 @@ def lines(
 
 
 def save(setting: Setting, found: Sequence[Line], path: Path) -> None:
-    """Write the numbers as JSON."""
+    """Writes the numbers as JSON."""
     content = {"setting": setting._asdict(), "lines": [line._asdict() for line in found]}
     path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: Path, setting: Setting) -> list[Line]:
-    """Read the numbers that `save` wrote.
+    """Reads the numbers that `save` wrote.
 
     Raises:
         ValueError: they are of another setting.
@@ -168,7 +168,7 @@ def page(setting: Setting, found: Sequence[Line], command: str) -> str:
 
 
 def draw(found: Sequence[Line], paths: Sequence[Path]) -> None:
-    """Draw both starts side by side into each of `paths`: a seed thin, their mean thick."""
+    """Draws both starts side by side into each of `paths`: a seed thin, their mean thick."""
     figure_module: Any = importlib.import_module("matplotlib.figure")  # slow, and seldom needed
     figure = figure_module.Figure(figsize=(9.0, 3.8), layout="constrained")
     for start, axes in zip(STARTS, figure.subplots(1, 2), strict=True):

@@ -111,13 +111,13 @@ class Cell(NamedTuple):
 
     @property
     def panel(self) -> str:
-        """What is drawn together."""
+        """The panel in which the cell is drawn."""
         division = "IID" if self.division == "iid" else self.division
         return f"{self.model}, {division}"
 
     @property
     def setting(self) -> str:
-        """What differs between the cells of a panel."""
+        """The setting in which the cells of a panel differ."""
         batch = "∞" if self.batch is None else str(self.batch)
         algorithm = f"E {self.epochs}, B {batch}"
         if self.epochs == 1 and self.batch is None:

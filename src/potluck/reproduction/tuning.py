@@ -1,4 +1,4 @@
-"""Choosing a learning rate on one seed, for others.
+"""Chooses a learning rate on one seed, for others.
 
     rates    the file's rate times 10^(k/3), k = 0, ±1, ±2, …, as many as are asked for
     a rate   is as good as the rounds to target of its run with the tuning seed
@@ -24,7 +24,7 @@ SEED = 0  # of the runs that choose; never among the reported ones
 
 
 class Trial(NamedTuple):
-    """One rate, and what its run with the tuning seed cost so far."""
+    """One rate, and the cost so far of its run with the tuning seed."""
 
     rate: float
     cost: Cost | None  # None: not evaluated once
@@ -32,19 +32,19 @@ class Trial(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The rate for the reported seeds, and where it comes from."""
+    """The rate for the reported seeds, and its source."""
 
     rate: float
     trials: tuple[Trial, ...] = ()  # that it was chosen from; none: it is the file's
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether every rate that was tried diverged."""
+        """True if every rate that was tried diverged."""
         return bool(self.trials) and all(trial.diverged for trial in self.trials)
 
     @property
     def at_edge(self) -> bool:
-        """Whether a rate beyond those that were tried may be better still."""
+        """True if a rate beyond those that were tried may be better still."""
         tried = [trial.rate for trial in self.trials]
         return len(tried) > 1 and self.rate in (min(tried), max(tried))
 
@@ -65,13 +65,13 @@ def rates(rate: float, number: int) -> list[float]:
 
 
 def limit(trials: Sequence[Trial], num_rounds: int) -> int:
-    """After how many rounds a rate has lost against those that were tried."""
+    """Returns the number of rounds after which a rate has lost against those that were tried."""
     reached = [t.cost.to_target for t in trials if t.cost is not None and not t.diverged]
     return min([num_rounds, *(math.ceil(r - 1e-9) for r in reached if r is not None)])
 
 
 def is_tried(trial: Trial, others: Sequence[Trial], num_rounds: int) -> bool:
-    """Whether more rounds of this trial can change the choice no more."""
+    """True if more rounds of this trial cannot change the choice."""
     if trial.diverged:
         return True
     if trial.cost is None:

@@ -5,10 +5,10 @@
     phone-17  90                      0.08     900               22.5       30
     phone-17  90                      0.08     900               13         14
 
-Hours are UTC; 30 is six in the morning of the next day. The windows of a file come again every
-day, or every `days` days, and hours then go on counting: 37 is the second day's 13. A device with
-several windows has several lines, which differ in their hours only. Client k runs on the k-th
-device, in the order in which the devices first appear.
+Hours are UTC; 30 is six in the morning of the next day. The windows of a file come again every day,
+or every `days` days. Hours then go on counting: 37 is the second day's 13. A device with several
+windows has several lines, which differ in their hours only. Client k runs on the k-th device, in
+the order in which the devices first appear.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ class ClientHalf:
     """
 
     request: LocalSGD | None
-    """What it waits for; None once there is an update."""
+    """The request that it waits for; None once there is an update."""
     update: Update
-    """What it returned, once it asks no more."""
+    """The returned update, once there are no more requests."""
 
     def __init__(self, algorithm: Algorithm, received: Vector, client: ClientContext) -> None:
         self._name = type(algorithm).__name__

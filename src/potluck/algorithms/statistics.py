@@ -122,7 +122,7 @@ class _Parameters:
         self._local = self._start
         self._frozen = _frozen(spec)
         self.received = received[:end]
-        """What the algorithm received: [vectors · num_parameters]."""
+        """The vector that the algorithm received: [vectors · num_parameters]."""
         if not all(np.isfinite(received[part]).all() for part in self._frozen):
             self.received = self.received.copy()  # a mask may hold infinities: ∞ − ∞
             for part in self._frozen:

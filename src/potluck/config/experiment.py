@@ -66,11 +66,11 @@ class TaskSection(ModelSection):
     target_column: str | Annotated[list[str], Field(min_length=1)] = "target"
     """For data = "table" and "folder", as all keys below; several are labels or quantities."""
     missing: Literal["refuse", "mean", "median"] | float | None = None
-    """What a missing feature becomes; None refuses it."""
+    """The value in place of a missing feature; None refuses it."""
     scale: Literal["none", "standard", "minmax", "pixels"] | None = None
-    """How features are scaled, over all clients; pixels are divided by 255."""
+    """The scaling of features, over all clients; pixels are divided by 255."""
     categories: Literal["refuse", "one-hot", "codes"] | None = None
-    """What columns of text become; None refuses them."""
+    """The coding of columns of text; None refuses them."""
     split: Annotated[str, Field(pattern=r"^(shuffled|last|(time|group):.+)$")] | None = None
     """Which examples are held out for the test; None is shuffled, of each class its share."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -122,7 +122,8 @@ class RunSection(Section):
     ray_address: str | None = None
     """For executor = "ray": "auto" or "ray://host:10001"; None starts a cluster on this machine."""
     ray_local: Literal["auto", "loop", "vmap"] = "auto"
-    """How a worker of Ray trains its clients: one after another, side by side, or the faster."""
+    """The way a worker of Ray trains its clients: one after another, side by side, or the
+    faster."""
     ray_gpus: Annotated[float, Field(gt=0)] = 1.0
     """Of each worker of Ray, with device = "cuda"."""
     skip_failures: bool = False

@@ -31,7 +31,7 @@ class RoundRules(Section):
     report_seconds: Seconds = 600.0
     """From the end of the selection on."""
     lease_seconds: Seconds | None = None
-    """How long a device may be silent before its slot is free again; None: `report_seconds`."""
+    """The silence of a device after which its slot is free again; None: `report_seconds`."""
     pace_seconds: Seconds = 10.0
     """The widest window over which waiting devices come back, however long rounds are."""
     attempts: Annotated[int, Field(ge=1)] = 3
@@ -83,7 +83,7 @@ class ServeSection(ServerRules):
     """A file of which all examples are for evaluation on the server, relative to the experiment
     file; None: the data set's own test examples, of which there are none with data = "devices"."""
     long_poll_seconds: Annotated[float, Field(ge=0, le=30)] = 25.0
-    """How long a check-in may wait for work before it is answered."""
+    """The longest wait of a check-in for work."""
 
 
 class _Experiment(Protocol):

@@ -32,9 +32,9 @@ from potluck.server.admin.client import Operator
 from potluck.server.storage.state_folder import StateFolder
 
 DEVICE_BYTES = 25_000_000
-"""What each device process adds to what it shares with the others, beside its data."""
+"""The memory of each device process beyond what it shares with the others, beside its data."""
 BASE_BYTES = 600_000_000
-"""What the process host and the server need together."""
+"""The memory of the process host and the server together."""
 DEVICES_PER_CORE = 100
 
 _START_SECONDS = 120.0

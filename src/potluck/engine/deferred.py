@@ -47,7 +47,7 @@ class Deferred:
     def __init__(self) -> None:
         self.lr = 0.0
         self.is_open = False
-        """Whether the backward pass of a step is under way."""
+        """True during the backward pass of a step."""
         self._products: list[_Product] = []
         self._copies: list[_Copy] = []
         self._alone: set[int] = set()  # weights that may be stepped at once

@@ -68,7 +68,7 @@ class InPlaceLayers:
         self.deferred = Deferred()
         self.layers: list[nn.Module] = []
         self.num_calls = 0
-        """How often a fused layer was called, for tests: the plain forward does not count."""
+        """The number of calls of fused layers, for tests: the plain forward does not count."""
         self.is_off = False
         self.precision: Precision = precision
         self._was_compiled = False  # whether a compiled layer was called since the last step

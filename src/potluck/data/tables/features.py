@@ -36,7 +36,7 @@ class Feature(BaseModel):
     name: Name
     type: Literal["number", "boolean", "category"] = "number"
     fill: Finite | Name | None = None
-    """What a missing value becomes, before it is scaled; None: it is refused."""
+    """The value in place of a missing one, before scaling; None refuses it."""
     shift: Finite = 0.0
     scale: Positive = 1.0
     categories: Names = ()

@@ -36,7 +36,7 @@ class DeviceStep(Protocol):
     """One local step of many clients, in place."""
 
     fills: bool
-    """Whether batches may be filled up with examples that are not present."""
+    """True if batches may be filled up with examples that are not present."""
 
     def step(
         self,

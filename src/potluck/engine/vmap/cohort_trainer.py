@@ -39,7 +39,7 @@ class Gradient(Protocol):
     """One local step of many clients, in place."""
 
     by_size: bool
-    """Whether clients that made the same steps can be stacked whatever their data."""
+    """True if clients that made the same steps can be stacked whatever their data."""
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Starts clients with these seeds, none of which has made a step."""

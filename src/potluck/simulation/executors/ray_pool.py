@@ -100,7 +100,7 @@ class ActorPool:
         self._idle: list[_Member] = []
         self._starting: dict[Any, _Member] = {}
         self.num_lost = 0
-        """How many were lost so far."""
+        """The number of actors that were lost so far."""
         self._failed_starts = 0  # since the last that did not fail
         for _ in range(count):
             self._add()

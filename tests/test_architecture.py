@@ -19,17 +19,17 @@ BELOW = {
     "data": "core data.tables",
     "models": "core data data.tables",
     "engine.native": "models engine engine.module",
-    "engine.module": "core data models engine",
+    "engine.module": "core data",
     "engine": "core data data.tables models engine.module engine.native",
     "engine.vmap": "core data models engine engine.module engine.native",
     "engine.gpu": "core data models engine engine.module engine.vmap",
-    "config": "core algorithms data data.tables models engine",
+    "config": "core algorithms data models engine",
     "simulation.virtual_time": "core config",
     "simulation.executors": "core algorithms data models engine engine.module engine.vmap"
     " engine.native engine.gpu",
     "simulation": "core algorithms config engine engine.module simulation.executors"
     " simulation.virtual_time",
-    "simulation.runs": "core algorithms data engine engine.module engine.native config simulation"
+    "simulation.runs": "core algorithms data engine engine.native config simulation"
     " simulation.executors simulation.virtual_time",
     "reproduction": "core algorithms data models engine config simulation simulation.runs"
     " simulation.executors",
@@ -38,12 +38,12 @@ BELOW = {
     "server.rounds": "core algorithms protocol config server.storage",
     "server.http": "core protocol config server server.rounds server.storage",
     "server.admin": "core protocol server server.http server.rounds server.storage",
-    "server.dashboard": "core config server server.http server.rounds server.storage",
-    "server": "core algorithms protocol config engine simulation.executors server.storage"
-    " server.rounds server.http server.admin server.dashboard",
-    "demo": "core data protocol config simulation simulation.runs device server server.admin"
-    " server.http server.storage cli",
-    "cli": "core algorithms data data.tables models engine config simulation simulation.runs"
+    "server.dashboard": "core server.http server.rounds server.storage",
+    "server": "core algorithms protocol config engine server.storage server.rounds"
+    " server.http server.admin server.dashboard",
+    "demo": "core data config simulation.runs device server server.admin server.http"
+    " server.storage",
+    "cli": "core data data.tables models engine config simulation simulation.runs"
     " reproduction device server server.admin server.http server.storage demo",
     "": "cli",
 }
@@ -119,6 +119,32 @@ def test_rooms_are_small():
         inside = [p for p in inside if p.name not in ("__pycache__", "py.typed")]
         assert len(inside) <= (15 if folder == SOURCE else 18), folder.relative_to(SOURCE)
     assert {path.name for path in SOURCE.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+LONG = {  # functions of more than 60 lines, without their docstrings
+    "cli.main.train": "its options are its signature",
+    "cli.join.join": "its options are its signature",
+    "cli.serve.serve": "its options are its signature",
+    "cli.reproduce.reproduce": "its options are its signature",
+    "device.enrol.join": "its arguments are what an owner may decide",
+    "server.storage.migrations.versions.0001_first.upgrade": "the tables of a database, one by one",
+    "simulation.rounds._rounds": "the loop of federated averaging, from the top to the bottom",
+}
+
+
+def test_files_and_functions_are_short():
+    """At most 400 lines a file and 60 a function, but for the reasons above."""
+    long: set[str] = set()
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 400, module_of(path)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                begin = node.body[bool(ast.get_docstring(node)) :]
+                doc = begin[0].lineno - node.body[0].lineno if begin else 0
+                if (node.end_lineno or 0) - node.lineno + 1 - doc > 60:
+                    long.add(f"{module_of(path)}.{node.name}")
+    assert long == set(LONG)
 
 
 def test_no_two_modules_have_one_name():

@@ -24,6 +24,7 @@ from potluck.config.build import build_data, build_task
 from potluck.config.experiment import check_experiment
 from potluck.core import ClientContext, FixedPointMean, sample_cohort
 from potluck.engine import TorchRuntime, evaluate, run_of
+from potluck.engine.devices import kernel_threads
 from potluck.protocol import Accepted, Claim, Eligibility, Report, encode_inline
 from potluck.server import RoundSettings, Service
 from potluck.server.rounds.bounds import (
@@ -38,7 +39,6 @@ from potluck.server.rounds.check_in import CheckInRequest, check_ins
 from potluck.server.rounds.enrolment import enrol, issue_tokens
 from potluck.server.rounds.inline_reports import take_in
 from potluck.server.storage.vectors import find_version, read_model
-from potluck.simulation.executors.executor import kernel_threads
 
 ROUNDS = 50
 FREE = {"max_weight_times": 1e9, "max_pull_times": 1e9}

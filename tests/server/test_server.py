@@ -17,6 +17,7 @@ from potluck.config.build import build_task
 from potluck.config.experiment import check_experiment
 from potluck.core import ClientContext, RefusedError
 from potluck.engine import TorchRuntime, run_of
+from potluck.engine.devices import kernel_threads
 from potluck.protocol import Eligibility, Finished, Wait
 from potluck.server import RoundSettings, Service
 from potluck.server.dashboard.render import Renderer
@@ -28,7 +29,6 @@ from potluck.server.rounds.leases import extend_lease, fail
 from potluck.server.rounds.uploads import append_chunk, find_report, finish_report
 from potluck.server.storage.database_tables import evaluations
 from potluck.simulation import build_data, rounds
-from potluck.simulation.executors.executor import kernel_threads
 
 
 @pytest.fixture

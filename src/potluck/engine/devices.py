@@ -105,3 +105,14 @@ def give_back(device: torch.device) -> None:
     """Returns the freed memory that PyTorch keeps to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def kernel_threads(num_threads: int) -> Generator[None]:
+    """Sets the number of threads of PyTorch's kernels inside a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -26,9 +26,9 @@ from potluck.core import ClientContext, Vector, stream
 from potluck.core.plain_json import to_json
 from potluck.data import Dataset, Examples, datasets, divide
 from potluck.engine import Task, TorchRuntime, evaluate, run_of
+from potluck.engine.devices import kernel_threads
 from potluck.models import TwoNN
 from potluck.reproduction.paper import TITLES
-from potluck.simulation.executors.executor import kernel_threads
 from potluck.simulation.runs.figures import save_figure
 from potluck.simulation.runs.report import markdown
 from potluck.simulation.runs.run_manifest import commit, machine

@@ -60,7 +60,7 @@ class RunEvaluator:
     def evaluate(self, weights: Vector) -> Mapping[str, float]:
         """Returns the metrics of a model, by one thread: others on this machine train meanwhile."""
         from potluck.engine import evaluate
-        from potluck.simulation.executors.executor import kernel_threads
+        from potluck.engine.devices import kernel_threads
 
         with kernel_threads(1):
             seed = self._experiment.run.seed

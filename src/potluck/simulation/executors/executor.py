@@ -7,13 +7,11 @@ executors whose kernels round alike give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from potluck.algorithms import Algorithm, ClientHalf, num_wide
@@ -97,17 +95,6 @@ def empty_mean(work: RoundWork, last: FixedPointMean | None = None) -> FixedPoin
         return FixedPointMean(length, wide=wide)
     last.reset()
     return last
-
-
-@contextmanager
-def kernel_threads(num_threads: int) -> Generator[None]:
-    """Sets the number of threads of PyTorch's kernels inside a `with` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Outcome(NamedTuple):

@@ -12,6 +12,7 @@ from potluck.core import FixedPointMean, Vector
 from potluck.core.allocator import keep_freed
 from potluck.core.validate import as_count
 from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches
+from potluck.engine.devices import kernel_threads
 from potluck.engine.fused_sgd import SMALLEST
 from potluck.engine.module.randomness import kept_randomness
 from potluck.engine.precision import Precision
@@ -21,7 +22,6 @@ from potluck.simulation.executors.executor import (
     CohortResult,
     RoundWork,
     empty_mean,
-    kernel_threads,
     started,
     summarise,
     train_client,

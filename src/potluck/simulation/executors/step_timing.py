@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potluck.engine import Task, TorchRuntime
+from potluck.engine.devices import kernel_threads
 from potluck.engine.gpu.chunk_trainer import DeviceCohort
 from potluck.engine.local_run import LocalRun
 from potluck.engine.module.randomness import kept_randomness
 from potluck.engine.vmap.cohort_trainer import CohortRuntime
-from potluck.simulation.executors.executor import RoundWork, empty_mean, kernel_threads, started
+from potluck.simulation.executors.executor import RoundWork, empty_mean, started
 from potluck.simulation.executors.parity import shortened
 from potluck.simulation.executors.vmap_executor import chunk_for
 

@@ -14,12 +14,12 @@ import numpy as np
 from potluck.core import Vector, stream
 from potluck.core.validate import as_count
 from potluck.engine import Evaluator, Task, evaluation_batches
+from potluck.engine.devices import kernel_threads
 from potluck.engine.task import Remade
 from potluck.simulation.executors.executor import (
     CohortResult,
     Executor,
     RoundWork,
-    kernel_threads,
 )
 
 

@@ -29,7 +29,7 @@ from potluck.core import FixedPointMean, TaskError, Trained, Vector
 from potluck.core.validate import as_count
 from potluck.data.trees import is_one
 from potluck.engine import Evaluator, Task, TorchRuntime, evaluation_batches
-from potluck.engine.devices import device_of, unpacked_rnns
+from potluck.engine.devices import device_of, kernel_threads, unpacked_rnns
 from potluck.engine.evaluation import EVALUATION_BATCH
 from potluck.engine.gpu.chunk_trainer import DeviceCohort
 from potluck.engine.gpu.fedsgd_on_device import PooledOnDevice
@@ -46,7 +46,6 @@ from potluck.simulation.executors.executor import (
     RoundClient,
     RoundWork,
     empty_mean,
-    kernel_threads,
     started,
     summarise,
     train_client,

@@ -39,6 +39,7 @@ from potluck.core.validate import as_seed
 from potluck.data import FederatedData
 from potluck.engine import Task
 from potluck.simulation.executors.choose import make_executor
+from potluck.simulation.executors.executor import Executor
 from potluck.simulation.executors.train_loss import WithTrainLoss
 from potluck.simulation.handed import own_states
 from potluck.simulation.rounds import ClientStates, Round, handed_out, rounds
@@ -96,19 +97,7 @@ def train(
             run.close()
             return
         (run.directory / "final.safetensors").unlink(missing_ok=True)
-        executor = make_executor(
-            settings.executor,
-            task,
-            settings.workers,
-            address=settings.ray_address,
-            device=settings.device,
-            precision=settings.precision or "float32",
-            local=settings.ray_local,
-            gpus=settings.ray_gpus,
-            progress=progress,
-        )
-        if settings.evaluate_train is not None:
-            executor = WithTrainLoss(executor, task, settings.evaluate_train)
+        executor = _executor_of(experiment, task, progress)
         try:
             for round in rounds(
                 algorithm,
@@ -131,6 +120,26 @@ def train(
         finally:
             executor.close()
             run.close()
+
+
+def _executor_of(
+    experiment: Experiment, task: Task, progress: Callable[[int, int], None] | None
+) -> Executor:
+    settings = experiment.run
+    executor = make_executor(
+        settings.executor,
+        task,
+        settings.workers,
+        address=settings.ray_address,
+        device=settings.device,
+        precision=settings.precision or "float32",
+        local=settings.ray_local,
+        gpus=settings.ray_gpus,
+        progress=progress,
+    )
+    if settings.evaluate_train is None:
+        return executor
+    return WithTrainLoss(executor, task, settings.evaluate_train)
 
 
 class _Position(NamedTuple):

@@ -37,7 +37,7 @@ from potluck.server.rounds.bounds import (
 )
 from potluck.server.rounds.check_in import CheckInRequest, check_ins
 from potluck.server.rounds.enrolment import enrol, issue_tokens
-from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.inline_reports import accept_batch
 from potluck.server.storage.vectors import find_version, read_model
 
 ROUNDS = 50
@@ -126,7 +126,7 @@ def hostile(clients, attack=None, *, rounds=ROUNDS, order=None, **settings):
                 honest = np.mean([update.delta for update in made[1:]], axis=0)
                 sent[0] = attack(*sent[0], honest)
             came = [_arrival(*one) for one in zip(names, works, sent, made, strict=True)]
-            answers = take_in(service, [came[k] for k in (order or range(count))], "float32")
+            answers = accept_batch(service, [came[k] for k in (order or range(count))], "float32")
             if not all(isinstance(answer, Accepted) for answer in answers):
                 break  # without bounds the others' updates soon are beyond what is accepted
         service.tick()

@@ -29,7 +29,7 @@ from potluck.server import RoundSettings, Service
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.check_in import Assigned
 from potluck.server.rounds.enrolment import enrol, issue_tokens
-from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.inline_reports import accept_batch
 from potluck.server.rounds.leases import extend_lease, fail
 from potluck.server.rounds.uploads import append_chunk, finish_report
 
@@ -93,7 +93,9 @@ def take_part(service: Service, i: int, device: str, work: Assigned) -> None:
     vector[work.client] = work.number
     body = vector.tobytes()
     if i % 2:
-        [taken] = take_in(service, [arrival(service, device, work.assignment, vector)], "float32")
+        [taken] = accept_batch(
+            service, [arrival(service, device, work.assignment, vector)], "float32"
+        )
         assert isinstance(taken, Accepted) or taken.code == "late", taken
         return
     upload = begin(service, device, work.assignment, claims(vector))

@@ -21,7 +21,7 @@ from potluck.server import RoundSettings, Service
 from potluck.server.rounds.check_in import Assigned, CheckInRequest, check_ins
 from potluck.server.rounds.commit import load_version
 from potluck.server.rounds.enrolment import enrol, issue_tokens
-from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.inline_reports import accept_batch
 from potluck.server.rounds.mending import fall_back
 from potluck.server.storage.database import Database
 from potluck.server.storage.database_tables import (
@@ -157,5 +157,5 @@ def _take_part(service: Service, number: int, told) -> None:
         assert isinstance(work, Assigned), work
         said = {"sequence": number, "weight": weight}
         came.append(arrival(service, device, work.assignment, vector, **said))
-    outcomes = take_in(service, came, "float32")
+    outcomes = accept_batch(service, came, "float32")
     assert all(isinstance(one, Accepted) for one in outcomes), outcomes

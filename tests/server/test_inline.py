@@ -30,7 +30,7 @@ from potluck.protocol import (
 )
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.enrolment import revoke
-from potluck.server.rounds.inline_reports import Arrival, take_in
+from potluck.server.rounds.inline_reports import Arrival, accept_batch
 from potluck.server.storage.database_tables import assignments, audit, reports
 from remote import Caller, Served, read
 
@@ -263,7 +263,7 @@ def test_one_batch_holds_the_good_the_bad_and_the_same_twice(places):
         arrival(fleet, e, works[e]),
         arrival(fleet, f, works[f]),  # one more than the goal
     ]
-    told = [getattr(one, "code", "taken") for one in take_in(fleet.service, batch, "float32")]
+    told = [getattr(one, "code", "taken") for one in accept_batch(fleet.service, batch, "float32")]
     expected = ["taken", "taken", "not_finite", "late", "not_found", "replayed", "taken", "taken"]
     assert told == [*expected, "late"]
     assert fleet.status()["open"]["state"] == "AGGREGATING"
@@ -278,7 +278,7 @@ def test_what_came_inside_is_gone_when_its_round_is_over(places):
     fleet = Fleet(*places())
     fleet.service.tick()
     batch = [arrival(fleet, device, fleet.assign(device)) for device in fleet.devices]
-    assert all(isinstance(one, Accepted) for one in take_in(fleet.service, batch, "float32"))
+    assert all(isinstance(one, Accepted) for one in accept_batch(fleet.service, batch, "float32"))
     fleet.service.tick()
     assert fleet.status()["version"] == 1
     with fleet.service.database.read() as db:
@@ -293,7 +293,7 @@ def test_a_row_that_was_damaged_abandons_the_attempt_and_not_the_server(places):
     fleet = Fleet(*places())
     fleet.service.tick()
     batch = [arrival(fleet, device, fleet.assign(device)) for device in fleet.devices]
-    take_in(fleet.service, batch, "float32")
+    accept_batch(fleet.service, batch, "float32")
     with fleet.service.database.write() as db:
         one = reports.c.device == fleet.devices[0]
         db.execute(reports.update().where(one).values(content=bytes([1]) * 16))
@@ -332,7 +332,7 @@ def test_a_report_of_many_updates_says_unknown_to_none_but_strangers(places):
     work = fleet.assign(fleet.devices[0])
     claim, said = mine = arrival(fleet, fleet.devices[0], work)
     stranger = (claim._replace(device="f" * 32), said)
-    refused, taken = take_in(fleet.service, [stranger, mine], "float32")
+    refused, taken = accept_batch(fleet.service, [stranger, mine], "float32")
     assert isinstance(refused, RefusedError)
     assert refused.code == "unknown"  # revoked, or never enrolled
     assert isinstance(taken, Accepted)

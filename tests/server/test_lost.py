@@ -23,7 +23,7 @@ from potluck.protocol import Accepted
 from potluck.server.rounds import audit_check
 from potluck.server.rounds.changes import pause, resume
 from potluck.server.rounds.check_in import Assigned
-from potluck.server.rounds.inline_reports import take_in
+from potluck.server.rounds.inline_reports import accept_batch
 from potluck.server.rounds.leases import fail
 from potluck.server.rounds.mending import abandon, fall_back
 from potluck.server.rounds.uploads import append_chunk, finish_report
@@ -125,7 +125,7 @@ class Line:
         service, vector = self.fleet.service, self.fleet.vector(device)
         body, found = vector.tobytes(), claims(vector)
         if self.inside:
-            take_in(service, [arrival(service, device, work.assignment, vector)], "float32")
+            accept_batch(service, [arrival(service, device, work.assignment, vector)], "float32")
             return
         for _ in range(3):
             answer = begin(service, device, work.assignment, found)

@@ -72,11 +72,11 @@ class LeaseKeeper:
             )
         if now >= self._next_look:
             self._next_look = now + SENSE_SECONDS
-            self._look()
+            self._check_condition()
         if now >= self._next_word:
             self._tell()
 
-    def _look(self) -> None:
+    def _check_condition(self) -> None:
         if self._connection.now_ms() >= self._assignment.deadline_ms:
             raise RefusedError("late", "the deadline of the round has passed. Check in again.")
         if self._policy.seconds_to_hours(self._clock.now_ms()):

@@ -43,7 +43,7 @@ class StrangersFilter(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told, self._left_out = -1.0, 0
+        self._logged, self._left_out = -1.0, 0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns whether the line is shown, with the number of lines that were not since the
@@ -54,12 +54,12 @@ class StrangersFilter(logging.Filter):
         if not is_theirs and (record.name != "uvicorn.error" or record.levelno > logging.WARNING):
             return True
         now = time.monotonic()
-        if now - self._told < 1.0:
+        if now - self._logged < 1.0:
             self._left_out += 1
             return False
         if self._left_out:
             record.left_out = self._left_out
-        self._told, self._left_out = now, 0
+        self._logged, self._left_out = now, 0
         return True
 
 

@@ -137,7 +137,7 @@ def _open_service(
     if len(experiment.name) > 64:
         raise ConfigError(f"name must have at most 64 characters, got {len(experiment.name)}.")
 
-    def look(db: Connection) -> None:
+    def check(db: Connection) -> None:
         """Refuses what cannot go on, while the database is as it was."""
         run = find(db, experiment.name)
         if run is not None:
@@ -151,7 +151,7 @@ def _open_service(
             blobs or home.blobs,
             build=build_algorithm,
             life=life,
-            look=look,
+            check=check,
             aside=home.folder,
         )
     except BaseException:

@@ -211,7 +211,7 @@ class Server:
         self._metrics.state(status)
         seen, now = self._seen, _phase(status)
         if now[:-1] != seen[:-1]:
-            _LOG.info("round", extra=_told(status))
+            _LOG.info("round", extra=_log_fields(status))
         is_new = now[:-1] != seen[:-1] and (now[2] != self._opened or now[3] != "SELECTING")
         if is_new or now[-1] < seen[-1]:
             self._notifier.notify()
@@ -266,7 +266,7 @@ def _phase(status: dict[str, Any]) -> tuple[Any, ...]:
     return status["state"], status["version"], current.get("id"), current.get("state"), taken
 
 
-def _told(status: dict[str, Any]) -> dict[str, Any]:
+def _log_fields(status: dict[str, Any]) -> dict[str, Any]:
     current: dict[str, Any] = status["open"] or {}
     names = ("kind", "number", "attempt", "state")
     told = {f"open_{name}": current.get(name) for name in names} if current else {}

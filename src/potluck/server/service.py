@@ -3,7 +3,7 @@
     service = Service.open("sqlite:///potluck.db", "blobs", build=build_algorithm)
     run = service.create_run(experiment, weights, spec, RoundSettings(goal=10, num_rounds=50))
     [token] = issue_tokens(service, run, actor="admin")
-    ...                       # devices: enrol, check_ins, report, add_chunk, take_in
+    ...                       # devices: enrol, check_ins, report, add_chunk, accept_batch
     service.tick()            # a few times a second, and after a report that reaches the goal
 
 The rest are functions in modules by subject (`enrolment`, `check_in`, `uploads`, `inline_reports`,
@@ -97,7 +97,7 @@ class Service(Context):
         clock: TimeSource | None = None,
         lease_seconds: float = LEASE_SECONDS,
         life: FolderLock | None = None,
-        look: Callable[[Connection], object] = lambda _: None,
+        check: Callable[[Connection], object] = lambda _: None,
         aside: Path | None = None,
     ) -> Service:
         """Opens, or begins, a server's state; older databases are brought up to date.
@@ -108,14 +108,14 @@ class Service(Context):
             build: from an experiment to its algorithm (`build_algorithm` of `config`).
             life: this process's lock on its folder, released by `close`; the lead of the process
                 before is taken over at once.
-            look: is called with the database as it is; an error leaves it so.
+            check: is called with the database as it is; an error leaves it so.
             aside: the folder for a copy of a database that is brought up to date.
         """
         fault_points.arm()
         database = Database(url)
         try:
             with database.read() as db:
-                look(db)
+                check(db)
             upgrade(database, aside)
         except BaseException:
             database.close()

@@ -84,14 +84,14 @@ class Program:
         while block := list(islice(plan, _BLOCK)):  # planned while those before are made
             shapes = [self._shape(tick, runs) for tick in block]
             filled = [self._filled(*pair) for pair in zip(block, shapes, strict=True)]
-            slots, rows, rates = (
+            indices, rows, rates = (
                 sent(np.concatenate(parts), self._device) for parts in zip(*filled, strict=True)
             )
             first = first_row = 0
             for shape in shapes:
                 past, past_row = first + shape.clients, first_row + shape.clients * shape.size
                 static = self._static(shape)
-                static.slots.copy_(slots[first:past])
+                static.indices.copy_(indices[first:past])
                 static.rates.copy_(rates[first:past])
                 static.rows.view(-1).copy_(rows[first_row:past_row])
                 static.run(may_capture=self._captures and self.num_captured < _GRAPHS)
@@ -177,15 +177,15 @@ class Program:
     def _filled(
         self, tick: Tick, shape: _Shape
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """Returns the slots, rows and rates of a tick, filled up with extra clients."""
+        """Returns the clients' indices, rows and rates of a tick, filled up with extra clients."""
         more = shape.clients - len(tick.clients)
         if more == 0:
             return tick.clients, tick.rows.ravel(), tick.rates
         first = tick.rows[:1]
         first = np.where(first < 0, ~first, first)
-        slots = np.concatenate([tick.clients, np.full(more, self.capacity, np.int64)])
+        indices = np.concatenate([tick.clients, np.full(more, self.capacity, np.int64)])
         rows = np.concatenate([tick.rows, np.repeat(first, more, axis=0)])
-        return slots, rows.ravel(), np.concatenate([tick.rates, np.zeros(more, np.float32)])
+        return indices, rows.ravel(), np.concatenate([tick.rates, np.zeros(more, np.float32)])
 
     def _static(self, shape: _Shape) -> _Static:
         """Returns the tensors and the step of a shape, made at its first use."""
@@ -194,13 +194,13 @@ class Program:
         return self._shapes[shape]
 
     def _new(self, shape: _Shape) -> _Static:
-        slots = torch.zeros(shape.clients, dtype=torch.int64, device=self._device)
+        indices = torch.zeros(shape.clients, dtype=torch.int64, device=self._device)
         rows = torch.zeros(shape.clients, shape.size, dtype=torch.int64, device=self._device)
         rates = torch.zeros(shape.clients, device=self._device)
-        run = Captured(lambda: self._make(shape, slots, rows, rates), self.stream, self._pool)
-        return _Static(slots, rows, rates, run)
+        run = Captured(lambda: self._make(shape, indices, rows, rates), self.stream, self._pool)
+        return _Static(indices, rows, rates, run)
 
-    def _make(self, shape: _Shape, slots: Tensor, codes: Tensor, rates: Tensor) -> None:
+    def _make(self, shape: _Shape, indices: Tensor, codes: Tensor, rates: Tensor) -> None:
         """Puts one tick on the stream."""
         present = codes >= 0
         rows = torch.where(present, codes, codes.bitwise_not()).view(-1)
@@ -215,27 +215,27 @@ class Program:
         received = self._trained(self._received) if shape.proximal != 0.0 else {}
         drift = self._trained(self._drift) if shape.has_drift else {}
         rooms = [self.weights, *self._states[shape.optimizer]]
-        mine, *state = (self._of(room, shape, slots) for room in rooms)
-        received, drift = (self._of(room, shape, slots) for room in (received, drift))
+        mine, *state = (self._of(room, shape, indices) for room in rooms)
+        received, drift = (self._of(room, shape, indices) for room in (received, drift))
         descent = Descent(shape.optimizer, shape.clip, shape.proximal, received, drift, state)
         losses = self._step.step(mine, inputs, targets, present.float(), rates, descent)
         with torch.no_grad():
             if shape.is_all:  # `mine` are the weights themselves
                 self._losses[: shape.clients].add_(losses)
                 return
-            self._losses.index_add_(0, slots, losses)
+            self._losses.index_add_(0, indices, losses)
             for room, some in zip(rooms, (mine, *state), strict=True):
                 for name, rows_of in some.items():
-                    room[name].index_copy_(0, slots, rows_of)
+                    room[name].index_copy_(0, indices, rows_of)
 
     def _trained(self, room: _Named) -> _Named:
         return {name: room[name] for name in self._spec.trained}
 
     @staticmethod
-    def _of(room: _Named, shape: _Shape, slots: Tensor) -> _Named:
+    def _of(room: _Named, shape: _Shape, indices: Tensor) -> _Named:
         if shape.is_all:
             return {name: tensor[: shape.clients] for name, tensor in room.items()}
-        return {name: tensor.index_select(0, slots) for name, tensor in room.items()}
+        return {name: tensor.index_select(0, indices) for name, tensor in room.items()}
 
 
 class _Shape(NamedTuple):
@@ -254,7 +254,7 @@ class _Shape(NamedTuple):
 class _Static(NamedTuple):
     """The tensors that a step of one shape reads, and the step."""
 
-    slots: Tensor  # [clients]
+    indices: Tensor  # [clients]
     rows: Tensor  # [clients, size]: ~row where the example counts nothing
     rates: Tensor  # [clients]
     run: Captured

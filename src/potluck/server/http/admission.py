@@ -96,7 +96,7 @@ class Limiter:
 
 
 class DeviceRequests:
-    """The requests of each device that are under way: none takes all slots, or all polls."""
+    """The requests of each device that are under way: none takes all of the limit, or all polls."""
 
     def __init__(self, limit: int = DEVICE_REQUESTS) -> None:
         self._limit = limit

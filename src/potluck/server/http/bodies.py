@@ -1,6 +1,6 @@
 """Bodies of requests: their limits, and how they are read.
 
-A small body is read before its request takes a slot, so a slow one holds nothing but its own
+A small body is read before its request is admitted, so a slow one holds nothing but its own
 connection; uvicorn keeps as much of any body in memory. A large one is read only of a device that
 was admitted, at the pace that `Transfers` asks for.
 """

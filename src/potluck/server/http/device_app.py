@@ -107,7 +107,7 @@ class DeviceApp:
         self.long_poll_seconds = long_poll_seconds
         self._polls = 0
         self._check_ins: Batches[Any, Message] = Batches(served.check_ins, GATHER_SECONDS)
-        self._arrivals: Batches[Any, Message] = Batches(served.take_in, GATHER_SECONDS)
+        self._inline_reports: Batches[Any, Message] = Batches(served.accept_batch, GATHER_SECONDS)
 
     def asgi(self, others: Sequence[routing.Route] = ()) -> ASGIApp:
         """Returns the application; `others` are paths that are not for devices."""
@@ -210,7 +210,7 @@ class DeviceApp:
                 given = await self._noted(claim, self._check_ins, asked)
             elif message.update is not None:
                 self.metrics.received.inc(message.length_bytes)
-                return _json(await self._noted(claim, self._arrivals, (claim, message)))
+                return _json(await self._noted(claim, self._inline_reports, (claim, message)))
             else:
                 await self.authenticator.note(claim)
                 given = message

@@ -138,12 +138,12 @@ class ServedRun:
         except RefusedError as error:
             return error
 
-    def take_in(self, came: Sequence[tuple[Claim, Report]]) -> list[Accepted | CodedError]:
+    def accept_batch(self, came: Sequence[tuple[Claim, Report]]) -> list[Accepted | CodedError]:
         """Answers many reports with their updates inside, each one with its result or a refusal.
 
         The sequence numbers of their requests are noted here, and not before.
         """
-        return inline_reports.take_in(self.service, came, self.codec)
+        return inline_reports.accept_batch(self.service, came, self.codec)
 
     def answer(self, device: str, message: Message, sha256: str) -> Message:
         """Returns the answer to a message of an enrolled device; `sha256` is that of its bytes."""

@@ -47,7 +47,7 @@ _GIVEN_UP_RATE = 400.0
 """Connections a second that are closed for new ones. Clients that connect again at once get a third
 of a core. A new client waits ten seconds behind as many as the system keeps."""
 _SCARCE_SECONDS = 0.05
-_TELL_SECONDS = 1.0
+_LOG_SECONDS = 1.0
 _LOG = logging.getLogger("potluck.server")
 
 
@@ -179,7 +179,7 @@ class Listener(socket.socket):
         self._by_rank: dict[int, dict[_Owner, None]] = {}
         self._count = {True: 0, False: 0}  # not given up: of addresses, of others
         self._given_up = 0
-        self._told, self._told_of = -_TELL_SECONDS, 0  # when it was, and of how many
+        self._logged, self._logged_count = -_LOG_SECONDS, 0  # when it was, and of how many
 
     async def serve(self, make: Callable[[], asyncio.Protocol], tls: SSLContext | None) -> None:
         """Accepts connections, each for a new protocol, until the task is cancelled."""
@@ -247,13 +247,13 @@ class Listener(socket.socket):
         victim.give_up()
         self._given_up += 1
         now = time.monotonic()
-        if now - self._told >= _TELL_SECONDS:
+        if now - self._logged >= _LOG_SECONDS:
             kind = "address" if owner.is_address else "device or session"
-            count = self._given_up - self._told_of
+            count = self._given_up - self._logged_count
             told = f"at most {limit}, got more: {count} were closed since the last such line, "
             told += f"the last one of the {kind} {owner.name}. See docs/operating.md."
             _LOG.warning("connections", extra={"reason": told})
-            self._told, self._told_of = now, self._given_up
+            self._logged, self._logged_count = now, self._given_up
 
     def _put(self, accepted: ClientSocket) -> None:
         owned = self._owned.setdefault(accepted.owner, {})

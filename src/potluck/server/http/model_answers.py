@@ -52,8 +52,8 @@ def model_answer(
     if size > LARGE_BYTES:  # what follows is training, and TLS keeps its buffers meanwhile
         headers["Connection"] = "close"
     pieces = read(model, start, stop)
-    place = transfers.of(claim.device, claim.sequence)
-    return Download(pieces, place, 200 if part is None else 206, headers)
+    admission = transfers.of(claim.device, claim.sequence)
+    return Download(pieces, admission, 200 if part is None else 206, headers)
 
 
 class Download(Response):
@@ -62,18 +62,18 @@ class Download(Response):
     def __init__(
         self,
         pieces: Iterator[bytes],
-        place: AbstractAsyncContextManager[Transfer],
+        admission: AbstractAsyncContextManager[Transfer],
         status: int,
         headers: dict[str, str],
     ) -> None:
         super().__init__(None, status, headers)
-        self._pieces, self._place = pieces, place
+        self._pieces, self._admission = pieces, admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
         gone = asyncio.create_task(hung_up(receive))
         try:
-            async with self._place as transfer:
+            async with self._admission as transfer:
                 piece = await self._next()  # a disk that fails is told by a 503
                 async with transfer.moving():
                     start = {"type": "http.response.start", "status": self.status_code}

@@ -15,7 +15,7 @@ class Notifier:
     def __init__(self) -> None:
         self.closed = False
         self.generation = 0
-        """Of what there is to see: whoever notes it before a look knows whether to look again."""
+        """The number of notifications; one that grew during a query asks for another query."""
         self._waiting: set[asyncio.Future[None]] = set()
         self._woken = asyncio.Event()
 

@@ -139,13 +139,13 @@ class Intake:
         rows = list(counting)
         if not rows:
             return []
-        look = CheckInBatch(self._db, [row.device for row in rows], self._now)
+        batch = CheckInBatch(self._db, [row.device for row in rows], self._now)
         return [
             Accepted(
                 round=row.number,
                 attempt=row.attempt,
                 sha256=self._earlier[row.round, row.device],
-                retry_after_seconds=look.retry_after(row.device),
+                retry_after_seconds=batch.retry_after(row.device),
             )
             for row in rows
         ]

@@ -89,26 +89,26 @@ def check_ins(context: Context, asked: Sequence[CheckInRequest]) -> list[CheckIn
 
     None where only a sequence number was to be noted, and it is.
     """
-    look, now = None, context.now()
+    batch, now = None, context.now()
     names = [one.device for one in asked]
     if all(one.sequence is None for one in asked):
         with context.database.read() as db:  # most end here, and write nothing
-            look = CheckInBatch(db, names, now)
-            answers = [_answer(look, one) for one in asked]
-            left = look.left(asked)
+            batch = CheckInBatch(db, names, now)
+            answers = [_answer(batch, one) for one in asked]
+            left = batch.left(asked)
         if None not in answers and not left:
             return answers
     with context.database.write() as db:
         turned = _turned_away(db, asked, now)
-        look = CheckInBatch(db, names, now, before=look)
-        look.expect(asked)
-        answers = [turned.get(n) or _answer(look, one) for n, one in enumerate(asked)]
+        batch = CheckInBatch(db, names, now, before=batch)
+        batch.expect(asked)
+        answers = [turned.get(n) or _answer(batch, one) for n, one in enumerate(asked)]
         left = [n for n, one in enumerate(asked) if answers[n] is None and one.eligibility]
         if left:
-            look.lock()
+            batch.lock()
         for number in left:
-            answers[number] = _answer(look, asked[number]) or look.assign(asked[number].device)
-        look.write()
+            answers[number] = _answer(batch, asked[number]) or batch.assign(asked[number].device)
+        batch.write()
         for _ in left:
             fault_points.reach("check-in.inside")
     if left:
@@ -126,8 +126,8 @@ def _turned_away(
     return {n: error for n, error in zip(places, refused, strict=True) if error is not None}
 
 
-def _answer(look: CheckInBatch, asked: CheckInRequest) -> CheckInAnswer | None:
-    return None if asked.eligibility is None else look.answer(asked.device, asked.eligibility)
+def _answer(batch: CheckInBatch, asked: CheckInRequest) -> CheckInAnswer | None:
+    return None if asked.eligibility is None else batch.answer(asked.device, asked.eligibility)
 
 
 def wait(context: Context, device: str, reason: WaitReason) -> Wait:

@@ -27,16 +27,13 @@ Arrival: TypeAlias = tuple[Claim, Report]
 """A report with its update inside, and the claim of its request, which was not noted before."""
 
 
-def take_in(
+def accept_batch(
     context: Context, arrivals: Sequence[Arrival], codec: Codec
 ) -> list[Accepted | CodedError]:
     """Accepts reports with their updates inside, and returns the answer to each.
 
     It is accepted, or refused: replayed, unknown, not_found, late, conflict, wrong_length; digest:
     send it again; bounds, not_finite, malformed: the device's part in this round is over.
-
-    A refusal of replayed, unknown, not_found, late, conflict or wrong_length stands. After digest
-    the device sends it again. After bounds, not_finite or malformed its part in this round is over.
     """
     bodies, now = [_decoded(message) for _, message in arrivals], context.now()
     with context.database.write() as db:

@@ -29,7 +29,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
 from potluck.core import StorageError
-from potluck.server.storage.group_commit import Groups
+from potluck.server.storage.group_commit import GroupCommit
 
 _BUSY_SECONDS = 20
 _CACHE_KIB = 512
@@ -46,7 +46,7 @@ class Database:
         """Connects to `sqlite:///path`, `postgresql+psycopg://…`, or a path of a file."""
         self.engine = _engine(url)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
-        self._groups = Groups(self._begin)
+        self._group_commit = GroupCommit(self._begin)
 
     @contextlib.contextmanager
     def read(self) -> Generator[Connection]:
@@ -60,7 +60,7 @@ class Database:
         """Commits at the end of the block, and rolls all of it back on any exception."""
         with _storage_errors():
             if self.is_sqlite:
-                with self._groups.join() as db:
+                with self._group_commit.join() as db:
                     yield db
             else:
                 with self.engine.begin() as db:

@@ -28,7 +28,7 @@ _MOST = 256
 """The most writers in a group: so the first one is answered, however many keep coming."""
 
 
-class Groups:
+class GroupCommit:
     """The turns of the writers of one process."""
 
     def __init__(self, begin: Callable[[], Connection]) -> None:

@@ -113,7 +113,7 @@ def kept(
     different: dict[str, str] = {}
     told: list[str] = []
     for key in [key for key in {**was, **now} if was.get(key) != now.get(key)]:
-        here, there = _told(was.get(key)), _told(now.get(key))
+        here, there = _value_in_words(was.get(key)), _value_in_words(now.get(key))
         is_left_out = key not in given and (key not in begun or key in CHANGEABLE)
         if is_left_out or (key in begun and begun[key] == now.get(key)):
             told.append(f"{key} = {here} in the run, and not {there}")
@@ -148,7 +148,7 @@ def _values(
     return {key: value for key, value in values.items() if key not in _FOLLOW}
 
 
-def _told(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
     return "(left out)" if value is None else to_json(value)
 
 

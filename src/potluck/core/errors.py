@@ -74,10 +74,10 @@ class StorageError(PotluckError):
 
 
 class CodedError(PotluckError):
-    """Something is refused: `code` is one word for programs, the message is for people.
+    """A refusal: `code` is one word for programs, the message is for people.
 
-    A server's codes are those of the protocol (`protocol.ErrorCode`), from the function that
-    refuses to the answer.
+    A server's codes are those of the protocol (`protocol.ErrorCode`), in its functions and in its
+    answers.
     """
 
     def __init__(self, code: str, message: str) -> None:

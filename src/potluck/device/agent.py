@@ -296,7 +296,7 @@ class Agent:
         return report
 
     def _send(self, owed: Owed) -> Generator[Event]:
-        """Sends an update that is owed. Whatever the answer, it is owed no more."""
+        """Sends a finished update. Whatever the answer, it is then removed."""
         round = owed.report.round
         try:
             answer = send_update(self._connection, owed, lambda: self._clock.wait(0))

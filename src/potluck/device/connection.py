@@ -157,7 +157,8 @@ class Connection:
             except RefusedError as error:
                 corrections += 1
                 again = _TRIES.get(error.code, 0)
-                # A chunk's digest is also that of the whole upload: the uploader knows which.
+                # A chunk's digest may also be that of the whole upload: the uploader tells them
+                # apart.
                 if corrections > again or (error.code == "digest" and method == "PUT"):
                     self._trouble.over()
                     raise

@@ -19,7 +19,7 @@ from potluck.protocol import Eligibility
 Sensor: TypeAlias = Callable[[], Eligibility]
 
 IDLE_LOAD = 0.5
-"""A device is idle while fewer processes than this want each of its processors."""
+"""A device is idle while fewer processes than this are runnable for each of its processors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

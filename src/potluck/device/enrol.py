@@ -64,7 +64,7 @@ def join(
         limit_bytes: the most that it sends in a day.
         policy: what the owner lets a run do.
         ask: shows the owner what the run is to do, before this device enrols and whenever that
-            changes, and brings the answer; without it the caller's word counts as a yes.
+            changes, and returns the answer; without it the caller has agreed.
         offers: what it accepts: codecs, and `inline` for small vectors inside messages.
         proxy: the http://host:port of an HTTP proxy that leads to the server.
 
@@ -301,8 +301,8 @@ def enrol_again(
     """Enrols at a server that was restored from a backup of before this device came.
 
     Raises:
-        RefusedError: revoked: the server knows this device, and what became of it; unknown: it does
-            not know the invitation either.
+        RefusedError: revoked: the device is enrolled there, and was revoked; unknown: so is the
+            invitation.
     """
     try:
         return enrol(url, invited, home, connection, trainer, name)

@@ -5,7 +5,7 @@
     enrolment.json       the server, its certificate, the run and the run's key: pinned for good
     sequence             the number of the last request, stored before the request is sent
     manifest             the highest manifest version that was accepted, and its epoch
-    audit                the last hash that it was told of the server's audit log
+    audit                the last hash that it received of the server's audit log
     outbox/, models/     an update that is not accepted yet; the model that is being trained on
     sent/                what was sent, a file for each day
 

@@ -3,7 +3,7 @@
 The work ends when the device is stopped, when the deadline has passed, or when the server says that
 the slot is lost. It ends too when the plan asks for a charging device or a free network, and that
 has changed. (Training itself keeps a device from being idle, so only check-ins ask for that.) A
-third of the lease after the last request, the server is told that the work goes on.
+third of the lease after the last request, it reports to the server that the work goes on.
 """
 
 from __future__ import annotations

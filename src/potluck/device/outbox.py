@@ -1,4 +1,4 @@
-"""The update that a device owes: on disk from the moment it is trained until it is accepted.
+"""The finished update of a device: on disk from the moment it is trained until it is accepted.
 
     outbox/update       the encoded bytes
     outbox/residual     what the encoding lost; the next update gets it, once this one is accepted
@@ -28,7 +28,7 @@ class Owed(NamedTuple):
 
 
 class Outbox:
-    """At most one update that is owed, and what the last accepted one lost in encoding."""
+    """At most one update that is to be sent, and the residual of the last accepted one."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -11,7 +11,7 @@ A device ends only for errors that need a person's decision:
 
 All other errors may pass, and the device goes on afterwards: no network, or a full disk. The
 certificate may be another: a captive portal's, or that of a server on another folder. The server
-may not know the device (an older backup), refuse its clock or signature, or answer nonsense.
+may lack the device (an older backup), refuse its clock or signature, or send a wrong answer.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from potluck.core import ProtocolError
 from potluck.protocol.strict_json import refuse
 
 INLINE = "inline"
-"""The word for it in `accepts`, beside the codecs."""
+"""The name of this form in `accepts`, beside the codecs."""
 INLINE_BYTES = 32_768
 """The length of the longest vector that may be inside a message."""
 MAX_INLINE = 4 * -(-INLINE_BYTES // 3)

@@ -1,4 +1,4 @@
-"""An invitation: all that a device needs to know beside the server's address, as one string.
+"""An invitation: all that a device needs beside the server's address, as one string.
 
     base64url without padding of the canonical JSON of
     {"certificate": SHA-256 of the certificate or null, "run", "server_key", "token", "v": 1}

@@ -9,9 +9,9 @@ from potluck.server.service import Service
 
 
 class Lines:
-    """Polls one run and tells what is new; one thread at a time.
+    """Polls one run for new lines; one thread at a time.
 
-    A round is told when it was evaluated, so that one line has all of it.
+    A round is shown when it was evaluated, so that one line has all of it.
     """
 
     def __init__(self, service: Service, run: str, *, is_evaluated: bool = True) -> None:

@@ -7,8 +7,8 @@
     POST /dashboard/sign-out
     GET  /dashboard/style.css, script.js, icon.svg
 
-It only shows. A device's signature is not accepted here. Browsers are told to load
-nothing from elsewhere, to be framed by nobody, and to keep nothing.
+It only shows. A device's signature is not accepted here. Its headers forbid browsers to load
+anything from elsewhere, to show it in a frame, and to keep it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
               the next one is made or it is used, which the first sign-in does
     session   32 other random bytes in a cookie, valid for a week, or until it is signed out
 
-The database keeps the SHA-256 of both, so every process of a run knows them. Using a key is one
+The database keeps the SHA-256 of both, so every process of a run can check them. Using a key is one
 DELETE that finds it, so of concurrent uses exactly one wins.
 
 A right key is accepted after any number of wrong ones. They may have come through the same proxy,

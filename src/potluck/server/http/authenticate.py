@@ -6,8 +6,8 @@ form and length of the body, a large body, its digest. So the server reads no bo
 for a caller without a key.
 
 Sequence numbers are written in batches: requests that arrive while one transaction is written share
-the next one. That transaction also tells whether a device whose key is remembered may still take
-part: between a revocation and the next request there is no time.
+the next one. That transaction also checks that a device whose key is remembered may still take
+part. So a revocation counts from the next request on.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Download(Response):
         gone = asyncio.create_task(hung_up(receive))
         try:
             async with self._admission as transfer:
-                piece = await self._next()  # a disk that fails is told by a 503
+                piece = await self._next()  # a disk that fails is answered with 503
                 async with transfer.moving():
                     start = {"type": "http.response.start", "status": self.status_code}
                     await send(start | {"headers": self.raw_headers})

@@ -43,7 +43,7 @@ class ServerConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(BUFFER_BYTES)
-        if self.scheme == "https":  # what TLS has read and nobody has asked for
+        if self.scheme == "https":  # what TLS has read ahead
             transport.set_read_buffer_limits(BUFFER_BYTES)  # type: ignore[attr-defined]
         if self._listener is not None:
             self._accepted = self._listener.find(transport.get_extra_info("socket").fileno())
@@ -92,7 +92,7 @@ class ServerConnection(HttpToolsProtocol):
             raise httptools.HttpParserError("the headers are too long")
         super().on_headers_complete()
         self.scope["path"] = self.scope["raw_path"].decode()  # an escape is no part of any path
-        if self._get_upgrade() is not None:  # to nothing that we speak: what follows is not read
+        if self._get_upgrade() is not None:  # to an unsupported protocol: what follows is not read
             self.cycle.keep_alive = False
 
     def shutdown(self) -> None:

@@ -224,8 +224,8 @@ def open_round_of(db: Connection, run: str, *, lock: bool = False) -> Row[Any] |
 def usual_seconds(db: Connection, run: str, settings: RoundSettings) -> float:
     """Returns the median length of the last five committed rounds; 0 before the second.
 
-    A round begins with its first device: that nobody came says nothing. The first round is left
-    out, in which devices import, load and compile what they will use. None is longer than its
+    A round begins with its first device: a wait without devices does not count. The first round is
+    left out, in which devices import, load and compile what they will use. None is longer than its
     deadlines let it be, or the server's clock was set in the middle of it.
     """
     longest = milliseconds(settings.selection_seconds + settings.report_seconds)

@@ -4,7 +4,7 @@
     run-<name>.key              signs the manifests of a run; devices pin its public half
     certificate.pem, tls.key    the server's own certificate; devices pin its fingerprint
     admin.sock, admin.key       the operators' socket, and their credential
-    lock                        held by the process that serves; names its life
+    lock                        held by the process that serves; has its id
 
 The folder is readable by its owner alone. Losing a key means that every device enrols again;
 several servers of one run share the keys.

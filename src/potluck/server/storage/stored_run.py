@@ -4,8 +4,8 @@ The values of the row count, never a default of today: a key that the experiment
 keeps the value that the run was begun with. A key that the file gives must have the run's value, or
 the one that the file gave at the beginning where `potluck set` changed it since.
 
-Compatibility: a key that this version does not know is left out where it decides nothing: if it has
-no value, or is one of the settings. Any other is named, and the run is not served.
+Compatibility: an unknown key is left out where it decides nothing: if it has no value, or is one of
+the settings. Any other is named, and the run is not served.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def settings_of(text: str) -> RoundSettings:
 def read_stored(model: type[M], text: str) -> M:
     """Reads an object as it was stored by this version or another.
 
-    A key that this version does not know is left out where it decides no numbers of a model: where
+    An unknown key is left out where it decides no numbers of a model: where
     it has no value, and in settings.
 
     Raises:
@@ -184,7 +184,7 @@ def read_stored(model: type[M], text: str) -> M:
 
 
 def _drop(model: type[BaseModel], content: Any, detail: Any) -> bool:
-    """Removes a key that this version does not know, if it decides nothing."""
+    """Removes an unknown key, if it decides nothing."""
     if detail["type"] != "extra_forbidden" or (
         detail["input"] is not None and model is not RoundSettings
     ):

@@ -110,7 +110,7 @@ def read_model(
 ) -> Iterator[bytes]:
     """Yields the bytes [start, stop) of a model's weights, little-endian float32, in pieces.
 
-    Where the model is lost, the leader is told to read it, too.
+    Where the model is lost, the leader is made to read it, too.
     """
     try:
         yield from read_vector(context.blobs, model, start, stop)

@@ -80,7 +80,8 @@ def from_clients(
             arrays, in a tuple or a dictionary, which a model takes by place or by name.
         test: one pair that all clients share, or a dictionary of the clients' own; then nothing
             is held out, and every example of `clients` is for training.
-        kind: what the targets are; None asks the values, and refuses what could be two.
+        kind: what the targets are; None takes the proposal of the values, and refuses what could be
+            two.
         num_classes: the number of classes, whose labels are then their own codes from 0.
         missing, scale: of rows of features [examples, features]; "pixels" is for any shape.
 

@@ -105,7 +105,7 @@ class LocalFederation:
         assert self._host.stdin is not None
         invitation = self.operator.post("enroll")["invitations"][0] if invited else None
         asked = {"device": device, "address": self.address, "invitation": invitation}
-        with suppress(BrokenPipeError):  # `news` tells
+        with suppress(BrokenPipeError):  # `news` reports it
             self._host.stdin.write(to_json(asked | {"crash": crash}).encode() + b"\n")
             self._host.stdin.flush()
         self.running.add(device)
@@ -190,7 +190,7 @@ def check_room(devices: int, cores: int, free_bytes: int | None = None) -> None:
     """Refuses more devices than this machine has cores and memory for.
 
     Args:
-        free_bytes: None: as the system tells; where it does not, memory is not checked.
+        free_bytes: None: as the system tells; where it gives none, memory is not checked.
 
     Raises:
         ConfigError: with the number that would do.

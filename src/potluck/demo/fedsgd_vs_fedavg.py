@@ -1,10 +1,9 @@
 """The demonstration: federated averaging against synchronised gradient averaging.
 
-The digits of scikit-learn are divided among 100 clients, IID and two-shard (two or three classes
-a client), and the same 2NN is trained to 95 % by FedSGD (one averaged gradient a round) and by
-FedAvg (20 local steps a round, each on all of a client's examples). All else is the same; the
-learning rates of both were chosen by `benchmarks/demo/tune.py` on other seeds and on held-out
-training images.
+The digits of scikit-learn are divided among 100 clients, IID and two-shard (two or three classes a
+client). The same 2NN is trained to 95 % by FedSGD (one averaged gradient a round) and by FedAvg (20
+local steps a round, each on all of a client's examples). All else is the same; the learning rates
+of both were chosen by `benchmarks/demo/tune.py` on other seeds and on held-out training images.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def outputs_of(module: Any, inputs: Any, targets: Tensor) -> Any:
 
 class in_words:
     """Turns an error of `what` ("the model", "the loss", "metric 'x'") in this block into one that
-    names its arguments and says what to do.
+    names its arguments and the remedy.
 
     Args:
         outputs: of the model; None if there are none yet.

@@ -86,7 +86,7 @@ class InPlaceLayers:
     def step(self, lr: float, loss: Tensor) -> AbstractContextManager[None]:
         """Collects the steps of a loss's backward pass in this block, and takes them at its end."""
         compiled, self._was_compiled = self._was_compiled, False
-        # Hooks on what a forward pass makes cannot be seen, but every hook has a new handle.
+        # Hooks on the results of a forward pass cannot be found, but every hook has a new handle.
         handles, self._handles = self._handles, RemovableHandle.next_id
         return self.deferred.open(lr, loss if compiled and handles == self._handles else None)
 
@@ -115,7 +115,7 @@ class _Fused:
 
     def __call__(self, inputs: Any, *rest: Any, **named: Any) -> Any:
         plain: _Forward = type(self._layer).forward
-        if torch.compiler.is_compiling():  # asked first, so that it is all that is traced
+        if torch.compiler.is_compiling():  # checked first, so that nothing else is traced
             return plain(self._layer, inputs, *rest, **named)
         if not (rest or named or self._owner.is_off) and self._is_proven(inputs):
             outputs = self._forward(self._owner, self._layer, inputs)

@@ -53,9 +53,9 @@ def read_in(loss: Tensor) -> Iterator[Any]:
 class Foreign:
     """Searches the first losses of one module for weights that are not trained.
 
-    The parameters of a loss, a layer in a Python list, or the weights of a module that the loss
-    holds and that is not the one in training would stay as they are, without an error. So the
-    graph of the first losses is searched for them.
+    Some weights would stay as they are, without an error: the parameters of a loss, a layer in a
+    Python list, or a module of the loss that is not the one in training. So the graph of the first
+    losses is searched for them.
     """
 
     def __init__(self, module: nn.Module) -> None:

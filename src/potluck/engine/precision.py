@@ -3,7 +3,7 @@ are float32, and so is every evaluation on a CPU.
 
 float32   every product in float32: the results of a CPU, to float tolerance
 tf32      float32 whose factors are rounded to 10 bits before they are multiplied
-bf16      factors, and what layers hand on, in bfloat16 (8 bits), where PyTorch's autocast does
+bf16      factors, and the outputs of layers, in bfloat16 (8 bits), where PyTorch's autocast does
 """
 
 from __future__ import annotations

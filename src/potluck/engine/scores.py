@@ -1,7 +1,7 @@
 """Combines the loss and each metric of a task over batches.
 
 values    one value per example or position: a sum and a count, NaN left out
-counted   a loss of which it is known what it divides by: its mean times that, and that
+counted   a loss with a known divisor: its mean times the divisor, and the divisor
 mean      one number, shown to be a mean over examples: times their number, and their number
 terms     a `Statistic`: its own sums
 whole     one number that is none of these: of all examples at once
@@ -93,7 +93,7 @@ def scores_of(
     Metrics that a task has by default and that do not fit are left out, and the log says so.
 
     Raises:
-        TaskError: the loss, or a metric that was asked for, does not keep its contract.
+        TaskError: the loss, or a given metric, does not keep its contract.
     """
     with in_words("the loss", None, outputs, targets):
         checked_loss(loss, outputs, targets, trains=False)

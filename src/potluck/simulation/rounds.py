@@ -102,7 +102,7 @@ def rounds(
         resume: (number, state, client_states) of an earlier round, to go on from the round after
             it; the last may be left out where clients keep nothing.
         virtual: simulated devices; the cohort of a round is then those whose updates arrived in
-            time, and a `Round` tells when that was.
+            time, and a `Round` has that time.
 
     Raises:
         AbandonedError: too few simulated devices came or reported, attempt after attempt.

@@ -2,8 +2,8 @@
 
 The user says it (`kind`, in an experiment `task.kind`). An array or a column gives only a proposal.
 Text and Booleans are classes, and decimals are quantities. Whole numbers are classes where they are
-exactly 0 to k − 1 with few classes and many repeats. That proposal is told in words. Anything else
-that could be either is refused, with the two ways to say it.
+exactly 0 to k − 1 with few classes and many repeats. A note in words names that proposal. Anything
+else that could be either is refused, with the two ways to say it.
 
 A label of −100 among codes from 0 is no class: the loss leaves it out, as PyTorch's do.
 
@@ -72,7 +72,7 @@ def understand(
     """The targets of all parts as a model takes them, and what they are.
 
     Args:
-        kind: what the user says they are; None asks the values.
+        kind: what the user says they are; None takes the proposal of the values.
         num_classes: labels are then their own codes, from 0 to num_classes − 1; 0 for a regression.
         in_tables: a whole number is then no sign of intent.
         columns: a class may be [1] of each example, for a loss that takes it so.

@@ -37,7 +37,7 @@ class Resident:
 
         Returns:
             Where they are in `inputs` and `targets`, and whether those are other tensors than
-            before, which a captured graph does not know.
+            before, which a captured graph does not read.
         """
         if self.is_whole:
             return rows, False

@@ -192,7 +192,7 @@ def _convolved(padding: Any, images: Tensor, kernel: Tensor, bias: Tensor | None
 
 
 class Rewritten(TorchFunctionMode):
-    """Rewrites functions in this block that depend on the memory layout, which vmap does not know.
+    """Rewrites functions in this block that depend on the memory layout, which vmap hides.
 
     A request for channels last is ignored, and group normalization is its formula.
     """

@@ -2,8 +2,8 @@
 
 A device is fast with few shapes, since a graph is captured for each, and many clients at once. So
 batches are filled up to a few sizes and widths (examples and symbols that count for nothing), where
-model and loss allow it, and the number of clients to a few counts (clients whose results are not
-read). Clients are independent, so each tick may take any:
+model and loss allow it. The number of clients is filled up to a few counts (clients whose results
+are not read). Clients are independent, so each tick may take any:
 
     the client with the most steps left leads
     with it go all whose next batch is filled to the same shape

@@ -27,7 +27,7 @@ from potluck.engine.module.variables import Variables
 
 
 class Making:
-    """Makes the module of one task, and remembers for which seeds it did.
+    """Makes the module of one task, and keeps the seeds for which it did.
 
     `seed` is that of the run which was begun last; None before there is one.
     """
@@ -37,7 +37,7 @@ class Making:
         self.seeds: set[int] = set()
         self._is_one: bool | None = None  # whether the factory gives one module again and again
         self._is_drawn: bool | None = None  # whether seeds decide more than weights, once known
-        self._originals: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all that live
+        self._originals: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all that still exist
         self._is_checked = False
 
     def begin(self, seed: int) -> None:

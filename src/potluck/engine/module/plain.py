@@ -1,10 +1,10 @@
 """Proves that a layer does what its class says and nothing more, as every fast path requires.
 
 A fast path computes what `nn.Linear.forward` computes without calling it. That is right only for a
-layer of exactly that class, without hooks, with no attribute that stands before one of its class
-(a `forward` of its own, a `weight` that is computed), whose class is as PyTorch wrote it. A step
-that a fast path takes in place of autograd's is right only for weights that are plain leaves. And
-what was proven once may change: hooks come, weights are put in others' places.
+layer of exactly that class, as PyTorch wrote it, and without hooks. No attribute may hide one of
+the class (a `forward` of its own, a `weight` that is computed). A step that a fast path takes in
+place of autograd's is right only for weights that are plain leaves. And a proof may become invalid:
+hooks are added, weights are replaced.
 """
 
 from __future__ import annotations

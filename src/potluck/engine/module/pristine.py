@@ -1,7 +1,7 @@
 """A module as it was made, to which it is put back before every client.
 
 Beside its weights a module may hold anything: counters, a hidden state, lists, generators of its
-own; and it may write them in any way: in place, by assignment, through `.data`, in another module's
+own. It may write them in any way: in place, by assignment, through `.data`, in another module's
 attribute. None of it may pass from one client to the next, whose local training starts from what
 was received and from nothing else.
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from potluck.engine.module.copies import ATOMS, PLUMBING, TABLES, differences, leaves
 
-_SMALL = 4096  # entries, which are written back without a look
+_SMALL = 4096  # entries, which are written back without a check
 _FIXED = (
     *ATOMS,
     Tensor,

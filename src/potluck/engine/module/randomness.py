@@ -3,9 +3,9 @@
 A model may draw from any of them: its first weights, dropout, an augmentation. So all three are
 seeded together, and what the caller had in them is put back.
 
-They belong to all threads. A server that evaluates in one thread, or a device that makes its module
-in another, must neither draw from them nor put them back while a third thread, which has seeded
-them, draws the first weights of a run. So they are borrowed by one thread at a time.
+They belong to all threads. While one thread has seeded them to draw the first weights of a run, no
+other may draw from them or restore them: neither a server that evaluates, nor a device that makes
+its module. So they are borrowed by one thread at a time.
 """
 
 from __future__ import annotations

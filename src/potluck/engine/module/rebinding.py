@@ -4,7 +4,7 @@
     task = Task(model=net, loss=lambda o, t: cross_entropy(o, t) + 0.01 * norm(net.layer.weight), …)
 
 What trains is a copy of `net`, and another one evaluates. The penalty must act on the weights that
-train, so the loss is given a copy of itself in which the copy stands where `net` stood: in the
+train, so the loss is copied with the module's copy in place of `net`. It is replaced in the
 variables of a function, the arguments of a `partial`, the object of a method, the attributes of an
 object, and the lists and dictionaries among them. What does not hold the model stays as it is.
 """

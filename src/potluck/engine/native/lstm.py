@@ -93,7 +93,7 @@ def in_place(
     """Returns `layer(inputs)`; a backward pass finds the SGD step too. With "bf16" products are of
     numbers rounded to bfloat16; states and sums are float32."""
     library = _library()
-    assert library is not None  # `suits` said so
+    assert library is not None  # `suits` has checked it
     compiled = library.steps[precision]
     steps = (inputs.transpose(0, 1) if layer.batch_first else inputs).float()
     last: list[tuple[Tensor, Tensor]] = []

@@ -79,11 +79,13 @@ class CohortRuntime:
         compiles: bool = False,
         device: torch.device = _CPU,
     ) -> None:
-        """
+        """Prepares the training of a task.
+
         Args:
-            plain: without what is written out for particular models, which is for tests. compiles:
-            a step that takes long is compiled, at a moment that depends on the clock. device: where
-            steps are made, with `plain` alone; see `potluck.engine.gpu.chunk_trainer`.
+            plain: without what is written out for particular models, which is for tests.
+            compiles: a step that takes long is compiled, at a moment that depends on the clock.
+            device: where steps are made, with `plain` alone; see
+                `potluck.engine.gpu.chunk_trainer`.
         """
         module = in_training(task.module())
         self.spec: Spec = spec_of(module)

@@ -35,7 +35,7 @@ def tried(plain: TorchRuntime, run: LocalRun) -> Trained:
 
     Raises:
         DisagreesError: the model keeps state of its own. Each client in the loop has one, and
-        clients side by side share one.
+            clients side by side share one.
     """
     local = plain.train(shortened(run))
     name = plain.changed()

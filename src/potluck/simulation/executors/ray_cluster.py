@@ -53,7 +53,7 @@ Local: TypeAlias = Literal["auto", "loop", "vmap"]
 class _RoundForWorkers(NamedTuple):
     """The work of a round for the workers; placed in the object store once."""
 
-    number: int  # of the call, so that a worker knows a new round
+    number: int  # of the call, by which a worker recognises a new round
     work: RoundWork  # without the states, which travel with the clients
     chunk: int | None  # clients side by side; None is one after another
 
@@ -89,7 +89,7 @@ class Cluster:
             first cohort, and again for another algorithm.
         device: "cuda" for workers with a GPU, which train side by side; None for cores.
         gpus: of each worker: 0.25 puts four of them on one GPU.
-        progress: is told after every few clients how many of the cohort are done, and of how many.
+        progress: is called after every few clients with the number done and the size of the cohort.
 
     Raises:
         WorkerError: the cluster cannot be reached, or no worker starts.
@@ -342,7 +342,8 @@ def _connect(address: str | None, num_workers: int | None) -> tuple[ModuleType, 
                 f"address={address!r}. Leave it out, or call ray.shutdown() first."
             )
         return ray, False
-    # A cluster's door starts a process for each who knocks, and gives it up if it is slow to start.
+    # The cluster's client server starts a process for each connection, and drops it if it starts
+    # slowly.
     tries = 3 if address is not None and address.startswith("ray://") else 1
     for left in reversed(range(tries)):
         try:

@@ -119,12 +119,12 @@ class ActorPool:
 
         Args:
             jobs: in the order in which they are scheduled.
-            ask: has an actor do a chunk of jobs; gives the reference of the result.
+            ask: runs a chunk of jobs in an actor; gives the reference of the result.
             ask_sum: has an actor give the sum of its chunks since the last time; gives the
                 reference of that.
             side_by_side: jobs that one actor does at a time, so that it gets fewer only where there
                 are no more for it.
-            progress: is told how many jobs are done and how many there are, whenever it changes;
+            progress: is called with the number of jobs done and of all jobs, whenever it changes;
                 after a loss fewer are done than before.
 
         Raises:
@@ -170,7 +170,7 @@ class ActorPool:
             self._idle.append(member)
         except self._ray.exceptions.RayTaskError as error:
             self._end(member)
-            if isinstance(error.cause, PotluckError):  # in the words of who raised it
+            if isinstance(error.cause, PotluckError):  # as the actor raised it
                 raise error.cause from None
             raise WorkerError(f"a worker failed: {error.cause}") from None
         except self._ray.exceptions.RayError:

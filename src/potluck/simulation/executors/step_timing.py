@@ -84,7 +84,7 @@ def estimate(
                     chunk, vmap = clients, seconds
                 if vmap > _HOPELESS * loop:
                     return Estimate(loop, vmap, usual, num_steps)
-        except Exception:  # not to be vectorised, or somebody's data: the round will tell
+        except Exception:  # not to be vectorised, or bad data: the round reports it
             return Estimate(loop, np.inf, usual, num_steps)
     return Estimate(loop, vmap, chunk, num_steps)
 

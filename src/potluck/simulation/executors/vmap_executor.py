@@ -195,7 +195,7 @@ class Vmap:
         placed = self._device_cohort
         if placed is None or self.refused is not None or not is_reducible(work.algorithm, placed):
             return [], cohort
-        if self._may_skip:  # whose losses are looked at before they are in a sum
+        if self._may_skip:  # whose losses are checked before they are in a sum
             return [], cohort
         clients = list(started(self._task, work, cohort, empty_mean(work)))
         runs = [client.run for client in clients if client.run is not None]
@@ -204,7 +204,7 @@ class Vmap:
         try:
             self._trust(runs)
             done, left = reduce(cohort.tolist(), runs, work.received, placed, mean)
-        except Exception:  # as in `_train`, which tells why
+        except Exception:  # as in `_train`, which logs the reason
             return [], cohort
         return done, np.array(left, np.int64)
 
@@ -250,7 +250,7 @@ class Vmap:
         runs = [run for _, run in asking]
         self._trust(runs)
         weights, losses = self._cohort.train(runs)
-        if self._may_skip and not np.isfinite(losses).all():  # the loop knows which steps to skip
+        if self._may_skip and not np.isfinite(losses).all():  # the loop skips the right steps
             raise DisagreesError("its loss is not finite where a batch counts nothing")
         for (client, run), row, loss in zip(asking, weights, losses.tolist(), strict=True):
             client.answer(Trained(row, loss, len(run.steps)))

@@ -140,7 +140,7 @@ class Workers:
             FixedPointMean.of(sum[:length], reply.total, reply.bound, wide)
             for sum, reply in zip(self._sums, replies, strict=True)
         ]
-        mean = partials[0]  # where it lies: what a worker summed is not asked for twice
+        mean = partials[0]  # summed in place: no partial sum is used twice
         for other in partials[1:]:
             mean.merge(other)
         kept: dict[int, Vector] = {}

@@ -69,8 +69,8 @@ def train(
     Args:
         seed: instead of the experiment's.
         data: the partition, if the caller has built it already.
-        progress: is told, within a round, how many clients are done and of how many, by the
-            executors that know: "ray".
+        progress: is called within a round with the number of clients done and of all, by executors
+            that count them: "ray".
 
     Raises:
         RunError: the directory cannot be written, is in use, or holds another experiment.

@@ -1,10 +1,10 @@
 """The devices of a simulation: their speeds, bandwidths and free windows.
 
-A device is free for training in windows that come again every day (or every few days, in a
-trace): for a phone, when it is charged, idle and on a network that costs nothing. A device whose
-window ends before its work does is lost to the round. So is one that drops out for another reason.
-It does so with a probability of its own, at a moment drawn uniformly from the time that its work
-would have taken.
+A device is free for training in windows that repeat every day (or every few days, in a trace). A
+phone is free when it is charged, idle and on a network that costs nothing. A device whose window
+ends before its work does is lost to the round. So is one that drops out for another reason. It does
+so with a probability of its own, at a moment drawn uniformly from the time that its work would have
+taken.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Kinds of devices to simulate, by name: phones, browsers, hospitals, and ideal ones.
 
-Every device of a fleet is drawn once in a run, from the run's seed: its speed and its bandwidths
-lognormally around those of the middle device, its windows from the habits of its kind. All figures
-are round ones of our choice, except three. Phones drop out of 8 % of their assignments, the middle
-of the 6 to 10 % that were reported for a large deployment. There about four times as many phones
-were free at the best hour as at the worst, and the habits of phones here come near that (K.
+Every device of a fleet is drawn once in a run, from the run's seed. Its speed and its bandwidths
+are lognormal around those of the middle device. Its windows follow the habits of its kind. All
+figures are round ones of our choice, except three. Phones drop out of 8 % of their assignments, the
+middle of the 6 to 10 % that were reported for a large deployment. There about four times as many
+phones were free at the best hour as at the worst, and the habits of phones here come near that (K.
 Bonawitz et al.: Towards Federated Learning at Scale: System Design. MLSys 2019). And they look for
 work every 15 minutes, the shortest period at which Android runs the periodic work of an
 application.
@@ -120,7 +120,7 @@ def draw_fleet(
     Args:
         examples_per_second: of the middle device, with the model that is trained; instead of the
             profile's.
-        utc_offsets: hours; every device lives in one of these time zones, drawn evenly.
+        utc_offsets: hours; every device is in one of these time zones, drawn evenly.
         start_hour: the hour of the day, UTC, at virtual time 0.
     """
     population = as_count("population", population)

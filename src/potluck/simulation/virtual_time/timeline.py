@@ -252,7 +252,7 @@ class _Attempt:
                 self._assign(device, times[coming], now)
                 coming += 1
             elif what == _DEADLINE:
-                continue  # `due` sees it
+                continue  # `due` handles it
             else:
                 heapq.heappop(self._events)
                 self._active -= 1

@@ -51,7 +51,8 @@ class TaskSection(ModelSection):
     variant: Literal["clean", "paper"] | None = None
     """For data = "shakespeare"; None is clean."""
     kind: Literal["classes", "regression", "multilabel"] | None = None
-    """For data = "folder" and "table": what the targets are; None asks the values."""
+    """For data = "folder" and "table": the kind of the targets; None takes the proposal of the
+    values."""
     path: str | None = None
     """For data = "folder", "table" and "text": where they are, relative to the experiment file. For
     data = "devices", which are on devices alone: the JSON of their schema."""
@@ -143,7 +144,7 @@ class DevicesSection(RoundRules):
     examples_per_second: _Positive | None = None
     """Local training of this model on the middle device; None is the profile's round figure."""
     utc_offsets: list[Annotated[float, Field(ge=-12, le=14)]] = Field(default=[0.0], min_length=1)
-    """Hours; the time zones in which a profile's devices live."""
+    """Hours; the time zones of a profile's devices."""
     start_hour: Annotated[float, Field(ge=0, lt=24)] = 0.0
     """The hour of the day, UTC, at which the run begins."""
 

@@ -13,15 +13,15 @@ from potluck.core.cohorts import cohort_size
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10**7)]
 _Medians: TypeAlias = Annotated[float, Field(ge=1, le=1e9)]
 DIVIDED = ("iid", "shards", "dirichlet", "unbalanced")
-"""Partitions whose number of clients the experiment says; the others follow from their data."""
+"""Partitions whose number of clients is in the experiment; the others follow from their data."""
 
 
 class RoundRules(Section):
     """The rules of selection, of deadlines, and of the minimum for a round to count."""
 
     selection: Literal["open", "sampled"] = "open"
-    """Open: whoever checks in is selected, until the slots are taken. Sampled: the cohort is drawn
-    as the simulation without devices draws it, with as many slots as the goal."""
+    """Open: every device that checks in is selected, until the slots are taken. Sampled: the cohort
+    is drawn as the simulation without devices draws it, with as many slots as the goal."""
     minimum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The part of the goal without which a round is abandoned."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.3

@@ -28,7 +28,7 @@ class Counts(NamedTuple):
     active: int
     reported: int
     taken: int  # slots that were given, also to devices that failed or were silent
-    absent: int  # invited by name, and not to come any more; 0 where anybody may come
+    absent: int  # invited by name, and not expected any more; 0 where any device may come
 
 
 def due(phase: Phase, counts: Counts, now: float) -> tuple[Step, str]:

@@ -64,7 +64,7 @@ def assemble(
     """Federated data of clients, with a shared test set, tests of their own, or held out ones.
 
     Raises:
-        DataError: data that cannot be used; the message says where.
+        DataError: data that cannot be used; the message names the place.
     """
     shared = tests if isinstance(tests, Source) else None
     own: Mapping[str, Source] = {} if tests is None or isinstance(tests, Source) else tests
@@ -75,7 +75,7 @@ def assemble(
     hold_out = asked.hold_out if asked.schema is None else asked.schema.hold_out
     rows = [(np.arange(source.num_examples), np.arange(0)) for source in clients.values()]
     if tests is None:
-        # A device that is told no kind may have classes.
+        # A device without a given kind may have classes.
         is_untold = asked.schema is None and not asked.needs_test
         rows = [
             hold_out.divide(source.targets if is_untold else values, source.by, source.where)

@@ -4,7 +4,8 @@ The label skew of one client is the total-variation distance ½ Σ_c |p_k(c) −
 labels and those of all. It is 0 where the mixture is the same, and near 1 where few other clients
 have its labels. A small client differs by chance, so even an IID partition is above 0.
 
-Text has no labels to compare: its sizes are told in characters beside examples, which are lines.
+Text has no labels to compare. Its sizes are given in characters too, beside examples, which are
+lines.
 
 A file that is sorted, by diagnosis or by time, has last rows that are not like the others, and a
 model is then judged on what it was not trained for. So the labels of training and test examples
@@ -285,7 +286,7 @@ def _layers(
     """Name, height per client and colour of each layer of the bars, lowest first."""
     if not _has_labels(data):
         return [("examples", np.bincount(owners, minlength=shown).astype(np.float64), "C0")]
-    # With many classes, neighbours share a layer: more colours could not be told apart.
+    # With many classes, neighbours share a layer: more colours would look alike.
     edges = np.unique(np.linspace(0, data.num_classes, _MOST_COLOURS + 1).round().astype(int))
     counted = data.train.targets[rows] >= 0
     layer = np.searchsorted(edges, data.train.targets[rows][counted], side="right") - 1
@@ -318,7 +319,7 @@ def _told(feature: Feature) -> str:
 
 
 def _inputs(inputs: Any) -> list[tuple[str, str]]:
-    """The rows of a table that say what the model is given."""
+    """The rows of a table with the inputs of the model."""
 
     def told(array: Any) -> str:
         return f"{'×'.join(map(str, array.shape[1:])) or 'scalar'} {array.dtype}"

@@ -235,7 +235,7 @@ def divide(
 
 
 def reread(data: FederatedData, kind: TargetKind, num_classes: int | None) -> FederatedData:
-    """The same examples with targets of another kind, as a run asks for.
+    """The same examples with targets of another kind, as a run requires.
 
     Raises:
         DataError: targets that are not of that kind.

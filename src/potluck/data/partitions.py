@@ -195,7 +195,7 @@ def _filled_up(parts: list[Rows], min_examples: int) -> list[Rows]:
     for poor in np.flatnonzero(sizes < min_examples):
         while sizes[poor] < min_examples:
             rich = int(sizes.argmax())
-            # A part is in random order, and only `sizes` remembers what was taken off its end.
+            # A part is in random order, and only `sizes` counts what was taken off its end.
             given[poor].append(int(parts[rich][sizes[rich] - 1]))
             sizes[rich] -= 1
             sizes[poor] += 1

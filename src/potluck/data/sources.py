@@ -104,7 +104,7 @@ def table_sources(
 
 
 def target_array(values: Any, what: str) -> Array:
-    """Text, Booleans, int64 or floats, with an axis of examples; what they mean is asked later."""
+    """Text, Booleans, int64 or floats, with an axis of examples; their meaning is decided later."""
     array = as_array(values, what)
     if array.ndim > 0 and array.dtype.kind in "Ub":
         return array

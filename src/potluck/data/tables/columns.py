@@ -70,8 +70,8 @@ def read_column(series: Any, where: str = "the table") -> Column:
 
 
 def array_column(values: Array) -> Column:
-    """One feature of an array of numbers, whose holes are NaN. No value is looked at: a table of
-    many clients has many short columns."""
+    """One feature of an array of numbers, whose holes are NaN. No value is checked: a table of many
+    clients has many short columns."""
     kind = values.dtype.kind
     missing = np.isnan(values) if kind == "f" else np.zeros(len(values), np.bool_)
     if kind == "b":
@@ -145,7 +145,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_odd_hole(value: Any) -> bool:
-    """A hole that pandas does not know, or fails on."""
+    """True for a hole that pandas does not recognise, or fails on."""
     return value is np.ma.masked or (isinstance(value, decimal.Decimal) and value.is_nan())
 
 

@@ -41,7 +41,7 @@ def read_csv(path: Path, texts: Collection[str] = ()) -> Any:
         texts: columns whose values stay text.
 
     Raises:
-        DataError: it is no whole table, or its numbers cannot be told.
+        DataError: it is no whole table, or its numbers are ambiguous.
         OSError: it cannot be read.
     """
     try:

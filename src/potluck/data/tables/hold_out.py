@@ -1,4 +1,4 @@
-"""Which of a client's examples are its test examples: shuffled and stratified unless asked.
+"""Chooses a client's test examples: shuffled and stratified by default.
 
 A file is often sorted, by diagnosis or by time, so that its last rows are not like the others.
 The default therefore draws the test examples, of each class its share. The draw depends on the seed

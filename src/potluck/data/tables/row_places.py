@@ -18,20 +18,20 @@ class Rows(str):
 
     @classmethod
     def of(cls, name: str, name_of: Callable[[int], str]) -> Self:
-        """The rows of this name, of which `name_of` says, for a message only, where one is that is
-        counted from 0: "line 7 of t.csv"."""
+        """Makes the rows of this name. `name_of` gives the place of a row, counted from 0, for a
+        message: "line 7 of t.csv"."""
         rows = cls(name)
         rows.name_of = name_of
         return rows
 
 
 def at(row: int, where: str, what: str = "row") -> str:
-    """Where a row is."""
+    """Returns the place of a row."""
     return where.name_of(row) if isinstance(where, Rows) else f"{what} {row} of {where}"
 
 
 def place(column: str, row: int, where: str) -> str:
-    """Where a value of a table is."""
+    """Returns the place of a value in a table."""
     return f"column {column!r}, {at(row, where)}"
 
 

@@ -113,7 +113,7 @@ def read_table(path: Path, texts: Collection[str] = ()) -> Any:
             f"a table must be in a readable file, got path={str(path)!r} ({error.strerror}). "
             "Name another."
         ) from None
-    # pandas and pyarrow raise many kinds, none of which a user of ours should have to know.
+    # pandas and pyarrow raise many kinds, which users of Potluck should not have to handle.
     except Exception as error:
         raise DataError(
             f"{path} must be a whole {suffix} file with one table, got "

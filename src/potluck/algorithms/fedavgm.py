@@ -53,7 +53,7 @@ class Momentum:
     def step(
         self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
-        """Along the running sum of the updates."""
+        """Moves the model along the running sum of the updates."""
         velocity = scaled(self.momentum, state["momentum"]) + aggregate
         return {"momentum": velocity}, weights + scaled(self.server_lr * scale, velocity)
 
@@ -80,7 +80,7 @@ class Nesterov:
     def step(
         self, state: OptimizerState, weights: Vector, aggregate: Vector, scale: float = 1.0
     ) -> tuple[OptimizerState, Vector]:
-        """Along the running sum as it would be if the next update were like this one."""
+        """Moves the model along the running sum as if the next update were like this one."""
         velocity = scaled(self.momentum, state["momentum"]) + aggregate
         ahead = aggregate + scaled(self.momentum, velocity)
         return {"momentum": velocity}, weights + scaled(self.server_lr * scale, ahead)

@@ -51,7 +51,7 @@ class LocalTraining:
     def local_sgd(
         self, start: Vector, round: int, *, proximal: float = 0.0, drift: Vector | None = None
     ) -> LocalSGD:
-        """All local steps of a client in a round, from some weights on."""
+        """Returns the request for all local steps of a client in a round, from some weights on."""
         return LocalSGD(
             start=start,
             lr=self.client_lr_at(round),

@@ -68,7 +68,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """From 1 in round 1 in a straight line to `floor`, reached after `rounds` rounds."""
+    """Falls from 1 in round 1 in a straight line to `floor`, reached after `rounds` rounds."""
 
     rounds: Annotated[int, Interval(ge=1), _ROUNDS]
     floor: Annotated[float, Interval(ge=0, le=1), "Use 0.0 to go down to nothing."] = 0.0
@@ -83,7 +83,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Cosine:
-    """From 1 in round 1 along half a cosine to `floor`, reached after `rounds` rounds."""
+    """Falls from 1 in round 1 along half a cosine to `floor`, reached after `rounds` rounds."""
 
     rounds: Annotated[int, Interval(ge=1), _ROUNDS]
     floor: Annotated[float, Interval(ge=0, le=1), "Use 0.0 to go down to nothing."] = 0.0

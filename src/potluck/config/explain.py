@@ -16,7 +16,7 @@ _Tables = dict[str, type[BaseModel]]
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """All that is wrong with the content of a `model`, one sentence each."""
+    """Returns a sentence for each error in the content of a `model`."""
     seen: dict[str, tuple[_Location, list[Any]]] = {}
     details = error.errors()
     for detail in details:

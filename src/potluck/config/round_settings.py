@@ -117,7 +117,7 @@ class RoundSettings(ServerRules):
 
     @classmethod
     def served(cls, experiment: _Experiment) -> Self:
-        """Those of an experiment's [server] section.
+        """Returns the settings of an experiment's [server] section.
 
         The goal is the experiment's cohort if none is given. A fraction is one of the devices that
         are enrolled when a round opens. A count waits for the devices that its minimum needs.

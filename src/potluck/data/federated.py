@@ -52,7 +52,8 @@ class Examples(NamedTuple):
 
 
 def offsets_of(sizes: Iterable[int]) -> NDArray[np.int64]:
-    """Where parts of these sizes begin in all of them together, and where the last one ends."""
+    """Returns the offsets of parts of these sizes that lie one behind another, with the end of the
+    last."""
     return np.cumsum([0, *sizes], dtype=np.int64)
 
 

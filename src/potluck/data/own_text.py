@@ -91,7 +91,8 @@ def from_text(
 def _read(
     source: Any, client_column: str, text_column: str
 ) -> tuple[dict[str, list[list[str]]], str | None]:
-    """Of each client its units, which are not taken apart, as lines; and the column of a table."""
+    """Returns the units of each client as lines, which are not taken apart, and the column of a
+    table."""
     if isinstance(source, Mapping):
         texts = cast("Mapping[Any, Any]", source)
         if not texts:

@@ -173,7 +173,7 @@ def _with_own_tests(
 
 
 def _rows_by_code(codes: Array, num_codes: int) -> list[Rows]:
-    """For each code below `num_codes` the rows that have it, in order."""
+    """Returns for each code below `num_codes` the rows that have it, in order."""
     order = np.argsort(codes, kind="stable")
     ends = np.searchsorted(codes[order], np.arange(num_codes + 1))
     return [order[ends[i] : ends[i + 1]] for i in range(num_codes)]

@@ -156,7 +156,7 @@ def checksums(*paths: str) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: POTLUCK_CACHE, or the user's cache folder."""
+    """Returns the folder of downloads: POTLUCK_CACHE, or the user's cache folder."""
     return Path(os.environ.get("POTLUCK_CACHE") or _pooch().os_cache("potluck"))
 
 

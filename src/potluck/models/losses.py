@@ -62,7 +62,7 @@ class PerCharacter:
     padding: int  # the target that does not count
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, width]."""
+        """Returns the loss of logits [batch, width, symbols] and targets [batch, width]."""
         return _summed(outputs, targets, self.padding) / self.count(targets)
 
     def count(self, targets: Tensor) -> int:
@@ -78,7 +78,7 @@ class PerStep:
     steps: int  # of a padded line, before any were left out
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, width], width ≤ steps."""
+        """Returns the loss of logits [batch, width, symbols] and targets [batch, width ≤ steps]."""
         return _summed(outputs, targets, self.padding) / (len(targets) * self.steps)
 
 

@@ -192,7 +192,7 @@ class CharacterAccuracy:
     skipped: int = 0  # positions at the beginning of every row that do not count either
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [batch, width, symbols] and targets [batch, width]."""
+        """Returns it for logits [batch, width, symbols] and targets [batch, width]."""
         right = (outputs.argmax(dim=2) == targets).float()
         right = right.masked_fill(targets == self.padding, float("nan"))
         right[:, : self.skipped] = float("nan")

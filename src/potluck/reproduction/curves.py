@@ -55,7 +55,7 @@ def draw_train_loss(results: Sequence[Result], paths: Sequence[Path]) -> None:
 
 
 def _from_round_1(curve: Points) -> Points:
-    """Without the initial model, for which a logarithmic axis has no place."""
+    """Drops the initial model, for which a logarithmic axis has no place."""
     return [(number, score) for number, score in curve if number > 0]
 
 

@@ -97,7 +97,7 @@ def alike(columns: Sequence[Column]) -> list[Column]:
 
 
 def are_numbers(values: Array) -> NDArray[np.bool_]:
-    """Which of these texts or values can be read as numbers."""
+    """Returns a mask of the texts or values that can be read as numbers."""
     return np.array([_is_number(value) for value in values.tolist()], np.bool_)
 
 
@@ -202,7 +202,7 @@ def _check_families(
 
 
 def _float(value: Any, name: str, row: int, where: str) -> float:
-    """As a float, which rounds decimals; a whole number that it would round is refused."""
+    """Converts to a float, which rounds decimals; a whole number that it would round is refused."""
     try:
         number = float(value)
         is_exact = not isinstance(value, numbers.Integral) or int(number) == int(value)

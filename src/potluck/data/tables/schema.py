@@ -80,7 +80,7 @@ class Schema(BaseModel):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, without the keys that have no value of their own."""
+        """Returns the schema as JSON, without the keys that have no value of their own."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
     @classmethod

@@ -65,7 +65,7 @@ class Symbols(BaseModel):
 
     @property
     def dtype(self) -> str:
-        """Of rows."""
+        """The type of the rows' entries."""
         return "int16" if self.size <= _INT16 else "int64"
 
     def encode(self, lines: Sequence[str]) -> tuple[Array, Array]:

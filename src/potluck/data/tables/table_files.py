@@ -1,4 +1,4 @@
-"""From files to arrays: reading `.npz`, `.csv` and `.parquet`, and splitting tables into columns.
+"""Reads `.npz`, `.csv` and `.parquet` files, and splits tables into clients and columns.
 
 A table is a pandas `DataFrame`, untyped here. `potluck.data.own_data` calls these functions and
 checks what they return; they raise a `DataError` that names the file, the client and the column.
@@ -160,7 +160,8 @@ def rows_in(path: Path) -> str:
 
 
 def _type_of(series: Any, where: str) -> str:
-    """Of a column; "none" where all of it is missing, also as "NA" and the like."""
+    """Returns the type of a column; "none" where all of it is missing, also as "NA" and the
+    like."""
     kind, values, missing = read_column(series, where)
     if missing.all() or (kind == "text" and all(map(is_hole, values[~missing]))):
         return "none"

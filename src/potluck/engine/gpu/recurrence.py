@@ -22,7 +22,7 @@ _LOG = logging.getLogger("potluck")
 
 
 def recur(activations: Tensor, weight: Tensor, peepholes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `recurrence` of `potluck.models.peephole_lstm`."""
+    """Computes `recurrence` of `potluck.models.peephole_lstm`, by PyTorch's kernel where it can."""
     if peepholes is None and activations.is_cuda and has_fused_cell(activations.device):
         return _fused(activations, weight)
     return recurrence(activations, weight, peepholes)

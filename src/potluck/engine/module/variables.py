@@ -27,7 +27,7 @@ _FOREIGN = frozenset({"torch", "numpy", "potluck", "builtins"})
 
 
 class _Holder(NamedTuple):
-    """Where numbers are: named entries of a table, all those of a list or a table, or a cell."""
+    """A place of numbers: named entries of a table, all those of a list or a table, or a cell."""
 
     name: str
     holder: Any

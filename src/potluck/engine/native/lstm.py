@@ -70,7 +70,7 @@ def library() -> compiler.Library | None:
 
 
 def names(layer: nn.LSTM) -> list[str]:
-    """Of the weights of a layer that suits, as PyTorch registers them."""
+    """Returns the names of a suitable layer's weights, as PyTorch registers them."""
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [f"{kind}_l{number}" for number in range(layer.num_layers) for kind in kinds]
 

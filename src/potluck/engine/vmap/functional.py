@@ -156,7 +156,7 @@ class Vectorised:
 
     @staticmethod
     def _mapped(loss: Callable[..., Any]) -> Callable[..., Any]:
-        """From the loss of one client to (gradients, (losses, state)) of many."""
+        """Maps the loss of one client to (gradients, (losses, state)) of many."""
 
         def gradient(*arguments: Any) -> Any:
             over = (0, 0, 0, None, *[0] * (len(arguments) - 4))
@@ -177,7 +177,7 @@ class Vectorised:
         return mapped(lambda part: torch.from_numpy(part).to(there), (inputs, targets))
 
     def _width(self, rows: NDArray[np.int64]) -> int:
-        """Of the longest sequence of a batch; 0 where there are none."""
+        """Returns the length of the longest sequence of a batch; 0 where there are none."""
         if self._padding is None:
             return 0
         return max(int(lengths(self._data.inputs[rows], self._padding).max()), 1)

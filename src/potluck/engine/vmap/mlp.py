@@ -143,7 +143,7 @@ class Stack:
         return losses
 
     def _gradients(self, hidden: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Written out, by name."""
+        """Returns the gradients by name, written out."""
         gradients: dict[str, Tensor] = {}
         for layer, below, error in zip(self._layers, hidden, errors, strict=True):
             gradients[layer.weight] = torch.bmm(error.transpose(1, 2), below)

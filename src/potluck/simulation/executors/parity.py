@@ -91,7 +91,7 @@ def compare(
 
 
 def _agree(start: Vector, found: Vector, expected: Vector, tolerance: float) -> bool:
-    """As `compare`, of some of the entries."""
+    """Compares some of the entries, as `compare` does."""
     bits = [vector.view(np.int32) for vector in (start, found, expected)]
     moving = (bits[0] != bits[1]) | (bits[0] != bits[2])
     start, found, expected = start[moving], found[moving], expected[moving]

@@ -70,7 +70,7 @@ _TOLERANCES = {"tf32": 2e-2, "bf16": 0.5}  # of a trial, where products are not 
 
 
 class Vmap:
-    """All clients of a chunk as one program, in this process.
+    """Trains all clients of a chunk as one program, in this process.
 
     Args:
         task: as for every executor.

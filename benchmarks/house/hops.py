@@ -71,7 +71,7 @@ _BESIDE = {
     "Candidate._hold",
     "Server._show",
     "Server._sweep",
-    "Server._judge",
+    "Server._evaluations",
     "Server._tell",
     "Server._trim",
     "Service.status",

@@ -22,7 +22,7 @@ from potluck.cli.main import app
 from potluck.config.experiment import check_experiment
 from potluck.core import ConfigError
 from potluck.demo.federation import BASE_BYTES, DEVICE_BYTES, LocalFederation, check_room
-from potluck.demo.narration import PlannedCrash, Story
+from potluck.demo.narration import Narration, PlannedCrash
 from potluck.models import vision
 
 CONTENT = {
@@ -169,7 +169,7 @@ def test_what_an_experiment_says_of_its_server_is_left_alone():
 
 
 def test_a_drop_out_counts_for_the_round_in_which_the_device_was_at_work():
-    story = Story([PlannedCrash(1, 2, 3)])
+    narration = Narration([PlannedCrash(1, 2, 3)])
 
     def event(device, what, round, ms=0):
         return {
@@ -181,12 +181,12 @@ def test_a_drop_out_counts_for_the_round_in_which_the_device_was_at_work():
             "ms": ms,
         }
 
-    assert story.note(event(1, "training", 4, 1000)) is None
-    assert story.note({"is": "ended", "device": 1, "code": -9}) == 1
-    story.note(event(2, "training", 4, 1500))
-    story.note(event(2, "accepted", 4))
-    assert story.note({"is": "ended", "device": 2, "code": -9}) == 2  # it was waiting
-    assert story.note({"is": "ended", "device": 3, "code": 0}) is None
+    assert narration.note(event(1, "training", 4, 1000)) is None
+    assert narration.note({"is": "ended", "device": 1, "code": -9}) == 1
+    narration.note(event(2, "training", 4, 1500))
+    narration.note(event(2, "accepted", 4))
+    assert narration.note({"is": "ended", "device": 2, "code": -9}) == 2  # it was waiting
+    assert narration.note({"is": "ended", "device": 3, "code": 0}) is None
     row = {
         "number": 4,
         "kind": "train",
@@ -197,10 +197,10 @@ def test_a_drop_out_counts_for_the_round_in_which_the_device_was_at_work():
     }
     judged = {"round": 4, "kind": "central", "metrics": {"accuracy": 0.5}}
     status = {"rounds": [row], "evaluations": [judged], "state": "running", "round": 4}
-    assert story.look(status) == [4]
-    assert story.look(status) == []
-    assert story.is_judged
-    assert story.rows() == [("4", "2", "7", "1", "50.0 %", "1 kB", "2.50")]
+    assert narration.note_status(status) == [4]
+    assert narration.note_status(status) == []
+    assert narration.is_judged
+    assert narration.rows() == [("4", "2", "7", "1", "50.0 %", "1 kB", "2.50")]
 
 
 def test_devices_of_a_federation_are_the_clients_of_its_experiment_in_order(tmp_path):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from potluck.cli.options import Debug, Overrides, command
-from potluck.demo.narration import HEADER, PlannedCrash, Story, show_story
+from potluck.demo.narration import HEADER, Narration, PlannedCrash, show_narration
 
 if TYPE_CHECKING:
     from potluck.config.experiment import Experiment
@@ -174,46 +174,46 @@ def _demonstrate(
     ) as federation:
         typer.echo(f"server: {federation.address}  (TLS, certificate pinned by every device)")
         typer.echo(f"watch it in a browser: {federation.operator.post('dashboard')['link']}")
-        story = _follow(federation, devices, experiment.run.rounds, crashes)
+        narration = _follow(federation, devices, experiment.run.rounds, crashes)
         content = federation.operator.fetch("export")
-    _tell(story, content, experiment, time.monotonic() - started, keep, out)
+    _tell(narration, content, experiment, time.monotonic() - started, keep, out)
 
 
 def _follow(
     federation: LocalFederation, devices: int, rounds: int, crashes: Sequence[PlannedCrash]
-) -> Story:
+) -> Narration:
     """Starts the devices and shows the events, until the run is over and all devices know it."""
-    story = Story(crashes)
-    with closing(show_story(story, devices, rounds)) as show:
+    narration = Narration(crashes)
+    with closing(show_narration(narration, devices, rounds)) as show:
         next(show)
         for device in range(devices):
-            planned = story.crashes.get(device)
+            planned = narration.crashes.get(device)
             crash = None if planned is None else (planned.round, planned.steps)
             federation.start(device, invited=True, crash=crash)
-            story.doing[device] = "enrolled"
+            narration.doing[device] = "enrolled"
             show.send([])
         down: dict[int, float] = {}
         deadline = math.inf
         while time.monotonic() < deadline:
             for news in federation.news(0.2):
-                if (died := story.note(news)) is not None and not story.is_over:
+                if (died := narration.note(news)) is not None and not narration.is_over:
                     down[died] = time.monotonic() + _DOWN_SECONDS
             for device in [device for device, when in down.items() if when <= time.monotonic()]:
                 del down[device]
                 federation.start(device)
-                story.told.append(f"device {device} is started again")
-            show.send(story.look(federation.operator.get("status")))
-            if story.status["state"] == "paused":
-                raise ValueError(f"the run must go on, it was paused: {story.status['reason']}")
-            if story.is_over:
+                narration.told.append(f"device {device} is started again")
+            show.send(narration.note_status(federation.operator.get("status")))
+            if narration.status["state"] == "paused":
+                raise ValueError(f"the run must go on, it was paused: {narration.status['reason']}")
+            if narration.is_over:
                 deadline = min(deadline, time.monotonic() + _LAST_SECONDS)
-                if story.is_judged and not federation.running:
+                if narration.is_judged and not federation.running:
                     break
-    return story
+    return narration
 
 
 def _tell(
-    story: Story,
+    narration: Narration,
     content: bytes,
     experiment: Experiment,
     seconds: float,
@@ -224,7 +224,7 @@ def _tell(
     from potluck.cli.table_output import show_table
     from potluck.core.formats import format_seconds, markdown
 
-    rows = story.rows()
+    rows = narration.rows()
     typer.echo()
     show_table(HEADER, rows)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ class PlannedCrash(NamedTuple):
     steps: int  # after so many local steps
 
 
-class Story:
+class Narration:
     """The events so far, from news of the processes and answers of the server."""
 
     def __init__(self, crashes: Sequence[PlannedCrash]) -> None:
@@ -57,7 +57,7 @@ class Story:
             self.doing[device] = "finished"
         return None
 
-    def look(self, status: dict[str, Any]) -> list[int]:
+    def note_status(self, status: dict[str, Any]) -> list[int]:
         """Takes the server's answer. Returns the rounds that are new."""
         self.status = status
         for told in status["evaluations"]:
@@ -117,38 +117,38 @@ class Story:
         self.told.append(f"device {device} {how} in round {round}")
 
 
-def show_story(story: Story, devices: int, rounds: int) -> Generator[None, list[int]]:
-    """Shows the story after each `send` of the rounds that are new."""
+def show_narration(narration: Narration, devices: int, rounds: int) -> Generator[None, list[int]]:
+    """Shows the events after each `send` of the rounds that are new."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    return _live(story, rounds, console) if console.is_terminal else _lines(story, devices)
+    return _live(narration, rounds, console) if console.is_terminal else _lines(narration, devices)
 
 
-def _lines(story: Story, devices: int) -> Generator[None, list[int]]:
+def _lines(narration: Narration, devices: int) -> Generator[None, list[int]]:
     new: list[int] = []
     shown, enrolled, waiting = 0, False, list[int]()
     while True:
         new = yield
-        if not enrolled and len(story.doing) == devices:
+        if not enrolled and len(narration.doing) == devices:
             enrolled = True
             typer.echo(f"{devices} devices have enrolled")
-        for line in story.told[shown:]:
+        for line in narration.told[shown:]:
             typer.echo(line)
-        shown = len(story.told)
+        shown = len(narration.told)
         waiting += new
-        judged = {told["round"] for told in story.status["evaluations"]}
+        judged = {told["round"] for told in narration.status["evaluations"]}
         while waiting and (waiting[0] in judged or len(waiting) > 1):
-            typer.echo(story.line(waiting.pop(0)))
+            typer.echo(narration.line(waiting.pop(0)))
 
 
-def _live(story: Story, rounds: int, console: Any) -> Generator[None, list[int]]:
+def _live(narration: Narration, rounds: int, console: Any) -> Generator[None, list[int]]:
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             yield
-            live.update(_picture(story, rounds), refresh=True)
+            live.update(_picture(narration, rounds), refresh=True)
 
 
 _MARKS = {  # of what a device does
@@ -167,23 +167,23 @@ _MARKS = {  # of what a device does
 _KEY = "[dim]● waits[/]  [yellow]● trains[/]  [cyan]● sends[/]  [green]● done[/]  [red]✗ killed[/]"
 
 
-def _picture(story: Story, rounds: int) -> RenderableType:
+def _picture(narration: Narration, rounds: int) -> RenderableType:
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*HEADER, box=box.SIMPLE_HEAD, header_style="bold")
-    for row in story.rows()[-_SHOWN:]:
+    for row in narration.rows()[-_SHOWN:]:
         table.add_row(*row)
-    current: dict[str, Any] = story.status.get("open") or {}
+    current: dict[str, Any] = narration.status.get("open") or {}
     now = "devices enrol"
-    if story.is_over:
+    if narration.is_over:
         now = "the run is over"
     elif current:
         now = f"round {current['number']} of {rounds}"
         now += f", attempt {current['attempt']}" if current["attempt"] > 1 else ""
         now += f": {current['reported']} of {current['goal']} reports"
-    marks = [_MARKS.get(story.doing[device], "[dim]●[/]") for device in sorted(story.doing)]
+    marks = [_MARKS.get(narration.doing[device], "[dim]●[/]") for device in sorted(narration.doing)]
     parts = [table, now, Text.from_markup(" ".join(marks)), Text.from_markup(_KEY)]
-    return Group(*parts, *story.told[-3:])
+    return Group(*parts, *narration.told[-3:])

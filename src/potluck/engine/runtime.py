@@ -193,7 +193,7 @@ class TorchRuntime:
         return {name: views[name] for name in self._trained}
 
 
-class Judged(nn.Module):
+class ModelWithLoss(nn.Module):
     """A module and the loss of its outputs as one module, so that `functional_call` gives other
     weights to both: to a loss that reads the module's parameters, too."""
 
@@ -219,10 +219,10 @@ def pure_loss(task: Task) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     Unlike a runtime's step it has no state, so it can be differentiated, vectorised over clients
     (`torch.func.vmap`) and exported.
     """
-    judged = Judged(task)
-    spec = spec_of(judged.module)
+    with_loss = ModelWithLoss(task)
+    spec = spec_of(with_loss.module)
 
     def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        return judged.at(spec.unflatten(weights), inputs, targets)
+        return with_loss.at(spec.unflatten(weights), inputs, targets)
 
     return loss

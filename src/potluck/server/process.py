@@ -124,7 +124,10 @@ class Server:
             listeners = (self._socket, self._admin_socket)
             for server, listener in zip(self._servers, listeners, strict=True):
                 tasks.append(asyncio.create_task(self._accept(server, listener)))
-            tasks += [asyncio.create_task(self._lead()), asyncio.create_task(self._judge())]
+            tasks += [
+                asyncio.create_task(self._lead()),
+                asyncio.create_task(self._evaluations()),
+            ]
             if self._show_line is not None:
                 tasks.append(asyncio.create_task(self._tell(self._show_line)))
             trimming = asyncio.create_task(self._trim())
@@ -228,7 +231,7 @@ class Server:
         known = isinstance(error, StorageError)
         _LOG.error(what, exc_info=not known, extra={"reason": str(error)[:500]})
 
-    async def _judge(self) -> None:
+    async def _evaluations(self) -> None:
         while not self._stopping and self._evaluate is not None:
             try:
                 if self.served.service.is_leader:

@@ -26,7 +26,7 @@ from potluck.engine.gpu.recurrence import has_fused_cell
 from potluck.engine.gpu.step import DeviceStep, ModelStep, StackStep, is_pure
 from potluck.engine.local_run import LocalRun
 from potluck.engine.precision import Precision, products
-from potluck.engine.runtime import Judged
+from potluck.engine.runtime import ModelWithLoss
 from potluck.engine.task import Task, spec_of
 from potluck.engine.vmap.cohort_trainer import CohortRuntime
 from potluck.engine.vmap.mlp import layers_of
@@ -64,8 +64,8 @@ class DeviceCohort:
         *,
         plain: bool = False,
     ) -> None:
-        judged = Judged(task)
-        module = judged.module
+        with_loss = ModelWithLoss(task)
+        module = with_loss.module
         self._task, self.device = task, device
         self._precision: Precision = precision
         self.spec: Spec = spec_of(module)
@@ -74,7 +74,7 @@ class DeviceCohort:
         self.chunk = chunk or max(min(_CHUNK, fits, task.data.num_clients), 1)
         self._lanes = lanes or (2 if device.type == "cuda" else 1)
         self._share = _SHARE * free
-        self.misfits = misfits(judged, task.data)
+        self.misfits = misfits(with_loss, task.data)
         """Clients whose data must not be sent to a GPU: an index out of range ends the process."""
         self._resident: Resident | None = None
         self._general: CohortRuntime | None = None

@@ -14,23 +14,23 @@ from torch import nn
 from potluck.data.federated import FederatedData
 from potluck.engine.module.randomness import borrowed_randomness
 from potluck.engine.module.variables import Variables
-from potluck.engine.runtime import Judged
+from potluck.engine.runtime import ModelWithLoss
 
 
-def misfits(judged: Judged, data: FederatedData) -> frozenset[int]:
+def misfits(with_loss: ModelWithLoss, data: FederatedData) -> frozenset[int]:
     """The clients with such data, by number."""
     wrong = np.zeros(data.train.num_examples, bool)
     inputs, targets = data.train
-    tables = [m.num_embeddings for m in judged.module.modules() if isinstance(m, nn.Embedding)]
+    tables = [m.num_embeddings for m in with_loss.module.modules() if isinstance(m, nn.Embedding)]
     if tables and np.issubdtype(inputs.dtype, np.integer):
         wrong |= _outside(inputs, min(tables))
     if np.issubdtype(targets.dtype, np.integer):
         fitting = np.flatnonzero(~wrong)[:2]
         if len(fitting) == 0:
             return frozenset(range(data.num_clients))
-        held = Variables.of(judged.module, judged.loss).held()
+        held = Variables.of(with_loss.module, with_loss.loss).held()
         with borrowed_randomness(), held, torch.no_grad():
-            outputs = judged.module(torch.from_numpy(inputs[fitting]))
+            outputs = with_loss.module(torch.from_numpy(inputs[fitting]))
         if outputs.ndim == targets.ndim + 1:
             classes = outputs.shape[-1] if targets.ndim > 1 else outputs.shape[1]
             wrong |= _outside(targets, int(classes))

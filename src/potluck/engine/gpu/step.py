@@ -22,7 +22,7 @@ from potluck.engine.corrected_step import Descent
 from potluck.engine.gpu.layers import Rewritten, replace
 from potluck.engine.module.randomness import borrowed_randomness
 from potluck.engine.precision import Precision, autocast
-from potluck.engine.runtime import Judged
+from potluck.engine.runtime import ModelWithLoss
 from potluck.engine.task import Task
 from potluck.engine.vmap.dropout import GivenMasks, Recording
 from potluck.engine.vmap.functional import refuse_hooks, slow_operators_refused
@@ -93,8 +93,8 @@ class ModelStep:
     ) -> None:
         self._device = device
         self._precision: Precision = precision
-        self._judged = Judged(task)
-        module = self._judged.module
+        self._with_loss = ModelWithLoss(task)
+        module = self._with_loss.module
         self._trained = [n for n, p in module.named_parameters() if p.requires_grad]
         targets = torch.tensor(task.data.train.targets[:1])
         self._by_example = by_example(task.loss, targets.ndim, targets.dtype)
@@ -120,7 +120,7 @@ class ModelStep:
             RuntimeError: the model cannot be vectorised; where it stopped is named.
         """
         if not self._is_known:
-            refuse_hooks(self._judged)
+            refuse_hooks(self._with_loss)
         leaves = {n: w.detach().requires_grad_(n in self._trained) for n, w in weights.items()}
         trained = {name: leaves[name] for name in self._trained}
         try:
@@ -144,8 +144,8 @@ class ModelStep:
         self._given = GivenMasks(())
         with self._given, Rewritten(), autocast(self._precision, self._device):
             if self._by_example is None:
-                return self._judged.at(tensors, inputs, targets).float()
-            outputs = functional_call(self._judged.module, dict(tensors), (inputs,))
+                return self._with_loss.at(tensors, inputs, targets).float()
+            outputs = functional_call(self._with_loss.module, dict(tensors), (inputs,))
             return self._by_example.mean(outputs, targets, present)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from potluck.core import Vector
 from potluck.data.trees import called, mapped
 from potluck.engine.devices import sent
-from potluck.engine.runtime import Judged
+from potluck.engine.runtime import ModelWithLoss
 from potluck.engine.task import Task, bind, spec_of
 from potluck.models.losses import by_example
 
@@ -35,8 +35,8 @@ class SharedModel:
 
     def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cpu")
-        judged = Judged(task)
-        self.module, self.loss = judged.module.to(self._device), judged.loss
+        with_loss = ModelWithLoss(task)
+        self.module, self.loss = with_loss.module.to(self._device), with_loss.loss
         self._vector = torch.zeros(spec_of(self.module).dim, device=self._device)
         bind(self.module, self._vector)
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]

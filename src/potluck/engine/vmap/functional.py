@@ -1,8 +1,8 @@
 """One local step of many clients at once, for any model that `torch.func.vmap` can vectorise.
 
-The gradient is that of the pure loss (`Judged.at`), mapped over the clients. Averaged buffers and
-counters are inputs and results of it, so that a client's running statistics are its own. What
-dropout draws comes from each client's stream (`potluck.engine.vmap.dropout`).
+The gradient is that of the pure loss (`ModelWithLoss.at`), mapped over the clients. Averaged
+buffers and counters are inputs and results of it, so that a client's running statistics are its
+own. What dropout draws comes from each client's stream (`potluck.engine.vmap.dropout`).
 
 Batches are stacked if they have one shape. Where the model has counters, their clients must have
 counted alike, since a model may compute with one number what it cannot with many.
@@ -26,7 +26,7 @@ from potluck.data.federated import lengths, trimmed
 from potluck.data.trees import leaves, mapped
 from potluck.engine.corrected_step import Descent
 from potluck.engine.module.plain import has_hooks
-from potluck.engine.runtime import Judged
+from potluck.engine.runtime import ModelWithLoss
 from potluck.engine.task import Task, averaged_tensors
 from potluck.engine.vmap.compile_later import CompiledLater
 from potluck.engine.vmap.dropout import Draw, GivenMasks, Recording, drawn
@@ -48,8 +48,8 @@ class Vectorised:
         self._device = device or torch.device("cpu")
         self._data, self._padding = task.data.train, task.data.padding
         self.by_size = self._padding is None
-        self._judged = Judged(task)
-        module = self._judged.module.to(self._device)
+        self._with_loss = ModelWithLoss(task)
+        module = self._with_loss.module.to(self._device)
         self._trained = [n for n, p in module.named_parameters() if p.requires_grad]
         self._frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
         self._buffers = [n for n in spec.names if n not in {*self._trained, *self._frozen}]
@@ -87,7 +87,7 @@ class Vectorised:
     ) -> Tensor:
         """One local step of every client, in place; returns their losses [clients]."""
         if not self._is_known:
-            refuse_hooks(self._judged)
+            refuse_hooks(self._with_loss)
         inputs, targets = self._stacked(batches)
         counters = self._counters[clients[0]]
         trained, frozen, buffers = (
@@ -152,7 +152,7 @@ class Vectorised:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same of a model that draws nothing."""
         state = {name: buffer.clone() for name, buffer in {**buffers, **counters}.items()}
-        return self._judged.at({**trained, **frozen, **state}, inputs, targets), state
+        return self._with_loss.at({**trained, **frozen, **state}, inputs, targets), state
 
     @staticmethod
     def _mapped(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +191,7 @@ class Vectorised:
             first = {name: tensor[0].clone() for name, tensor in weights.items()}
             first |= {name: counter.clone() for name, counter in counters.items()}
             with torch.no_grad(), Recording() as recording:
-                self._judged.at(first, inputs, targets)
+                self._with_loss.at(first, inputs, targets)
             self._draws[shape] = recording.draws
             self._has_draws = bool(self._has_draws or recording.draws)
         return self._draws[shape]
@@ -207,7 +207,7 @@ class Vectorised:
             trained = [first[name].requires_grad_() for name in self._trained]
             first |= {name: counter.clone() for name, counter in counters.items()}
             with torch.enable_grad(), Recording():
-                loss = self._judged.at(first, inputs, targets)
+                loss = self._with_loss.at(first, inputs, targets)
             found = torch.autograd.grad(loss, trained, allow_unused=True)
             pairs = zip(self._trained, found, strict=True)
             self._reached[shape] = [name for name, gradient in pairs if gradient is not None]  # type: ignore[reportUnnecessaryComparison]

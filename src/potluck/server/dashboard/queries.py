@@ -100,7 +100,7 @@ class Past:
         self.bytes = (0, 0)  # up, down
         self._ids: set[str] = set()
         self._metrics: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
-        self._judged: dict[str, int] = {}  # kind: the last round
+        self._last_evaluated: dict[str, int] = {}  # kind: the last round
 
     def read(self, db: Connection, run: str) -> tuple[RoundRow, dict[str, AssignmentCounts]] | None:
         """Reads what is new. Returns the open round, with its tallies by device class."""
@@ -156,16 +156,16 @@ class Past:
         here = evaluations.c.run == run
         for kind in ("central", "federated"):
             new = here & (evaluations.c.kind == kind)
-            new &= evaluations.c.round > self._judged.get(kind, -1)
+            new &= evaluations.c.round > self._last_evaluated.get(kind, -1)
             for row in db.execute(select(evaluations).where(new).order_by(evaluations.c.round)):
-                self._judged[kind] = row.round
+                self._last_evaluated[kind] = row.round
                 metrics = read_results(row.metrics)
                 self._metrics[kind, row.round].update(metrics)
                 where = {"central": "test", "federated": "on devices"}[kind]
-                self._judge(where, row.round, metrics)
-                self._judge(f"{where}, median", row.round, read_results(row.medians or "{}"))
+                self._note_scores(where, row.round, metrics)
+                self._note_scores(f"{where}, median", row.round, read_results(row.medians or "{}"))
 
-    def _judge(self, where: str, number: int, metrics: Mapping[str, float]) -> None:
+    def _note_scores(self, where: str, number: int, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
             name = where if metric in ("accuracy", "loss") else f"{metric}, {where}"
             curves = self.scores if higher_is_better(metric) else self.losses

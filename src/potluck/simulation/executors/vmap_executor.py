@@ -202,7 +202,7 @@ class Vmap:
         if len(runs) < len(clients) or not runs:
             return [], cohort
         try:
-            self._trust(runs)
+            self._check_parity(runs)
             done, left = reduce(cohort.tolist(), runs, work.received, placed, mean)
         except Exception:  # as in `_train`, which logs the reason
             return [], cohort
@@ -231,7 +231,7 @@ class Vmap:
     def _train_plain(self, asking: Iterable[tuple[RoundClient, LocalRun]]) -> list[ClientResult]:
         return [train_client(client, self._plain) for client, _ in asking]
 
-    def _trust(self, runs: Sequence[LocalRun]) -> None:
+    def _check_parity(self, runs: Sequence[LocalRun]) -> None:
         """Compares with the plain loop, unless corrections of this kind were compared before.
 
         Raises:
@@ -248,7 +248,7 @@ class Vmap:
             Exception: it cannot be.
         """
         runs = [run for _, run in asking]
-        self._trust(runs)
+        self._check_parity(runs)
         weights, losses = self._cohort.train(runs)
         if self._may_skip and not np.isfinite(losses).all():  # the loop skips the right steps
             raise DisagreesError("its loss is not finite where a batch counts nothing")

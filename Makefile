@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What `make results` runs: days of CNN and LSTM among it. It can be stopped at any moment.
 RESULTS ?= table4 table1 table2 figure1 figure2 beyond
 
-# How many processes `make test` runs in; a file of tests stays in one of them.
-TEST_PROCESSES ?= 2
+# How many processes `make test` runs in; a file of tests stays in one of them. Many tests wait for
+# processes of their own, so three share two cores.
+TEST_PROCESSES ?= 3
 
 .PHONY: help demo demo-serve test check docs results quick soak bench clean
 
@@ -46,7 +47,8 @@ demo-serve: $(VENV)/.served
 	$(BIN)/potluck demo serve --out demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+	  $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

@@ -26,6 +26,13 @@ from potluck.data.federated import Dataset
 from potluck.data.published_files import FILES
 from potluck.engine.native import compiler, lstm, max_pool
 
+_PATIENT = ("server", "device", "demo", "cli", "simulation")  # folders whose tests wait much
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have tests with processes of their own begin first: they take longest, and mostly wait."""
+    items.sort(key=lambda item: item.path.parent.name not in _PATIENT)
+
 
 @pytest.fixture(scope="session")
 def published() -> Callable[[str], list[Path]]:

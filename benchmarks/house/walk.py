@@ -31,7 +31,7 @@ run = { rounds = 1, cohort = 0.1, workers = 2, executor = "EXECUTOR" }
 
 def main() -> None:
     rows = [measure(executor) for executor in EXECUTORS]
-    (HERE / "walk.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (HERE / "walk.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     print("| executor | frames | in files | modules loaded |\n|---|--:|--:|--:|")
     for row in rows:
         print(f"| {row['executor']} | {len(row['stack'])} | {row['files']} | {row['modules']} |")
@@ -68,7 +68,7 @@ def walk(executor: str, folder: Path) -> None:
             outer = outer.f_back
         modules = sum(name.partition(".")[0] == "potluck" for name in sys.modules)
         row = {"executor": executor, "stack": stack[::-1], "files": len(files)}
-        found.write_text(json.dumps(row | {"modules": modules}))
+        found.write_text(json.dumps(row | {"modules": modules}, allow_nan=False))
 
     file = folder / "walk.toml"
     file.write_text(EXPERIMENT.replace("EXECUTOR", executor))

@@ -8,7 +8,15 @@ from torch import nn
 
 from potluck import FedAvg, Task, datasets, partitions, rounds
 from potluck.algorithms import ClientHalf, client_update, with_statistics
-from potluck.core import ClientContext, LocalSGD, Trained, TrainingError, Update
+from potluck.core import (
+    ClientContext,
+    ClientSGD,
+    Correction,
+    LocalSGD,
+    Trained,
+    TrainingError,
+    Update,
+)
 from potluck.engine import TorchRuntime, run_of, spec_of
 from potluck.simulation.compression import compressed
 from slope import slope_task
@@ -128,7 +136,7 @@ def test_a_request_is_a_plain_value():
     half = ClientHalf(FedAvg(client_lr=0.1, local_epochs=2, gradient_clip=1.0), RECEIVED, CLIENT)
     again = pickle.loads(pickle.dumps(half.request))
     assert again.start.tobytes() == RECEIVED.tobytes()
-    assert again[1:] == half.request[1:] == (0.1, 2, 10, (1.0, 0.0, None))
+    assert again[1:] == half.request[1:] == (0.1, 2, 10, Correction(gradient_clip=1.0), ClientSGD())
 
 
 def test_a_stage_passes_requests_through():

@@ -42,11 +42,12 @@ def blocks(*languages: str) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that stands for the root of a clone; commands follow each other in it."""
-    folder = tmp_path_factory.mktemp("clone")
-    (folder / "experiments").symlink_to(ROOT / "experiments")
-    return folder
+def clones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A folder for each page, as the root of a clone; commands follow each other in it."""
+    folders = [tmp_path_factory.mktemp("clone") for _ in READ]
+    for folder in folders:
+        (folder / "experiments").symlink_to(ROOT / "experiments")
+    return folders
 
 
 def test_every_block_is_of_a_kind_that_is_run_or_is_printed_output():
@@ -73,9 +74,17 @@ def test_python(block, tmp_path):
         assert float(got) == pytest.approx(float(shown), abs=0.03)  # machines round differently
 
 
-@pytest.mark.parametrize("block", blocks("bash", "console"), ids=lambda block: block.name)
-def test_commands(block, clone, monkeypatch):
-    monkeypatch.chdir(clone)
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        pytest.param(number, block, id=f"{number}: {block.name}")
+        for number, page in enumerate(PAGES_OF_BLOCKS)
+        for block in page
+        if block.language in ("bash", "console")
+    ],
+)
+def test_commands(page, block, clones, monkeypatch):
+    monkeypatch.chdir(clones[page])
     ran = 0
     for line in block.text.splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -108,7 +117,7 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_real_devices_are_served_as_the_page_says(clone, tmp_path):
+def test_real_devices_are_served_as_the_page_says(tmp_path):
     """The four blocks of a server and its devices, as one script; the README has some of them."""
     shown = {line for block in blocks("sh") for line in block.text.splitlines()}
     assert shown <= {line for block in SERVED for line in block.text.splitlines()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,33 @@ from potluck.core import (
 )
 from potluck.data.federated import lengths
 from potluck.engine.task import Task
+
+
+@dataclass(frozen=True)
+class Epochs(Sequence[tuple[slice, float]]):
+    """The same batches once an epoch, each with the rate. They are not written out: a device trains
+    for as many epochs as it has time for."""
+
+    batches: tuple[slice, ...]
+    rate: float
+    number: int
+
+    def __len__(self) -> int:
+        return self.number * len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[slice, float]]:
+        for _ in range(self.number):
+            for batch in self.batches:
+                yield batch, self.rate
+
+    @overload
+    def __getitem__(self, step: int) -> tuple[slice, float]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[tuple[slice, float]]: ...
+    def __getitem__(self, step: int | slice) -> tuple[slice, float] | list[tuple[slice, float]]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(len(self))[step]]
+        return self.batches[range(len(self))[step] % len(self.batches)], self.rate
 
 
 class LocalRun(NamedTuple):
@@ -49,11 +77,10 @@ def run_of(
     if data.padding is not None and task.batches == "by length":
         steps = lengths(data.client(number).inputs, data.padding)
     order = batch_order(size, request.batch_size, steps, random)
-    batches = batches_of(size, request.batch_size)
     return LocalRun(
         request.start,
         order + int(data.offsets[number]),
-        [(batch, request.lr) for _ in range(request.epochs) for batch in batches],
+        Epochs(batches_of(size, request.batch_size), request.lr, request.epochs),
         derive_seed(client.seed, "model", client.round, client.client),
         request.correction,
         request.optimizer,
